@@ -1,0 +1,92 @@
+"""The package's face: exported names, version, metadata, logging."""
+
+import ast
+import importlib
+import logging
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import voltana_ctrl
+
+
+@pytest.fixture(scope="module")
+def project(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", voltana_ctrl.__all__)
+def test_every_exported_name_is_the_one_its_module_makes_public(name):
+    home = importlib.import_module(f"voltana_ctrl.{voltana_ctrl._HOME[name]}")
+    assert getattr(voltana_ctrl, name) is getattr(home, name)
+    assert name in home.__all__
+
+
+def test_exported_names_are_sorted_and_listed():
+    assert voltana_ctrl.__all__ == sorted(set(voltana_ctrl.__all__))
+    assert set(voltana_ctrl.__all__) <= set(dir(voltana_ctrl))
+
+
+def test_type_checkers_see_the_names_that_exist_at_run_time(root):
+    tree = ast.parse((root / "voltana_ctrl" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen = {
+        alias.asname: (node.module, alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    expected = {name: (f"voltana_ctrl.{home}", name) for name, home in voltana_ctrl._HOME.items()}
+    assert seen == expected
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'Controler'"):
+        _ = voltana_ctrl.Controler
+
+
+def test_star_import_brings_the_exported_names():
+    namespace: dict[str, object] = {}
+    exec("from voltana_ctrl import *", namespace)
+    assert set(voltana_ctrl.__all__) == set(namespace) - {"__builtins__"}
+
+
+def test_version_is_a_release_or_pre_release():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|(a|b|rc)\d+)?", voltana_ctrl.__version__)
+
+
+def test_the_library_is_silent_until_the_host_configures_logging():
+    handlers = logging.getLogger("voltana_ctrl").handlers
+    assert [type(handler) for handler in handlers] == [logging.NullHandler]
+
+
+def test_the_command_points_at_a_callable(project):
+    module, function = project["project"]["scripts"]["voltana-ctrl"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_package_is_marked_as_typed(root):
+    assert (root / "voltana_ctrl" / "py.typed").is_file()
+
+
+def test_extras_are_the_promised_ones(project):
+    assert set(project["project"]["optional-dependencies"]) == {
+        "test",
+        "docs",
+        "nvml",
+        "server",
+        "report",
+        "dev",
+    }
+
+
+def test_dependencies_carry_no_upper_bound(project):
+    # An upper bound here would fight the serving engine's own pins.
+    capped = [line for line in project["project"]["dependencies"] if re.search(r"<|==|~=", line)]
+    assert capped == []

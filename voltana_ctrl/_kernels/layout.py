@@ -1,0 +1,232 @@
+"""Record layouts shared by the plant, governors and routers. NumPy only.
+
+Whole numbers are int64 and everything else float64, so that one compiled signature serves.
+A field that names a request or an instance holds its index, or -1 for none.
+"""
+
+import numpy as np
+
+F8, I8 = np.float64, np.int64
+
+#: One row per ladder clock. Times in seconds, energies in joules, powers in watts, all for
+#: the whole instance (summed over its GPUs).
+PROFILE_DTYPE = np.dtype(
+    [
+        ("clock_mhz", F8),
+        # decode: T = max(floor, base + req * n_padded + kv * kv_tok)
+        ("decode_base_s", F8),
+        ("decode_req_s", F8),
+        ("decode_kv_s", F8),
+        ("decode_floor_s", F8),
+        # decode: E = T * power + iter + req * n + kv * kv_tok
+        ("decode_power_w", F8),
+        ("decode_iter_j", F8),
+        ("decode_req_j", F8),
+        ("decode_kv_j", F8),
+        # prefill: T = base + tok * new_tok + tok2 * (end^2 - start^2), E = T * power
+        ("prefill_base_s", F8),
+        ("prefill_tok_s", F8),
+        ("prefill_tok2_s", F8),
+        ("prefill_power_w", F8),
+    ],
+    align=True,
+)
+
+INSTANCE_DTYPE = np.dtype(
+    [
+        # what it is
+        ("type", I8),  # row of the coefficient tables
+        ("n_clocks", I8),
+        ("prefills", I8),
+        ("decodes", I8),
+        ("node", I8),
+        ("kv_capacity_tok", I8),
+        ("max_batch", I8),
+        ("prefill_budget_tok", I8),
+        ("max_prefill_req", I8),
+        ("idle_w", F8),
+        ("transfer_latency_s", F8),
+        ("transfer_tok_s", F8),
+        ("transfer_tok_j", F8),
+        ("first_token_decode", I8),
+        # what may happen to it
+        ("alive", I8),
+        ("slow_frac", F8),  # iteration times are multiplied by it
+        ("clamp_k", I8),  # a lock above this clock is silently ignored
+        ("power_cap_w", F8),
+        # what it was told
+        ("governed", I8),  # 0: the loop writes the clock, 1: compiled, 2: a Python governor
+        ("idle_call_s", F8),  # governor is asked again after this long without work
+        ("floor_mhz", F8),
+        ("ceiling_mhz", F8),
+        ("route_frac", F8),
+        ("active", I8),
+        # clock
+        ("clock_k", I8),
+        ("want_k", I8),
+        ("call_k", I8),
+        ("call_start_s", F8),
+        ("call_end_s", F8),
+        ("pending", I8),  # sets that are settling
+        # work
+        ("iterating", I8),
+        ("prepared", I8),
+        ("listed", I8),  # on the list of instances to start
+        ("iter_start_s", F8),
+        ("iter_end_s", F8),
+        ("iter_wall_s", F8),  # length of the whole iteration at the present clock
+        ("jitter_frac", F8),
+        ("batch_req", I8),
+        ("chunk_tok", I8),
+        ("chunk_tok2", F8),
+        ("chunk_req", I8),
+        ("step", I8),  # decode iterations so far
+        ("running_req", I8),
+        ("last_admitted", I8),
+        ("kv_tok", I8),
+        ("prefill_head", I8),
+        ("prefill_tail", I8),
+        ("prefill_req", I8),
+        ("prefill_tok", I8),
+        ("prefilling_req", I8),  # of these, how many hold KV
+        ("wait_head", I8),
+        ("wait_tail", I8),
+        ("wait_req", I8),
+        ("wait_tok", I8),
+        ("idle_since_s", F8),
+        # energy and counts
+        ("power_w", F8),
+        ("decode_power_frac", F8),
+        ("last_s", F8),
+        ("prefill_j", F8),
+        ("decode_j", F8),
+        ("idle_j", F8),
+        ("transfer_j", F8),
+        ("busy_s", F8),
+        ("busy_mhz_s", F8),
+        ("active_s", F8),
+        ("running_req_s", F8),
+        ("decoded_tok", I8),
+        ("emitted_tok", I8),
+        ("prefilled_tok", I8),
+        ("iterations", I8),
+        ("decode_iterations", I8),
+        ("clock_sets", I8),
+        ("preemptions", I8),
+        ("arrived_req", I8),
+        ("arrived_tok", I8),
+        # ring of recent states, for routers that see an old one
+        ("seen", I8),
+    ],
+    align=True,
+)
+
+REQUEST_DTYPE = np.dtype(
+    [
+        ("arrival_s", F8),
+        ("prompt_tok", I8),
+        ("output_tok", I8),
+        ("cached_tok", I8),
+        ("request_class", I8),
+        ("state", I8),
+        ("prefill_at", I8),
+        ("decode_at", I8),
+        ("first_s", F8),
+        ("done_s", F8),
+        ("todo_tok", I8),  # prompt tokens still to be prefilled
+        ("context_tok", I8),  # KV held when it joined the running batch
+        ("made_tok", I8),  # output tokens made when it joined
+        ("join_step", I8),
+        ("chunk_tok", I8),
+        ("next", I8),  # in a queue, or among those that finish at the same step
+        ("prev", I8),
+        ("older", I8),  # admitted before it, on the same instance
+        ("newer", I8),
+        ("preemptions", I8),
+    ],
+    align=True,
+)
+
+# REQUEST_DTYPE["state"]
+FUTURE, ROUTING, QUEUED, HANDOFF, MOVING, WAITING, RUNNING, DONE, DROPPED = range(9)
+
+SIM_DTYPE = np.dtype(
+    [
+        ("now_s", F8),
+        ("next_arrival", I8),
+        ("n_requests", I8),
+        ("route_head", I8),
+        ("route_tail", I8),
+        ("n_start", I8),
+        ("n_moving", I8),
+        ("n_done", I8),
+        ("n_logged", I8),
+        ("rng", np.uint64),
+        ("actuation_s", F8),
+        ("settle_s", F8),
+        ("jitter_sd_frac", F8),
+        ("view_age_s", F8),
+        ("decode_at_arrival", I8),
+        ("hosted_prefill", I8),
+        ("hosted_decode", I8),
+        ("closed_loop", I8),
+        ("judge_from_s", F8),
+        ("judge_until_s", F8),
+        ("n_judged", I8),
+        ("n_judged_left", I8),
+        ("stop_when_judged", I8),
+        # a question to Python, and its answer
+        ("ask", I8),
+        ("ask_index", I8),
+        ("answered", I8),
+        ("answer_mhz", F8),
+        ("answer_instance", I8),
+    ],
+    align=True,
+)
+
+# What advance() returns, and what sim["ask"] holds
+REACHED, JUDGED, ASK_GOVERNOR, ASK_PREFILL, ASK_DECODE = range(5)
+
+ITERATION_DTYPE = np.dtype(
+    [
+        ("instance", I8),
+        ("t_s", F8),
+        ("wall_s", F8),
+        ("freq_mhz", F8),
+        ("batch_req", I8),
+        ("prefill_tok", I8),
+        ("kv_tok", I8),
+        ("energy_j", F8),
+    ],
+    align=True,
+)
+
+SEEN_DTYPE = np.dtype(
+    [
+        ("t_s", F8),
+        ("queue_tok", F8),
+        ("queue_req", F8),
+        ("running_req", F8),
+        ("kv_tok", F8),
+        ("freq_mhz", F8),
+    ],
+    align=True,
+)
+
+#: Settling sets and remembered states kept per instance.
+PENDING, SEEN = 16, 16
+
+#: Rows of the view that a compiled router gets, one column per instance.
+(
+    VIEW_QUEUE_TOK,
+    VIEW_QUEUE_REQ,
+    VIEW_RUNNING_REQ,
+    VIEW_KV_TOK,
+    VIEW_FREQ_MHZ,
+    VIEW_ROUTE_FRAC,
+    VIEW_ELIGIBLE,
+    VIEW_TYPE,
+    VIEW_KV_CAPACITY_TOK,
+) = range(9)
+N_VIEW = 9

@@ -1,0 +1,553 @@
+"""The event loop of the simulated fleet.
+
+:func:`advance` runs until a time, until all judged requests are done, or until a Python
+governor or router has to be asked; it then returns and is called again with the answer.
+Order at equal times: instances by index, KV arrivals, request arrivals.
+"""
+
+import math
+
+import numpy as np
+from numba import from_dtype, njit, types
+
+from voltana_ctrl._kernels.batching import (
+    REQS,
+    complete,
+    enqueue_prefill,
+    enqueue_wait,
+    finish_step,
+    form_batch,
+    join,
+)
+from voltana_ctrl._kernels.clocks import (
+    F8,
+    F8_1,
+    F8_2,
+    I8,
+    I8_1,
+    I8_2,
+    INST,
+    INSTS,
+    NEVER,
+    SIM,
+    TABLES,
+    accrue,
+    call_returned,
+    clock_settled,
+    price_iteration,
+    request_clock,
+)
+from voltana_ctrl._kernels.cost import quantise_up
+from voltana_ctrl._kernels.governors import GOVERNOR
+from voltana_ctrl._kernels.layout import (
+    ASK_DECODE,
+    ASK_GOVERNOR,
+    ASK_PREFILL,
+    DROPPED,
+    HANDOFF,
+    ITERATION_DTYPE,
+    JUDGED,
+    MOVING,
+    REACHED,
+    ROUTING,
+    SEEN,
+    SEEN_DTYPE,
+    VIEW_ELIGIBLE,
+    VIEW_FREQ_MHZ,
+    VIEW_KV_CAPACITY_TOK,
+    VIEW_KV_TOK,
+    VIEW_QUEUE_REQ,
+    VIEW_QUEUE_TOK,
+    VIEW_ROUTE_FRAC,
+    VIEW_RUNNING_REQ,
+    VIEW_TYPE,
+)
+from voltana_ctrl._kernels.routers import ROUTER
+
+SIMS = types.Array(SIM, 1, "C")
+SEENS = types.Array(from_dtype(SEEN_DTYPE), 2, "C")
+LOG = types.Array(from_dtype(ITERATION_DTYPE), 1, "C")
+
+
+@njit(F8(SIM), cache=True)
+def _uniform(sim):
+    """Next number in [0, 1) of the simulation's own generator (xorshift64)."""
+    x = sim["rng"]
+    x ^= x << np.uint64(13)
+    x ^= x >> np.uint64(7)
+    x ^= x << np.uint64(17)
+    sim["rng"] = x
+    return float(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@njit(F8(SIM, F8), cache=True)
+def _jitter(sim, sd_frac):
+    """Log-normal factor of mean 1."""
+    radius = math.sqrt(-2.0 * math.log(1.0 - _uniform(sim)))
+    normal = radius * math.cos(2.0 * math.pi * _uniform(sim))
+    return math.exp(sd_frac * normal - 0.5 * sd_frac * sd_frac)
+
+
+@njit(types.void(F8_1, I8, F8), cache=True)
+def _set_next(tree, i, t_s):
+    """Tournament tree: leaf i becomes `t_s`, parents their minimum."""
+    node = len(tree) // 2 + i
+    tree[node] = t_s
+    node //= 2
+    while node >= 1:
+        tree[node] = min(tree[2 * node], tree[2 * node + 1])
+        node //= 2
+
+
+@njit(I8(F8_1), cache=True)
+def _first(tree):
+    """Leaf that holds the minimum; the lowest index on a tie."""
+    half = len(tree) // 2
+    node = 1
+    while node < half:
+        node *= 2
+        if tree[node] > tree[node + 1]:
+            node += 1
+    return node - half
+
+
+@njit(types.void(INSTS, F8_2, F8_1, I8), cache=True)
+def touch(inst, pending_s, tree, i):
+    """Recompute when instance i needs attention next."""
+    one = inst[i]
+    t_s = one["call_end_s"]
+    if one["pending"] > 0:
+        t_s = min(t_s, pending_s[i, 0])
+    if one["iterating"] != 0:
+        t_s = min(t_s, one["iter_end_s"])
+    elif one["governed"] == 1:
+        t_s = min(t_s, one["idle_since_s"] + one["idle_call_s"])
+    _set_next(tree, i, t_s)
+
+
+@njit(types.void(SIM, F8_1, I8_1, F8, I8), cache=True)
+def _push_moving(sim, moving_s, moving_r, t_s, r):
+    k = sim["n_moving"]
+    sim["n_moving"] += 1
+    while k > 0:
+        parent = (k - 1) // 2
+        if moving_s[parent] < t_s or (moving_s[parent] == t_s and moving_r[parent] < r):
+            break
+        moving_s[k] = moving_s[parent]
+        moving_r[k] = moving_r[parent]
+        k = parent
+    moving_s[k] = t_s
+    moving_r[k] = r
+
+
+@njit(I8(SIM, F8_1, I8_1), cache=True)
+def _pop_moving(sim, moving_s, moving_r):
+    top = moving_r[0]
+    sim["n_moving"] -= 1
+    n = sim["n_moving"]
+    t_s = moving_s[n]
+    r = moving_r[n]
+    k = 0
+    while 2 * k + 1 < n:
+        child = 2 * k + 1
+        right = child + 1
+        if right < n and (
+            moving_s[right] < moving_s[child]
+            or (moving_s[right] == moving_s[child] and moving_r[right] < moving_r[child])
+        ):
+            child = right
+        if t_s < moving_s[child] or (t_s == moving_s[child] and r < moving_r[child]):
+            break
+        moving_s[k] = moving_s[child]
+        moving_r[k] = moving_r[child]
+        k = child
+    moving_s[k] = t_s
+    moving_r[k] = r
+    return top
+
+
+@njit(types.void(SIM, REQS, I8), cache=True)
+def _push_route(sim, req, r):
+    req[r]["next"] = -1
+    if sim["route_tail"] >= 0:
+        req[sim["route_tail"]]["next"] = r
+    else:
+        sim["route_head"] = r
+    sim["route_tail"] = r
+
+
+@njit(types.void(SIM, INSTS, I8_1, I8), cache=True)
+def _push_start(sim, inst, starts, i):
+    if inst[i]["iterating"] == 0 and inst[i]["listed"] == 0:
+        inst[i]["listed"] = 1
+        starts[sim["n_start"]] = i
+        sim["n_start"] += 1
+
+
+@njit(types.void(INSTS, TABLES, SEENS, I8, F8), cache=True)
+def _remember(inst, tables, seen, i, now_s):
+    """Note the state of instance i for routers that see an old one."""
+    one = inst[i]
+    row = seen[i, one["seen"] & (SEEN - 1)]
+    row["t_s"] = now_s
+    row["queue_tok"] = one["prefill_tok"] + one["wait_tok"]
+    row["queue_req"] = one["prefill_req"] + one["wait_req"]
+    row["running_req"] = one["running_req"]
+    row["kv_tok"] = one["kv_tok"]
+    row["freq_mhz"] = tables[one["type"], one["clock_k"]]["clock_mhz"]
+    one["seen"] += 1
+
+
+@njit(I8(SIM, INSTS, SEENS, F8_2, I8_1, I8), cache=True)
+def _look(sim, inst, seen, view, members, need_tok):
+    """Fill the router's view of `members`; returns how many could hold `need_tok`.
+
+    Eligible are those alive and active; failing that those alive; failing that all.
+    """
+    best = 0
+    able = 0
+    for j in members:
+        one = inst[j]
+        if one["kv_capacity_tok"] < need_tok:
+            continue
+        able += 1
+        best = max(best, 2 * one["alive"] + one["alive"] * one["active"])
+    then_s = sim["now_s"] - sim["view_age_s"]
+    for j in members:
+        one = inst[j]
+        rank = 2 * one["alive"] + one["alive"] * one["active"]
+        fits = one["kv_capacity_tok"] >= need_tok and rank == best
+        view[VIEW_ELIGIBLE, j] = 1.0 if fits else 0.0
+        newest = one["seen"] - 1
+        oldest = max(0, one["seen"] - SEEN)
+        while newest > oldest and seen[j, newest & (SEEN - 1)]["t_s"] > then_s:
+            newest -= 1
+        row = seen[j, newest & (SEEN - 1)]
+        view[VIEW_QUEUE_TOK, j] = row["queue_tok"]
+        view[VIEW_QUEUE_REQ, j] = row["queue_req"]
+        view[VIEW_RUNNING_REQ, j] = row["running_req"]
+        view[VIEW_KV_TOK, j] = row["kv_tok"]
+        view[VIEW_FREQ_MHZ, j] = row["freq_mhz"]
+        view[VIEW_ROUTE_FRAC, j] = one["route_frac"]
+        view[VIEW_TYPE, j] = one["type"]
+        view[VIEW_KV_CAPACITY_TOK, j] = one["kv_capacity_tok"]
+    return able
+
+
+@njit(types.void(SIM, REQS, I8), cache=True)
+def _drop(sim, req, r):
+    q = req[r]
+    q["state"] = DROPPED
+    if sim["judge_from_s"] <= q["arrival_s"] < sim["judge_until_s"]:
+        sim["n_judged_left"] -= 1
+
+
+@njit(types.void(SIM, INSTS, TABLES, SEENS, REQS, F8_1, I8_1, I8_1, I8), cache=True)
+def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
+    """Carry out a routing choice: into the prefill queue, or on the way to decode."""
+    q = req[r]
+    if q["state"] == ROUTING:
+        one = inst[q["prefill_at"]]
+        one["arrived_req"] += 1
+        one["arrived_tok"] += q["prompt_tok"]
+        enqueue_prefill(one, req, r)
+        _remember(inst, tables, seen, q["prefill_at"], sim["now_s"])
+        _push_start(sim, inst, starts, q["prefill_at"])
+    else:
+        source = inst[q["prefill_at"]]
+        inst[q["decode_at"]]["arrived_req"] += 1
+        inst[q["decode_at"]]["arrived_tok"] += q["prompt_tok"]
+        source["transfer_j"] += q["prompt_tok"] * source["transfer_tok_j"]
+        q["state"] = MOVING
+        arrives_s = (
+            sim["now_s"] + source["transfer_latency_s"] + q["prompt_tok"] * source["transfer_tok_s"]
+        )
+        _push_moving(sim, moving_s, moving_r, arrives_s, r)
+
+
+@njit(types.void(SIM, INSTS, REQS, I8_2, I8_1, I8_1, I8), cache=True)
+def _end_chunks(sim, inst, req, finish, done, starts, i):
+    """Prompt chunks of the iteration are done; whole prompts move on."""
+    one = inst[i]
+    for _ in range(one["chunk_req"]):
+        r = one["prefill_head"]
+        q = req[r]
+        q["todo_tok"] -= q["chunk_tok"]
+        one["prefill_tok"] -= q["chunk_tok"]
+        one["prefilled_tok"] += q["chunk_tok"]
+        if q["todo_tok"] > 0:
+            break
+        one["prefill_head"] = q["next"]
+        if q["next"] < 0:
+            one["prefill_tail"] = -1
+        one["prefill_req"] -= 1
+        one["prefilling_req"] -= 1
+        if q["made_tok"] > 0:
+            join(one, req, finish, i, r)  # recomputed after a preemption
+            continue
+        q["made_tok"] = 1
+        one["emitted_tok"] += 1
+        stays = one["decodes"] != 0
+        if stays or one["first_token_decode"] == 0 or q["output_tok"] == 1:
+            q["first_s"] = sim["now_s"]
+        if q["output_tok"] == 1:
+            one["kv_tok"] -= q["context_tok"]
+            complete(sim, req, done, r, sim["now_s"])
+        elif stays:
+            q["decode_at"] = i
+            q["context_tok"] += 1
+            one["kv_tok"] += 1
+            join(one, req, finish, i, r)
+        else:
+            q["state"] = HANDOFF
+            _push_route(sim, req, r)
+
+
+@njit(types.void(SIM, REQS, I8), cache=True)
+def _release(sim, req, count):
+    """Closed loop: clients whose answer came send their next request at once."""
+    for _ in range(count):
+        r = sim["next_arrival"]
+        if r >= sim["n_requests"]:
+            return
+        sim["next_arrival"] += 1
+        q = req[r]
+        q["arrival_s"] = sim["now_s"]
+        if sim["judge_from_s"] <= sim["now_s"] < sim["judge_until_s"]:
+            sim["n_judged"] += 1
+            sim["n_judged_left"] += 1
+        q["state"] = ROUTING
+        _push_route(sim, req, r)
+
+
+@njit(types.void(SIM, INSTS, TABLES, REQS, I8_2, I8_1, I8_1, LOG, I8), cache=True)
+def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
+    one = inst[i]
+    accrue(one, tables[one["type"]], sim["now_s"])
+    one["iterating"] = 0
+    one["iterations"] += 1
+    if len(log) > 0:
+        row = log[sim["n_logged"] % len(log)]
+        row["instance"] = i
+        row["t_s"] = sim["now_s"]
+        row["wall_s"] = sim["now_s"] - one["iter_start_s"]
+        row["freq_mhz"] = tables[one["type"], one["clock_k"]]["clock_mhz"]
+        row["batch_req"] = one["batch_req"]
+        row["prefill_tok"] = one["chunk_tok"]
+        row["kv_tok"] = one["kv_tok"]
+        row["energy_j"] = one["power_w"] * row["wall_s"]
+        sim["n_logged"] += 1
+    before = sim["n_done"]
+    if one["batch_req"] > 0:
+        finish_step(sim, one, req, finish, done, i, sim["now_s"])
+    if one["chunk_req"] > 0:
+        _end_chunks(sim, inst, req, finish, done, starts, i)
+    if sim["closed_loop"] != 0:
+        _release(sim, req, sim["n_done"] - before)
+    _push_start(sim, inst, starts, i)
+
+
+@njit(F8(SIM, INST, REQS, TABLES, I8_2, F8_1, F8_1, GOVERNOR), cache=True)
+def _needed_mhz(sim, one, req, tables, padded, params, memory, governor):
+    oldest_s = 0.0
+    if one["prefill_head"] >= 0:
+        oldest_s = sim["now_s"] - req[one["prefill_head"]]["arrival_s"]
+    elif one["wait_head"] >= 0:
+        oldest_s = sim["now_s"] - req[one["wait_head"]]["arrival_s"]
+    kind = one["type"]
+    return governor(
+        tables[kind], padded[kind], params, memory, sim["now_s"],
+        float(one["batch_req"]), float(one["kv_tok"]),
+        float(one["prefill_tok"] + one["wait_tok"]), float(one["chunk_tok"]), oldest_s,
+        one["floor_mhz"], one["ceiling_mhz"],
+    )  # fmt: skip
+
+
+@njit(types.void(SIM, INST, TABLES, I8_2), cache=True)
+def _launch(sim, one, tables, padded):
+    """Begin the prepared iteration at the present clock."""
+    one["jitter_frac"] = 1.0
+    if sim["jitter_sd_frac"] > 0.0:
+        one["jitter_frac"] = _jitter(sim, sim["jitter_sd_frac"])
+    accrue(one, tables[one["type"]], sim["now_s"])
+    one["iterating"] = 1
+    one["iter_start_s"] = sim["now_s"]
+    one["iter_wall_s"] = price_iteration(one, tables, padded)
+    one["iter_end_s"] = sim["now_s"] + one["iter_wall_s"]
+
+
+@njit(types.void(SIMS, INSTS, TABLES), cache=True)
+def settle_accounts(sims, inst, tables):
+    """Bring energy and time sums of all instances up to now."""
+    for i in range(len(inst)):
+        accrue(inst[i], tables[inst[i]["type"]], sims[0]["now_s"])
+
+
+@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_1, F8_2, F8_1, I8, F8), cache=True)
+def order_clock(sims, inst, tables, padded, node_free_s, pending_s, tree, i, freq_mhz):
+    """The loop sets a clock (no governor runs on this instance)."""
+    one = inst[i]
+    k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
+    request_clock(sims[0], one, tables, padded, node_free_s, k, sims[0]["now_s"])
+    touch(inst, pending_s, tree, i)
+
+
+STATE = (
+    SIMS, INSTS, REQS, TABLES, I8_2, I8_2, F8_2, I8_2, F8_1, F8_1, F8_1, I8_1, SEENS, F8_2,
+    I8_1, I8_1, I8_1, I8_1, LOG,
+)  # fmt: skip
+BELIEFS = (TABLES, I8_2, F8_2, F8_2, F8_1, F8_1, F8_1, F8_1)
+
+
+@njit(I8(*STATE, *BELIEFS, GOVERNOR, ROUTER, ROUTER, F8), cache=True)
+def advance(
+    sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
+    moving_s, moving_r, seen, view, prefill, decode, starts, done, log,
+    believed, believed_padded, governor_params, governor_memory,
+    prefill_params, prefill_memory, decode_params, decode_memory,
+    governor, prefill_router, decode_router, until_s,
+):  # fmt: skip
+    """Run the fleet until `until_s`; see the module for when it returns earlier."""
+    sim = sims[0]
+    while True:
+        if sim["route_head"] >= 0:
+            r = sim["route_head"]
+            q = req[r]
+            need_tok = q["prompt_tok"] + q["output_tok"]
+            able = 1
+            if q["state"] == ROUTING and q["prefill_at"] < 0:
+                able = _look(
+                    sim, inst, seen, view, prefill,
+                    need_tok if inst[prefill[0]]["decodes"] != 0 else q["prompt_tok"],
+                )  # fmt: skip
+                if able > 0:
+                    if sim["hosted_prefill"] == 0:
+                        q["prefill_at"] = prefill_router(
+                            believed, believed_padded, prefill_params, prefill_memory,
+                            _uniform(sim), float(q["prompt_tok"]), view, prefill,
+                        )  # fmt: skip
+                    elif sim["answered"] != 0:
+                        q["prefill_at"] = sim["answer_instance"]
+                        sim["answered"] = 0
+                    else:
+                        sim["ask"] = ASK_PREFILL
+                        sim["ask_index"] = r
+                        return ASK_PREFILL
+            apart = inst[prefill[0]]["decodes"] == 0
+            early = sim["decode_at_arrival"] != 0
+            if (
+                able > 0
+                and apart
+                and q["decode_at"] < 0
+                and (q["state"] == HANDOFF or (q["state"] == ROUTING and early))
+            ):
+                able = _look(sim, inst, seen, view, decode, need_tok)
+                if able > 0:
+                    if sim["hosted_decode"] == 0:
+                        q["decode_at"] = decode_router(
+                            believed, believed_padded, decode_params, decode_memory,
+                            _uniform(sim), float(q["prompt_tok"]), view, decode,
+                        )  # fmt: skip
+                    elif sim["answered"] != 0:
+                        q["decode_at"] = sim["answer_instance"]
+                        sim["answered"] = 0
+                    else:
+                        sim["ask"] = ASK_DECODE
+                        sim["ask_index"] = r
+                        return ASK_DECODE
+            sim["route_head"] = q["next"]
+            if q["next"] < 0:
+                sim["route_tail"] = -1
+            if able == 0:
+                _drop(sim, req, r)
+            else:
+                _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r)
+            continue
+        if sim["n_start"] > 0:
+            i = starts[sim["n_start"] - 1]
+            one = inst[i]
+            if one["prepared"] == 0:
+                # form_batch may append to the list, so this instance leaves it first.
+                sim["n_start"] -= 1
+                one["listed"] = 0
+                if one["alive"] == 0:
+                    continue
+                busy = form_batch(sim, inst, req, finish, starts, i)
+                _remember(inst, tables, seen, i, sim["now_s"])
+                if busy == 0:
+                    accrue(one, tables[one["type"]], sim["now_s"])
+                    one["idle_since_s"] = sim["now_s"]
+                    touch(inst, pending_s, tree, i)
+                    continue
+                one["prepared"] = 1
+                one["listed"] = 1
+                starts[sim["n_start"]] = i
+                sim["n_start"] += 1
+            if one["governed"] == 2 and sim["answered"] == 0:
+                sim["ask"] = ASK_GOVERNOR
+                sim["ask_index"] = i
+                return ASK_GOVERNOR
+            if one["governed"] != 0:
+                if one["governed"] == 2:
+                    freq_mhz = sim["answer_mhz"]
+                    sim["answered"] = 0
+                else:
+                    freq_mhz = _needed_mhz(
+                        sim, one, req, believed, believed_padded, governor_params[i],
+                        governor_memory[i], governor,
+                    )  # fmt: skip
+                k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
+                request_clock(sim, one, tables, padded, node_free_s, k, sim["now_s"])
+            one["prepared"] = 0
+            one["listed"] = 0
+            sim["n_start"] -= 1
+            _launch(sim, one, tables, padded)
+            touch(inst, pending_s, tree, i)
+            continue
+        if sim["stop_when_judged"] != 0 and sim["n_judged_left"] == 0:
+            return JUDGED
+        t_s = tree[1]
+        kind = 0
+        if sim["n_moving"] > 0 and moving_s[0] < t_s:
+            t_s = moving_s[0]
+            kind = 1
+        if sim["next_arrival"] < sim["n_requests"]:
+            arrival_s = req[sim["next_arrival"]]["arrival_s"]
+            if arrival_s < t_s:
+                t_s = arrival_s
+                kind = 2
+        if t_s > until_s:
+            sim["now_s"] = until_s
+            return REACHED
+        sim["now_s"] = t_s
+        if kind == 1:
+            r = _pop_moving(sim, moving_s, moving_r)
+            i = req[r]["decode_at"]
+            enqueue_wait(inst[i], req, r)
+            _remember(inst, tables, seen, i, t_s)
+            _push_start(sim, inst, starts, i)
+        elif kind == 2:
+            r = sim["next_arrival"]
+            sim["next_arrival"] += 1
+            req[r]["state"] = ROUTING
+            _push_route(sim, req, r)
+        else:
+            i = _first(tree)
+            one = inst[i]
+            if one["call_end_s"] <= t_s:
+                call_returned(sim, inst, tables, padded, node_free_s, pending_s, pending_k, i, t_s)
+            elif one["pending"] > 0 and pending_s[i, 0] <= t_s:
+                clock_settled(inst, tables, padded, pending_s, pending_k, i, t_s)
+            elif one["iterating"] != 0:
+                _end_iteration(sim, inst, tables, req, finish, done, starts, log, i)
+            else:
+                one["idle_since_s"] = NEVER
+                freq_mhz = _needed_mhz(
+                    sim, one, req, believed, believed_padded, governor_params[i],
+                    governor_memory[i], governor,
+                )  # fmt: skip
+                k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
+                request_clock(sim, one, tables, padded, node_free_s, k, t_s)
+            if one["iterating"] == 0:
+                _remember(inst, tables, seen, i, t_s)
+            touch(inst, pending_s, tree, i)

@@ -1,0 +1,21 @@
+"""Plants behind one port: simulated, replayed, hardware. Loaded when first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_HOME = {
+    "SimBackend": "sim",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from voltana_ctrl.backends.sim import SimBackend as SimBackend
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value

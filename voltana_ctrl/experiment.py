@@ -1,0 +1,470 @@
+"""Experiments: policies x loads x seeds on the simulated fleet."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl import __version__
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.guard import Guard
+from voltana_ctrl.loop import ControlLoop
+from voltana_ctrl.policies import HEADLINE, PolicyParts, find_policy
+from voltana_ctrl.profiles import load_profile
+from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
+from voltana_ctrl.sim.engine import PlantSettings
+from voltana_ctrl.sim.metrics import run_figures, snapshot
+from voltana_ctrl.sim.traces import read_trace
+from voltana_ctrl.sim.workload import WORKLOADS, Workload, make_closed_loop, make_workload
+from voltana_ctrl.types import Decision, FleetSpec, Slo
+from voltana_ctrl.types._check import count, not_negative, positive
+
+__all__ = ["SCHEMA", "Comparison", "Run", "compare"]
+
+SCHEMA = "voltana-ctrl/compare/1"
+DEFAULT_PROFILE = "a100-sxm-80gb/llama-3.1-8b"
+DEFAULT_RATES_REQ_S = (10.0, 20.0, 35.0, 50.0, 65.0, 80.0)
+DEFAULT_SLO = Slo(ttft_s=0.6, itl_s=0.06)
+
+#: A request that is unfinished this long after the window counts as missed.
+GRACE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One policy on one load with one seed; what a worker gets.
+
+    Parameters
+    ----------
+    policy : str
+        Name, see :func:`voltana_ctrl.policies.find_policy`.
+    fleet : FleetSpec
+        The fleet.
+    slo : Slo
+        The promises.
+    workload : str or Workload
+        Name of a generator, or a trace.
+    rate_req_s : float, optional
+        Rate to generate or rescale to; the trace's own if left out.
+    concurrency : int, optional
+        Closed loop with this many clients instead.
+    seed : int
+        Of workload, routing and noise.
+    duration_s, warmup_s, tick_s : float
+        Window, time before it, control period.
+    settings : PlantSettings
+        Actuation and noise.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> run = Run(policy="static-max", fleet=fleet, slo=DEFAULT_SLO, workload="sharegpt",
+    ...           rate_req_s=4.0, duration_s=20.0, warmup_s=2.0)
+    >>> figures = run.simulate()
+    >>> figures["requests_completed"] == figures["requests_arrived"]
+    True
+    """
+
+    policy: str
+    fleet: FleetSpec
+    slo: Slo
+    workload: str | Workload
+    rate_req_s: float | None = None
+    concurrency: int | None = None
+    seed: int = 0
+    duration_s: float = 120.0
+    warmup_s: float = 30.0
+    tick_s: float = 0.1
+    settings: PlantSettings = field(default_factory=PlantSettings)
+
+    def simulate(self) -> dict[str, Any]:
+        """Run it; figures named as in the JSON of ``compare``."""
+        workload = self._requests()
+        figures: dict[str, Any] = dict.fromkeys(_RUN_KEYS)
+        figures.update(
+            policy=self.policy,
+            rate_req_s=None if self.concurrency else _number(workload.rate_req_s),
+            seed=self.seed,
+            window_s=self.duration_s,
+        )
+        if self.rate_req_s is not None:
+            figures["rate_req_s"] = self.rate_req_s
+        if self.policy == "bound":
+            return figures | self._bound(workload)
+        begin_s = time.perf_counter()
+        figures.update(self._simulate(workload))
+        figures["sim_wall_s"] = time.perf_counter() - begin_s
+        return figures
+
+    def _requests(self) -> Workload:
+        total_s = self.warmup_s + self.duration_s + GRACE_S
+        if isinstance(self.workload, str):
+            if self.concurrency is not None:
+                # More than can be served: nobody answers a request in under 0.2 s for long.
+                requests = self.concurrency * (2 + math.ceil(total_s / 0.2))
+                requests = min(requests, 2_000_000)
+                return make_closed_loop(self.workload, self.concurrency, requests, self.seed)
+            return make_workload(
+                self.workload, rate_req_s=self.rate_req_s, duration_s=total_s, seed=self.seed
+            )
+        trace = self.workload
+        if self.concurrency is not None:
+            return trace.closed_loop(self.concurrency)
+        if self.rate_req_s is not None:
+            trace = trace.rescaled(self.rate_req_s)
+        needed_s = self.warmup_s + self.duration_s
+        if trace.duration_s < needed_s:
+            raise ConfigError(
+                f"workload {trace.name}: expected at least warmup + duration = {needed_s:g} s,"
+                f" got {trace.duration_s:.1f} s; shorten --duration to at most"
+                f" {max(0.0, trace.duration_s - self.warmup_s):.0f}"
+            )
+        return trace.window(min(total_s, trace.duration_s))
+
+    def _bound(self, workload: Workload) -> dict[str, Any]:
+        if workload.concurrency is not None:
+            return {"regime": "closed_loop"}
+        load = fluid_load(workload, self.warmup_s, self.warmup_s + self.duration_s)
+        power_w = fluid_bound_w(self.fleet, load, self.slo)
+        if not math.isfinite(power_w):
+            return {"regime": "open_loop"}
+        return {
+            "energy_j": power_w * self.duration_s,
+            "mean_power_w": power_w,
+            "regime": "open_loop",
+        }
+
+    def _simulate(self, workload: Workload) -> dict[str, Any]:
+        from voltana_ctrl.backends.sim import SimBackend  # loads Numba
+
+        parts: PolicyParts = find_policy(self.policy).build(self.fleet, self.slo, self.tick_s)
+        from_s, until_s = self.warmup_s, self.warmup_s + self.duration_s
+        backend = SimBackend(
+            self.fleet,
+            workload=workload,
+            seed=self.seed,
+            settings=_with_view(self.settings, parts),
+            governors=parts.governors,
+            prefill_router=parts.prefill_router,
+            decode_router=parts.decode_router,
+            judged_s=(from_s, until_s),
+        )
+        plant = backend.plant
+        plant.apply(parts.first or Decision.highest(self.fleet))
+        times_s: list[float] = []
+        loop = None
+        if parts.controller is not None:
+            loop = ControlLoop(
+                backend, parts.controller, Guard(self.fleet), observers=[_Stopwatch(times_s)]
+            )
+
+        def go(to_s: float, *, stop_when_judged: bool = False) -> None:
+            if loop is None:
+                plant.advance(to_s, stop_when_judged=stop_when_judged)
+                return
+            loop.run(to_s)
+
+        go(from_s)
+        before = snapshot(plant)
+        go(until_s)
+        after = snapshot(plant)
+        end_s = until_s + GRACE_S
+        if loop is None:
+            go(end_s, stop_when_judged=True)
+        while plant.judged[1] > 0 and plant.now_s < end_s:
+            go(min(plant.now_s + 1.0, end_s))
+        return {
+            **run_figures(plant, before, after, self.duration_s, self.slo),
+            "guard_interventions": 0 if loop is None else loop.interventions,
+            "decide_p50_s": float(np.quantile(times_s, 0.5)) if times_s else None,
+            "decide_p99_s": float(np.quantile(times_s, 0.99)) if times_s else None,
+        }
+
+
+class _Stopwatch:
+    """Observer that keeps how long each decision took."""
+
+    def __init__(self, times_s: list[float]) -> None:
+        self._times_s = times_s
+
+    def on_tick(self, record: Any) -> None:
+        self._times_s.append(record.decide_s)
+
+
+_RUN_KEYS = (
+    "policy", "rate_req_s", "seed", "window_s", "energy_j", "mean_power_w",
+    "energy_prefill_j", "energy_decode_j", "energy_idle_j", "energy_transfer_j",
+    "energy_per_token_j", "bound_gap_closed", "ttft_attainment", "itl_attainment",
+    "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
+    "requests_arrived", "requests_completed", "requests_in_flight", "requests_dropped",
+    "preemptions", "tokens_out", "mean_batch", "mean_freq_prefill_mhz",
+    "mean_freq_decode_mhz", "clock_changes", "active_decode_mean", "guard_interventions",
+    "decide_p50_s", "decide_p99_s", "iterations", "sim_wall_s", "regime",
+)  # fmt: skip
+
+
+def _with_view(settings: PlantSettings, parts: PolicyParts) -> PlantSettings:
+    return replace(settings, view_age_s=parts.view_age_s, decode_at_arrival=parts.decode_at_arrival)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What :func:`compare` found.
+
+    Parameters
+    ----------
+    fleet, profile, workload : str
+        What was compared on.
+    slo : Slo
+        What attainment is judged by.
+    runs : tuple of dict
+        One per policy, rate and seed, in that order; keys as in the JSON.
+
+    Examples
+    --------
+    >>> Comparison(fleet="2P2D", profile="p", workload="w", slo=DEFAULT_SLO,
+    ...            runs=()).to_dict()["schema"]
+    'voltana-ctrl/compare/1'
+    """
+
+    fleet: str
+    profile: str
+    workload: str
+    slo: Slo
+    runs: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as written to JSON."""
+        return {
+            "schema": SCHEMA,
+            "version": __version__,
+            "fleet": self.fleet,
+            "profile": self.profile,
+            "workload": self.workload,
+            "slo": {
+                "ttft_s": self.slo.ttft_s,
+                "itl_s": self.slo.itl_s,
+                "attainment": self.slo.attainment,
+            },
+            "runs": list(self.runs),
+        }
+
+    def write_json(self, path: str | Path) -> None:
+        """Write the JSON of the interface.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        try:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def compare(
+    *,
+    fleet: str | FleetSpec = "2P2D",
+    profile: str = DEFAULT_PROFILE,
+    workload: str | Path | Workload = "sharegpt",
+    rates_req_s: Sequence[float] | None = None,
+    concurrency: int | None = None,
+    duration_s: float = 120.0,
+    warmup_s: float = 30.0,
+    seeds: int | Sequence[int] = 1,
+    tick_s: float = 0.1,
+    slo: Slo = DEFAULT_SLO,
+    policies: Sequence[str] = HEADLINE,
+    settings: PlantSettings | None = None,
+    executor: Executor | None = None,
+    skip_bad_rows: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Run policies on loads and seeds, all with common random numbers.
+
+    Parameters
+    ----------
+    fleet : str or FleetSpec
+        ``xPyD``, ``xC``, a TOML file, or a fleet.
+    profile : str
+        For ``xPyD`` and ``xC``; see :func:`voltana_ctrl.list_profiles`.
+    workload : str, Path or Workload
+        Name of a generator, a trace file, or requests.
+    rates_req_s : sequence of float, optional
+        Loads; 10 to 80 for generators, a trace's own rate by default.
+    concurrency : int, optional
+        Closed loop with this many clients instead of rates.
+    duration_s, warmup_s : float
+        Window that counts, and time before it.
+    seeds : int or sequence of int
+        How many (0, 1, ...), or which.
+    tick_s : float
+        Control period.
+    slo : Slo
+        The promises.
+    policies : sequence of str
+        Names, see :func:`voltana_ctrl.policies.find_policy`.
+    settings : PlantSettings, optional
+        Actuation and noise.
+    executor : concurrent.futures.Executor, optional
+        Where runs go; this process if left out.
+    skip_bad_rows : bool
+        Leave out rows of a trace that cannot be read, rather than refuse the file.
+    on_progress : callable (done, total), optional
+        Called after each run.
+
+    Returns
+    -------
+    Comparison
+        The same whatever the executor, timing fields aside.
+
+    Raises
+    ------
+    ConfigError
+        Naming the argument that does not fit, before anything runs.
+
+    Examples
+    --------
+    >>> result = compare(fleet="1P1D", rates_req_s=[5.0], duration_s=20.0, warmup_s=5.0,
+    ...                  policies=["static-max", "static-1005"])
+    >>> result.runs[1]["energy_j"] < result.runs[0]["energy_j"]
+    True
+    """
+    spec, fleet_name, profile_name = _fleet(fleet, profile)
+    source, name = _workload(workload, skip_bad_rows)
+    rates = _rates(rates_req_s, concurrency, source)
+    positive("duration_s", duration_s)
+    not_negative("warmup_s", warmup_s)
+    positive("tick_s", tick_s)
+    if isinstance(seeds, int):
+        count("seeds", seeds)
+        seeds = range(seeds)
+    if not policies:
+        raise ConfigError("policies: expected at least one name, got none")
+    runs = [
+        Run(
+            policy=policy,
+            fleet=spec,
+            slo=slo,
+            workload=source,
+            rate_req_s=rate,
+            concurrency=concurrency,
+            seed=int(seed),
+            duration_s=duration_s,
+            warmup_s=warmup_s,
+            tick_s=tick_s,
+            settings=settings or PlantSettings(),
+        )
+        for policy in dict.fromkeys(policies)
+        for rate in rates
+        for seed in seeds
+    ]
+    for policy in dict.fromkeys(policies):
+        find_policy(policy).build(spec, slo, tick_s)  # refuse what does not fit before any run
+    figures = _run_all(runs, executor, on_progress)
+    _fill_gap_closed(figures)
+    return Comparison(
+        fleet=fleet_name, profile=profile_name, workload=name, slo=slo, runs=tuple(figures)
+    )
+
+
+def _fleet(fleet: str | FleetSpec, profile: str) -> tuple[FleetSpec, str, str]:
+    if isinstance(fleet, FleetSpec):
+        spec, name = fleet, f"{len(fleet)} instances"
+    elif str(fleet).endswith(".toml"):
+        spec, name = FleetSpec.from_toml(fleet, load_profile), Path(fleet).name
+    else:
+        spec, name = FleetSpec.parse(str(fleet), load_profile(profile)), str(fleet)
+    used = dict.fromkeys(instance.profile.name for instance in spec.instances)
+    return spec, name, ", ".join(used)
+
+
+def _workload(workload: str | Path | Workload, skip_bad_rows: bool) -> tuple[str | Workload, str]:
+    if isinstance(workload, Workload):
+        return workload, workload.name
+    if isinstance(workload, str) and workload in WORKLOADS:
+        return workload, workload
+    if not Path(workload).exists():
+        raise ConfigError(
+            f"workload {str(workload)!r}: expected one of {', '.join(WORKLOADS)} or a trace"
+            " file, got neither"
+        )
+    return read_trace(workload, skip_bad_rows=skip_bad_rows), Path(workload).name
+
+
+def _rates(
+    rates_req_s: Sequence[float] | None, concurrency: int | None, source: str | Workload
+) -> Sequence[float | None]:
+    if concurrency is not None:
+        count("concurrency", concurrency)
+        if rates_req_s is not None:
+            raise ConfigError("rate and concurrency: expected one of them, got both")
+        return (None,)
+    if rates_req_s is None:
+        return DEFAULT_RATES_REQ_S if isinstance(source, str) else (None,)
+    if not len(rates_req_s):
+        raise ConfigError("rate: expected at least one number, got none")
+    for rate in rates_req_s:
+        positive("rate", rate)
+    return rates_req_s
+
+
+def _run_all(
+    runs: list[Run],
+    executor: Executor | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:
+    done = 0
+
+    def tell(_: object = None) -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, len(runs))
+
+    if on_progress is not None:
+        on_progress(0, len(runs))
+    if executor is None:
+        figures = []
+        for run in runs:
+            figures.append(run.simulate())
+            tell()
+        return figures
+    futures: list[Future[dict[str, Any]]] = []
+    for run in runs:
+        future = executor.submit(run.simulate)
+        future.add_done_callback(tell)
+        futures.append(future)
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _fill_gap_closed(figures: list[dict[str, Any]]) -> None:
+    """Share of the way from voltanallm to the bound; None where that is under 5 %."""
+    energy_j = {(run["policy"], run["rate_req_s"], run["seed"]): run["energy_j"] for run in figures}
+    for run in figures:
+        where = (run["rate_req_s"], run["seed"])
+        volta_j = energy_j.get(("voltanallm", *where))
+        bound_j = energy_j.get(("bound", *where))
+        if not volta_j or not bound_j or run["energy_j"] is None:
+            continue
+        if volta_j - bound_j >= 0.05 * volta_j:
+            run["bound_gap_closed"] = (volta_j - run["energy_j"]) / (volta_j - bound_j)

@@ -1,0 +1,171 @@
+"""The one veto between what a controller asks for and what is applied."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Status
+from voltana_ctrl.types._check import F64, Bool, positive
+
+__all__ = ["Guard"]
+
+
+class Guard:
+    """Makes every decision safe to apply; pure and idempotent.
+
+    Order of precedence: supported clock, then the power ceiling, then the SLO, then energy.
+    A ceiling is rounded down to a supported clock and may fall at once; a floor is rounded up
+    and falls no faster than the slew, unless the ceiling forces it. A decision whose status
+    is not OK, or one made on stale readings, is replaced: by the last one for `hold_s`, then
+    by the highest clock under the last valid ceiling with equal shares.
+
+    Parameters
+    ----------
+    spec : FleetSpec
+        The fleet.
+    slew_mhz_s : float
+        Largest fall of a floor per second.
+    stale_s : float
+        Readings older than this are not acted on.
+    hold_s : float
+        How long the last decision stands in for one that may not be applied.
+    kv_full_frac : float
+        An instance this full gets no new work while others are left.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not positive.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import Decision, FleetSpec, FleetState, Guard, Observation, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> wish = Decision.highest(fleet, floor_mhz=[1001.0, 222.0])
+    >>> Guard(fleet).shield(wish, Observation(state=FleetState.idle(2)), None).freq_mhz
+    array([1005.,  225.])
+    """
+
+    def __init__(
+        self,
+        spec: FleetSpec,
+        *,
+        slew_mhz_s: float = 1e9,
+        stale_s: float = 2.0,
+        hold_s: float = 1.0,
+        kv_full_frac: float = 0.98,
+    ) -> None:
+        positive("Guard.slew_mhz_s", slew_mhz_s)
+        positive("Guard.stale_s", stale_s)
+        positive("Guard.hold_s", hold_s)
+        positive("Guard.kv_full_frac", kv_full_frac)
+        self.spec = spec
+        self.slew_mhz_s = slew_mhz_s
+        self.stale_s = stale_s
+        self.hold_s = hold_s
+        self.kv_full_frac = kv_full_frac
+        self._phases = (np.array(spec.prefill), np.array(spec.decode))
+        self._kv_capacity_tok = spec.kv_capacity_tok
+        self._clocks_mhz = [instance.clocks_mhz for instance in spec.instances]
+
+    def shield(
+        self, proposed: Decision, observation: Observation, last: Decision | None
+    ) -> Decision:
+        """Decision that may be applied.
+
+        Parameters
+        ----------
+        proposed : Decision
+            What the controller asks for.
+        observation : Observation
+            What it was made on.
+        last : Decision, optional
+            What was applied before.
+
+        Returns
+        -------
+        Decision
+            Its status says why, where it is not the controller's own.
+        """
+        state = observation.state
+        status = proposed.status
+        if status is Status.OK and np.all(state.age_s > self.stale_s):
+            status = Status.STALE
+        base = proposed if status is Status.OK else self._stand_in(proposed, state, last)
+        ceiling_mhz = self._ceilings(base.freq_max_mhz)
+        floor_mhz = self._floors(base.freq_mhz, ceiling_mhz, state, last)
+        route_frac, active = self._shares(base, state)
+        return replace(
+            base,
+            freq_mhz=floor_mhz,
+            freq_max_mhz=ceiling_mhz,
+            route_frac=route_frac,
+            active=active,
+            status=status,
+            t_s=proposed.t_s,
+        )
+
+    def changes(self, proposed: Decision, applied: Decision) -> tuple[str, ...]:
+        """What :meth:`shield` changed, in words; empty if nothing that matters."""
+        said = []
+        if proposed.status is not applied.status or applied.status is not Status.OK:
+            said.append(f"replaced: {applied.status.name.lower()}")
+        elif np.any(applied.freq_mhz > self._ceilings_up(proposed.freq_mhz)):
+            said.append("floor held by slew")
+        if not np.array_equal(proposed.active, applied.active):
+            said.append("active set")
+        if not np.allclose(proposed.route_frac, applied.route_frac, atol=1e-9):
+            said.append("shares")
+        return tuple(said)
+
+    def _stand_in(self, proposed: Decision, state: FleetState, last: Decision | None) -> Decision:
+        if last is not None and 0.0 <= state.t_s - last.t_s <= self.hold_s:
+            return last
+        ceiling_mhz = self.spec.max_mhz if last is None else last.freq_max_mhz
+        return Decision.highest(self.spec, t_s=proposed.t_s, ceiling_mhz=ceiling_mhz)
+
+    def _ceilings(self, wanted_mhz: F64) -> F64:
+        """Highest supported clock at or below each; the lowest there is if none."""
+        return np.array(
+            [
+                clocks[max(0, int(np.searchsorted(clocks, wanted, side="right")) - 1)]
+                for clocks, wanted in zip(self._clocks_mhz, wanted_mhz, strict=True)
+            ]
+        )
+
+    def _ceilings_up(self, wanted_mhz: F64) -> F64:
+        """Lowest supported clock at or above each; the highest there is if none."""
+        return np.array(
+            [
+                clocks[min(len(clocks) - 1, int(np.searchsorted(clocks, wanted)))]
+                for clocks, wanted in zip(self._clocks_mhz, wanted_mhz, strict=True)
+            ]
+        )
+
+    def _floors(
+        self, wanted_mhz: F64, ceiling_mhz: F64, state: FleetState, last: Decision | None
+    ) -> F64:
+        if last is not None:
+            span_s = max(0.0, state.t_s - last.t_s)
+            wanted_mhz = np.maximum(wanted_mhz, last.freq_mhz - self.slew_mhz_s * span_s)
+        return np.minimum(self._ceilings_up(wanted_mhz), ceiling_mhz)
+
+    def _shares(self, base: Decision, state: FleetState) -> tuple[F64, Bool]:
+        """Shares on the simplex of each phase; none to the dead, the parked and the full."""
+        active = base.active & state.alive
+        route_frac = np.zeros(len(active))
+        full = state.kv_used_tok > self.kv_full_frac * self._kv_capacity_tok
+        for members in self._phases:
+            if not active[members].any():
+                # Nobody of this phase may work: everybody who lives must.
+                active[members] = state.alive[members] if state.alive[members].any() else True
+            for able in (active & ~full, active):
+                share = np.where(able[members], base.route_frac[members], 0.0)
+                if share.sum() <= 0.0:
+                    share = able[members].astype(float)
+                if share.sum() > 0.0:
+                    break
+            route_frac[members] = share / share.sum()
+        return route_frac, active

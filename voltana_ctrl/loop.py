@@ -1,0 +1,234 @@
+"""The control loop and its clocks: read, decide, guard, apply, publish, record, sleep."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.guard import Guard
+from voltana_ctrl.ports import Backend, Clock, Observer, Router
+from voltana_ctrl.sim.clock import SimClock
+from voltana_ctrl.types import Decision, FleetState, TickRecord
+
+__all__ = ["ControlLoop", "SimClock", "WallClock"]
+
+
+class WallClock:
+    """Monotonic time of this process.
+
+    Examples
+    --------
+    >>> clock = WallClock()
+    >>> clock.now_s() <= clock.now_s()
+    True
+    """
+
+    def now_s(self) -> float:
+        """Seconds on the monotonic clock."""
+        return time.monotonic()
+
+    def sleep_until_s(self, t_s: float) -> None:
+        """Sleep until `t_s`; returns at once if it has passed."""
+        time.sleep(max(0.0, t_s - time.monotonic()))
+
+
+class _Decides(Protocol):
+    """What a policy is: a Controller, or the host's own object."""
+
+    def init(self) -> Any: ...
+
+    def decide(self, observation: Any, memory: Any) -> tuple[Decision, Any]: ...
+
+
+class ControlLoop:
+    """Runs a controller on a backend; gives the hardware back on the way out.
+
+    Parameters
+    ----------
+    backend : Backend
+        Simulated, replayed or real plant.
+    controller : Controller or object with init/decide
+        The policy. Its `period_s` is the period of the loop, 0.1 s if it has none.
+    guard : Guard, optional
+        The veto; one with default settings if left out.
+    router : Router, optional
+        Told every applied decision.
+    clock : Clock, optional
+        The backend's own (`backend.clock`) if it has one, else the wall clock.
+    observers : sequence of Observer
+        Called with every TickRecord.
+
+    Raises
+    ------
+    ConfigError
+        If the controller has no init/decide.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import ControlLoop, FleetSpec, load_profile
+    >>> from voltana_ctrl.backends import SimBackend
+    >>> from voltana_ctrl.control import StaticController
+    >>> from voltana_ctrl.sim.workload import make_workload
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> workload = make_workload("sharegpt", rate_req_s=2.0, duration_s=10.0, seed=0)
+    >>> with ControlLoop(SimBackend(fleet, workload=workload),
+    ...                  StaticController(fleet, 1005)) as loop:
+    ...     loop.run(1.0)
+    ...     loop.state.freq_mhz
+    array([1005., 1005.])
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        controller: _Decides,
+        guard: Guard | None = None,
+        router: Router | None = None,
+        *,
+        clock: Clock | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        for name in ("init", "decide"):
+            if not callable(getattr(controller, name, None)):
+                raise ConfigError(
+                    f"ControlLoop: expected a controller with init() and decide(observation,"
+                    f" memory), got {controller!r} without {name}"
+                )
+        self.backend = backend
+        self.controller = controller
+        self.guard = guard or Guard(backend.spec)
+        self.router = router
+        self.clock: Clock = clock or getattr(backend, "clock", None) or WallClock()
+        self.observers = tuple(observers)
+        self.period_s = float(getattr(controller, "period_s", 0.1))
+        self.ticks = 0
+        self.interventions = 0
+        self._memory = controller.init()
+        self._applied: Decision | None = None
+        self._state: FleetState | None = None
+        self._missed = 0
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def state(self) -> FleetState:
+        """State of the latest tick, for routers; idle before the first."""
+        return self._state or FleetState.idle(len(self.backend.spec))
+
+    @property
+    def applied(self) -> Decision | None:
+        """Decision of the latest tick."""
+        return self._applied
+
+    def tick(self) -> TickRecord:
+        """Turn once: read, decide, guard, apply, publish, record."""
+        begin_s = time.perf_counter()
+        observation = self.backend.read()
+        decide_begin_s = time.perf_counter()
+        proposed, memory = self.controller.decide(observation, self._memory)
+        decide_s = time.perf_counter() - decide_begin_s
+        applied = self.guard.shield(proposed, observation, self._applied)
+        said = self.guard.changes(proposed, applied)
+        self.backend.apply(applied)
+        if self.router is not None:
+            self.router.update(applied)
+        # Only now, so that a tick that failed half-way can be repeated.
+        self._memory = memory
+        self._applied = applied
+        self._state = observation.state
+        self.interventions += bool(said)
+        record = TickRecord(
+            number=self.ticks,
+            observation=observation,
+            proposed=proposed,
+            applied=applied,
+            interventions=said,
+            decide_s=decide_s,
+            tick_s=time.perf_counter() - begin_s,
+            missed=self._missed,
+        )
+        self.ticks += 1
+        for observer in self.observers:
+            observer.on_tick(record)
+        return record
+
+    def run(self, until_s: float) -> None:
+        """Tick every period until `until_s` on the loop's clock.
+
+        Missed deadlines are skipped and counted in the next record, never made up for.
+        """
+        start_s = self.clock.now_s()
+        number = 0
+        while not self._stopping.is_set():
+            due_s = start_s + number * self.period_s
+            if due_s >= until_s:
+                break
+            self.clock.sleep_until_s(due_s)
+            if self._stopping.is_set():
+                return
+            self.tick()
+            late = int((self.clock.now_s() - due_s) / self.period_s)
+            self._missed = late
+            number += 1 + late
+        if not self._stopping.is_set():
+            self.clock.sleep_until_s(until_s)
+
+    def start(self) -> None:
+        """Run in a thread of its own until :meth:`stop`.
+
+        Raises
+        ------
+        ConfigError
+            If it runs already.
+        """
+        if self._thread is not None:
+            raise ConfigError("ControlLoop.start: it runs already; call stop() first")
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._run_thread, name="voltana-ctrl", daemon=True)
+        self._thread.start()
+
+    def _run_thread(self) -> None:
+        try:
+            self.run(float("inf"))
+        except BaseException as error:  # noqa: BLE001  handed to whoever calls stop()
+            self._failure = error
+            self.backend.close()
+
+    def stop(self) -> None:
+        """Stop the thread; raises what ended it, if it failed.
+
+        Raises
+        ------
+        BackendError
+            With the failure as its cause, if a tick failed.
+        """
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise BackendError(f"the control loop stopped: {failure}") from failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.stop()
+        finally:
+            self.backend.close()
+
+
+if TYPE_CHECKING:
+    _: type[Clock] = WallClock

@@ -1,0 +1,91 @@
+"""Profiles: what one instance of a (GPU, model, engine) does at each clock.
+
+Every profile is a TOML file of laws: a few coefficients and the shapes with which they depend
+on the clock, each section with its `status`, `source` and `error`. :func:`load_profile`
+evaluates the laws on the card's ladder of supported clocks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.profiles.laws import profile_from_laws
+from voltana_ctrl.types.profile import Profile
+
+__all__ = ["list_profiles", "load_profile"]
+
+
+def list_profiles() -> tuple[str, ...]:
+    """Names of the profiles that come with the package, sorted.
+
+    Examples
+    --------
+    >>> "a100-sxm-80gb/llama-3.1-8b" in list_profiles()
+    True
+    """
+    gpus = (folder for folder in (files(__name__) / "data").iterdir() if folder.is_dir())
+    names = [
+        f"{gpu.name}/{model.name.removesuffix('.toml')}"
+        for gpu in gpus
+        for model in gpu.iterdir()
+        if model.name.endswith(".toml")
+    ]
+    return tuple(sorted(names))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """Profile by name, or from a TOML file of one's own.
+
+    Parameters
+    ----------
+    name : str or Path
+        One of :func:`list_profiles`, or the path of a file that ends in ``.toml``.
+
+    Returns
+    -------
+    Profile
+        With one row of its table per supported clock.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such profile, or the file cannot be read or does not fit the format.
+
+    Examples
+    --------
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> len(profile.table), profile.kv_capacity_tok
+    (81, 450000)
+    >>> load_profile("a100-sxm-80gb/llama-3-8b")
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: profile: expected one of ..., got
+    'a100-sxm-80gb/llama-3-8b'; did you mean 'a100-sxm-80gb/llama-3.1-8b'?
+    """
+    text = str(name)
+    if text.endswith(".toml"):
+        return _read(text, Path(text).read_bytes)
+    known = list_profiles()
+    if text not in known:
+        close = difflib.get_close_matches(text, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else "; or name a .toml file"
+        raise ConfigError(f"profile: expected one of {', '.join(known)}, got {text!r}{hint}")
+    return _read(text, (files(__name__) / "data" / f"{text}.toml").read_bytes)
+
+
+def _read(where: str, read_bytes: Callable[[], bytes]) -> Profile:
+    try:
+        laws = tomllib.loads(read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"profile {where}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"profile {where}: expected TOML: {error}") from error
+    try:
+        return profile_from_laws(laws)
+    except ConfigError as error:
+        raise ConfigError(f"profile {where}: {error}") from error

@@ -1,0 +1,148 @@
+"""Compiled routers: settings and memory around a kernel of the compiled router port.
+
+The simulator calls the kernel, a server calls :meth:`CompiledRouter.route`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from voltana_ctrl._kernels import layout
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import Decision, FleetSpec, FleetState, InstanceSpec, Request
+from voltana_ctrl.types._check import F64, I64
+
+__all__ = ["CompiledRouter", "Phase"]
+
+Phase = Literal["prefill", "decode"]
+
+
+def instance_types(fleet: FleetSpec) -> tuple[Any, I64, I64]:
+    """Coefficient table and batch sizes per distinct instance, and each one's type.
+
+    Returns
+    -------
+    tables : records of PROFILE_DTYPE, shape (n_types, n_clocks)
+        Short ladders are filled up with their top row.
+    padded : ndarray of int, shape (n_types, largest max_batch + 1)
+        Executed batch sizes.
+    kind : ndarray of int, shape (n,)
+        Row of each instance.
+    """
+    keys: dict[tuple[int, bytes, int], int] = {}
+    kind = np.zeros(len(fleet), dtype=np.int64)
+    firsts: list[InstanceSpec] = []
+    for i, instance in enumerate(fleet.instances):
+        key = (id(instance.profile), instance.clocks_mhz.tobytes(), instance.max_batch)
+        if key not in keys:
+            keys[key] = len(firsts)
+            firsts.append(instance)
+        kind[i] = keys[key]
+    n_clocks = max(len(instance.clocks_mhz) for instance in firsts)
+    n_sizes = max(instance.max_batch for instance in firsts) + 1
+    tables = np.zeros((len(firsts), n_clocks), dtype=layout.PROFILE_DTYPE)
+    padded = np.zeros((len(firsts), n_sizes), dtype=np.int64)
+    for row, instance in enumerate(firsts):
+        rows = instance.table
+        tables[row, : len(rows)] = rows
+        tables[row, len(rows) :] = rows[-1]
+        padded[row] = instance.profile.padded_batch(n_sizes - 1)
+    return tables, padded, kind
+
+
+class CompiledRouter:
+    """A router kernel for one phase of a fleet.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+    kernel : callable
+        Numba function of :data:`voltana_ctrl._kernels.routers.ROUTER_SIGNATURE`.
+    params : sequence of float
+        Settings that the kernel reads.
+    seed : int
+        Of the random numbers that the kernel gets when a server calls it; the simulator
+        draws its own.
+
+    Raises
+    ------
+    ConfigError
+        If the phase is neither.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> from voltana_ctrl._kernels.routers import shortest
+    >>> fleet = FleetSpec.parse("1P3D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> router = CompiledRouter(fleet, "decode", shortest)
+    >>> router.route(Request(prompt_tok=100), FleetState.idle(4))
+    1
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSpec,
+        phase: Phase,
+        kernel: Any,
+        params: tuple[float, ...] | list[float] = (),
+        *,
+        seed: int = 0,
+    ) -> None:
+        if phase not in ("prefill", "decode"):
+            raise ConfigError(f"router phase: expected 'prefill' or 'decode', got {phase!r}")
+        self.fleet = fleet
+        self.phase = phase
+        self.kernel = kernel
+        self.params: F64 = np.array(params, dtype=np.float64)
+        self.memory = np.zeros(len(fleet))
+        # A copy, since a fleet's arrays are read-only and kernels take writable ones.
+        self._members = np.array(fleet.prefill if phase == "prefill" else fleet.decode)
+        self._tables, self._padded, kind = instance_types(fleet)
+        self._view = np.zeros((layout.N_VIEW, len(fleet)))
+        self._view[layout.VIEW_TYPE] = kind
+        self._view[layout.VIEW_KV_CAPACITY_TOK] = fleet.kv_capacity_tok
+        self._active = np.ones(len(fleet), dtype=bool)
+        self._random = np.random.default_rng(seed)
+
+    def update(self, decision: Decision) -> None:
+        """Take shares and active set of the latest decision."""
+        self._view[layout.VIEW_ROUTE_FRAC] = decision.route_frac
+        self._active = decision.active
+
+    def route(self, request: Request, state: FleetState) -> int:
+        """Index of the instance for this request.
+
+        Dead, parked and KV-full instances are passed over as long as another is left.
+        """
+        view = self._view
+        members = self._members
+        full = state.kv_used_tok + request.prompt_tok > view[layout.VIEW_KV_CAPACITY_TOK]
+        view[layout.VIEW_ELIGIBLE] = 0.0
+        for able in (state.alive & self._active & ~full, state.alive & ~full, state.alive):
+            if able[members].any():
+                view[layout.VIEW_ELIGIBLE, members] = able[members]
+                break
+        else:
+            view[layout.VIEW_ELIGIBLE, members] = 1.0
+        view[layout.VIEW_QUEUE_TOK] = state.queue_tok
+        view[layout.VIEW_QUEUE_REQ] = state.queue_req
+        view[layout.VIEW_RUNNING_REQ] = state.running_req
+        view[layout.VIEW_KV_TOK] = state.kv_used_tok
+        view[layout.VIEW_FREQ_MHZ] = state.freq_mhz
+        return int(
+            self.kernel(
+                self._tables,
+                self._padded,
+                self.params,
+                self.memory,
+                self._random.random(),
+                float(request.prompt_tok),
+                view,
+                members,
+            )
+        )

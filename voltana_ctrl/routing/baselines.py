@@ -1,0 +1,172 @@
+"""Routers to compare against, each by one function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.routing.base import CompiledRouter, Phase
+from voltana_ctrl.types import FleetSpec, Slo
+
+__all__ = ["fadr_router", "least_queue_router", "random_router", "share_router",
+           "shortest_router", "tile_aware_router"]  # fmt: skip
+
+
+def share_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
+    """Honour the shares of the latest decision by smooth weighted round robin.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import Decision, FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> router = share_router(fleet, "decode")
+    >>> router.update(Decision.highest(fleet))
+    >>> [router.route(Request(prompt_tok=9), FleetState.idle(3)) for _ in range(4)]
+    [1, 2, 1, 2]
+    """
+    from voltana_ctrl._kernels.routers import by_share
+
+    return CompiledRouter(fleet, phase, by_share)
+
+
+def random_router(fleet: FleetSpec, phase: Phase, *, seed: int = 0) -> CompiledRouter:
+    """Uniformly at random (VoltanaLLM v0.1's choice for prefill).
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+    seed : int
+        Of the random numbers when a server calls it; the simulator draws its own.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("2P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> random_router(fleet, "prefill").route(Request(prompt_tok=9), FleetState.idle(3)) < 2
+    True
+    """
+    from voltana_ctrl._kernels.routers import at_random
+
+    return CompiledRouter(fleet, phase, at_random, seed=seed)
+
+
+def least_queue_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
+    """Fewest prompt tokens waiting.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("2P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> least_queue_router(fleet, "prefill").route(Request(prompt_tok=9), FleetState.idle(3))
+    0
+    """
+    from voltana_ctrl._kernels.routers import least_queue
+
+    return CompiledRouter(fleet, phase, least_queue)
+
+
+def shortest_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
+    """Join the shortest queue: fewest requests running or waiting.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> shortest_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(3))
+    1
+    """
+    from voltana_ctrl._kernels.routers import shortest
+
+    return CompiledRouter(fleet, phase, shortest)
+
+
+def tile_aware_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
+    """VoltanaLLM v0.1's ``tile_aware``: fill a tile of 128 before opening the next.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> tile_aware_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(3))
+    1
+    """
+    from voltana_ctrl._kernels.routers import tile_aware
+
+    return CompiledRouter(fleet, phase, tile_aware)
+
+
+def fadr_router(
+    fleet: FleetSpec,
+    phase: Phase,
+    slo: Slo,
+    *,
+    ladder_mhz: Sequence[float] | None,
+) -> CompiledRouter:
+    """VoltanaLLM v0.1's ``fadr``: keep a request from pushing an instance up its ladder.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        As believed; all instances must share one list of supported clocks.
+    phase : {"prefill", "decode"}
+        Which instances it picks from; made for decode.
+    slo : Slo
+        Its ITL target is used.
+    ladder_mhz : sequence of float or None
+        The governors' ladder; None for every supported clock.
+
+    Raises
+    ------
+    ConfigError
+        If instances differ in their supported clocks.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, Slo, load_profile
+    >>> fleet = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> router = fadr_router(fleet, "decode", Slo(ttft_s=0.6, itl_s=0.06), ladder_mhz=[1005, 1410])
+    >>> router.route(Request(prompt_tok=9), FleetState.idle(3))
+    1
+    """
+    from voltana_ctrl._kernels.routers import fadr
+
+    members = fleet.prefill if phase == "prefill" else fleet.decode
+    ladders = {fleet.instances[i].clocks_mhz.tobytes() for i in members}
+    if len(ladders) > 1:
+        raise ConfigError(
+            "fadr_router: expected one list of supported clocks for all instances, as in"
+            " VoltanaLLM v0.1; use another router for this fleet"
+        )
+    rungs = fleet.instances[members[0]].clock_rows(ladder_mhz)
+    return CompiledRouter(fleet, phase, fadr, [slo.itl_s, float(len(rungs)), *map(float, rungs)])

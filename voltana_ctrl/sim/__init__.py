@@ -1,0 +1,1 @@
+"""The simulated fleet: workloads, trace readers, the discrete-event plant, its metrics."""

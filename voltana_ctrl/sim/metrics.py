@@ -1,0 +1,164 @@
+"""Figures of a simulated run: energy inside the window, latencies of the judged requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl._kernels import layout, plant
+from voltana_ctrl.sim.engine import Plant
+from voltana_ctrl.types import Slo
+
+__all__ = ["run_figures", "snapshot"]
+
+
+def snapshot(simulated: Plant) -> Any:
+    """Copy of every instance's sums, brought up to now.
+
+    Parameters
+    ----------
+    simulated : Plant
+        Stopped at an edge of the window.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.workload import make_workload
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> run = Plant(fleet, make_workload("sharegpt", rate_req_s=1.0, duration_s=5.0, seed=0))
+    >>> float(snapshot(run)["idle_j"].sum())
+    0.0
+    """
+    plant.settle_accounts(simulated._sim, simulated.instances, simulated._tables)
+    return simulated.instances.copy()
+
+
+def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo: Slo) -> dict[
+    str, Any
+]:  # fmt: skip
+    """Figures of one run, as the JSON of ``compare`` names them.
+
+    Parameters
+    ----------
+    simulated : Plant
+        After the run.
+    before, after : snapshots
+        At the edges of the window.
+    window_s : float
+        Its length.
+    slo : Slo
+        What attainment is judged by.
+
+    Returns
+    -------
+    dict
+        A value that does not exist is None, never 0.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.sim.workload import make_workload
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> run = Plant(fleet, make_workload("sharegpt", rate_req_s=1.0, duration_s=60.0, seed=0))
+    >>> before = snapshot(run)
+    >>> run.advance(60.0)
+    >>> figures = run_figures(run, before, snapshot(run), 60.0, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> figures["slo_attainment"] > 0.9
+    True
+    """
+    energy_j = _energy(before, after)
+    tokens_out = int(_gain(before, after, "emitted_tok").sum())
+    return {
+        "window_s": window_s,
+        **energy_j,
+        "mean_power_w": energy_j["energy_j"] / window_s,
+        "energy_per_token_j": energy_j["energy_j"] / tokens_out if tokens_out else None,
+        **_latencies(simulated, slo),
+        "tokens_out": tokens_out,
+        **_activity(simulated, before, after, window_s),
+    }
+
+
+def _gain(before: Any, after: Any, name: str) -> Any:
+    return after[name] - before[name]
+
+
+def _energy(before: Any, after: Any) -> dict[str, float]:
+    parts = {
+        f"energy_{part}_j": float(_gain(before, after, f"{part}_j").sum())
+        for part in ("prefill", "decode", "idle", "transfer")
+    }
+    return {"energy_j": sum(parts.values()), **parts}
+
+
+def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
+    requests = simulated.requests
+    sim = simulated._sim[0]
+    judged = (requests["arrival_s"] >= sim["judge_from_s"]) & (
+        requests["arrival_s"] < min(sim["judge_until_s"], 1e299)
+    )
+    judged &= requests["state"] != layout.FUTURE
+    rows = requests[judged]
+    done = rows["state"] == layout.DONE
+    dropped = rows["state"] == layout.DROPPED
+    started = rows["first_s"] >= 0.0
+    ttft_s = (rows["first_s"] - rows["arrival_s"])[started]
+    gaps = np.maximum(rows["output_tok"] - 1, 1)
+    itl_s = ((rows["done_s"] - rows["first_s"]) / gaps)[done]
+    ttft_met = np.zeros(len(rows), dtype=bool)
+    itl_met = np.zeros(len(rows), dtype=bool)
+    ttft_met[started] = ttft_s <= slo.ttft_s
+    itl_met[done] = itl_s <= slo.itl_s
+    several = rows["output_tok"][done] > 1  # a single token has no gap
+    return {
+        "ttft_attainment": _mean(ttft_met),
+        "itl_attainment": _mean(itl_met),
+        "slo_attainment": _mean(ttft_met & itl_met),
+        "ttft_p50_s": _quantile(ttft_s, 0.5),
+        "ttft_p99_s": _quantile(ttft_s, 0.99),
+        "itl_p50_s": _quantile(itl_s[several], 0.5),
+        "itl_p99_s": _quantile(itl_s[several], 0.99),
+        "requests_arrived": len(rows),
+        "requests_completed": int(done.sum()),
+        "requests_in_flight": int(len(rows) - done.sum() - dropped.sum()),
+        "requests_dropped": int(dropped.sum()),
+        "preemptions": int(rows["preemptions"].sum()),
+    }
+
+
+def _activity(simulated: Plant, before: Any, after: Any, window_s: float) -> dict[str, Any]:
+    fleet = simulated.fleet
+    decoded = _gain(before, after, "decoded_tok").sum()
+    iterations = _gain(before, after, "decode_iterations").sum()
+    busy_s = _gain(before, after, "busy_s")
+    busy_mhz_s = _gain(before, after, "busy_mhz_s")
+    mean_batch = float(decoded / iterations) if iterations else None
+    largest = max(fleet.instances[i].max_batch for i in fleet.decode)
+    regime = "open_loop"
+    if mean_batch is not None and mean_batch >= 0.98 * largest:
+        regime = "capped_batch"
+    if simulated.workload.concurrency is not None:
+        regime = "closed_loop"
+    return {
+        "mean_batch": mean_batch,
+        "mean_freq_prefill_mhz": _ratio(busy_mhz_s[fleet.prefill], busy_s[fleet.prefill]),
+        "mean_freq_decode_mhz": _ratio(busy_mhz_s[fleet.decode], busy_s[fleet.decode]),
+        "clock_changes": int(_gain(before, after, "clock_sets").sum()),
+        "active_decode_mean": float(_gain(before, after, "active_s")[fleet.decode].sum())
+        / window_s,
+        "iterations": int(_gain(before, after, "iterations").sum()),
+        "regime": regime,
+    }
+
+
+def _ratio(over: Any, under: Any) -> float | None:
+    return float(over.sum() / under.sum()) if under.sum() > 0.0 else None
+
+
+def _mean(met: Any) -> float | None:
+    return float(met.mean()) if met.size else None
+
+
+def _quantile(values: Any, q: float) -> float | None:
+    return float(np.quantile(values, q)) if values.size else None

@@ -1,0 +1,35 @@
+"""The values that pass between rooms: fleets, observations, decisions.
+
+All are frozen. Arrays are ``float64`` unless said otherwise, one entry per instance, shape
+``(n,)``, and read-only.
+"""
+
+from voltana_ctrl._kernels.layout import PROFILE_DTYPE
+from voltana_ctrl.types.decision import Decision, Limits, Slo, Status, TickRecord
+from voltana_ctrl.types.fleet import FleetSpec, InstanceSpec, Role
+from voltana_ctrl.types.observation import (
+    FleetState,
+    IterationBatch,
+    Observation,
+    Request,
+    RequestBatch,
+)
+from voltana_ctrl.types.profile import Profile
+
+__all__ = [
+    "PROFILE_DTYPE",
+    "Decision",
+    "FleetSpec",
+    "FleetState",
+    "InstanceSpec",
+    "IterationBatch",
+    "Limits",
+    "Observation",
+    "Profile",
+    "Request",
+    "RequestBatch",
+    "Role",
+    "Slo",
+    "Status",
+    "TickRecord",
+]

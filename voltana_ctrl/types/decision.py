@@ -1,0 +1,263 @@
+"""What a controller says: clocks, shares, who is active, and whether to believe it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from voltana_ctrl.errors import ConfigError, ShapeError
+from voltana_ctrl.types._check import F64, Bool, fraction, freeze_fields, not_negative, positive
+from voltana_ctrl.types.fleet import FleetSpec
+from voltana_ctrl.types.observation import Observation
+
+
+class Status(Enum):
+    """Whether a decision may be applied; the value is the advice.
+
+    Examples
+    --------
+    >>> Status.INFEASIBLE.value
+    'no plan meets the limits: raise the power budget, relax the SLO or add instances'
+    """
+
+    OK = "apply it"
+    INFEASIBLE = "no plan meets the limits: raise the power budget, relax the SLO or add instances"
+    INACCURATE = "the solver stopped before it was sure: raise its iteration limit"
+    DEADLINE = "the plan came too late: lengthen the period or shorten the horizon"
+    STALE = "readings are too old to plan on: look at the telemetry of the stale instances"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Promises to users.
+
+    Parameters
+    ----------
+    ttft_s : float
+        Time to first token that counts as met.
+    itl_s : float
+        Mean inter-token latency of a request that counts as met.
+    attainment : float
+        Fraction of requests that must meet each.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not positive or the attainment not between 0 and 1.
+
+    Examples
+    --------
+    >>> Slo(ttft_s=0.6, itl_s=0.06)
+    Slo(ttft_s=0.6, itl_s=0.06, attainment=0.99)
+    >>> Slo.parse("ttft=0.6,itl=0.06").itl_s
+    0.06
+    """
+
+    ttft_s: float
+    itl_s: float
+    attainment: float = 0.99
+
+    def __post_init__(self) -> None:
+        positive("Slo.ttft_s", self.ttft_s)
+        positive("Slo.itl_s", self.itl_s)
+        fraction("Slo.attainment", self.attainment)
+
+    @classmethod
+    def parse(cls, text: str) -> Slo:
+        """SLO from ``ttft=0.6,itl=0.06,attainment=0.99``, in seconds.
+
+        Raises
+        ------
+        ConfigError
+            Naming the part that does not fit.
+
+        Examples
+        --------
+        >>> Slo.parse("ttft=1,itl=0.1,attainment=0.95")
+        Slo(ttft_s=1.0, itl_s=0.1, attainment=0.95)
+        """
+        values = {"attainment": 0.99}
+        for part in text.split(","):
+            key, _, value = (piece.strip() for piece in part.partition("="))
+            if key not in ("ttft", "itl", "attainment"):
+                raise ConfigError(
+                    f"slo: expected ttft=SECONDS,itl=SECONDS,attainment=FRACTION, got {part!r}"
+                )
+            try:
+                values[key] = float(value)
+            except ValueError:
+                raise ConfigError(f"slo: {key}: expected a number, got {value!r}") from None
+        missing = sorted({"ttft", "itl"} - set(values))
+        if missing:
+            raise ConfigError(f"slo: {missing[0]} is missing in {text!r}; add {missing[0]}=SECONDS")
+        return cls(ttft_s=values["ttft"], itl_s=values["itl"], attainment=values["attainment"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Limits:
+    """Other actuators, used only where the profile holds measurements for them.
+
+    Parameters
+    ----------
+    mem_mhz, power_cap_w, cpu_mhz : ndarray, shape (n,), optional
+        Memory clock, power cap of the instance, CPU clock.
+
+    Examples
+    --------
+    >>> Limits(power_cap_w=[300.0, 300.0]).power_cap_w
+    array([300., 300.])
+    """
+
+    mem_mhz: F64 | None = None
+    power_cap_w: F64 | None = None
+    cpu_mhz: F64 | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mem_mhz", "power_cap_w", "cpu_mhz"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            freeze_fields(self, (name,), (np.asarray(value).size,))
+            if not np.all(getattr(self, name) > 0.0):
+                raise ConfigError(f"Limits.{name}: expected numbers > 0, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decision:
+    """What a controller asks for until its next tick.
+
+    Parameters
+    ----------
+    t_s : float
+        When it was made.
+    freq_mhz : ndarray, shape (n,)
+        Lowest clock of each instance: its clock where no governor runs, else the floor.
+    freq_max_mhz : ndarray, shape (n,)
+        Highest clock a governor may choose.
+    route_frac : ndarray, shape (n,)
+        Share of new work, summing to 1 over each phase; instances not active get 0.
+    active : ndarray of bool, shape (n,)
+        Whether the instance takes new work; the others drain and idle.
+    price_j_req : ndarray, shape (n,)
+        Marginal cost of one more request.
+    limits : Limits, optional
+        Other actuators.
+    status : Status
+        Anything but OK is never applied.
+
+    Raises
+    ------
+    ShapeError, ConfigError
+        If arrays differ in length, hold NaN, or a floor lies above its ceiling.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> Decision.highest(fleet).route_frac
+    array([0.5, 0.5, 0.5, 0.5])
+    """
+
+    t_s: float
+    freq_mhz: F64
+    freq_max_mhz: F64
+    route_frac: F64
+    active: Bool
+    price_j_req: F64
+    limits: Limits | None = None
+    status: Status = Status.OK
+
+    def __post_init__(self) -> None:
+        not_negative("Decision.t_s", self.t_s)
+        shape = (np.asarray(self.freq_mhz).size,)
+        names = ("freq_mhz", "freq_max_mhz", "route_frac", "price_j_req")
+        freeze_fields(self, names, shape)
+        freeze_fields(self, ("active",), shape, np.bool_)
+        for name in names:
+            if not np.isfinite(getattr(self, name)).all():
+                raise ShapeError(f"Decision.{name}: expected finite numbers, got NaN or infinity")
+        if np.any(self.freq_mhz > self.freq_max_mhz):
+            raise ConfigError(
+                "Decision.freq_mhz: expected the floor at or below the ceiling, got"
+                f" {self.freq_mhz} above {self.freq_max_mhz}; lower the floor"
+            )
+        if np.any(self.route_frac < 0.0):
+            raise ConfigError(f"Decision.route_frac: expected shares >= 0, got {self.route_frac}")
+
+    def __len__(self) -> int:
+        return len(self.freq_mhz)
+
+    @classmethod
+    def highest(
+        cls,
+        fleet: FleetSpec,
+        *,
+        t_s: float = 0.0,
+        floor_mhz: F64 | None = None,
+        ceiling_mhz: F64 | None = None,
+        status: Status = Status.OK,
+    ) -> Decision:
+        """Fail-safe: everybody active, equal shares, highest clock (or `floor_mhz` up).
+
+        Examples
+        --------
+        >>> from voltana_ctrl import FleetSpec, load_profile
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> Decision.highest(fleet).freq_mhz
+        array([1410., 1410.])
+        """
+        ceiling = fleet.max_mhz if ceiling_mhz is None else ceiling_mhz
+        n = len(fleet)
+        share = np.zeros(n)
+        for members in (fleet.prefill, fleet.decode):
+            share[members] = 1.0 / len(members)
+        return cls(
+            t_s=t_s,
+            freq_mhz=ceiling if floor_mhz is None else floor_mhz,
+            freq_max_mhz=ceiling,
+            route_frac=share,
+            active=np.ones(n, bool),
+            price_j_req=np.zeros(n),
+            status=status,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TickRecord:
+    """One turn of the loop, as observers see it.
+
+    Parameters
+    ----------
+    number : int
+        Counts from 0.
+    observation : Observation
+        What was read.
+    proposed, applied : Decision
+        What the controller asked for, and what the guard let through.
+    interventions : tuple of str
+        What the guard changed, in words.
+    decide_s, tick_s : float
+        Time spent deciding, and in the whole tick.
+    missed : int
+        Deadlines skipped before this tick.
+    notes : mapping of str to float
+        Whatever the controller wants seen (margins, solver iterations).
+
+    Examples
+    --------
+    >>> TickRecord.__dataclass_fields__["missed"].default
+    0
+    """
+
+    number: int
+    observation: Observation
+    proposed: Decision
+    applied: Decision
+    interventions: tuple[str, ...] = ()
+    decide_s: float = 0.0
+    tick_s: float = 0.0
+    missed: int = 0
+    notes: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,297 @@
+"""What is read from a fleet: its state, its iterations, its finished requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from voltana_ctrl.errors import ShapeError
+from voltana_ctrl.types._check import F64, I64, Bool, count, freeze_fields, not_negative
+
+_STATE_FIELDS = (
+    "queue_tok",
+    "queue_req",
+    "oldest_wait_s",
+    "running_req",
+    "kv_used_tok",
+    "freq_mhz",
+    "power_w",
+    "energy_j",
+    "age_s",
+    "arrived_req",
+    "arrived_tok",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request, as a router sees it.
+
+    Parameters
+    ----------
+    prompt_tok : int
+        Prompt length.
+    id : int
+        The host's number for it.
+    cached_tok : int
+        Prompt tokens whose KV is known to be cached.
+    request_class : int
+        The host's class key; 0 where it has none.
+    host_score : ndarray, shape (n,), optional
+        The host's own preference per instance (prefix-cache hits, affinity); higher is better.
+
+    Examples
+    --------
+    >>> Request(prompt_tok=512).cached_tok
+    0
+    """
+
+    prompt_tok: int
+    id: int = 0
+    cached_tok: int = 0
+    request_class: int = 0
+    host_score: F64 | None = None
+
+    def __post_init__(self) -> None:
+        count("Request.prompt_tok", self.prompt_tok)
+        count("Request.cached_tok", self.cached_tok, minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FleetState:
+    """State of every instance at one time.
+
+    Parameters
+    ----------
+    t_s : float
+        Time of the reading on the loop's clock.
+    alive : ndarray of bool, shape (n,)
+        Whether the instance answers.
+    queue_tok, queue_req : ndarray, shape (n,)
+        Prompt tokens and requests that wait or are being prefilled here.
+    oldest_wait_s : ndarray, shape (n,)
+        Age of the oldest of them.
+    running_req : ndarray, shape (n,)
+        Requests that generate here, those admitted next included.
+    kv_used_tok : ndarray, shape (n,)
+        Tokens in the KV cache.
+    freq_mhz, power_w, energy_j : ndarray, shape (n,)
+        SM clock, power, and energy since the start.
+    age_s : ndarray, shape (n,)
+        How old this reading is, per instance.
+    arrived_req, arrived_tok : ndarray, shape (n,)
+        Requests and prompt tokens routed here since the last read.
+
+    Raises
+    ------
+    ShapeError
+        If an array is not of shape (n,) or holds NaN.
+
+    Examples
+    --------
+    >>> state = FleetState.idle(2)
+    >>> state.queue_tok
+    array([0., 0.])
+    """
+
+    t_s: float
+    alive: Bool
+    queue_tok: F64
+    queue_req: F64
+    oldest_wait_s: F64
+    running_req: F64
+    kv_used_tok: F64
+    freq_mhz: F64
+    power_w: F64
+    energy_j: F64
+    age_s: F64
+    arrived_req: F64
+    arrived_tok: F64
+
+    def __post_init__(self) -> None:
+        not_negative("FleetState.t_s", self.t_s)
+        shape = (np.asarray(self.alive).size,)
+        freeze_fields(self, ("alive",), shape, np.bool_)
+        freeze_fields(self, _STATE_FIELDS, shape)
+        for name in _STATE_FIELDS:
+            if np.isnan(getattr(self, name)).any():
+                raise ShapeError(
+                    f"FleetState.{name}: expected numbers, got NaN; mark the instance not"
+                    " alive and keep its last reading"
+                )
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    @classmethod
+    def idle(cls, n: int, *, t_s: float = 0.0, freq_mhz: float = 0.0) -> FleetState:
+        """State of `n` instances that have nothing to do.
+
+        Examples
+        --------
+        >>> len(FleetState.idle(3))
+        3
+        """
+        zeros = {name: np.zeros(n) for name in _STATE_FIELDS}
+        zeros["freq_mhz"] = np.full(n, freq_mhz)
+        return cls(t_s=t_s, alive=np.ones(n, bool), **zeros)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class IterationBatch:
+    """One row per engine iteration since the last read, where the engine tells.
+
+    Parameters
+    ----------
+    instance : ndarray of int, shape (k,)
+        Index in the fleet.
+    t_s, wall_s : ndarray, shape (k,)
+        End of the iteration and how long it took.
+    freq_mhz : ndarray, shape (k,)
+        SM clock it ran at.
+    batch_req, prefill_tok, kv_tok : ndarray, shape (k,)
+        Requests that decoded, prompt tokens processed, KV tokens read.
+    energy_j : ndarray, shape (k,)
+        Energy; 0 where it is not measured.
+
+    Examples
+    --------
+    >>> len(IterationBatch.empty())
+    0
+    """
+
+    instance: I64
+    t_s: F64
+    wall_s: F64
+    freq_mhz: F64
+    batch_req: F64
+    prefill_tok: F64
+    kv_tok: F64
+    energy_j: F64
+
+    def __post_init__(self) -> None:
+        shape = (np.asarray(self.instance).size,)
+        freeze_fields(self, ("instance",), shape, np.int64)
+        freeze_fields(
+            self,
+            ("t_s", "wall_s", "freq_mhz", "batch_req", "prefill_tok", "kv_tok", "energy_j"),
+            shape,
+        )
+
+    def __len__(self) -> int:
+        return len(self.instance)
+
+    @classmethod
+    def empty(cls) -> IterationBatch:
+        """No iterations.
+
+        Examples
+        --------
+        >>> IterationBatch.empty().wall_s.shape
+        (0,)
+        """
+        none, index = np.zeros(0), np.zeros(0, np.int64)
+        return cls(
+            instance=index,
+            t_s=none,
+            wall_s=none,
+            freq_mhz=none,
+            batch_req=none,
+            prefill_tok=none,
+            kv_tok=none,
+            energy_j=none,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RequestBatch:
+    """Requests that finished since the last read.
+
+    Parameters
+    ----------
+    request : ndarray of int, shape (k,)
+        Number of the request.
+    request_class : ndarray of int, shape (k,)
+        The host's class key.
+    prompt_tok, output_tok : ndarray, shape (k,)
+        Lengths.
+    ttft_s, itl_s : ndarray, shape (k,)
+        Time to first token; mean gap between tokens, 0 for a single token.
+    prefill_instance, decode_instance : ndarray of int, shape (k,)
+        Where it ran.
+
+    Examples
+    --------
+    >>> len(RequestBatch.empty())
+    0
+    """
+
+    request: I64
+    request_class: I64
+    prompt_tok: F64
+    output_tok: F64
+    ttft_s: F64
+    itl_s: F64
+    prefill_instance: I64
+    decode_instance: I64
+
+    def __post_init__(self) -> None:
+        shape = (np.asarray(self.request).size,)
+        whole = ("request", "request_class", "prefill_instance", "decode_instance")
+        freeze_fields(self, whole, shape, np.int64)
+        freeze_fields(self, ("prompt_tok", "output_tok", "ttft_s", "itl_s"), shape)
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    @classmethod
+    def empty(cls) -> RequestBatch:
+        """No requests.
+
+        Examples
+        --------
+        >>> RequestBatch.empty().ttft_s.shape
+        (0,)
+        """
+        none, index = np.zeros(0), np.zeros(0, np.int64)
+        return cls(
+            request=index,
+            request_class=index,
+            prompt_tok=none,
+            output_tok=none,
+            ttft_s=none,
+            itl_s=none,
+            prefill_instance=index,
+            decode_instance=index,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Observation:
+    """All that a backend tells in one read.
+
+    Parameters
+    ----------
+    state : FleetState
+        State of every instance.
+    iterations : IterationBatch
+        Iterations since the last read; empty where the engine does not tell.
+    finished : RequestBatch
+        Requests finished since the last read.
+
+    Examples
+    --------
+    >>> len(Observation(state=FleetState.idle(2)).iterations)
+    0
+    """
+
+    state: FleetState
+    iterations: IterationBatch = None  # type: ignore[assignment]  # empty unless told
+    finished: RequestBatch = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.iterations is None:
+            object.__setattr__(self, "iterations", IterationBatch.empty())
+        if self.finished is None:
+            object.__setattr__(self, "finished", RequestBatch.empty())

@@ -1,0 +1,142 @@
+"""What one instance of a (GPU, model, engine) does at each clock: times, energies, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from voltana_ctrl._kernels.layout import PROFILE_DTYPE
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types._check import F64, I64, count, frozen_array, not_negative, positive
+
+ProfileStatus = Literal["measured", "fitted", "scaled", "extrapolated"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Profile:
+    """Latency and energy coefficients of one instance, per clock of its ladder.
+
+    Loaded by :func:`voltana_ctrl.profiles.load_profile`; identified from measurements by
+    ``fit``. An iteration that decodes ``n`` requests with ``kv_tok`` tokens in the KV cache
+    and prefills ``new_tok`` prompt tokens takes and costs what the columns of `table` say.
+
+    Parameters
+    ----------
+    name : str
+        ``gpu/model``, for example ``a100-sxm-80gb/llama-3.1-8b``.
+    gpus : int
+        GPUs of one instance (tensor parallel degree); all coefficients are their sum.
+    table : ndarray, shape (n_clocks,), dtype PROFILE_DTYPE
+        One row per supported clock, ascending.
+    batch_steps : tuple of (upto_req, step_req)
+        Staircase: a batch of up to `upto_req` runs as the next multiple of `step_req`.
+        Sizes beyond the last entry are not padded.
+    idle_w : float
+        Power of an instance that holds the model and runs nothing.
+    kv_capacity_tok, max_batch, prefill_budget_tok : int
+        KV cache size, running-request limit, prompt tokens per iteration.
+    kv_bytes_per_tok, link_bytes_s, link_latency_s, transfer_j_per_tok : float
+        KV transfer from prefill to decode takes ``latency + tok * bytes / link`` seconds.
+    power_cap_w : float
+        Power limit of the instance; in the table already.
+    first_token : {"prefill", "decode"}
+        Which phase streams the first token to the client.
+    status : {"measured", "fitted", "scaled", "extrapolated"}
+        How well the weakest coefficient is known.
+    summary : str
+        One line on where it comes from.
+    sources : mapping of str to mapping
+        Per group of coefficients: `status`, `source`, `error`.
+
+    Raises
+    ------
+    ConfigError, ShapeError
+        If a coefficient is not physical (negative, not finite) or clocks do not ascend.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> float(profile.clocks_mhz[0]), float(profile.clocks_mhz[-1]), profile.status
+    (210.0, 1410.0, 'scaled')
+    """
+
+    name: str
+    table: Any
+    gpus: int = 1
+    batch_steps: tuple[tuple[int, int], ...] = ()
+    idle_w: float
+    kv_capacity_tok: int
+    max_batch: int
+    prefill_budget_tok: int = 8192
+    kv_bytes_per_tok: float
+    link_bytes_s: float
+    link_latency_s: float = 0.0
+    transfer_j_per_tok: float = 0.0
+    power_cap_w: float
+    first_token: Literal["prefill", "decode"] = "prefill"
+    status: ProfileStatus
+    summary: str = ""
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        label = f"Profile({self.name})"
+        table = np.asarray(self.table)
+        table = frozen_array(f"{label}.table", table, (len(table),), PROFILE_DTYPE)
+        object.__setattr__(self, "table", table)
+        for column in PROFILE_DTYPE.names or ():
+            values = table[column]
+            if not (np.all(np.isfinite(values)) and np.all(values >= 0.0)):
+                raise ConfigError(
+                    f"{label}.table[{column!r}]: expected finite numbers >= 0, got {values}"
+                )
+        clocks_mhz = table["clock_mhz"]
+        if len(table) == 0 or clocks_mhz[0] <= 0 or not np.all(np.diff(clocks_mhz) > 0):
+            raise ConfigError(f"{label}.table: expected ascending clocks > 0, got {clocks_mhz}")
+        for name in ("gpus", "kv_capacity_tok", "max_batch", "prefill_budget_tok"):
+            count(f"{label}.{name}", getattr(self, name))
+        for name in ("idle_w", "link_latency_s", "transfer_j_per_tok"):
+            not_negative(f"{label}.{name}", getattr(self, name))
+        for name in ("kv_bytes_per_tok", "link_bytes_s", "power_cap_w"):
+            positive(f"{label}.{name}", getattr(self, name))
+        if self.first_token not in ("prefill", "decode"):
+            raise ConfigError(
+                f"{label}.first_token: expected 'prefill' or 'decode', got {self.first_token!r}"
+            )
+        if self.status not in ("measured", "fitted", "scaled", "extrapolated"):
+            raise ConfigError(
+                f"{label}.status: expected measured, fitted, scaled or extrapolated,"
+                f" got {self.status!r}"
+            )
+        upto_before = 0
+        for upto_req, step_req in self.batch_steps:
+            count(f"{label}.batch_steps", step_req)
+            count(f"{label}.batch_steps", upto_req, minimum=upto_before + 1)
+            upto_before = upto_req
+
+    @property
+    def clocks_mhz(self) -> F64:
+        """Supported SM clocks, ascending, shape (n_clocks,)."""
+        clocks: F64 = np.ascontiguousarray(self.table["clock_mhz"])
+        return clocks
+
+    def padded_batch(self, max_batch: int | None = None) -> I64:
+        """Executed size of every batch, shape (max_batch + 1,).
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> load_profile("a100-sxm-80gb/llama-3.1-8b").padded_batch()[[1, 8, 9, 128, 129]]
+        array([  8,   8,  16, 128, 160])
+        """
+        sizes = np.arange((max_batch or self.max_batch) + 1, dtype=np.int64)
+        padded = sizes.copy()
+        upto_before = 0
+        for upto_req, step_req in self.batch_steps:
+            inside = (sizes > upto_before) & (sizes <= upto_req)
+            padded[inside] = -(-sizes[inside] // step_req) * step_req
+            upto_before = upto_req
+        return padded
