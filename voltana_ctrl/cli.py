@@ -191,7 +191,8 @@ def _progress(console: Console) -> Iterator[Any]:
     try:
         yield on_progress
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def print_table(result: Comparison, console: Console) -> None:

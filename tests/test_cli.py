@@ -1,0 +1,124 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHORT = ["--duration", "10", "--warmup", "2", "--rate", "10"]
+
+
+def run(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "voltana_ctrl.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "80", **environment},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def environment(root):
+    return {"PYTHONPATH": str(root)}
+
+
+def test_compare_prints_a_table_that_reads_at_80_columns(tmp_path, environment):
+    done = run("compare", *SHORT, "--json", "out.json", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "…" not in done.stdout
+    assert "simulated" in done.stdout
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    for one in runs:
+        assert one["policy"] in done.stdout
+        assert f"{one['mean_power_w']:.0f}" in done.stdout
+
+
+def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path, environment):
+    (tmp_path / "mine.py").write_text(
+        "from voltana_ctrl.control import StaticController\n"
+        "class Slow(StaticController):\n"
+        "    def __init__(self, fleet, slo): super().__init__(fleet, 900)\n"
+    )
+    done = run("compare", *SHORT, "--policies", "mine:Slow", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "mine:Slow" in done.stdout
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_figures(tmp_path, environment):
+    figures = []
+    for jobs in ("1", "4"):
+        done = run(
+            "compare", *SHORT, "--json", "o.json", "--jobs", jobs, cwd=tmp_path, **environment
+        )
+        assert done.returncode == 0, done.stderr
+        runs = json.loads((tmp_path / "o.json").read_text())["runs"]
+        figures.append([{k: v for k, v in one.items() if k != "sim_wall_s"} for one in runs])
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, shared_data):
+    trace = shared_data / "azure_llm_2023" / "AzureLLMInferenceTrace_conv.csv.gz"
+    done = run(
+        "compare", "--workload", str(trace), "--duration", "3400", "--policies",
+        "static-max,static-1005,voltanallm", "--json", "out.json", cwd=tmp_path, **environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for one in json.loads((tmp_path / "out.json").read_text())["runs"]:
+        parts = sum(one[f"energy_{p}_j"] for p in ("prefill", "decode", "idle", "transfer"))
+        assert parts == pytest.approx(one["energy_j"], rel=1e-12)
+        assert one["requests_arrived"] == (
+            one["requests_completed"] + one["requests_in_flight"] + one["requests_dropped"]
+        )
+        assert one["requests_arrived"] > 18_000
+        assert one["requests_dropped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--rate", "ten"], "rate: expected numbers"),
+        (["compare", "--rate", "-5"], "rate: expected a number > 0"),
+        (["compare", "--fleet", "2X2D"], "fleet: expected xPyD"),
+        (["compare", "--profile", "h100"], "profile: expected one of"),
+        (["compare", "--workload", "nothing.csv"], "workload 'nothing.csv'"),
+        (["compare", "--slo", "ttft=1"], "slo: itl is missing"),
+        (["compare", "--policies", "voltana"], "did you mean voltanallm"),
+        (["compare", "--seeds", "0"], "seeds"),
+        (["compare", "--seeds", "x"], "seeds"),
+        (["compare", "--jobs", "-1"], "jobs"),
+        (["compare", "--actuation-ms", "-1"], "actuation_s"),
+        (["compare", "--json", "no/such/folder/o.json"], "does not exist"),
+        (["compare", "--nothing"], "--nothing"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(arguments, words, tmp_path, environment):
+    done = run(*arguments, cwd=tmp_path, **environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_policies_and_profiles_are_listed(environment):
+    listed = run("policies", **environment)
+    assert listed.returncode == 0
+    assert "voltanallm-full-ladder" in listed.stdout
+    known = run("profiles", **{**environment, "COLUMNS": "120"})
+    assert known.returncode == 0
+    assert "extrapolated" in known.stdout
+    assert "a100-sxm-80gb/llama-3.1-8b" in known.stdout
+
+
+def test_help_names_the_commands(environment):
+    for arguments in (["--help"], []):
+        shown = run(*arguments, **environment)
+        assert shown.returncode in (0, 2)
+        assert "compare" in shown.stdout + shown.stderr

@@ -1,0 +1,88 @@
+import sys
+
+import pytest
+
+from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
+from voltana_ctrl.policies import HEADLINE, find_policy, list_policies
+
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+FLEET = FleetSpec.parse("2P2D", PROFILE)
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+
+
+@pytest.mark.parametrize("fleet", [FLEET, FleetSpec.parse("3C", PROFILE)], ids=["pd", "c"])
+@pytest.mark.parametrize("policy", list_policies(), ids=lambda policy: policy.name)
+def test_every_shipped_policy_can_be_built_and_says_where_it_is_from(policy, fleet):
+    parts = policy.build(fleet, SLO, 0.1)
+    assert parts.governors is None or len(parts.governors) == len(fleet)
+    assert policy.summary
+    assert policy.source
+    assert find_policy(policy.name) is policy
+
+
+def test_headline_policies_exist():
+    assert [find_policy(name).name for name in HEADLINE] == list(HEADLINE)
+
+
+def test_static_clock_is_read_from_the_name():
+    first = find_policy("static-900").build(FLEET, SLO, 0.1).first
+    assert (first.freq_mhz == 900.0).all()
+    with pytest.raises(ConfigError, match="210 to 1410"):
+        find_policy("static-9000").build(FLEET, SLO, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("voltanalm", "did you mean voltanallm"),
+        ("", "no such policy"),
+        ("static-", "no such policy"),
+        ("static-fast", "no such policy"),
+        ("no_such_module_here:Class", "cannot import"),
+        ("json:NoSuchClass", "has no class"),
+        (":Class", "has no class|cannot import"),
+        ("json:", "has no class"),
+    ],
+)
+def test_unknown_policies_are_refused_with_a_hint(name, message):
+    with pytest.raises(ConfigError, match=message):
+        find_policy(name)
+
+
+MINE = """
+from voltana_ctrl import Decision
+class Mine:
+    def __init__(self, fleet, slo): self.fleet = fleet
+    def init(self): return None
+    def decide(self, observation, memory):
+        return Decision.highest(self.fleet, t_s=observation.state.t_s), memory
+class MyRouter:
+    phase = "prefill"
+    def __init__(self, fleet, slo): pass
+    def route(self, request, state): return 0
+    def update(self, decision): pass
+class Neither:
+    def __init__(self, fleet, slo): pass
+class NoArguments: pass
+"""
+
+
+@pytest.fixture
+def my_module(tmp_path, monkeypatch):
+    (tmp_path / "my_own_policies.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "my_own_policies"
+    sys.modules.pop("my_own_policies", None)
+
+
+def test_a_policy_of_ones_own_is_found_by_module_and_class(my_module):
+    assert find_policy(f"{my_module}:Mine").build(FLEET, SLO, 0.1).controller is not None
+    assert find_policy(f"{my_module}:MyRouter").build(FLEET, SLO, 0.1).prefill_router is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("Neither", "init/decide"), ("NoArguments", "fleet, slo")]
+)
+def test_a_class_that_is_no_policy_is_refused(my_module, name, message):
+    with pytest.raises(ConfigError, match=message):
+        find_policy(f"{my_module}:{name}").build(FLEET, SLO, 0.1)
