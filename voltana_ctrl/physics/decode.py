@@ -241,7 +241,7 @@ def padded_mean_req(pmf: ArrayLike, padded_batch: ArrayLike) -> F64:
     pmf : array_like, shape (..., n_max + 1)
         Of :func:`batch_pmf`.
     padded_batch : array_like, shape (n_max + 1,)
-        Executed size of every batch, of :meth:`voltana_ctrl.Profile.padded_batch`.
+        Executed size of every batch, of :meth:`voltana_ctrl.types.Profile.padded_batch`.
 
     Examples
     --------
