@@ -201,7 +201,12 @@ def form_batch(sim, inst, req, finish, starts, i):
     Returns 1 if there is anything to do.
     """
     one = inst[i]
-    while one["wait_head"] >= 0 and one["running_req"] + one["prefilling_req"] < one["max_batch"]:
+    # Those preempted here are older than those whose KV has arrived, and go first.
+    while (
+        one["wait_head"] >= 0
+        and one["prefill_req"] == one["prefilling_req"]
+        and one["running_req"] + one["prefilling_req"] < one["max_batch"]
+    ):
         r = one["wait_head"]
         q = req[r]
         need_tok = q["prompt_tok"] + q["made_tok"]

@@ -35,7 +35,7 @@ def accrue(one, rows, now_s):
         one["decode_j"] += decode_j
         one["prefill_j"] += energy_j - decode_j
         one["busy_s"] += span_s
-        one["busy_mhz_s"] += rows[one["clock_k"]]["clock_mhz"] * span_s
+        one["busy_mhz_s"] += rows[one["run_k"]]["clock_mhz"] * span_s
     elif one["alive"] != 0:
         one["idle_j"] += one["idle_w"] * span_s
 
@@ -62,18 +62,20 @@ def price_iteration(one, tables, padded):
             float(one["chunk_tok"]), one["chunk_tok2"],
         )  # fmt: skip
     energy_j = decode_j + prefill_j
+    one["run_k"] = k
     one["power_w"] = energy_j / wall_s
     one["decode_power_frac"] = decode_j / energy_j if energy_j > 0.0 else 0.0
     return wall_s * slow
 
 
-@njit(types.void(INST, TABLES, I8_2, I8, F8), cache=True)
-def set_clock(one, tables, padded, k, now_s):
-    """The clock takes effect; what is left of a running iteration goes on at the new pace."""
-    if k == one["clock_k"]:
+@njit(types.void(INST, TABLES, I8_2, I8, F8, F8), cache=True)
+def set_pace(one, tables, padded, k, cap_w, now_s):
+    """Clock and power cap take effect; what is left of an iteration goes on at the new pace."""
+    if k == one["clock_k"] and cap_w == one["power_cap_w"]:
         return
     accrue(one, tables[one["type"]], now_s)
     one["clock_k"] = k
+    one["power_cap_w"] = cap_w
     if one["iterating"] != 0:
         left_frac = (one["iter_end_s"] - now_s) / one["iter_wall_s"]
         wall_s = price_iteration(one, tables, padded)
@@ -99,7 +101,7 @@ def request_clock(sim, one, tables, padded, node_free_s, k, now_s):
     one["want_k"] = k
     if sim["actuation_s"] == 0.0 and sim["settle_s"] == 0.0:
         one["clock_sets"] += 1
-        set_clock(one, tables, padded, k, now_s)
+        set_pace(one, tables, padded, k, one["power_cap_w"], now_s)
     elif one["call_end_s"] >= NEVER:
         _begin_call(sim, one, node_free_s, now_s)
     elif one["call_start_s"] > now_s:
@@ -112,7 +114,7 @@ def call_returned(sim, inst, tables, padded, node_free_s, pending_s, pending_k, 
     one = inst[i]
     one["call_end_s"] = NEVER
     if sim["settle_s"] == 0.0:
-        set_clock(one, tables, padded, one["call_k"], now_s)
+        set_pace(one, tables, padded, one["call_k"], one["power_cap_w"], now_s)
     else:
         # Full only if sets come faster than settle_s / PENDING: the latest wins.
         slot = min(one["pending"], PENDING - 1)
@@ -132,4 +134,4 @@ def clock_settled(inst, tables, padded, pending_s, pending_k, i, now_s):
         pending_s[i, slot] = pending_s[i, slot + 1]
         pending_k[i, slot] = pending_k[i, slot + 1]
     one["pending"] -= 1
-    set_clock(one, tables, padded, k, now_s)
+    set_pace(one, tables, padded, k, one["power_cap_w"], now_s)

@@ -65,6 +65,7 @@ INSTANCE_DTYPE = np.dtype(
         ("clock_k", I8),
         ("want_k", I8),
         ("call_k", I8),
+        ("run_k", I8),  # clock that the running iteration gets: clamped, throttled
         ("call_start_s", F8),
         ("call_end_s", F8),
         ("pending", I8),  # sets that are settling
@@ -75,6 +76,7 @@ INSTANCE_DTYPE = np.dtype(
         ("iter_start_s", F8),
         ("iter_end_s", F8),
         ("iter_wall_s", F8),  # length of the whole iteration at the present clock
+        ("iter_start_j", F8),  # energy of prefill and decode when it began
         ("jitter_frac", F8),
         ("batch_req", I8),
         ("chunk_tok", I8),
@@ -154,6 +156,8 @@ SIM_DTYPE = np.dtype(
     [
         ("now_s", F8),
         ("next_arrival", I8),
+        ("n_arrivals", I8),  # requests that come by the clock: the first ones
+        ("next_release", I8),  # closed loop: what the next answered client sends
         ("n_requests", I8),
         ("route_head", I8),
         ("route_tail", I8),

@@ -36,6 +36,7 @@ from voltana_ctrl._kernels.clocks import (
     clock_settled,
     price_iteration,
     request_clock,
+    set_pace,
 )
 from voltana_ctrl._kernels.cost import quantise_up
 from voltana_ctrl._kernels.governors import GOVERNOR
@@ -194,24 +195,32 @@ def _remember(inst, tables, seen, i, now_s):
     row["queue_req"] = one["prefill_req"] + one["wait_req"]
     row["running_req"] = one["running_req"]
     row["kv_tok"] = one["kv_tok"]
-    row["freq_mhz"] = tables[one["type"], one["clock_k"]]["clock_mhz"]
+    k = one["run_k"] if one["iterating"] != 0 else min(one["clock_k"], one["clamp_k"])
+    row["freq_mhz"] = tables[one["type"], k]["clock_mhz"]
     one["seen"] += 1
 
 
-@njit(I8(SIM, INSTS, SEENS, F8_2, I8_1, I8), cache=True)
-def _look(sim, inst, seen, view, members, need_tok):
-    """Fill the router's view of `members`; returns how many could hold `need_tok`.
+@njit(types.boolean(INSTS, I8_1, I8), cache=True)
+def _can_hold(inst, members, need_tok):
+    """Whether any of `members` has a KV cache of this size."""
+    largest_tok = 0
+    for j in members:
+        largest_tok = max(largest_tok, inst[j]["kv_capacity_tok"])
+    return largest_tok >= need_tok
 
-    Eligible are those alive and active; failing that those alive; failing that all.
+
+@njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8), cache=True)
+def _look(sim, inst, seen, view, members, need_tok):
+    """Fill the router's view of `members`.
+
+    Eligible are those that can hold `need_tok`, alive and active; failing that those alive;
+    failing that all.
     """
     best = 0
-    able = 0
     for j in members:
         one = inst[j]
-        if one["kv_capacity_tok"] < need_tok:
-            continue
-        able += 1
-        best = max(best, 2 * one["alive"] + one["alive"] * one["active"])
+        if one["kv_capacity_tok"] >= need_tok:
+            best = max(best, 2 * one["alive"] + one["alive"] * one["active"])
     then_s = sim["now_s"] - sim["view_age_s"]
     for j in members:
         one = inst[j]
@@ -231,15 +240,6 @@ def _look(sim, inst, seen, view, members, need_tok):
         view[VIEW_ROUTE_FRAC, j] = one["route_frac"]
         view[VIEW_TYPE, j] = one["type"]
         view[VIEW_KV_CAPACITY_TOK, j] = one["kv_capacity_tok"]
-    return able
-
-
-@njit(types.void(SIM, REQS, I8), cache=True)
-def _drop(sim, req, r):
-    q = req[r]
-    q["state"] = DROPPED
-    if sim["judge_from_s"] <= q["arrival_s"] < sim["judge_until_s"]:
-        sim["n_judged_left"] -= 1
 
 
 @njit(types.void(SIM, INSTS, TABLES, SEENS, REQS, F8_1, I8_1, I8_1, I8), cache=True)
@@ -307,10 +307,10 @@ def _end_chunks(sim, inst, req, finish, done, starts, i):
 def _release(sim, req, count):
     """Closed loop: clients whose answer came send their next request at once."""
     for _ in range(count):
-        r = sim["next_arrival"]
+        r = sim["next_release"]
         if r >= sim["n_requests"]:
             return
-        sim["next_arrival"] += 1
+        sim["next_release"] += 1
         q = req[r]
         q["arrival_s"] = sim["now_s"]
         if sim["judge_from_s"] <= sim["now_s"] < sim["judge_until_s"]:
@@ -318,6 +318,17 @@ def _release(sim, req, count):
             sim["n_judged_left"] += 1
         q["state"] = ROUTING
         _push_route(sim, req, r)
+
+
+@njit(types.void(SIM, REQS, I8), cache=True)
+def _drop(sim, req, r):
+    """Refuse a request that no instance could ever hold; its client goes on to the next."""
+    q = req[r]
+    q["state"] = DROPPED
+    if sim["judge_from_s"] <= q["arrival_s"] < sim["judge_until_s"]:
+        sim["n_judged_left"] -= 1
+    if sim["closed_loop"] != 0:
+        _release(sim, req, 1)
 
 
 @njit(types.void(SIM, INSTS, TABLES, REQS, I8_2, I8_1, I8_1, LOG, I8), cache=True)
@@ -331,11 +342,11 @@ def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
         row["instance"] = i
         row["t_s"] = sim["now_s"]
         row["wall_s"] = sim["now_s"] - one["iter_start_s"]
-        row["freq_mhz"] = tables[one["type"], one["clock_k"]]["clock_mhz"]
+        row["freq_mhz"] = tables[one["type"], one["run_k"]]["clock_mhz"]
         row["batch_req"] = one["batch_req"]
         row["prefill_tok"] = one["chunk_tok"]
         row["kv_tok"] = one["kv_tok"]
-        row["energy_j"] = one["power_w"] * row["wall_s"]
+        row["energy_j"] = one["prefill_j"] + one["decode_j"] - one["iter_start_j"]
         sim["n_logged"] += 1
     before = sim["n_done"]
     if one["batch_req"] > 0:
@@ -369,9 +380,9 @@ def _launch(sim, one, tables, padded):
     one["jitter_frac"] = 1.0
     if sim["jitter_sd_frac"] > 0.0:
         one["jitter_frac"] = _jitter(sim, sim["jitter_sd_frac"])
-    accrue(one, tables[one["type"]], sim["now_s"])
     one["iterating"] = 1
     one["iter_start_s"] = sim["now_s"]
+    one["iter_start_j"] = one["prefill_j"] + one["decode_j"]
     one["iter_wall_s"] = price_iteration(one, tables, padded)
     one["iter_end_s"] = sim["now_s"] + one["iter_wall_s"]
 
@@ -383,12 +394,22 @@ def settle_accounts(sims, inst, tables):
         accrue(inst[i], tables[inst[i]["type"]], sims[0]["now_s"])
 
 
-@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_1, F8_2, F8_1, I8, F8), cache=True)
-def order_clock(sims, inst, tables, padded, node_free_s, pending_s, tree, i, freq_mhz):
+@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, F8_1, I8, F8), cache=True)
+def order_clock(sims, inst, tables, padded, pending_s, tree, seen, node_free_s, i, freq_mhz):
     """The loop sets a clock (no governor runs on this instance)."""
     one = inst[i]
     k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
     request_clock(sims[0], one, tables, padded, node_free_s, k, sims[0]["now_s"])
+    _remember(inst, tables, seen, i, sims[0]["now_s"])
+    touch(inst, pending_s, tree, i)
+
+
+@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, I8, F8), cache=True)
+def order_cap(sims, inst, tables, padded, pending_s, tree, seen, i, cap_w):
+    """The loop sets a power cap, which takes effect at once."""
+    one = inst[i]
+    set_pace(one, tables, padded, one["clock_k"], cap_w, sims[0]["now_s"])
+    _remember(inst, tables, seen, i, sims[0]["now_s"])
     touch(inst, pending_s, tree, i)
 
 
@@ -414,51 +435,43 @@ def advance(
             r = sim["route_head"]
             q = req[r]
             need_tok = q["prompt_tok"] + q["output_tok"]
-            able = 1
-            if q["state"] == ROUTING and q["prefill_at"] < 0:
-                able = _look(
-                    sim, inst, seen, view, prefill,
-                    need_tok if inst[prefill[0]]["decodes"] != 0 else q["prompt_tok"],
-                )  # fmt: skip
-                if able > 0:
-                    if sim["hosted_prefill"] == 0:
-                        q["prefill_at"] = prefill_router(
-                            believed, believed_padded, prefill_params, prefill_memory,
-                            _uniform(sim), float(q["prompt_tok"]), view, prefill,
-                        )  # fmt: skip
-                    elif sim["answered"] != 0:
-                        q["prefill_at"] = sim["answer_instance"]
-                        sim["answered"] = 0
-                    else:
-                        sim["ask"] = ASK_PREFILL
-                        sim["ask_index"] = r
-                        return ASK_PREFILL
             apart = inst[prefill[0]]["decodes"] == 0
             early = sim["decode_at_arrival"] != 0
-            if (
-                able > 0
-                and apart
-                and q["decode_at"] < 0
-                and (q["state"] == HANDOFF or (q["state"] == ROUTING and early))
-            ):
-                able = _look(sim, inst, seen, view, decode, need_tok)
-                if able > 0:
-                    if sim["hosted_decode"] == 0:
-                        q["decode_at"] = decode_router(
-                            believed, believed_padded, decode_params, decode_memory,
-                            _uniform(sim), float(q["prompt_tok"]), view, decode,
-                        )  # fmt: skip
-                    elif sim["answered"] != 0:
-                        q["decode_at"] = sim["answer_instance"]
-                        sim["answered"] = 0
-                    else:
-                        sim["ask"] = ASK_DECODE
-                        sim["ask_index"] = r
-                        return ASK_DECODE
+            prefill_need_tok = q["prompt_tok"] if apart else need_tok
+            # Refused before any work is spent on it.
+            able = _can_hold(inst, prefill, prefill_need_tok) and _can_hold(inst, decode, need_tok)
+            if able and q["state"] == ROUTING and q["prefill_at"] < 0:
+                _look(sim, inst, seen, view, prefill, prefill_need_tok)
+                if sim["hosted_prefill"] == 0:
+                    q["prefill_at"] = prefill_router(
+                        believed, believed_padded, prefill_params, prefill_memory,
+                        _uniform(sim), float(q["prompt_tok"]), view, prefill,
+                    )  # fmt: skip
+                elif sim["answered"] != 0:
+                    q["prefill_at"] = sim["answer_instance"]
+                    sim["answered"] = 0
+                else:
+                    sim["ask"] = ASK_PREFILL
+                    sim["ask_index"] = r
+                    return ASK_PREFILL
+            if able and apart and q["decode_at"] < 0 and (q["state"] == HANDOFF or early):
+                _look(sim, inst, seen, view, decode, need_tok)
+                if sim["hosted_decode"] == 0:
+                    q["decode_at"] = decode_router(
+                        believed, believed_padded, decode_params, decode_memory,
+                        _uniform(sim), float(q["prompt_tok"]), view, decode,
+                    )  # fmt: skip
+                elif sim["answered"] != 0:
+                    q["decode_at"] = sim["answer_instance"]
+                    sim["answered"] = 0
+                else:
+                    sim["ask"] = ASK_DECODE
+                    sim["ask_index"] = r
+                    return ASK_DECODE
             sim["route_head"] = q["next"]
             if q["next"] < 0:
                 sim["route_tail"] = -1
-            if able == 0:
+            if not able:
                 _drop(sim, req, r)
             else:
                 _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r)
@@ -472,11 +485,10 @@ def advance(
                 one["listed"] = 0
                 if one["alive"] == 0:
                     continue
-                busy = form_batch(sim, inst, req, finish, starts, i)
-                _remember(inst, tables, seen, i, sim["now_s"])
-                if busy == 0:
-                    accrue(one, tables[one["type"]], sim["now_s"])
+                accrue(one, tables[one["type"]], sim["now_s"])
+                if form_batch(sim, inst, req, finish, starts, i) == 0:
                     one["idle_since_s"] = sim["now_s"]
+                    _remember(inst, tables, seen, i, sim["now_s"])
                     touch(inst, pending_s, tree, i)
                     continue
                 one["prepared"] = 1
@@ -496,12 +508,14 @@ def advance(
                         sim, one, req, believed, believed_padded, governor_params[i],
                         governor_memory[i], governor,
                     )  # fmt: skip
-                k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
+                wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
+                k = quantise_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
                 request_clock(sim, one, tables, padded, node_free_s, k, sim["now_s"])
             one["prepared"] = 0
             one["listed"] = 0
             sim["n_start"] -= 1
             _launch(sim, one, tables, padded)
+            _remember(inst, tables, seen, i, sim["now_s"])
             touch(inst, pending_s, tree, i)
             continue
         if sim["stop_when_judged"] != 0 and sim["n_judged_left"] == 0:
@@ -511,7 +525,7 @@ def advance(
         if sim["n_moving"] > 0 and moving_s[0] < t_s:
             t_s = moving_s[0]
             kind = 1
-        if sim["next_arrival"] < sim["n_requests"]:
+        if sim["next_arrival"] < sim["n_arrivals"]:
             arrival_s = req[sim["next_arrival"]]["arrival_s"]
             if arrival_s < t_s:
                 t_s = arrival_s
@@ -534,20 +548,23 @@ def advance(
         else:
             i = _first(tree)
             one = inst[i]
+            ended = False
             if one["call_end_s"] <= t_s:
                 call_returned(sim, inst, tables, padded, node_free_s, pending_s, pending_k, i, t_s)
             elif one["pending"] > 0 and pending_s[i, 0] <= t_s:
                 clock_settled(inst, tables, padded, pending_s, pending_k, i, t_s)
             elif one["iterating"] != 0:
                 _end_iteration(sim, inst, tables, req, finish, done, starts, log, i)
+                ended = True  # what it starts next is what routers see
             else:
                 one["idle_since_s"] = NEVER
                 freq_mhz = _needed_mhz(
                     sim, one, req, believed, believed_padded, governor_params[i],
                     governor_memory[i], governor,
                 )  # fmt: skip
-                k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
+                wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
+                k = quantise_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
                 request_clock(sim, one, tables, padded, node_free_s, k, t_s)
-            if one["iterating"] == 0:
+            if not ended:
                 _remember(inst, tables, seen, i, t_s)
             touch(inst, pending_s, tree, i)

@@ -50,17 +50,21 @@ FADR_SLO_S, FADR_N_LADDER, FADR_LADDER = range(3)
 def by_share(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Smooth weighted round robin on the shares of the decision; deterministic."""
     total = 0.0
+    count = 0
     best = -1
     for j in members:
         if view[VIEW_ELIGIBLE, j] > 0.0:
             total += view[VIEW_ROUTE_FRAC, j]
+            count += 1
+    # Shares of zero everywhere mean that nobody decided: spread evenly.
+    decided = total > 0.0
     for j in members:
-        if view[VIEW_ELIGIBLE, j] > 0.0:
-            # Shares of zero everywhere mean that nobody decided: spread evenly.
-            memory[j] += view[VIEW_ROUTE_FRAC, j] if total > 0.0 else 1.0
+        share = view[VIEW_ROUTE_FRAC, j] if decided else 1.0
+        if view[VIEW_ELIGIBLE, j] > 0.0 and share > 0.0:
+            memory[j] += share
             if best < 0 or memory[j] > memory[best]:
                 best = j
-    memory[best] -= total if total > 0.0 else float(len(members))
+    memory[best] -= total if decided else float(count)
     return best
 
 
@@ -135,7 +139,10 @@ def tile_aware(tables, padded, params, memory, uniform, prompt_tok, view, member
     return best
 
 
-@njit(I8(types.Array(ROW, 1, "C"), types.Array(I8, 1, "C"), types.Array(F8, 1, "C"), F8, F8))
+@njit(
+    I8(types.Array(ROW, 1, "C"), types.Array(I8, 1, "C"), types.Array(F8, 1, "C"), F8, F8),
+    cache=True,
+)
 def _fadr_level(rows, padded, params, running_req, kv_tok):
     n_ladder = int(params[FADR_N_LADDER])
     size = padded[min(int(running_req), len(padded) - 1)]

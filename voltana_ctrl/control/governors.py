@@ -114,7 +114,9 @@ class CompiledGovernor:
             A supported clock in MHz.
         """
         if batch_tok is None:
-            batch_tok = min(waiting_tok, self.instance.prefill_budget_tok)
+            # On a decode instance what waits is KV that has arrived, not prompts to prefill.
+            prefills = self.instance.role.prefills
+            batch_tok = min(waiting_tok, self.instance.prefill_budget_tok) if prefills else 0.0
         needed_mhz = self.kernel(
             self.rows,
             self.padded,
@@ -130,7 +132,8 @@ class CompiledGovernor:
             float(ceiling_mhz),
         )
         clocks_mhz = self.rows["clock_mhz"]
-        k = min(int(np.searchsorted(clocks_mhz, needed_mhz)), len(clocks_mhz) - 1)
+        wanted_mhz = min(needed_mhz, ceiling_mhz)
+        k = min(int(np.searchsorted(clocks_mhz, wanted_mhz)), len(clocks_mhz) - 1)
         return float(clocks_mhz[k])
 
 

@@ -149,7 +149,7 @@ def _power_w(
         # arrivals, so it is empty for this share of the time.
         rho_frac = decode_tok_s * growth_s / (1.0 - busy_frac)
         stages = rows["decode_base_s"] / growth_s + 1.0
-        on_frac = -np.expm1(stages * np.log1p(-np.minimum(rho_frac, 1.0)))
+        on_frac = -np.expm1(stages * np.log1p(-np.clip(rho_frac, 0.0, 1.0)))
         on_step_s = np.maximum(step_s, (rows["decode_base_s"] + growth_s * running_req / on_frac))
         decode_w = (
             on_frac

@@ -16,7 +16,7 @@ from voltana_ctrl._kernels import layout, plant
 from voltana_ctrl._kernels.governors import N_MEMORY, hold_floor
 from voltana_ctrl._kernels.routers import by_share
 from voltana_ctrl.control.governors import CompiledGovernor
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.ports import Governor, Router
 from voltana_ctrl.routing.base import CompiledRouter, instance_types
 from voltana_ctrl.sim.workload import Workload
@@ -34,6 +34,8 @@ from voltana_ctrl.types._check import not_negative
 __all__ = ["Plant", "PlantSettings"]
 
 _NEVER = 1e300
+# Where they stand among the arrays of the kernel.
+_TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED, _PARAMS = 3, 4, 19, 20, 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,9 @@ class Plant:
     prefill_router, decode_router : Router, optional
         Who picks instances; the shares of the latest decision by default.
     believed : FleetSpec, optional
-        What compiled routers believe about the fleet; the truth by default.
+        What compiled governors and routers believe about the fleet; the truth by default.
+        A governor with tables of its own, from the start or replaced since (``governor.rows``,
+        ``padded``, ``params``), speaks for its instance from the next decision on.
     judged_s : tuple of float, optional
         Requests that arrive in ``[from, until)`` are judged; all by default.
     seed : int
@@ -201,6 +205,8 @@ class Plant:
             *decode[1:],
         )
         self._functions = (governor, prefill[0], decode[0])
+        self._told: list[tuple[Any, ...]] = []
+        self._take_beliefs()
         for i in range(n):
             plant.touch(self.instances, self._pending_s, self._tree, i)
         self._read_done = 0
@@ -210,7 +216,7 @@ class Plant:
     def _start_sim(self, judged_s: tuple[float, float], seed: int) -> None:
         sim = self._sim
         settings = self.settings
-        sim["n_requests"] = len(self.workload)
+        sim["n_requests"] = sim["n_arrivals"] = len(self.workload)
         sim["route_head"] = sim["route_tail"] = -1
         # Any odd start will do; the multiplier spreads neighbouring seeds over the state.
         sim["rng"] = (2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64
@@ -223,6 +229,7 @@ class Plant:
         concurrency = self.workload.concurrency
         if concurrency is not None:
             sim["closed_loop"] = 1
+            sim["n_arrivals"] = sim["next_release"] = min(concurrency, len(self.workload))
             self.requests["arrival_s"][concurrency:] = _NEVER
         arrival_s = self.requests["arrival_s"]
         judged = (arrival_s >= judged_s[0]) & (arrival_s < min(judged_s[1], _NEVER))
@@ -247,6 +254,43 @@ class Plant:
         self.instances["governed"] = 2
         self._hosted = True
         return hold_floor, np.zeros((n, 1)), np.zeros((n, N_MEMORY))
+
+    def _take_beliefs(self) -> None:
+        """Copy what governors believe: tables of their own, and all that was replaced since."""
+        if self.instances["governed"][0] != 1:
+            return
+        compiled = [one for one in self._governors or () if isinstance(one, CompiledGovernor)]
+        now = [(one.rows, one.padded, one.params) for one in compiled]
+        if self._told:
+            changed = [
+                i
+                for i, (new, old) in enumerate(zip(now, self._told, strict=True))
+                if any(a is not b for a, b in zip(new, old, strict=True))
+            ]
+        else:
+            tables = [instance.table for instance in self.fleet.instances]
+            changed = [i for i, one in enumerate(now) if not np.array_equal(one[0], tables[i])]
+        self._told = now
+        if not changed:
+            return
+        kind = self.instances["type"].copy()
+        if not np.array_equal(kind, np.arange(len(kind))):
+            # From here on every instance is of a type of its own.
+            self.instances["type"] = np.arange(len(kind))
+            arrays = list(self._arrays)
+            for position in (_TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED):
+                arrays[position] = arrays[position][kind]
+            self._arrays = tuple(arrays)
+            self._tables, self._padded = arrays[_TABLES], arrays[_PADDED]
+        believed, sizes, params = (
+            self._arrays[position] for position in (_BELIEVED, _BELIEVED_PADDED, _PARAMS)
+        )
+        for i in changed:
+            rows, padded, settings = now[i]
+            believed[i, : len(rows)] = rows
+            believed[i, len(rows) :] = rows[-1]
+            sizes[i, : len(padded)] = padded
+            params[i, : settings.size] = settings
 
     def _take_router(self, phase: str, router: Router | None) -> tuple[Any, Any, Any]:
         none = np.zeros(1), np.zeros(len(self.fleet))
@@ -311,6 +355,10 @@ class Plant:
         one = self.instances[i]
         head = one["prefill_head"] if one["prefill_head"] >= 0 else one["wait_head"]
         oldest_s = self.now_s - self.requests[head]["arrival_s"] if head >= 0 else 0.0
+        # What an engine knows besides, and only compiled governors ask for.
+        known: dict[str, float] = {}
+        if isinstance(governor, CompiledGovernor):
+            known = {"batch_tok": float(one["chunk_tok"]), "t_s": self.now_s}
         return governor.step(
             float(one["batch_req"]),
             float(one["kv_tok"]),
@@ -318,6 +366,7 @@ class Plant:
             float(oldest_s),
             float(one["floor_mhz"]),
             float(one["ceiling_mhz"]),
+            **known,
         )
 
     def _ask_router(self, phase: int, r: int) -> int:
@@ -338,31 +387,39 @@ class Plant:
         return int(chosen)
 
     def apply(self, decision: Decision) -> None:
-        """Carry out a decision: clocks or their range, shares, active set, power caps."""
+        """Carry out a decision: clocks or their range, shares, active set, power caps.
+
+        Caps that the decision leaves out stay as they are.
+
+        Raises
+        ------
+        ShapeError
+            If it was made for another number of instances.
+        """
+        self._take_beliefs()
         inst = self.instances
+        if len(decision) != len(inst):
+            raise ShapeError(
+                f"Plant.apply: expected a decision for {len(inst)} instances, got one for"
+                f" {len(decision)}"
+            )
         plant.settle_accounts(self._sim, inst, self._tables)
         inst["floor_mhz"] = decision.freq_mhz
         inst["ceiling_mhz"] = decision.freq_max_mhz
         inst["route_frac"] = decision.route_frac
         inst["active"] = decision.active
+        clocks = (
+            self._sim, inst, self._tables, self._padded, self._pending_s, self._tree, self._seen,
+        )  # fmt: skip
         if decision.limits is not None and decision.limits.power_cap_w is not None:
-            inst["power_cap_w"] = decision.limits.power_cap_w
+            for i, cap_w in enumerate(decision.limits.power_cap_w):
+                plant.order_cap(*clocks, i, float(cap_w))
         for router in self._routers.values():
             router.update(decision)
         if self._governors is not None:
             return
         for i, freq_mhz in enumerate(decision.freq_mhz):
-            plant.order_clock(
-                self._sim,
-                inst,
-                self._tables,
-                self._padded,
-                self._node_free_s,
-                self._pending_s,
-                self._tree,
-                i,
-                float(freq_mhz),
-            )
+            plant.order_clock(*clocks, self._node_free_s, i, float(freq_mhz))
 
     def state(self) -> FleetState:
         """State of every instance now; counts of arrivals since the last :meth:`read`."""
@@ -372,11 +429,12 @@ class Plant:
         waits = head >= 0
         oldest_s = np.zeros(len(inst))
         oldest_s[waits] = now_s - self.requests["arrival_s"][head[waits]]
-        power_w = np.where(inst["iterating"] == 1, inst["power_w"], inst["idle_w"])
+        iterates = inst["iterating"] == 1
+        power_w = np.where(iterates, inst["power_w"], inst["idle_w"] * inst["alive"])
         if self.settings.power_noise_sd_w > 0.0:
             noise_w = self._noise.normal(0.0, self.settings.power_noise_sd_w, len(inst))
             power_w = np.maximum(power_w + noise_w, 0.0)
-        clock_k = np.minimum(inst["clock_k"], inst["clamp_k"])
+        clock_k = np.where(iterates, inst["run_k"], np.minimum(inst["clock_k"], inst["clamp_k"]))
         return FleetState(
             t_s=now_s,
             alive=inst["alive"] == 1,

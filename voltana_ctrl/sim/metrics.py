@@ -10,7 +10,7 @@ from voltana_ctrl._kernels import layout, plant
 from voltana_ctrl.sim.engine import Plant
 from voltana_ctrl.types import Slo
 
-__all__ = ["run_figures", "snapshot"]
+__all__ = ["judged_latencies", "run_figures", "snapshot"]
 
 
 def snapshot(simulated: Plant) -> Any:
@@ -92,33 +92,63 @@ def _energy(before: Any, after: Any) -> dict[str, float]:
     return {"energy_j": sum(parts.values()), **parts}
 
 
-def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
+def judged_latencies(simulated: Plant) -> tuple[Any, Any]:
+    """TTFT and ITL [s] of every judged request that arrived; NaN where it has none yet.
+
+    Parameters
+    ----------
+    simulated : Plant
+        After the run.
+
+    Returns
+    -------
+    ttft_s, itl_s : ndarray, shape (n_judged,)
+        The ITL of a single token is 0.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.workload import make_workload
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> run = Plant(fleet, make_workload("fixed", rate_req_s=1.0, duration_s=5.0, seed=0))
+    >>> run.advance(100.0)
+    >>> ttft_s, itl_s = judged_latencies(run)
+    >>> bool(0.0 < itl_s.max() < ttft_s.max() < 1.0)
+    True
+    """
+    rows = _judged(simulated)
+    ttft_s = np.where(rows["first_s"] >= 0.0, rows["first_s"] - rows["arrival_s"], np.nan)
+    gaps = np.maximum(rows["output_tok"] - 1, 1)
+    done = rows["state"] == layout.DONE
+    return ttft_s, np.where(done, (rows["done_s"] - rows["first_s"]) / gaps, np.nan)
+
+
+def _judged(simulated: Plant) -> Any:
     requests = simulated.requests
     sim = simulated._sim[0]
     judged = (requests["arrival_s"] >= sim["judge_from_s"]) & (
         requests["arrival_s"] < min(sim["judge_until_s"], 1e299)
     )
-    judged &= requests["state"] != layout.FUTURE
-    rows = requests[judged]
+    return requests[judged & (requests["state"] != layout.FUTURE)]
+
+
+def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
+    rows = _judged(simulated)
+    all_ttft_s, all_itl_s = judged_latencies(simulated)
     done = rows["state"] == layout.DONE
+    # What is not finished in time is a miss of both; what is not known compares as false.
+    ttft_met, itl_met = done & (all_ttft_s <= slo.ttft_s), all_itl_s <= slo.itl_s
     dropped = rows["state"] == layout.DROPPED
-    started = rows["first_s"] >= 0.0
-    ttft_s = (rows["first_s"] - rows["arrival_s"])[started]
-    gaps = np.maximum(rows["output_tok"] - 1, 1)
-    itl_s = ((rows["done_s"] - rows["first_s"]) / gaps)[done]
-    ttft_met = np.zeros(len(rows), dtype=bool)
-    itl_met = np.zeros(len(rows), dtype=bool)
-    ttft_met[started] = ttft_s <= slo.ttft_s
-    itl_met[done] = itl_s <= slo.itl_s
-    several = rows["output_tok"][done] > 1  # a single token has no gap
+    ttft_s = all_ttft_s[rows["first_s"] >= 0.0]
+    itl_s = all_itl_s[done & (rows["output_tok"] > 1)]  # a single token has no gap
     return {
         "ttft_attainment": _mean(ttft_met),
         "itl_attainment": _mean(itl_met),
         "slo_attainment": _mean(ttft_met & itl_met),
         "ttft_p50_s": _quantile(ttft_s, 0.5),
         "ttft_p99_s": _quantile(ttft_s, 0.99),
-        "itl_p50_s": _quantile(itl_s[several], 0.5),
-        "itl_p99_s": _quantile(itl_s[several], 0.99),
+        "itl_p50_s": _quantile(itl_s, 0.5),
+        "itl_p99_s": _quantile(itl_s, 0.99),
         "requests_arrived": len(rows),
         "requests_completed": int(done.sum()),
         "requests_in_flight": int(len(rows) - done.sum() - dropped.sum()),

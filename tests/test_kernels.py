@@ -1,0 +1,132 @@
+"""Kernels that stand alone: costs, the event tree, the heap of transfers, random numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voltana_ctrl import load_profile
+from voltana_ctrl._kernels import cost, layout, plant
+from voltana_ctrl.physics import decode_j, decode_s, prefill_s
+from voltana_ctrl.profiles import list_profiles
+
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+names = st.sampled_from(list_profiles())
+
+
+# ---- cost ---------------------------------------------------------------------------------
+
+
+@given(name=names, k=st.integers(0, 80), n=st.integers(0, 300), context=st.floats(0.0, 3000.0),
+       chunk=st.integers(0, 8192), start=st.integers(0, 4000))  # fmt: skip
+def test_an_iteration_is_its_two_parts(name, k, n, context, chunk, start) -> None:
+    profile = load_profile(name)
+    row = profile.table[k]
+    padded = int(profile.padded_batch(300)[n])
+    kv_tok = n * context
+    tok2 = (start + chunk) ** 2 - start**2
+    wall_s, decoded_j, prefilled_j = cost.iteration_cost(row, padded, n, kv_tok, chunk, tok2)
+    apart_s = float(prefill_s(row, chunk, tok2)) if chunk else 0.0
+    if chunk and n:
+        apart_s -= row["prefill_base_s"]  # the weights are read once
+    expected_s = (float(decode_s(row, n, kv_tok, padded)) if n else 0.0) + apart_s
+    assert wall_s == pytest.approx(expected_s, rel=1e-12)
+    expected_j = float(decode_j(row, n, kv_tok, padded)) if n else 0.0
+    assert decoded_j == pytest.approx(expected_j, rel=1e-12)
+    assert prefilled_j == pytest.approx(apart_s * row["prefill_power_w"], rel=1e-12)
+
+
+@given(name=names, k=st.integers(0, 80), n=st.integers(1, 1000), kv_tok=st.floats(0.0, 4e5))
+def test_times_of_one_phase_are_the_laws(name, k, n, kv_tok) -> None:
+    row = load_profile(name).table[k]
+    assert cost.decode_s(row, n, kv_tok) == pytest.approx(float(decode_s(row, n, kv_tok)))
+    assert cost.prefill_s(row, n, kv_tok) == pytest.approx(float(prefill_s(row, n, kv_tok)))
+
+
+@given(freq_mhz=st.floats(0.0, 3000.0), n_clocks=st.integers(1, 81))
+def test_quantise_up_is_the_lowest_clock_that_is_enough(freq_mhz, n_clocks) -> None:
+    k = cost.quantise_up(REFERENCE.table.copy(), n_clocks, freq_mhz)
+    clocks_mhz = REFERENCE.clocks_mhz[:n_clocks]
+    enough = [j for j, mhz in enumerate(clocks_mhz) if mhz >= freq_mhz]
+    assert k == (enough[0] if enough else n_clocks - 1)
+
+
+# ---- the event tree and the heap ----------------------------------------------------------
+
+
+@given(
+    leaves=st.sampled_from([1, 2, 4, 8, 16]),
+    writes=st.lists(st.tuples(st.integers(0, 15), st.sampled_from([0.5, 1.0, 2.0, 1e300]))),
+)
+def test_tree_finds_the_earliest_and_the_lowest_index_on_a_tie(leaves, writes) -> None:
+    tree = np.full(2 * leaves, 1e300)
+    times_s = [1e300] * leaves
+    for i, t_s in writes:
+        plant._set_next(tree, i % leaves, t_s)
+        times_s[i % leaves] = t_s
+    assert tree[1] == min(times_s)
+    assert plant._first(tree) == times_s.index(min(times_s))
+
+
+@given(st.lists(st.one_of(st.none(), st.sampled_from([1.0, 2.0, 3.0])), max_size=60))
+def test_transfers_arrive_in_order_of_time_then_number(steps) -> None:
+    sim = np.zeros(1, dtype=layout.SIM_DTYPE)
+    moving_s, moving_r = np.zeros(60), np.zeros(60, dtype=np.int64)
+    inside: list[tuple[float, int]] = []
+    for r, t_s in enumerate(steps):
+        if t_s is not None:
+            plant._push_moving(sim[0], moving_s, moving_r, t_s, 60 - r)
+            inside.append((t_s, 60 - r))
+        elif inside:
+            first = min(inside)
+            assert (moving_s[0], moving_r[0]) == first
+            assert plant._pop_moving(sim[0], moving_s, moving_r) == first[1]
+            inside.remove(first)
+    assert sim[0]["n_moving"] == len(inside)
+
+
+# ---- random numbers -----------------------------------------------------------------------
+
+
+def generator(seed: int) -> np.ndarray:
+    sim = np.zeros(1, dtype=layout.SIM_DTYPE)
+    sim["rng"] = (2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64  # as Plant does
+    return sim
+
+
+def test_uniform_numbers_are_uniform_and_seeds_are_unlike() -> None:
+    n = 20_000
+    drawn = np.array([[plant._uniform(sim[0]) for _ in range(n)] for sim in map(generator, (0, 1))])
+    assert np.all((drawn >= 0.0) & (drawn < 1.0))
+    for row in drawn:
+        counts = np.histogram(row, bins=20, range=(0.0, 1.0))[0]
+        chi2 = ((counts - n / 20) ** 2 / (n / 20)).sum()
+        assert chi2 < 43.8  # 0.1 % point at 19 degrees of freedom
+        assert abs(np.corrcoef(row[1:], row[:-1])[0, 1]) < 4 / np.sqrt(n)
+    assert abs(np.corrcoef(*drawn)[0, 1]) < 4 / np.sqrt(n)
+
+
+def test_jitter_has_mean_one_and_the_spread_asked_for() -> None:
+    sim = generator(7)
+    drawn = np.array([plant._jitter(sim[0], 0.3) for _ in range(20_000)])
+    assert drawn.mean() == pytest.approx(1.0, abs=4 * 0.307 / np.sqrt(20_000))
+    assert np.log(drawn).std() == pytest.approx(0.3, rel=0.03)
+
+
+def test_records_are_of_two_kinds_of_number() -> None:
+    """One compiled signature serves as long as fields are float64 or int64."""
+    for dtype in (layout.INSTANCE_DTYPE, layout.REQUEST_DTYPE, layout.PROFILE_DTYPE,
+                  layout.ITERATION_DTYPE, layout.SEEN_DTYPE):  # fmt: skip
+        kinds = {dtype[name].str for name in dtype.names}
+        assert kinds <= {"<f8", "<i8"}
+
+
+def test_padded_sizes_never_shrink_a_batch() -> None:
+    for name in list_profiles():
+        profile = load_profile(name)
+        padded = profile.padded_batch()
+        assert np.all(padded >= np.arange(padded.size))
+        assert np.all(np.diff(padded) >= 0)
+    assert dataclasses.replace(REFERENCE, batch_steps=()).padded_batch(9).tolist() == [*range(10)]
