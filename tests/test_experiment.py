@@ -7,6 +7,7 @@ import pytest
 
 from voltana_ctrl import ConfigError, Decision, FleetSpec, Slo, compare, load_profile
 from voltana_ctrl.experiment import SCHEMA
+from voltana_ctrl.policies import HEADLINE
 from voltana_ctrl.sim.workload import Workload, make_workload
 
 SHORT = {"duration_s": 20.0, "warmup_s": 5.0}
@@ -35,8 +36,17 @@ def test_json_has_the_promised_keys_and_no_nan(result, tmp_path):
     result.write_json(tmp_path / "out.json")
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["schema"] == SCHEMA == "voltana-ctrl/compare/1"
-    assert set(data) == {"schema", "version", "fleet", "profile", "workload", "slo", "runs"}
-    assert len(data["runs"]) == 5 * 2 * 2
+    assert set(data) == {
+        "schema",
+        "version",
+        "fleet",
+        "profile",
+        "workload",
+        "slo",
+        "power_budget_w",
+        "runs",
+    }
+    assert len(data["runs"]) == len(HEADLINE) * 2 * 2
     for run in data["runs"]:
         assert set(PROMISED) <= set(run)
 
@@ -188,6 +198,11 @@ def test_requests_that_fit_nowhere_are_dropped_and_counted():
         ({"warmup_s": -1.0}, "warmup_s"),
         ({"tick_s": 0.0}, "tick_s"),
         ({"seeds": 0}, "seeds"),
+        ({"seeds": 10**9}, "seeds"),
+        ({"duration_s": 1e12}, "duration_s"),
+        ({"rates_req_s": [1e300]}, "rate"),
+        ({"tick_s": 1e-30}, "tick_s"),
+        ({"fleet": "99999P99999D"}, "fleet"),
         ({"policies": []}, "policies"),
         ({"policies": ["static-max", "none"]}, "no such policy"),
     ],

@@ -121,6 +121,17 @@ def test_a_plan_that_is_not_ok_is_held_then_replaced_under_the_last_ceiling():
     assert (shielded(failed).freq_mhz == 1410.0).all()
 
 
+def test_a_ceiling_lowered_on_stale_readings_holds():
+    last = Decision.highest(FLEET, t_s=9.5, ceiling_mhz=np.full(N, 1200.0))
+    lowered = Decision.highest(FLEET, t_s=10.0, ceiling_mhz=np.full(N, 600.0))
+    for t_s in (10.0, 30.0):
+        applied = shielded(lowered, t_s=t_s, age_s=3.0, last=last)
+        assert applied.status is Status.STALE
+        assert (applied.freq_max_mhz == 600.0).all()
+    raised = Decision.highest(FLEET, t_s=10.0, status=Status.INFEASIBLE)
+    assert (shielded(raised, last=last).freq_max_mhz == 1200.0).all()
+
+
 def test_stale_readings_are_not_acted_on():
     wish = Decision.highest(FLEET, t_s=10.0, floor_mhz=np.full(N, 210.0))
     assert shielded(wish, age_s=3.0).status is Status.STALE

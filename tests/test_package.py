@@ -82,6 +82,7 @@ def test_extras_are_the_promised_ones(project):
         "nvml",
         "server",
         "report",
+        "dask",
         "dev",
     }
 

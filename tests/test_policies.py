@@ -3,7 +3,8 @@ import sys
 import pytest
 
 from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
-from voltana_ctrl.policies import HEADLINE, find_policy, list_policies
+from voltana_ctrl.policies import HEADLINE, ROUTERS, PolicySetup, find_policy, list_policies
+from voltana_ctrl.types import PowerBudget
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 FLEET = FleetSpec.parse("2P2D", PROFILE)
@@ -13,7 +14,7 @@ SLO = Slo(ttft_s=0.6, itl_s=0.06)
 @pytest.mark.parametrize("fleet", [FLEET, FleetSpec.parse("3C", PROFILE)], ids=["pd", "c"])
 @pytest.mark.parametrize("policy", list_policies(), ids=lambda policy: policy.name)
 def test_every_shipped_policy_can_be_built_and_says_where_it_is_from(policy, fleet):
-    parts = policy.build(fleet, SLO, 0.1)
+    parts = policy.build(fleet, SLO, PolicySetup())
     assert parts.governors is None or len(parts.governors) == len(fleet)
     assert policy.summary
     assert policy.source
@@ -24,11 +25,25 @@ def test_headline_policies_exist():
     assert [find_policy(name).name for name in HEADLINE] == list(HEADLINE)
 
 
+def test_every_policy_and_router_is_on_the_docs_page(root):
+    page = (root / "docs" / "policies.md").read_text(encoding="utf-8")
+    for name in [*(policy.name for policy in list_policies()), *ROUTERS]:
+        assert f"`{name}`" in page, name
+
+
+def test_who_knows_budgets():
+    knows = {policy.name for policy in list_policies() if policy.knows_budget}
+    assert knows >= {"static-budget", "threshold", "pack"}
+    assert find_policy("static-budget+jsq").knows_budget
+    assert find_policy("pack-900").knows_budget
+    assert not find_policy("static-900").knows_budget
+
+
 def test_static_clock_is_read_from_the_name():
-    first = find_policy("static-900").build(FLEET, SLO, 0.1).first
+    first = find_policy("static-900").build(FLEET, SLO, PolicySetup()).first
     assert (first.freq_mhz == 900.0).all()
     with pytest.raises(ConfigError, match="210 to 1410"):
-        find_policy("static-9000").build(FLEET, SLO, 0.1)
+        find_policy("static-9000").build(FLEET, SLO, PolicySetup())
 
 
 @pytest.mark.parametrize(
@@ -63,6 +78,10 @@ class MyRouter:
     def update(self, decision): pass
 class Neither:
     def __init__(self, fleet, slo): pass
+class Budgeted(Mine):
+    def __init__(self, fleet, slo, *, power_budget=None):
+        super().__init__(fleet, slo)
+        self.power_budget = power_budget
 class NoArguments: pass
 """
 
@@ -76,8 +95,20 @@ def my_module(tmp_path, monkeypatch):
 
 
 def test_a_policy_of_ones_own_is_found_by_module_and_class(my_module):
-    assert find_policy(f"{my_module}:Mine").build(FLEET, SLO, 0.1).controller is not None
-    assert find_policy(f"{my_module}:MyRouter").build(FLEET, SLO, 0.1).prefill_router is not None
+    assert find_policy(f"{my_module}:Mine").build(FLEET, SLO, PolicySetup()).controller is not None
+    assert (
+        find_policy(f"{my_module}:MyRouter").build(FLEET, SLO, PolicySetup()).prefill_router
+        is not None
+    )
+
+
+def test_a_policy_of_ones_own_gets_the_budget_if_it_asks(my_module):
+    budget = PowerBudget.parse("900")
+    policy = find_policy(f"{my_module}:Budgeted")
+    assert policy.knows_budget
+    parts = policy.build(FLEET, SLO, PolicySetup(power_budget=budget))
+    assert parts.controller.power_budget is budget
+    assert not find_policy(f"{my_module}:Mine").knows_budget
 
 
 @pytest.mark.parametrize(
@@ -85,4 +116,4 @@ def test_a_policy_of_ones_own_is_found_by_module_and_class(my_module):
 )
 def test_a_class_that_is_no_policy_is_refused(my_module, name, message):
     with pytest.raises(ConfigError, match=message):
-        find_policy(f"{my_module}:{name}").build(FLEET, SLO, 0.1)
+        find_policy(f"{my_module}:{name}").build(FLEET, SLO, PolicySetup())

@@ -33,8 +33,12 @@ _HOME = {
     "FleetState": "types",
     "Guard": "guard",
     "InstanceSpec": "types",
+    "IterationGovernor": "control",
     "IterationBatch": "types",
+    "MpcController": "control",
     "Observation": "types",
+    "PowerBudget": "types",
+    "PricedRouter": "routing",
     "Profile": "types",
     "Request": "types",
     "RequestBatch": "types",
@@ -59,6 +63,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from voltana_ctrl.control import Controller as Controller
+    from voltana_ctrl.control import IterationGovernor as IterationGovernor
+    from voltana_ctrl.control import MpcController as MpcController
     from voltana_ctrl.errors import ActuationDenied as ActuationDenied
     from voltana_ctrl.errors import BackendError as BackendError
     from voltana_ctrl.errors import ConfigError as ConfigError
@@ -72,12 +78,14 @@ if TYPE_CHECKING:
     from voltana_ctrl.loop import WallClock as WallClock
     from voltana_ctrl.profiles import list_profiles as list_profiles
     from voltana_ctrl.profiles import load_profile as load_profile
+    from voltana_ctrl.routing import PricedRouter as PricedRouter
     from voltana_ctrl.types import Decision as Decision
     from voltana_ctrl.types import FleetSpec as FleetSpec
     from voltana_ctrl.types import FleetState as FleetState
     from voltana_ctrl.types import InstanceSpec as InstanceSpec
     from voltana_ctrl.types import IterationBatch as IterationBatch
     from voltana_ctrl.types import Observation as Observation
+    from voltana_ctrl.types import PowerBudget as PowerBudget
     from voltana_ctrl.types import Profile as Profile
     from voltana_ctrl.types import Request as Request
     from voltana_ctrl.types import RequestBatch as RequestBatch

@@ -1,10 +1,9 @@
-"""Command line: ``voltana-ctrl compare | policies | profiles``."""
+"""Command line: ``voltana-ctrl compare | policies | profiles | fit | doctor | agent``."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from voltana_ctrl.errors import ConfigError, VoltanaError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from voltana_ctrl.experiment import Comparison
+#: Policies that are asked at every tick, which takes longer than the simulation.
+_PYTHON_POLICIES = ("mpc", "cascade", "voltanallm-adaptive")
 
 app = typer.Typer(
     add_completion=False,
@@ -95,6 +95,10 @@ def compare(
         str | None,
         typer.Option(help="Names with commas between; see `voltana-ctrl policies`."),
     ] = None,
+    power_budget_w: Annotated[
+        str | None,
+        typer.Option(help="Limit on the fleet: W, or steps s:W,... from the warm-up's start."),
+    ] = None,
     actuation_ms: Annotated[float, typer.Option(help="Dead time of a clock set.")] = 5.0,
     settle_ms: Annotated[float, typer.Option(help="Then until the clock is there.")] = 20.0,
     jitter: Annotated[float, typer.Option(help="Spread of iteration times (ratio).")] = 0.0,
@@ -104,6 +108,16 @@ def compare(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write every figure to this file.")
     ] = None,
+    html_path: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained page to this file.")
+    ] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Write the figures to this .png, .svg or .pdf.")
+    ] = None,
+    figures: Annotated[
+        str | None,
+        typer.Option(help="Which of loads,energy,time,latency --plot shows. [default: all]"),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes; 0 lets the size of the work decide.")] = 0,
 ) -> None:
     """Run policies on workloads against the simulated fleet; all savings are simulated."""
@@ -111,21 +125,30 @@ def compare(
 
     from voltana_ctrl import experiment
     from voltana_ctrl.policies import HEADLINE
-    from voltana_ctrl.types import Slo
+    from voltana_ctrl.report import check_plot, print_table, write_html, write_plot
+    from voltana_ctrl.types import PowerBudget, Slo
 
     if jobs < 0:
         raise ConfigError(f"jobs: expected 0 or more, got {jobs}")
-    if json_path is not None and not json_path.resolve().parent.is_dir():
-        raise ConfigError(f"json: folder {json_path.resolve().parent} does not exist; make it")
+    shown = [part.strip() for part in figures.split(",")] if figures else []
+    drawn = html_path is not None or plot_path is not None
+    _check_outputs({"json": json_path, "html": html_path, "plot": plot_path})
+    if drawn:
+        check_plot(plot_path, shown)
     rates = _numbers("rate", rate)
     names = [part.strip() for part in policies.split(",")] if policies else list(HEADLINE)
     promises = Slo.parse(slo)
+    power_budget = None if power_budget_w is None else PowerBudget.parse(power_budget_w)
     settings = _settings(actuation_ms, settle_ms, jitter)
     errors = Console(stderr=True)
     with errors.status("loading the simulator (compiled once per machine)"):
         import voltana_ctrl._kernels.plant  # noqa: F401
     loads = rates or list(experiment.DEFAULT_RATES_REQ_S)
-    work_s = sum(loads) * (duration + warmup) * max(1, seeds) * len(names) / 1e6
+    span_s = (duration + warmup) * max(1, seeds)
+    # A million requests or 400 decisions in Python take about a second.
+    work_s = sum(loads) * span_s * len(names) / 1e6
+    asked = [name for name in names if ":" in name or name in _PYTHON_POLICIES]
+    work_s += len(loads) * span_s / max(tick_ms, 1e-3) * 1e3 * len(asked) / 400.0
     with _progress(errors) as on_progress, _executor(jobs, work_s) as executor:
         result = experiment.compare(
             fleet=fleet,
@@ -140,13 +163,33 @@ def compare(
             slo=promises,
             policies=names,
             settings=settings,
+            power_budget=power_budget,
             executor=executor,
             skip_bad_rows=skip_bad_rows,
+            detail=drawn,
             on_progress=on_progress,
         )
     if json_path is not None:
         result.write_json(json_path)
-    print_table(result, Console())
+    study = result.to_study()
+    if drawn:
+        with errors.status("drawing"):
+            if html_path is not None:
+                write_html(study, html_path)
+            if plot_path is not None:
+                write_plot(study, plot_path, shown)
+    print_table(study, Console())
+
+
+def _check_outputs(paths: dict[str, Path | None]) -> None:
+    """Refuse files that could not be written, before anything runs."""
+    for name, path in paths.items():
+        if path is None:
+            continue
+        if not path.resolve().parent.is_dir():
+            raise ConfigError(f"{name}: folder {path.resolve().parent} does not exist; make it")
+        if path.is_dir():
+            raise ConfigError(f"{name}: expected a file, got the folder {path}")
 
 
 def _settings(actuation_ms: float, settle_ms: float, jitter: float) -> Any:
@@ -195,67 +238,130 @@ def _progress(console: Console) -> Iterator[Any]:
             bar.stop()
 
 
-def print_table(result: Comparison, console: Console) -> None:
-    """One line per policy and load, means over seeds; reads at 80 columns.
+@app.command()
+def fit(
+    tables: Annotated[list[Path], typer.Argument(help="CSV or Parquet of measured iterations.")],
+    like: Annotated[
+        str, typer.Option(help="Profile that tells what iterations do not: memory, KV link.")
+    ] = "a100-sxm-80gb/llama-3.1-8b",
+    name: Annotated[str, typer.Option(help="gpu/model of the new profile.")] = "my-gpu/my-model",
+    out: Annotated[Path | None, typer.Option(help="Write the profile to this .toml.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write diagnostics to this image.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="COLUMN=VALUE: rows to use; may be repeated.")
+    ] = None,
+    fix: Annotated[
+        list[str] | None, typer.Option(help="PARAMETER=VALUE: not fitted; may be repeated.")
+    ] = None,
+    ladder: Annotated[
+        str | None, typer.Option(help="Supported clocks LOW:HIGH:STEP. [default: those measured]")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the instance.")] = None,
+    freq_mhz: Annotated[
+        float | None, typer.Option(help="SM clock, where the table has no column for it.")
+    ] = None,
+) -> None:
+    """Identify a profile from measured iterations; refuses what the table cannot support."""
+    from voltana_ctrl.fit import fit_table
+    from voltana_ctrl.profiles import load_profile
+    from voltana_ctrl.report import check_plot, write_fit_plot
 
-    Parameters
-    ----------
-    result : Comparison
-        What to show.
-    console : rich.console.Console
-        Where.
-    """
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        title=f"{result.fleet}  {result.profile}  {result.workload}  (simulated)",
-        caption=(
-            f"SLO: TTFT {result.slo.ttft_s:g} s, ITL {result.slo.itl_s:g} s, each met by"
-            f" {result.slo.attainment:.1%} of requests; * misses it."
-            " Saving is against static-max. Gap: way from voltanallm to the fluid bound."
-        ),
+    _check_outputs({"out": out, "plot": plot})
+    if plot is not None:
+        check_plot(plot)
+    donor = load_profile(like)
+    result = fit_table(
+        tables,
+        where=dict(_pairs("where", where)) or None,
+        gpus=gpus,
+        freq_mhz=freq_mhz,
+        fixed={key: _number("fix", value) for key, value in _pairs("fix", fix)} or None,
     )
-    for head in ("req/s", "policy", "W", "saving", "J/tok", "TTFT ok", "ITL ok", "gap"):
-        table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
-    groups: dict[Any, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
-    for run in result.runs:
-        groups[run["rate_req_s"]].setdefault(run["policy"], []).append(run)
-    for rate, by_policy in groups.items():
-        full_w = _mean(by_policy.get("static-max", []), "mean_power_w")
-        for number, (policy, runs) in enumerate(by_policy.items()):
-            power_w = _mean(runs, "mean_power_w")
-            saving = None if not full_w or power_w is None else 1.0 - power_w / full_w
-            ttft, itl = _mean(runs, "ttft_attainment"), _mean(runs, "itl_attainment")
-            table.add_row(
-                "" if number else ("-" if rate is None else f"{rate:.4g}"),
-                policy,
-                _text(power_w, "{:.0f}"),
-                "" if policy == "static-max" else _text(saving, "{:.1%}"),
-                _text(_mean(runs, "energy_per_token_j"), "{:.4f}"),
-                _met(ttft, result.slo.attainment),
-                _met(itl, result.slo.attainment),
-                _text(_mean(runs, "bound_gap_closed"), "{:.0%}"),
-                end_section=number == len(by_policy) - 1,
-            )
-    console.print(table)
+    if out is not None:
+        result.save(out, name, donor, ladder_mhz=_ladder(ladder))
+    if plot is not None:
+        write_fit_plot(result, plot)
+    typer.echo(result.summary())
 
 
-def _mean(runs: list[dict[str, Any]], key: str) -> float | None:
-    values = [run[key] for run in runs if run[key] is not None]
-    return sum(values) / len(values) if values else None
+def _pair(option: str, text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"{option}: expected NAME=VALUE, got {text!r}")
+    return key, value
 
 
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _pairs(option: str, texts: list[str] | None) -> list[tuple[str, str]]:
+    return [_pair(option, text) for text in texts or []]
 
 
-def _met(value: float | None, target: float) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}{' ' if value >= target else '*'}"
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{option}: expected a number, got {text!r}") from None
+
+
+def _ladder(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise ConfigError(f"ladder: expected LOW:HIGH:STEP such as 210:1410:15, got {text!r}")
+    low, high, step = (_number("ladder", part) for part in parts)
+    if not (0.0 < low <= high and step > 0.0):
+        raise ConfigError(f"ladder: expected 0 < LOW <= HIGH and STEP > 0, got {text!r}")
+    return [low + step * k for k in range(int((high - low) / step + 1e-9) + 1)]
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    actuate: Annotated[
+        bool,
+        typer.Option("--actuate", help="Lock each free GPU to its highest clock for a moment."),
+    ] = False,
+) -> None:
+    """Say what this machine can do: GPUs, clocks, permissions, clamps; reads only."""
+    from voltana_ctrl.backends.doctor import examine
+
+    report = examine(actuate=actuate)
+    typer.echo(report.json() if as_json else report.text())
+
+
+@app.command()
+def agent(
+    setter: Annotated[
+        bool, typer.Option("--setter", help="Run the privileged setter of this node.")
+    ] = False,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="UUID of a GPU it may set; may be repeated.")
+    ] = None,
+    uid: Annotated[
+        list[int] | None, typer.Option(help="User id that may ask; may be repeated.")
+    ] = None,
+    low_mhz: Annotated[int, typer.Option(help="Lowest clock it sets.")] = 0,
+    high_mhz: Annotated[int, typer.Option(help="Highest clock it sets.")] = 100_000,
+    max_sets_s: Annotated[float, typer.Option(help="Sets per second and GPU.")] = 50.0,
+    socket: Annotated[Path | None, typer.Option(help="Unix socket to listen on.")] = None,
+) -> None:
+    """Set clocks for a server that is not root; ends, and gives back, on SIGTERM or Ctrl-C."""
+    if not setter:
+        raise ConfigError("agent: expected --setter; other modes of the agent do not exist yet")
+    for name, given in (("gpu UUID", gpu), ("uid NUMBER", uid)):
+        if not given:
+            raise ConfigError(f"agent --setter: expected at least one --{name}, got none")
+    from voltana_ctrl.backends.setter import run_setter
+    from voltana_ctrl.backends.setter_client import SETTER_SOCKET
+
+    run_setter(
+        gpu or [],
+        uid or [],
+        socket or SETTER_SOCKET,
+        lo_mhz=low_mhz,
+        hi_mhz=high_mhz,
+        max_sets_s=max_sets_s,
+    )
 
 
 @app.command()
@@ -263,13 +369,21 @@ def policies() -> None:
     """List policies that compare can run."""
     from rich.console import Console
 
-    from voltana_ctrl.policies import list_policies
+    from voltana_ctrl.policies import ROUTERS, list_policies
 
     console = Console()
     for policy in list_policies():
         console.print(f"{policy.name}\n    {policy.summary}\n    {policy.source}", highlight=False)
-    console.print("static-<MHz>\n    every instance at that clock, round robin", highlight=False)
-    console.print("package.module:Class\n    your own, called with (fleet, slo)", highlight=False)
+    for form, meaning in (
+        ("static-<MHz>", "every instance at that clock, round robin"),
+        ("pack-<MHz>", "pack, planned for that clock"),
+        ("package.module:Class", "your own, called with (fleet, slo)"),
+        (
+            "<policy>+<decode router>, <policy>+<prefill router>/<decode router>",
+            f"with routers of {', '.join(ROUTERS)}",
+        ),
+    ):
+        console.print(f"{form}\n    {meaning}", highlight=False, markup=False)
 
 
 @app.command()

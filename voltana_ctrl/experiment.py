@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,18 @@ from voltana_ctrl import __version__
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.guard import Guard
 from voltana_ctrl.loop import ControlLoop
-from voltana_ctrl.policies import HEADLINE, PolicyParts, find_policy
+from voltana_ctrl.policies import HEADLINE, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.profiles import load_profile
+from voltana_ctrl.report import Study, write_html, write_plot
 from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
+from voltana_ctrl.sim.clock import SimClock
+from voltana_ctrl.sim.detail import Recorder, RunDetail
 from voltana_ctrl.sim.engine import PlantSettings
+from voltana_ctrl.sim.meter import PowerMeter
 from voltana_ctrl.sim.metrics import run_figures, snapshot
 from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import WORKLOADS, Workload, make_closed_loop, make_workload
-from voltana_ctrl.types import Decision, FleetSpec, Slo
+from voltana_ctrl.types import Decision, FleetSpec, PowerBudget, Profile, Slo
 from voltana_ctrl.types._check import count, not_negative, positive
 
 __all__ = ["SCHEMA", "Comparison", "Run", "compare"]
@@ -36,6 +40,12 @@ DEFAULT_SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
 #: A request that is unfinished this long after the window counts as missed.
 GRACE_S = 60.0
+
+# More is a slip of the hand, and would fill the memory or never end.
+_MAX_SEEDS = 10_000
+_MAX_REQUESTS = 20_000_000
+_MAX_SPAN_S = 1e7
+_MIN_TICK_S = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +72,10 @@ class Run:
         Window, time before it, control period.
     settings : PlantSettings
         Actuation and noise.
+    power_budget : PowerBudget, optional
+        What the fleet may draw, from the start of the warm-up on.
+    detail : bool
+        Keep a :class:`~voltana_ctrl.sim.detail.RunDetail` under the key ``detail``.
 
     Examples
     --------
@@ -85,6 +99,8 @@ class Run:
     warmup_s: float = 30.0
     tick_s: float = 0.1
     settings: PlantSettings = field(default_factory=PlantSettings)
+    power_budget: PowerBudget | None = None
+    detail: bool = False
 
     def simulate(self) -> dict[str, Any]:
         """Run it; figures named as in the JSON of ``compare``."""
@@ -146,13 +162,18 @@ class Run:
     def _simulate(self, workload: Workload) -> dict[str, Any]:
         from voltana_ctrl.backends.sim import SimBackend  # loads Numba
 
-        parts: PolicyParts = find_policy(self.policy).build(self.fleet, self.slo, self.tick_s)
+        setup = PolicySetup(
+            tick_s=self.tick_s,
+            power_budget=self.power_budget,
+            delay_s=self.settings.actuation_s + self.settings.settle_s,
+        )
+        parts: PolicyParts = find_policy(self.policy).build(self.fleet, self.slo, setup)
         from_s, until_s = self.warmup_s, self.warmup_s + self.duration_s
         backend = SimBackend(
             self.fleet,
             workload=workload,
             seed=self.seed,
-            settings=_with_view(self.settings, parts),
+            settings=_with_policy(self.settings, parts, len(self.fleet)),
             governors=parts.governors,
             prefill_router=parts.prefill_router,
             decode_router=parts.decode_router,
@@ -161,10 +182,17 @@ class Run:
         plant = backend.plant
         plant.apply(parts.first or Decision.highest(self.fleet))
         times_s: list[float] = []
+        recorder = Recorder(plant, from_s, until_s) if self.detail else None
+        budget = self.power_budget
+        meter = None if budget is None else PowerMeter(plant, budget, from_s, until_s)
         loop = None
         if parts.controller is not None:
             loop = ControlLoop(
-                backend, parts.controller, Guard(self.fleet), observers=[_Stopwatch(times_s)]
+                backend,
+                parts.controller,
+                Guard(self.fleet),
+                clock=SimClock(meter or plant),
+                observers=[_Stopwatch(times_s), *([recorder] if recorder else [])],
             )
 
         def go(to_s: float, *, stop_when_judged: bool = False) -> None:
@@ -175,15 +203,23 @@ class Run:
 
         go(from_s)
         before = snapshot(plant)
+        if meter is not None and loop is None:
+            meter.advance(until_s, recorder)
+        elif recorder is not None and loop is None:
+            recorder.advance(until_s)
         go(until_s)
+        if recorder is not None:
+            recorder.take()
         after = snapshot(plant)
         end_s = until_s + GRACE_S
         if loop is None:
             go(end_s, stop_when_judged=True)
         while plant.judged[1] > 0 and plant.now_s < end_s:
             go(min(plant.now_s + 1.0, end_s))
-        return {
+        kept = {} if recorder is None else {"detail": recorder.detail()}
+        return kept | {
             **run_figures(plant, before, after, self.duration_s, self.slo),
+            "over_budget_frac": None if meter is None else meter.over_budget_frac(),
             "guard_interventions": 0 if loop is None else loop.interventions,
             "decide_p50_s": float(np.quantile(times_s, 0.5)) if times_s else None,
             "decide_p99_s": float(np.quantile(times_s, 0.99)) if times_s else None,
@@ -207,13 +243,21 @@ _RUN_KEYS = (
     "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
     "requests_arrived", "requests_completed", "requests_in_flight", "requests_dropped",
     "preemptions", "tokens_out", "mean_batch", "mean_freq_prefill_mhz",
-    "mean_freq_decode_mhz", "clock_changes", "active_decode_mean", "guard_interventions",
-    "decide_p50_s", "decide_p99_s", "iterations", "sim_wall_s", "regime",
+    "mean_freq_decode_mhz", "clock_changes", "active_decode_mean", "over_budget_frac",
+    "guard_interventions", "decide_p50_s", "decide_p99_s", "iterations", "sim_wall_s", "regime",
 )  # fmt: skip
 
 
-def _with_view(settings: PlantSettings, parts: PolicyParts) -> PlantSettings:
-    return replace(settings, view_age_s=parts.view_age_s, decode_at_arrival=parts.decode_at_arrival)
+def _with_policy(settings: PlantSettings, parts: PolicyParts, n: int) -> PlantSettings:
+    """Settings of the plant that belong to the policy: what its routers see, what it reads."""
+    # Enough for the iterations between two ticks, from which controllers learn.
+    log = 0 if parts.controller is None else max(4096, 64 * n)
+    return replace(
+        settings,
+        view_age_s=parts.view_age_s,
+        decode_at_arrival=parts.decode_at_arrival,
+        log_iterations=max(settings.log_iterations, log),
+    )
 
 
 def _number(value: float) -> float | None:
@@ -230,8 +274,14 @@ class Comparison:
         What was compared on.
     slo : Slo
         What attainment is judged by.
+    power_budget : PowerBudget, optional
+        What the fleet might draw.
     runs : tuple of dict
         One per policy, rate and seed, in that order; keys as in the JSON.
+    profiles : tuple of Profile
+        Those of the fleet; not in the JSON.
+    details : tuple of RunDetail or None
+        One per run, where they were asked for; not in the JSON.
 
     Examples
     --------
@@ -245,9 +295,13 @@ class Comparison:
     workload: str
     slo: Slo
     runs: tuple[dict[str, Any], ...]
+    power_budget: PowerBudget | None = None
+    profiles: tuple[Profile, ...] = ()
+    details: tuple[RunDetail | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as written to JSON."""
+        budget = self.power_budget
         return {
             "schema": SCHEMA,
             "version": __version__,
@@ -259,6 +313,7 @@ class Comparison:
                 "itl_s": self.slo.itl_s,
                 "attainment": self.slo.attainment,
             },
+            "power_budget_w": None if budget is None else [list(step) for step in budget.steps],
             "runs": list(self.runs),
         }
 
@@ -276,6 +331,18 @@ class Comparison:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
 
+    def to_study(self) -> Study:
+        """As the report takes it."""
+        return Study(comparison=self.to_dict(), details=self.details, profiles=self.profiles)
+
+    def write_html(self, path: str | Path) -> None:
+        """Write one self-contained page, see :func:`voltana_ctrl.report.write_html`."""
+        write_html(self.to_study(), path)
+
+    def write_plot(self, path: str | Path, figures: Sequence[str] = ()) -> None:
+        """Write figures, see :func:`voltana_ctrl.report.write_plot`."""
+        write_plot(self.to_study(), path, figures)
+
 
 def compare(
     *,
@@ -291,8 +358,10 @@ def compare(
     slo: Slo = DEFAULT_SLO,
     policies: Sequence[str] = HEADLINE,
     settings: PlantSettings | None = None,
+    power_budget: PowerBudget | None = None,
     executor: Executor | None = None,
     skip_bad_rows: bool = False,
+    detail: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Run policies on loads and seeds, all with common random numbers.
@@ -321,12 +390,18 @@ def compare(
         Names, see :func:`voltana_ctrl.policies.find_policy`.
     settings : PlantSettings, optional
         Actuation and noise.
+    power_budget : PowerBudget, optional
+        What the fleet may draw, in time from the start of each run, warm-up included.
+        Policies that know budgets honour it; `over_budget_frac` says how the others fare.
     executor : concurrent.futures.Executor, optional
-        Where runs go; this process if left out.
+        Where runs go; this process if left out. Processes, or the workers of a cluster such as
+        Dask's through ``client.get_executor()``.
     skip_bad_rows : bool
         Leave out rows of a trace that cannot be read, rather than refuse the file.
+    detail : bool
+        Keep what figures over time and of latencies need, see `Comparison.details`.
     on_progress : callable (done, total), optional
-        Called after each run.
+        Called in this thread as each run is done, wherever it ran.
 
     Returns
     -------
@@ -351,8 +426,13 @@ def compare(
     positive("duration_s", duration_s)
     not_negative("warmup_s", warmup_s)
     positive("tick_s", tick_s)
+    _refuse_endless(rates, duration_s + warmup_s, tick_s)
+    if power_budget is not None:
+        _refuse_below_idle(power_budget, spec)
     if isinstance(seeds, int):
         count("seeds", seeds)
+        if seeds > _MAX_SEEDS:
+            raise ConfigError(f"seeds: expected at most {_MAX_SEEDS}, got {seeds}; lower it")
         seeds = range(seeds)
     if not policies:
         raise ConfigError("policies: expected at least one name, got none")
@@ -369,17 +449,27 @@ def compare(
             warmup_s=warmup_s,
             tick_s=tick_s,
             settings=settings or PlantSettings(),
+            power_budget=power_budget,
+            detail=detail,
         )
         for policy in dict.fromkeys(policies)
         for rate in rates
         for seed in seeds
     ]
     for policy in dict.fromkeys(policies):
-        find_policy(policy).build(spec, slo, tick_s)  # refuse what does not fit before any run
+        # Refuse what does not fit before any run.
+        find_policy(policy).build(spec, slo, PolicySetup(tick_s=tick_s, power_budget=power_budget))
     figures = _run_all(runs, executor, on_progress)
     _fill_gap_closed(figures)
     return Comparison(
-        fleet=fleet_name, profile=profile_name, workload=name, slo=slo, runs=tuple(figures)
+        fleet=fleet_name,
+        profile=profile_name,
+        workload=name,
+        slo=slo,
+        power_budget=power_budget,
+        details=tuple(run.pop("detail", None) for run in figures) if detail else (),
+        runs=tuple(figures),
+        profiles=tuple({i.profile.name: i.profile for i in spec.instances}.values()),
     )
 
 
@@ -392,6 +482,16 @@ def _fleet(fleet: str | FleetSpec, profile: str) -> tuple[FleetSpec, str, str]:
         spec, name = FleetSpec.parse(str(fleet), load_profile(profile)), str(fleet)
     used = dict.fromkeys(instance.profile.name for instance in spec.instances)
     return spec, name, ", ".join(used)
+
+
+def _refuse_below_idle(power_budget: PowerBudget, fleet: FleetSpec) -> None:
+    idle_w = sum(one.idle_w for one in fleet.instances)
+    for from_s, limit_w in power_budget.steps:
+        if limit_w < idle_w:
+            raise ConfigError(
+                f"power budget: expected at least {idle_w:g} W, which the fleet draws idle, got"
+                f" {limit_w:g} W from {from_s:g} s; raise it or take instances out of the fleet"
+            )
 
 
 def _workload(workload: str | Path | Workload, skip_bad_rows: bool) -> tuple[str | Workload, str]:
@@ -424,33 +524,44 @@ def _rates(
     return rates_req_s
 
 
+def _refuse_endless(rates: Sequence[float | None], span_s: float, tick_s: float) -> None:
+    """Refuse what would fill the memory or never end."""
+    if span_s > _MAX_SPAN_S:
+        raise ConfigError(
+            f"duration_s: expected warm-up and duration of at most {_MAX_SPAN_S:g} s,"
+            f" got {span_s:g}; shorten it"
+        )
+    if not _MIN_TICK_S <= tick_s <= _MAX_SPAN_S:
+        raise ConfigError(f"tick_s: expected {_MIN_TICK_S:g} to {_MAX_SPAN_S:g} s, got {tick_s:g}")
+    most = max((rate for rate in rates if rate is not None), default=0.0) * (span_s + GRACE_S)
+    if most > _MAX_REQUESTS:
+        raise ConfigError(
+            f"rate: expected at most {_MAX_REQUESTS} requests a run, got about {most:.3g};"
+            " lower the rate or shorten the duration"
+        )
+
+
 def _run_all(
     runs: list[Run],
     executor: Executor | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
-    done = 0
-
-    def tell(_: object = None) -> None:
-        nonlocal done
-        done += 1
+    def tell(done: int) -> None:
         if on_progress is not None:
             on_progress(done, len(runs))
 
-    if on_progress is not None:
-        on_progress(0, len(runs))
+    tell(0)
     if executor is None:
         figures = []
         for run in runs:
             figures.append(run.simulate())
-            tell()
+            tell(len(figures))
         return figures
-    futures: list[Future[dict[str, Any]]] = []
-    for run in runs:
-        future = executor.submit(run.simulate)
-        future.add_done_callback(tell)
-        futures.append(future)
+    futures = [executor.submit(run.simulate) for run in runs]
     try:
+        for done, future in enumerate(as_completed(futures), start=1):
+            future.result()  # the first failure ends it
+            tell(done)
         return [future.result() for future in futures]
     finally:
         for future in futures:

@@ -19,7 +19,8 @@ class Guard:
     A ceiling is rounded down to a supported clock and may fall at once; a floor is rounded up
     and falls no faster than the slew, unless the ceiling forces it. A decision whose status
     is not OK, or one made on stale readings, is replaced: by the last one for `hold_s`, then
-    by the highest clock under the last valid ceiling with equal shares.
+    by the highest clock with equal shares, both under the lower of the last ceiling and the
+    one it asks for.
 
     Parameters
     ----------
@@ -121,9 +122,14 @@ class Guard:
         return tuple(said)
 
     def _stand_in(self, proposed: Decision, state: FleetState, last: Decision | None) -> Decision:
-        if last is not None and 0.0 <= state.t_s - last.t_s <= self.hold_s:
-            return last
-        ceiling_mhz = self.spec.max_mhz if last is None else last.freq_max_mhz
+        # A ceiling that has just been lowered holds even where the rest cannot be believed:
+        # better slow than a tripped breaker.
+        ceiling_mhz = proposed.freq_max_mhz
+        if last is not None:
+            ceiling_mhz = np.minimum(ceiling_mhz, last.freq_max_mhz)
+            if 0.0 <= state.t_s - last.t_s <= self.hold_s:
+                floor_mhz = np.minimum(last.freq_mhz, ceiling_mhz)
+                return replace(last, freq_mhz=floor_mhz, freq_max_mhz=ceiling_mhz)
         return Decision.highest(self.spec, t_s=proposed.t_s, ceiling_mhz=ceiling_mhz)
 
     def _ceilings(self, wanted_mhz: F64) -> F64:

@@ -3,30 +3,110 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
+from voltana_ctrl.control.adaptive import AdaptiveController
 from voltana_ctrl.control.baselines import StaticController
+from voltana_ctrl.control.budget import StaticBudgetController
+from voltana_ctrl.control.cascade import CascadeController, MpcController
+from voltana_ctrl.control.dualscale import DualScaleGovernor
+from voltana_ctrl.control.governor import IterationGovernor
 from voltana_ctrl.control.governors import DEFAULT_LADDER_MHZ, EcoFreqGovernor
+from voltana_ctrl.control.packing import PackingController
+from voltana_ctrl.control.threshold import ThresholdGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.ports import Governor, Router
 from voltana_ctrl.routing import (
+    CompiledRouter,
+    PricedRouter,
     fadr_router,
+    least_kv_router,
     least_queue_router,
     random_router,
+    round_robin_router,
     share_router,
     shortest_router,
     tile_aware_router,
+    tokens_by_batch_router,
+    two_choices_router,
 )
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Slo
+from voltana_ctrl.routing.base import Phase
+from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, PowerBudget, Slo
+from voltana_ctrl.types._check import not_negative, positive
 
-__all__ = ["HEADLINE", "Policy", "PolicyParts", "find_policy", "list_policies"]
+__all__ = [
+    "HEADLINE",
+    "ROUTERS",
+    "Policy",
+    "PolicyParts",
+    "PolicySetup",
+    "find_policy",
+    "list_policies",
+]
 
 #: What compare runs unless told otherwise.
-HEADLINE = ("static-max", "static-1005", "voltanallm", "voltanallm-full-ladder", "bound")
+HEADLINE = (
+    "static-max",
+    "static-1005",
+    "voltanallm",
+    "voltanallm-full-ladder",
+    "mpc",
+    "bound",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySetup:
+    """What a policy may know of the run besides fleet and SLO.
+
+    Parameters
+    ----------
+    tick_s : float
+        Control period.
+    power_budget : PowerBudget, optional
+        What the fleet may draw. Policies that know budgets honour it, the others do not.
+    delay_s : float
+        From asking for a clock until it runs, as measured on the machine.
+
+    Raises
+    ------
+    ConfigError
+        If the period is not positive or the delay negative.
+
+    Examples
+    --------
+    >>> setup = PolicySetup(power_budget=PowerBudget.parse("0:1200,60:840"))
+    >>> setup.limit_w(59.0), setup.limit_w(59.9), PolicySetup().limit_w(0.0)
+    (1200.0, 840.0, inf)
+    """
+
+    tick_s: float = 0.1
+    power_budget: PowerBudget | None = None
+    delay_s: float = 0.025
+
+    def __post_init__(self) -> None:
+        positive("PolicySetup.tick_s", self.tick_s)
+        not_negative("PolicySetup.delay_s", self.delay_s)
+
+    def limit_w(self, t_s: float) -> float:
+        """Power that a decision made now must obey until the next one has taken effect.
+
+        The least of the budget up to 100 ms past the next tick; infinite without a budget.
+
+        Parameters
+        ----------
+        t_s : float
+            Time of the decision.
+        """
+        if self.power_budget is None:
+            return float("inf")
+        return self.power_budget.least_w(t_s, t_s + self.tick_s + 0.1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +155,10 @@ class Policy:
         One line.
     source : str
         Where its rules come from.
-    build : callable (fleet, slo, tick_s) -> PolicyParts
+    build : callable (fleet, slo, setup) -> PolicyParts
         Puts it together.
+    knows_budget : bool
+        Whether it honours a power budget.
 
     Examples
     --------
@@ -87,12 +169,34 @@ class Policy:
     name: str
     summary: str
     source: str
-    build: Callable[[FleetSpec, Slo, float], PolicyParts]
+    build: Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]
+    knows_budget: bool = False
 
 
-def _static(freq_mhz: float | None) -> Callable[[FleetSpec, Slo, float], PolicyParts]:
-    def build(fleet: FleetSpec, slo: Slo, tick_s: float) -> PolicyParts:
-        del slo, tick_s
+_Build = Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]
+
+#: Routers by the name that follows a ``+``; called with (fleet, phase, slo).
+ROUTERS: Mapping[str, Callable[[FleetSpec, Phase, Slo], CompiledRouter]] = MappingProxyType(
+    {
+        "round-robin": lambda fleet, phase, _: round_robin_router(fleet, phase),
+        "random": lambda fleet, phase, _: random_router(fleet, phase),
+        "jsq": lambda fleet, phase, _: shortest_router(fleet, phase),
+        "least-queue": lambda fleet, phase, _: least_queue_router(fleet, phase),
+        "least-kv": lambda fleet, phase, _: least_kv_router(fleet, phase),
+        "two-choices": lambda fleet, phase, _: two_choices_router(fleet, phase),
+        "tokens-x-batch": lambda fleet, phase, _: tokens_by_batch_router(fleet, phase),
+        "tile-aware": lambda fleet, phase, _: tile_aware_router(fleet, phase),
+        "fadr": lambda fleet, phase, slo: fadr_router(
+            fleet, phase, slo, ladder_mhz=DEFAULT_LADDER_MHZ
+        ),
+        "share": lambda fleet, phase, _: share_router(fleet, phase),
+    }
+)
+
+
+def _static(freq_mhz: float | None) -> _Build:
+    def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+        del slo, setup
         at_rest = Observation(state=FleetState.idle(len(fleet)))
         first, _ = StaticController(fleet, freq_mhz).decide(at_rest, None)
         return PolicyParts(first=first)
@@ -104,9 +208,9 @@ def _voltanallm(
     decode: str,
     prefill: str = "random",
     ladder_mhz: Sequence[float] | None = DEFAULT_LADDER_MHZ,
-) -> Callable[[FleetSpec, Slo, float], PolicyParts]:
-    def build(fleet: FleetSpec, slo: Slo, tick_s: float) -> PolicyParts:
-        del tick_s
+) -> _Build:
+    def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+        del setup
         # Colocated instances take a request once, so what decode would choose chooses.
         routers: dict[str, Any] = {
             "fadr": lambda: fadr_router(fleet, "decode", slo, ladder_mhz=ladder_mhz),
@@ -125,10 +229,100 @@ def _voltanallm(
     return build
 
 
-def _shares(fleet: FleetSpec, slo: Slo, tick_s: float) -> PolicyParts:
+def _static_budget(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    del slo
+    return PolicyParts(
+        controller=StaticBudgetController(fleet, setup.power_budget, period_s=setup.tick_s)
+    )
+
+
+def _threshold(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    del slo
+    return _balanced(
+        fleet,
+        [ThresholdGovernor(one) for one in fleet.instances],
+        # Without a budget nothing changes from tick to tick.
+        controller=None
+        if setup.power_budget is None
+        else StaticBudgetController(
+            fleet, setup.power_budget, governed=True, period_s=setup.tick_s
+        ),
+    )
+
+
+def _dualscale(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    del setup
+    return _balanced(fleet, [DualScaleGovernor(one, slo) for one in fleet.instances])
+
+
+def _pack(plan_mhz: float | None) -> _Build:
+    def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+        return _balanced(
+            fleet,
+            [DualScaleGovernor(one, slo) for one in fleet.instances],
+            controller=PackingController(
+                fleet,
+                slo,
+                plan_mhz=plan_mhz,
+                power_budget=setup.power_budget,
+                period_s=setup.tick_s,
+            ),
+        )
+
+    return build
+
+
+def _balanced(
+    fleet: FleetSpec, governors: Sequence[Governor], controller: Any = None
+) -> PolicyParts:
+    """Governors free over the whole range, behind textbook routers."""
+    prefill = shortest_router if fleet.colocated else least_queue_router
+    return PolicyParts(
+        controller=controller,
+        first=Decision.highest(fleet, floor_mhz=fleet.min_mhz),
+        governors=governors,
+        prefill_router=prefill(fleet, "prefill"),
+        decode_router=shortest_router(fleet, "decode"),
+    )
+
+
+def _shares(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     """Nothing to run: the fluid bound is computed, not simulated."""
-    del slo, tick_s
+    del slo, setup
     return PolicyParts(prefill_router=share_router(fleet, "prefill"))
+
+
+def _adaptive(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    controller = AdaptiveController(fleet, slo, period_s=setup.tick_s)
+    decode = fadr_router(fleet, "decode", slo, ladder_mhz=None)
+    return PolicyParts(
+        controller=controller,
+        governors=controller.governors,
+        prefill_router=decode if fleet.colocated else least_queue_router(fleet, "prefill"),
+        decode_router=decode,
+        view_age_s=0.02,
+    )
+
+
+def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]:
+    def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+        controller = (MpcController if mpc else CascadeController)(
+            fleet,
+            slo,
+            period_s=setup.tick_s,
+            delay_s=setup.delay_s,
+            power_budget_w=None if setup.power_budget is None else setup.limit_w,
+        )
+        return PolicyParts(
+            controller=controller,
+            governors=[
+                IterationGovernor(one, slo, delay_s=setup.delay_s) for one in fleet.instances
+            ],
+            prefill_router=PricedRouter(fleet, slo, "prefill"),
+            decode_router=PricedRouter(fleet, slo),
+        )
+
+    return build
 
 
 _PAPER = "VoltanaLLM (arXiv 2509.04827), rules of its public code v0.1"
@@ -138,6 +332,33 @@ _SHIPPED = (
         summary="every instance at its highest clock, round robin",
         source="what servers do today",
         build=_static(None),
+    ),
+    Policy(
+        name="static-budget",
+        summary="the highest uniform clock whose worst case keeps the power budget, round robin",
+        source="the profile's worst-case power per clock; static-max without a budget",
+        build=_static_budget,
+        knows_budget=True,
+    ),
+    Policy(
+        name="threshold",
+        summary="five clocks, stepped by queue and batch with hysteresis; least queue, then JSQ",
+        source="textbook on-demand governor; thresholds double, none is tuned",
+        build=_threshold,
+        knows_budget=True,
+    ),
+    Policy(
+        name="dualscale",
+        summary="prefill looks 8 batches ahead on 7 clocks, decode the lowest feasible clock",
+        source="DualScale (arXiv 2602.18755), fast tier, a reading of summaries; textbook routers",
+        build=_dualscale,
+    ),
+    Policy(
+        name="pack",
+        summary="decode on the fewest instances that hold the load, the rest parked",
+        source="consolidation heuristic; clocks as dualscale",
+        build=_pack(None),
+        knows_budget=True,
     ),
     Policy(
         name="voltanallm",
@@ -164,6 +385,26 @@ _SHIPPED = (
         build=_voltanallm("fadr", "least-queue", None),
     ),
     Policy(
+        name="voltanallm-adaptive",
+        summary="voltanallm-full-ladder with tables that learn and margins that hold the SLO",
+        source="EcoFreq as above; recursive least squares and attainment tracking, see the docs",
+        build=_adaptive,
+    ),
+    Policy(
+        name="cascade",
+        summary="equilibrium targets, per-iteration governors, priced routing; no MPC",
+        source="this project, see the theory page",
+        build=_cascade(mpc=False),
+        knows_budget=True,
+    ),
+    Policy(
+        name="mpc",
+        summary="cascade with a model-predictive layer between targets and governors",
+        source="this project, see the theory page",
+        build=_cascade(mpc=True),
+        knows_budget=True,
+    ),
+    Policy(
         name="bound",
         summary="no controller: the clairvoyant fluid minimum",
         source="closed forms, see the theory page",
@@ -173,12 +414,15 @@ _SHIPPED = (
 
 
 def list_policies() -> tuple[Policy, ...]:
-    """Every shipped policy; ``static-<MHz>`` and ``package.module:Class`` come on top.
+    """Every shipped policy.
+
+    ``static-<MHz>``, ``pack-<MHz>`` and ``package.module:Class`` come on top, and each with
+    other routers, ``<policy>+<decode router>``; see :func:`find_policy`.
 
     Examples
     --------
     >>> [policy.name for policy in list_policies()][:2]
-    ['static-max', 'voltanallm']
+    ['static-max', 'static-budget']
     """
     return _SHIPPED
 
@@ -189,9 +433,13 @@ def find_policy(name: str) -> Policy:
     Parameters
     ----------
     name : str
-        A shipped name, ``static-<MHz>``, or ``package.module:Class`` for your own: a class
-        called with (fleet, slo) whose instances have init/decide, or route (and `phase`,
-        "prefill" or "decode", the latter by default).
+        A shipped name, ``static-<MHz>``, ``pack-<MHz>`` (packed so that the active instances
+        could carry the load at this clock), or ``package.module:Class`` for your own: a class
+        called with (fleet, slo), and power_budget if it has such a parameter, whose instances
+        have init/decide, or route (and `phase`, "prefill" or "decode", the latter by default).
+        Any of them followed by ``+ROUTER`` uses that router of :data:`ROUTERS` for decode
+        (for both phases of a colocated fleet, which picks once); ``+ROUTER/ROUTER`` one for
+        prefill and one for decode.
 
     Raises
     ------
@@ -202,17 +450,30 @@ def find_policy(name: str) -> Policy:
     --------
     >>> find_policy("static-1005").summary
     'every instance at 1005 MHz, round robin'
+    >>> find_policy("static-max+least-kv").summary
+    'static-max with router least-kv'
     """
+    base, plus, routers = name.partition("+")
+    if plus:
+        return _routed(find_policy(base), name, routers)
     for policy in _SHIPPED:
         if policy.name == name:
             return policy
-    clock = re.fullmatch(r"static-(\d{1,6}(?:\.\d{1,3})?)", name)
+    clock = re.fullmatch(r"(static|pack)-(\d{1,6}(?:\.\d{1,3})?)", name)
+    if clock and clock[1] == "static":
+        return Policy(
+            name=name,
+            summary=f"every instance at {clock[2]} MHz, round robin",
+            source="a fixed clock",
+            build=_static(float(clock[2])),
+        )
     if clock:
         return Policy(
             name=name,
-            summary=f"every instance at {clock[1]} MHz, round robin",
-            source="a fixed clock",
-            build=_static(float(clock[1])),
+            summary=f"pack, planned for {clock[2]} MHz",
+            source="consolidation heuristic; clocks as dualscale",
+            build=_pack(float(clock[2])),
+            knows_budget=True,
         )
     if ":" in name:
         return _own(name)
@@ -220,6 +481,43 @@ def find_policy(name: str) -> Policy:
     near = get_close_matches(name, known, n=2)
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
     raise ConfigError(f"policy {name!r}: no such policy{hint} (or static-<MHz>, module:Class)")
+
+
+def _routed(base: Policy, name: str, text: str) -> Policy:
+    """Policy `base` with the routers named in `text` in place of its own."""
+    names = text.split("/")
+    for one in names:
+        if one not in ROUTERS:
+            near = get_close_matches(one, list(ROUTERS), n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(ROUTERS)}"
+            raise ConfigError(f"policy {name!r}: no router {one!r}; {hint}")
+    if len(names) > 2:
+        raise ConfigError(
+            f"policy {name!r}: expected +DECODE or +PREFILL/DECODE, got {len(names)} routers"
+        )
+    if base.name == "bound":
+        raise ConfigError(f"policy {name!r}: the bound is computed and routes nothing; leave it")
+
+    def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+        parts = base.build(fleet, slo, setup)
+        if fleet.colocated:
+            if len(names) == 2:
+                raise ConfigError(
+                    f"policy {name!r}: a colocated fleet picks an instance once; give one router"
+                )
+            return replace(parts, prefill_router=ROUTERS[names[0]](fleet, "prefill", slo))
+        parts = replace(parts, decode_router=ROUTERS[names[-1]](fleet, "decode", slo))
+        if len(names) == 2:
+            parts = replace(parts, prefill_router=ROUTERS[names[0]](fleet, "prefill", slo))
+        return parts
+
+    return Policy(
+        name=name,
+        summary=f"{base.name} with router {text}",
+        source=base.source,
+        build=build,
+        knows_budget=base.knows_budget,
+    )
 
 
 def _own(name: str) -> Policy:
@@ -230,15 +528,19 @@ def _own(name: str) -> Policy:
         raise ConfigError(
             f"policy {name!r}: cannot import {module_name!r}: {error}; is its folder on PYTHONPATH?"
         ) from error
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"policy {name!r}: module {module_name!r} has no class {class_name!r}"
         ) from error
+    try:
+        knows_budget = "power_budget" in inspect.signature(found).parameters
+    except (TypeError, ValueError):  # no class, or one that does not tell
+        knows_budget = False
 
-    def build(fleet: FleetSpec, slo: Slo, tick_s: float) -> PolicyParts:
-        del tick_s
+    def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+        told = {"power_budget": setup.power_budget} if knows_budget else {}
         try:
-            made = found(fleet, slo)
+            made = found(fleet, slo, **told)
         except TypeError as error:
             raise ConfigError(
                 f"policy {name!r}: expected a class called with (fleet, slo): {error}"
@@ -254,4 +556,6 @@ def _own(name: str) -> Policy:
             f" got {type(made).__name__}"
         )
 
-    return Policy(name=name, summary="your own", source=name, build=build)
+    return Policy(
+        name=name, summary="your own", source=name, build=build, knows_budget=knows_budget
+    )

@@ -4,12 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOME = {
+    "CpufreqBackend": "cpufreq",
+    "NvmlBackend": "gpus",
+    "Recorder": "replay",
+    "ReplayBackend": "replay",
     "SimBackend": "sim",
 }
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from voltana_ctrl.backends.cpufreq import CpufreqBackend as CpufreqBackend
+    from voltana_ctrl.backends.gpus import NvmlBackend as NvmlBackend
+    from voltana_ctrl.backends.replay import Recorder as Recorder
+    from voltana_ctrl.backends.replay import ReplayBackend as ReplayBackend
     from voltana_ctrl.backends.sim import SimBackend as SimBackend
 else:
 

@@ -8,8 +8,18 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.routing.base import CompiledRouter, Phase
 from voltana_ctrl.types import FleetSpec, Slo
 
-__all__ = ["fadr_router", "least_queue_router", "random_router", "share_router",
-           "shortest_router", "tile_aware_router"]  # fmt: skip
+__all__ = [
+    "fadr_router",
+    "least_kv_router",
+    "least_queue_router",
+    "random_router",
+    "round_robin_router",
+    "share_router",
+    "shortest_router",
+    "tile_aware_router",
+    "tokens_by_batch_router",
+    "two_choices_router",
+]
 
 
 def share_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
@@ -170,3 +180,105 @@ def fadr_router(
         )
     rungs = fleet.instances[members[0]].clock_rows(ladder_mhz)
     return CompiledRouter(fleet, phase, fadr, [slo.itl_s, float(len(rungs)), *map(float, rungs)])
+
+
+def round_robin_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
+    """In turn, whatever the shares of the decision (what most proxies do by default).
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("1P3D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> router = round_robin_router(fleet, "decode")
+    >>> [router.route(Request(prompt_tok=9), FleetState.idle(4)) for _ in range(4)]
+    [1, 2, 3, 1]
+    """
+    from voltana_ctrl._kernels.routers_baselines import round_robin
+
+    return CompiledRouter(fleet, phase, round_robin)
+
+
+def least_kv_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
+    """Smallest share of the KV cache in use.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> least_kv_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(3))
+    1
+    """
+    from voltana_ctrl._kernels.routers_baselines import least_kv
+
+    return CompiledRouter(fleet, phase, least_kv)
+
+
+def two_choices_router(fleet: FleetSpec, phase: Phase, *, seed: int = 0) -> CompiledRouter:
+    """Power of two choices: the shorter queue of two drawn at random.
+
+    M. Mitzenmacher, "The power of two choices in randomized load balancing", IEEE TPDS 12(10),
+    2001. With two instances it is :func:`shortest_router`.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+    seed : int
+        Of the random numbers when a server calls it; the simulator draws its own.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("1P4D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> two_choices_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(5)) > 0
+    True
+    """
+    from voltana_ctrl._kernels.routers_baselines import two_choices
+
+    return CompiledRouter(fleet, phase, two_choices, seed=seed)
+
+
+def tokens_by_batch_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
+    """Least product of prompt tokens to prefill and batch size.
+
+    The score of LMetric (arXiv 2603.15202) as its abstract states it: new prefill tokens if the
+    request were routed there, times the current batch. A reading of a summary: we count the
+    prompt tokens that already wait there and the request itself in both factors, so that an
+    empty instance does not score 0 whatever the prompt. The paper routes to colocated
+    instances, where the first factor carries the prefix cache; this plant's cached tokens are
+    the same on every instance. On decode instances alone little is left to prefill, and it
+    comes close to :func:`shortest_router`.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("2P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> tokens_by_batch_router(fleet, "prefill").route(Request(prompt_tok=9), FleetState.idle(3))
+    0
+    """
+    from voltana_ctrl._kernels.routers_baselines import tokens_by_batch
+
+    return CompiledRouter(fleet, phase, tokens_by_batch)

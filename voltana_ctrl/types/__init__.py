@@ -5,6 +5,7 @@ All are frozen. Arrays are ``float64`` unless said otherwise, one entry per inst
 """
 
 from voltana_ctrl._kernels.layout import PROFILE_DTYPE
+from voltana_ctrl.types.budget import PowerBudget
 from voltana_ctrl.types.decision import Decision, Limits, Slo, Status, TickRecord
 from voltana_ctrl.types.fleet import FleetSpec, InstanceSpec, Role
 from voltana_ctrl.types.observation import (
@@ -25,6 +26,7 @@ __all__ = [
     "IterationBatch",
     "Limits",
     "Observation",
+    "PowerBudget",
     "Profile",
     "Request",
     "RequestBatch",

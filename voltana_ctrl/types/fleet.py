@@ -120,7 +120,12 @@ class InstanceSpec:
                 f"{label}.gpus: expected {self.profile.gpus}, the tensor parallel degree of"
                 f" profile {self.profile.name}, got {self.gpus}; choose a profile made for it"
             )
-        clocks_mhz = np.array(self.clocks_mhz, dtype=np.float64)
+        try:
+            clocks_mhz = np.array(self.clocks_mhz, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{label}.clocks_mhz: expected a list of clocks in MHz, got {self.clocks_mhz!r}"
+            ) from None
         known = np.isin(clocks_mhz, self.profile.clocks_mhz)
         if clocks_mhz.ndim != 1 or clocks_mhz.size == 0 or not np.all(known):
             raise ConfigError(
@@ -282,7 +287,8 @@ class FleetSpec:
         >>> FleetSpec.parse("4C", load_profile("a100-sxm-80gb/llama-3.1-8b")).colocated
         True
         """
-        split = re.fullmatch(r"(\d{1,5})P(\d{1,5})D", text.strip().upper())
+        # Four digits: larger fleets are slips of the hand, and take minutes to build.
+        split = re.fullmatch(r"(\d{1,4})P(\d{1,4})D", text.strip().upper())
         if split and int(split[1]) and int(split[2]):
             return cls.pd(
                 prefill=int(split[1]),
@@ -290,7 +296,7 @@ class FleetSpec:
                 profile=profile,
                 gpus_per_node=gpus_per_node,
             )
-        both = re.fullmatch(r"(\d{1,5})C", text.strip().upper())
+        both = re.fullmatch(r"(\d{1,4})C", text.strip().upper())
         if both and int(both[1]):
             roles = [Role.COLOCATED] * int(both[1])
             return cls(_equal_instances(roles, profile, gpus_per_node))

@@ -1,0 +1,84 @@
+"""The fast layer: against its twin, monotone, bounded, and what it does to tails."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import naive_control
+from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
+from voltana_ctrl.control.governor import IterationGovernor
+
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+FLEET = FleetSpec.parse("1P1D", PROFILE)
+PREFILL, DECODE = FLEET.instances
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+CLOCKS = st.sampled_from(PROFILE.clocks_mhz.tolist())
+
+
+def fresh(instance, **settings):
+    return IterationGovernor(instance, SLO, **settings)
+
+
+@given(n=st.integers(1, 1024), context=st.floats(10.0, 800.0), floor=CLOCKS, ceiling=CLOCKS)
+def test_decode_against_the_twin(n, context, floor, ceiling):
+    floor = min(floor, ceiling)
+    got = fresh(DECODE).step(n, n * context, 0.0, 0.0, floor, ceiling, t_s=0.0)
+    expected = naive_control.decode_clock(
+        PROFILE.table, PROFILE.padded_batch(), n, n * context, 0.06 / 1.035, floor, ceiling
+    )
+    assert got == expected
+    assert floor <= got <= ceiling
+
+
+@given(
+    waiting=st.floats(1.0, 20_000.0), more=st.floats(0.0, 5_000.0), wait=st.floats(0.0, 0.6),
+    later=st.floats(0.0, 0.3), ceiling=CLOCKS,
+)  # fmt: skip
+def test_a_longer_queue_or_wait_never_lowers_the_clock(waiting, more, wait, later, ceiling):
+    base = fresh(PREFILL).step(0, 0, waiting, wait, 210.0, ceiling, t_s=0.0)
+    longer = fresh(PREFILL).step(0, 0, waiting + more, wait, 210.0, ceiling, t_s=0.0)
+    older = fresh(PREFILL).step(0, 0, waiting, wait + later, 210.0, ceiling, t_s=0.0)
+    assert longer >= base
+    assert older >= base
+    assert max(base, longer, older) <= ceiling
+
+
+def test_raises_at_once_and_lowers_after_the_dwell():
+    governor = fresh(DECODE, dwell_s=1.0)
+    low = governor.step(10, 4e3, 0, 0.0, 210.0, 1410.0, t_s=0.0)
+    high = governor.step(500, 2.2e5, 0, 0.0, 210.0, 1410.0, t_s=0.1)
+    assert high > low
+    assert governor.step(10, 4e3, 0, 0.0, 210.0, 1410.0, t_s=0.5) == high
+    assert governor.step(10, 4e3, 0, 0.0, 210.0, 1410.0, t_s=1.2) == low
+
+
+def test_a_ceiling_that_falls_is_obeyed_within_the_dwell():
+    governor = fresh(DECODE, dwell_s=10.0)
+    governor.step(500, 2.2e5, 0, 0.0, 210.0, 1410.0, t_s=0.0)
+    assert governor.step(500, 2.2e5, 0, 0.0, 210.0, 600.0, t_s=0.1) == 600.0
+
+
+def test_slack_for_the_actuation_delay():
+    """The same queue, known to be answered later, asks for a higher clock."""
+    sluggish, instant = fresh(PREFILL, delay_s=0.2), fresh(PREFILL, delay_s=0.0)
+    for governor in (sluggish, instant):
+        governor.step(0, 0, 0.0, 0.0, 210.0, 210.0, t_s=0.0)  # both at the lowest clock
+    queue = (0, 0, 1500.0, 0.2, 210.0, 1410.0)
+    assert sluggish.step(*queue, t_s=0.1) > instant.step(*queue, t_s=0.1)
+
+
+def test_expected_arrivals_ask_for_a_higher_clock():
+    busy, quiet = fresh(PREFILL), fresh(PREFILL)
+    for k in range(200):
+        busy.step(0, 0, 900.0 + 500.0 * (k % 2), 0.05, 210.0, 1410.0, t_s=0.1 * k)
+        quiet.step(0, 0, 40.0, 0.05, 210.0, 1410.0, t_s=0.1 * k)
+    late = (0, 0, 900.0, 0.05, 210.0, 1410.0)
+    assert busy.step(*late, t_s=20.1) > quiet.step(*late, t_s=20.1)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="margin_frac"):
+        fresh(DECODE, margin_frac=(-2.0, 0.0))
+    with pytest.raises(ConfigError, match="delay_s"):
+        fresh(DECODE, delay_s=np.nan)

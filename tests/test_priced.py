@@ -1,0 +1,93 @@
+"""The priced router: never to the dead, parked or full; shares honoured; overrides."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voltana_ctrl import Decision, FleetSpec, FleetState, Request, Slo, load_profile
+from voltana_ctrl.routing.priced import PricedRouter
+
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+FLEET = FleetSpec.parse("2P4D", PROFILE)
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+ASK = Request(prompt_tok=100)
+
+
+def decided(share, active=None, price=None):
+    share = np.asarray(share, dtype=float)
+    return dataclasses.replace(
+        Decision.highest(FLEET),
+        route_frac=share,
+        active=share > 0 if active is None else active,
+        price_j_req=np.zeros(6) if price is None else price,
+    )
+
+
+def state(**fields):
+    return dataclasses.replace(FleetState.idle(6), **fields)
+
+
+@given(
+    alive=st.lists(st.booleans(), min_size=6, max_size=6),
+    active=st.lists(st.booleans(), min_size=6, max_size=6),
+    full=st.lists(st.booleans(), min_size=6, max_size=6),
+)
+def test_never_to_the_dead_parked_or_full(alive, active, full):
+    router = PricedRouter(FLEET, SLO)
+    router.update(decided(np.full(6, 0.25), np.array(active)))
+    alive, full = np.array(alive), np.array(full)
+    picked = router.route(ASK, state(alive=alive, kv_used_tok=np.where(full, 449_990.0, 0.0)))
+    able = alive & np.array(active) & ~full
+    assert picked in FLEET.decode
+    if able[2:].any():
+        assert able[picked]
+    elif alive[2:].any():
+        assert alive[picked]
+
+
+def test_running_requests_follow_the_shares():
+    router = PricedRouter(FLEET, SLO)
+    router.update(decided([0.5, 0.5, 0.6, 0.3, 0.1, 0.0]))
+    running = np.zeros(6)
+    for _ in range(400):
+        running[router.route(ASK, state(running_req=running, kv_used_tok=running * 300))] += 1
+    assert running[2:] / 400 == pytest.approx([0.6, 0.3, 0.1, 0.0], abs=0.01)
+
+
+def test_an_instance_that_would_miss_is_passed_over():
+    router = PricedRouter(FLEET, SLO)
+    router.update(decided([0.5, 0.5, 0.9, 0.1, 0.0, 0.0]))
+    running = np.array([0.0, 0.0, 620.0, 300.0, 0.0, 0.0])
+    assert router.route(ASK, state(running_req=running, kv_used_tok=running * 430)) == 3
+
+
+def test_prefill_goes_where_it_is_done_first():
+    router = PricedRouter(FLEET, SLO, "prefill")
+    router.update(decided([0.5, 0.5, 0.25, 0.25, 0.25, 0.25]))
+    assert router.route(ASK, state(queue_tok=np.array([900.0, 100, 0, 0, 0, 0]))) == 1
+    ties = [router.route(ASK, FleetState.idle(6)) for _ in range(4)]
+    assert sorted(ties[:2]) == sorted(ties[2:]) == [0, 1]
+
+
+def test_a_host_score_must_be_worth_the_price():
+    router = PricedRouter(FLEET, SLO)
+    router.update(decided([0.5, 0.5, 0.5, 0.5, 0.0, 0.0], price=np.array([0.0, 0, 1, 9, 0, 0])))
+    empty = state(running_req=np.array([0.0, 0, 0, 5, 0, 0]))
+    hit = np.array([0.0, 0, 0, 1, 0, 0])
+    cheap = Request(prompt_tok=100, host_score=5.0 * hit)
+    dear = Request(prompt_tok=100, host_score=9.0 * hit)
+    assert router.route(cheap, empty) == 2
+    assert router.route(dear, empty) == 3
+    parked = Request(prompt_tok=100, host_score=np.array([0.0, 0, 0, 0, 0, 99]))
+    assert router.route(parked, empty) != 5
+
+
+def test_two_routers_do_not_share_memory():
+    one, other = PricedRouter(FLEET, SLO), PricedRouter(FLEET, SLO)
+    for router in (one, other):
+        router.update(decided([0.5, 0.5, 0.25, 0.25, 0.25, 0.25]))
+    first = [one.route(ASK, FleetState.idle(6)) for _ in range(6)]
+    assert first == [other.route(ASK, FleetState.idle(6)) for _ in range(6)]

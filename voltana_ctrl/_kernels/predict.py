@@ -1,0 +1,242 @@
+"""The latency and energy predictor, and the lowest clock that is enough, compiled.
+
+Coefficients are one float64 array ``table[instance, clock, column]``; its columns are the
+fields of PROFILE_DTYPE in order, so that a row is a profile row seen as plain numbers.
+"""
+
+import math
+
+from numba import njit, types
+
+from voltana_ctrl._kernels.layout import PROFILE_DTYPE
+
+F8, I8 = types.float64, types.int64
+F8_1, F8_2, F8_3 = (types.Array(F8, dimension, "C") for dimension in (1, 2, 3))
+# What is only read may be read-only: states and tables are frozen.
+IN_F8_1, IN_F8_3 = (types.Array(F8, dimension, "C", readonly=True) for dimension in (1, 3))
+IN_I8_1, IN_I8_2 = (types.Array(I8, dimension, "C", readonly=True) for dimension in (1, 2))
+
+(
+    CLOCK_MHZ,
+    DECODE_BASE_S,
+    DECODE_REQ_S,
+    DECODE_KV_S,
+    DECODE_FLOOR_S,
+    DECODE_POWER_W,
+    DECODE_ITER_J,
+    DECODE_REQ_J,
+    DECODE_KV_J,
+    PREFILL_BASE_S,
+    PREFILL_TOK_S,
+    PREFILL_TOK2_S,
+    PREFILL_POWER_W,
+) = range(len(PROFILE_DTYPE.names or ()))
+
+#: Loads are clipped to [0, this], so that finite questions have finite answers.
+MOST = 1e12
+#: Ladders up to this length are searched from below, longer ones by bisection.
+SHORT_LADDER = 8
+
+
+@njit(F8(F8), cache=True)
+def load_of(value):
+    """A load that can be computed with: NaN and negative become 0."""
+    if value > 0.0:
+        return min(value, MOST)
+    return 0.0
+
+
+@njit(F8(IN_I8_2, I8, F8), cache=True)
+def padded_size(padded, i, running_req):
+    """Executed size of a batch; a fraction of a request counts as a whole one."""
+    last = padded.shape[1] - 1
+    if running_req >= last:
+        return max(float(padded[i, last]), running_req)
+    return float(padded[i, math.ceil(running_req)])
+
+
+@njit(F8(IN_F8_3, I8, I8, F8, F8), cache=True)
+def decode_time_s(table, i, k, size_req, kv_tok):
+    """Time of a decode iteration at ladder clock k [s]."""
+    linear = (
+        table[i, k, DECODE_BASE_S]
+        + table[i, k, DECODE_REQ_S] * size_req
+        + table[i, k, DECODE_KV_S] * kv_tok
+    )
+    return max(linear, table[i, k, DECODE_FLOOR_S])
+
+
+@njit(F8(IN_F8_3, I8, I8, F8, F8), cache=True)
+def prefill_time_s(table, i, k, new_tok, square_tok2):
+    """Time of a prefill iteration at ladder clock k [s]."""
+    return (
+        table[i, k, PREFILL_BASE_S]
+        + table[i, k, PREFILL_TOK_S] * new_tok
+        + table[i, k, PREFILL_TOK2_S] * square_tok2
+    )
+
+
+@njit(types.UniTuple(F8, 2)(IN_F8_3, I8, I8, F8, F8, F8), cache=True)
+def _decode_at(table, i, k, running_req, size_req, kv_tok):
+    time_s = decode_time_s(table, i, k, size_req, kv_tok)
+    energy_j = (
+        time_s * table[i, k, DECODE_POWER_W]
+        + table[i, k, DECODE_ITER_J]
+        + table[i, k, DECODE_REQ_J] * running_req
+        + table[i, k, DECODE_KV_J] * kv_tok
+    )
+    return time_s, energy_j
+
+
+@njit(I8(IN_F8_3, I8, I8, F8), cache=True)
+def clock_below(table, i, n_clocks, freq_mhz):
+    """Index of the highest ladder clock at or below `freq_mhz`, the lowest if there is none."""
+    low = 0
+    high = n_clocks - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if table[i, middle, CLOCK_MHZ] <= freq_mhz:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@njit(F8(IN_F8_3, I8, I8, I8, F8), cache=True)
+def _above_frac(table, i, n_clocks, k, freq_mhz):
+    """How far `freq_mhz` lies from clock k to the next; 0 beyond either end of the ladder."""
+    if k + 1 >= n_clocks or not freq_mhz > table[i, k, CLOCK_MHZ]:
+        return 0.0
+    step_mhz = table[i, k + 1, CLOCK_MHZ] - table[i, k, CLOCK_MHZ]
+    return (freq_mhz - table[i, k, CLOCK_MHZ]) / step_mhz
+
+
+@njit(types.UniTuple(F8, 3)(IN_F8_3, IN_I8_1, IN_I8_2, I8, F8, F8, F8), cache=True)
+def decode_one(table, n_clocks, padded, i, freq_mhz, running_req, kv_tok):
+    """ITL [s], energy [J] and mean power [W] of a decode iteration, linear between clocks."""
+    n_req = load_of(running_req)
+    size_req = padded_size(padded, i, n_req)
+    kv = load_of(kv_tok)
+    k = clock_below(table, i, n_clocks[i], freq_mhz)
+    above = _above_frac(table, i, n_clocks[i], k, freq_mhz)
+    time_s, energy_j = _decode_at(table, i, k, n_req, size_req, kv)
+    power_w = energy_j / time_s if time_s > 0.0 else 0.0
+    if above > 0.0:
+        next_s, next_j = _decode_at(table, i, k + 1, n_req, size_req, kv)
+        next_w = next_j / next_s if next_s > 0.0 else 0.0
+        time_s += above * (next_s - time_s)
+        power_w += above * (next_w - power_w)
+        energy_j = time_s * power_w
+    return time_s, energy_j, power_w
+
+
+@njit(types.UniTuple(F8, 3)(IN_F8_3, IN_I8_1, I8, F8, F8, F8), cache=True)
+def prefill_one(table, n_clocks, i, freq_mhz, new_tok, square_tok2):
+    """Time [s], energy [J] and power [W] of a prefill iteration, linear between clocks."""
+    tok = load_of(new_tok)
+    tok2 = load_of(square_tok2)
+    k = clock_below(table, i, n_clocks[i], freq_mhz)
+    above = _above_frac(table, i, n_clocks[i], k, freq_mhz)
+    time_s = prefill_time_s(table, i, k, tok, tok2)
+    power_w = table[i, k, PREFILL_POWER_W]
+    if above > 0.0:
+        time_s += above * (prefill_time_s(table, i, k + 1, tok, tok2) - time_s)
+        power_w += above * (table[i, k + 1, PREFILL_POWER_W] - power_w)
+    return time_s, time_s * power_w, power_w
+
+
+@njit(types.void(IN_F8_3, IN_I8_1, IN_I8_2, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)
+def decode_many(table, n_clocks, padded, instance, freq_mhz, running_req, kv_tok, out):
+    """`decode_one` for each row of the questions, into the rows of `out`."""
+    for j in range(len(instance)):
+        out[j, 0], out[j, 1], out[j, 2] = decode_one(
+            table, n_clocks, padded, instance[j], freq_mhz[j], running_req[j], kv_tok[j]
+        )
+
+
+@njit(types.void(IN_F8_3, IN_I8_1, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)
+def prefill_many(table, n_clocks, instance, freq_mhz, new_tok, square_tok2, out):
+    """`prefill_one` for each row of the questions, into the rows of `out`."""
+    for j in range(len(instance)):
+        out[j, 0], out[j, 1], out[j, 2] = prefill_one(
+            table, n_clocks, instance[j], freq_mhz[j], new_tok[j], square_tok2[j]
+        )
+
+
+@njit(types.boolean(IN_F8_3, I8, I8, F8, F8, F8, F8, F8, F8), cache=True)
+def _enough(table, i, k, running_req, size_req, kv_tok, batch_tok, left_s, itl_s):
+    """Whether the next iteration meets its targets at ladder clock k."""
+    if running_req > 0.0:
+        spent_s = decode_time_s(table, i, k, size_req, kv_tok)
+        if batch_tok > 0.0:
+            spent_s += table[i, k, PREFILL_TOK_S] * batch_tok
+        if spent_s > itl_s:
+            return False
+        return batch_tok == 0.0 or spent_s <= left_s
+    return prefill_time_s(table, i, k, batch_tok, 0.0) <= left_s
+
+
+@njit(I8(IN_F8_3, IN_I8_2, IN_I8_2, IN_I8_1, I8, F8, F8, F8, F8, F8, F8, F8), cache=True)
+def needed_rung(
+    table, padded, ladder, n_ladder, i,
+    ttft_s, itl_s, running_req, kv_tok, waiting_tok, batch_tok, oldest_wait_s,
+):  # fmt: skip
+    """Ladder clock that the next iteration of instance i needs (EcoFreq's rules 3 to 6)."""
+    n = n_ladder[i]
+    n_req = load_of(running_req)
+    tok = load_of(batch_tok)
+    if load_of(waiting_tok) > tok:
+        return ladder[i, n - 1]
+    if n_req == 0.0 and tok == 0.0:
+        return ladder[i, 0]
+    size_req = padded_size(padded, i, n_req)
+    kv = load_of(kv_tok)
+    left_s = ttft_s - load_of(oldest_wait_s)
+    if n <= SHORT_LADDER:
+        for rung in range(n - 1):
+            k = ladder[i, rung]
+            if _enough(table, i, k, n_req, size_req, kv, tok, left_s, itl_s):
+                return k
+        return ladder[i, n - 1]
+    low = 0
+    high = n - 1
+    while low < high:
+        middle = (low + high) // 2
+        k = ladder[i, middle]
+        if _enough(table, i, k, n_req, size_req, kv, tok, left_s, itl_s):
+            high = middle
+        else:
+            low = middle + 1
+    return ladder[i, low]
+
+
+@njit(
+    F8(IN_F8_3, IN_I8_2, IN_I8_2, IN_I8_1, I8, F8, F8, F8, F8, F8, F8, F8, F8, F8),
+    cache=True,
+)
+def lowest_clock(
+    table, padded, ladder, n_ladder, i,
+    ttft_s, itl_s, running_req, kv_tok, waiting_tok, batch_tok, oldest_wait_s,
+    floor_mhz, ceiling_mhz,
+):  # fmt: skip
+    """Clock that instance i needs [MHz], within floor and ceiling; the ceiling wins."""
+    k = needed_rung(
+        table, padded, ladder, n_ladder, i,
+        ttft_s, itl_s, running_req, kv_tok, waiting_tok, batch_tok, oldest_wait_s,
+    )  # fmt: skip
+    return min(max(table[i, k, CLOCK_MHZ], floor_mhz), ceiling_mhz)
+
+
+@njit(types.void(IN_F8_3, IN_I8_2, IN_I8_2, IN_I8_1, *(IN_F8_1,) * 9, F8_1), cache=True)
+def lowest_clocks(
+    table, padded, ladder, n_ladder,
+    ttft_s, itl_s, running_req, kv_tok, waiting_tok, batch_tok, oldest_wait_s,
+    floor_mhz, ceiling_mhz, out_mhz,
+):  # fmt: skip
+    """`lowest_clock` for the whole fleet at once."""
+    for i in range(len(out_mhz)):
+        out_mhz[i] = lowest_clock(
+            table, padded, ladder, n_ladder, i,
+            ttft_s[i], itl_s[i], running_req[i], kv_tok[i], waiting_tok[i], batch_tok[i],
+            oldest_wait_s[i], floor_mhz[i], ceiling_mhz[i],
+        )  # fmt: skip

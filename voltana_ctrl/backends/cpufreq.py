@@ -1,0 +1,306 @@
+"""CPU clocks through Linux cpufreq, as an actuator around any other backend.
+
+The ceiling of a frequency policy, ``scaling_max_freq``, is set and put back to what it was
+(Linux kernel documentation, "CPU Performance Scaling", sysfs interface). It can be read, so the
+value found is restored exactly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from voltana_ctrl.backends.giveback import FoundFile
+from voltana_ctrl.backends.lease import Lease
+from voltana_ctrl.backends.lockfile import LOCK_DIR
+from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
+from voltana_ctrl.ports import Backend
+from voltana_ctrl.types import Decision, FleetSpec, Observation
+
+__all__ = ["CPUFREQ_DIR", "CpuPolicy", "CpufreqBackend", "cpu_policies"]
+
+#: Where the kernel shows its frequency policies.
+CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpufreq")
+
+
+class CpuPolicy:
+    """One frequency policy: CPUs that share a clock.
+
+    Parameters
+    ----------
+    folder : Path
+        Such as ``/sys/devices/system/cpu/cpufreq/policy0``.
+
+    Raises
+    ------
+    ConfigError
+        If it is not a policy.
+
+    Examples
+    --------
+    >>> CpuPolicy(Path("no-such-policy"))
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: CPU policy no-such-policy: expected cpuinfo_min_freq, ...
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.name = self.folder.name
+        try:
+            self.lowest_khz, self.highest_khz, self.found_khz = (
+                self._khz(name)
+                for name in ("cpuinfo_min_freq", "cpuinfo_max_freq", "scaling_max_freq")
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"CPU policy {folder}: expected cpuinfo_min_freq, cpuinfo_max_freq and"
+                f" scaling_max_freq with numbers in it: {error}; see {CPUFREQ_DIR}"
+            ) from error
+        self.set_khz: int | None = None
+
+    def _khz(self, name: str) -> int:
+        return int((self.folder / name).read_text(encoding="ascii"))
+
+    @property
+    def path(self) -> Path:
+        """The file that is set."""
+        return self.folder / "scaling_max_freq"
+
+    @property
+    def clock_mhz(self) -> float:
+        """Ceiling in force."""
+        return self._khz("scaling_max_freq") / 1000.0
+
+    @property
+    def writable(self) -> bool:
+        """Whether this process may set it."""
+        return os.access(self.path, os.W_OK)
+
+    def supported(self, cpu_mhz: float) -> int:
+        """The clock in kilohertz, if it lies within the policy's range.
+
+        Raises
+        ------
+        ActuationDenied
+            If it does not.
+        """
+        khz = round(cpu_mhz * 1000.0)
+        if not self.lowest_khz <= khz <= self.highest_khz:
+            raise ActuationDenied(
+                f"CPU {self.name}: expected {self.lowest_khz / 1000:g}.."
+                f"{self.highest_khz / 1000:g} MHz, got {cpu_mhz:g}"
+            )
+        return khz
+
+    def set(self, khz: int) -> None:
+        """Set the ceiling, and see that it took.
+
+        Parameters
+        ----------
+        khz : int
+            Clock in kilohertz.
+
+        Raises
+        ------
+        ActuationDenied
+            If the kernel refuses, or keeps a higher one.
+        """
+        self.set_khz = None
+        try:
+            self.path.write_text(str(khz), encoding="ascii")
+            kept_khz = self._khz("scaling_max_freq")
+        except OSError as error:
+            raise ActuationDenied(
+                f"CPU {self.name}: {self.path} cannot be set: {error.strerror}; run as root"
+            ) from error
+        # The driver may round down to a clock that it has, never up.
+        if kept_khz > khz:
+            raise ActuationDenied(
+                f"CPU {self.name}: asked for {khz / 1000:g} MHz, the kernel keeps"
+                f" {kept_khz / 1000:g} MHz; is another program setting it?"
+            )
+        self.set_khz = khz
+
+
+def cpu_policies(root: Path = CPUFREQ_DIR) -> tuple[CpuPolicy, ...]:
+    """All frequency policies of this machine, by number; none where the kernel shows none.
+
+    Parameters
+    ----------
+    root : Path
+        Where they are.
+
+    Examples
+    --------
+    >>> cpu_policies(Path("no-such-folder"))
+    ()
+    """
+    folders = [path for path in root.glob("policy*") if path.name.removeprefix("policy").isdigit()]
+    folders.sort(key=lambda path: int(path.name.removeprefix("policy")))
+    return tuple(CpuPolicy(path) for path in folders)
+
+
+class CpufreqBackend:
+    """A backend whose decisions may limit CPU clocks, too.
+
+    Passes everything on to `inner`, and takes `Decision.limits.cpu_mhz` for itself.
+
+    Parameters
+    ----------
+    inner : Backend
+        The plant proper.
+    policies : mapping of str to sequence of Path
+        Folders of the frequency policies on which each instance's processes run, by its id;
+        instances without one are left alone.
+    lock_dir : Path
+        Where lock files live; the same for all controllers of a machine.
+    idle_s : float
+        Clocks are given back after so long without a read or an apply.
+
+    Raises
+    ------
+    ConfigError
+        If a policy does not exist or is named twice.
+    BackendError
+        If another controller holds one.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from voltana_ctrl import Decision, FleetSpec, load_profile
+    >>> from voltana_ctrl.backends import SimBackend
+    >>> from voltana_ctrl.sim.workload import make_workload
+    >>> from voltana_ctrl.types import Limits
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> plant = SimBackend(fleet, workload=make_workload("fixed", rate_req_s=1.0, duration_s=9.0))
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     policy = Path(root) / "policy0"
+    ...     policy.mkdir()
+    ...     for name, khz in (("cpuinfo_min_freq", "800000"), ("cpuinfo_max_freq", "3500000"),
+    ...                       ("scaling_max_freq", "3500000")):
+    ...         _ = (policy / name).write_text(khz)
+    ...     backend = CpufreqBackend(plant, {"decode-0": [policy]}, lock_dir=Path(root))
+    ...     backend.apply(replace(Decision.highest(fleet), limits=Limits(cpu_mhz=[3500.0, 1200.0])))
+    ...     during = (policy / "scaling_max_freq").read_text()
+    ...     backend.close()
+    ...     during, (policy / "scaling_max_freq").read_text()
+    ('1200000', '3500000')
+    """
+
+    def __init__(
+        self,
+        inner: Backend,
+        policies: Mapping[str, Sequence[Path]],
+        *,
+        lock_dir: Path = LOCK_DIR,
+        idle_s: float = 30.0,
+    ) -> None:
+        self._inner = inner
+        ids = inner.spec.ids
+        unknown = sorted(set(policies) - set(ids))
+        if unknown:
+            raise ConfigError(
+                f"CpufreqBackend.policies: expected instances of the fleet ({', '.join(ids)}),"
+                f" got {unknown[0]!r}"
+            )
+        self._groups = tuple(
+            tuple(CpuPolicy(folder) for folder in policies.get(name, ())) for name in ids
+        )
+        names = [policy.name for group in self._groups for policy in group]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"CpufreqBackend.policies: expected each policy once, got {twice[0]} twice"
+            )
+        self._pid = os.getpid()
+        self._closed = False
+        clock = getattr(inner, "clock", None)
+        if clock is not None:
+            self.clock = clock  # a simulated plant brings its own time
+        self._lease = Lease(
+            [str(policy.folder) for group in self._groups for policy in group],
+            lock_dir=lock_dir,
+            idle_s=idle_s,
+            on_given_back=self._forget_sets,
+        )
+
+    @property
+    def spec(self) -> FleetSpec:
+        """The fleet."""
+        return self._inner.spec
+
+    def read(self) -> Observation:
+        """State of the inner backend."""
+        if self._closed:
+            raise BackendError("CpufreqBackend.read: the backend is closed; make a new one")
+        self._lease.watchdog.seen()
+        return self._inner.read()
+
+    def apply(self, decision: Decision) -> None:
+        """Set CPU clocks that differ, then let the inner backend apply the rest.
+
+        Raises
+        ------
+        ActuationDenied
+            If a clock is outside a policy's range (then nothing is set), or the kernel refuses.
+        BackendError
+            If the backend is closed.
+        """
+        if self._closed:
+            raise BackendError("CpufreqBackend.apply: the backend is closed; make a new one")
+        self._lease.watchdog.seen()
+        limits = decision.limits
+        cpu_mhz = None if limits is None else limits.cpu_mhz
+        orders = []
+        for i, group in enumerate(self._groups):
+            for policy in group:
+                if cpu_mhz is None:
+                    if policy.set_khz is not None:
+                        orders.append((policy, policy.found_khz))
+                else:
+                    orders.append((policy, policy.supported(float(cpu_mhz[i]))))
+        for policy, khz in orders:
+            if policy.set_khz != khz:
+                found = FoundFile(path=str(policy.path), text=str(policy.found_khz))
+                with self._lease.touch(str(policy.folder), found):
+                    policy.set(khz)
+        if limits is not None:
+            left = replace(limits, cpu_mhz=None)
+            used = left.mem_mhz is not None or left.power_cap_w is not None
+            decision = replace(decision, limits=left if used else None)
+        self._inner.apply(decision)
+
+    def _forget_sets(self) -> None:
+        for group in self._groups:
+            for policy in group:
+                policy.set_khz = None
+
+    def close(self) -> None:
+        """Give the CPU clocks and the inner backend back; may be called twice.
+
+        Raises
+        ------
+        ActuationDenied
+            If something could not be given back.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        try:
+            self._lease.close()
+        finally:
+            self._inner.close()
+
+    def __enter__(self) -> CpufreqBackend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+if TYPE_CHECKING:
+    _: type[Backend] = CpufreqBackend

@@ -1,0 +1,348 @@
+"""Logs of a control loop: written tick by tick, and read back as a plant.
+
+One JSON object per line: first the fleet, then a tick each, with numbers written so that they
+come back to the last bit. A replayed controller must therefore decide exactly as it did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+import numpy as np
+
+from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.ports import Backend
+from voltana_ctrl.types import (
+    PROFILE_DTYPE,
+    Decision,
+    FleetSpec,
+    FleetState,
+    InstanceSpec,
+    IterationBatch,
+    Observation,
+    Profile,
+    RequestBatch,
+    Role,
+    Status,
+    TickRecord,
+)
+from voltana_ctrl.types.decision import Limits
+
+__all__ = ["Mismatch", "Recorder", "ReplayBackend", "ReplayClock"]
+
+_SCHEMA = "voltana-ctrl/log/1"
+_Value = TypeVar("_Value")
+
+
+class Recorder:
+    """Observer that writes every tick to a file.
+
+    A log must never stop the control: where the disk is full, writing ends, and `failure` says
+    so.
+
+    Parameters
+    ----------
+    path : Path
+        The file; an existing one is replaced.
+    fleet : FleetSpec
+        The fleet, for the replay.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be written at all.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from voltana_ctrl import ControlLoop, FleetSpec, load_profile
+    >>> from voltana_ctrl.backends import SimBackend
+    >>> from voltana_ctrl.control import StaticController
+    >>> from voltana_ctrl.sim.workload import make_workload
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> plant = SimBackend(fleet, workload=make_workload("fixed", rate_req_s=1.0, duration_s=9.0))
+    >>> policy = StaticController(fleet, 1005)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "ticks.jsonl"
+    ...     with Recorder(path, fleet) as log, ControlLoop(plant, policy, observers=[log]) as loop:
+    ...         loop.run(1.0)
+    ...     replay = ReplayBackend(path)
+    ...     with ControlLoop(replay, policy) as loop:
+    ...         for _ in range(len(replay)):
+    ...             _ = loop.tick()
+    >>> len(replay), replay.mismatches
+    (10, ())
+    """
+
+    def __init__(self, path: Path, fleet: FleetSpec) -> None:
+        self.failure: str | None = None
+        self.ticks = 0
+        try:
+            self._file: TextIO | None = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"log {path}: cannot be written: {error.strerror}") from error
+        self._write({"schema": _SCHEMA, "fleet": [_plain(one) for one in fleet.instances]})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.failure = f"the log ends after {self.ticks} ticks: {error.strerror}"
+            self.close()
+
+    def on_tick(self, record: TickRecord) -> None:
+        """Write one tick."""
+        line = {
+            name: _plain(getattr(record, name))
+            for name in ("number", "observation", "proposed", "applied", "missed")
+        }
+        self._write(line)
+        self.ticks += self._file is not None
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            # What a full disk would not take stays in the buffer, and is refused once more.
+            with suppress(OSError):
+                file.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """A decision that differs from the recorded one.
+
+    Parameters
+    ----------
+    tick : int
+        Number of the tick.
+    name : str
+        Field of the decision.
+    recorded, got : str
+        Both values.
+
+    Examples
+    --------
+    >>> Mismatch(tick=3, name="freq_mhz", recorded="[1005.]", got="[1020.]").tick
+    3
+    """
+
+    tick: int
+    name: str
+    recorded: str
+    got: str
+
+
+class ReplayClock:
+    """Time as recorded: that of the latest reading; sleeping takes none.
+
+    Parameters
+    ----------
+    t_s : float
+        Time at the start.
+
+    Examples
+    --------
+    >>> ReplayClock(2.0).now_s()
+    2.0
+    """
+
+    def __init__(self, t_s: float) -> None:
+        self._t_s = t_s
+
+    def now_s(self) -> float:
+        """Seconds on the recorded clock."""
+        return self._t_s
+
+    def sleep_until_s(self, t_s: float) -> None:
+        """Go on to `t_s` at once."""
+        self._t_s = max(self._t_s, t_s)
+
+
+class ReplayBackend:
+    """A recorded log as a plant: tells what was read, compares what is applied.
+
+    Parameters
+    ----------
+    path : Path
+        Written by :class:`Recorder`; a torn last line (the host died) is left out.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read or is not such a log, naming the line.
+
+    Examples
+    --------
+    See :class:`Recorder`.
+
+    >>> ReplayBackend(Path("no-such.jsonl"))
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: log no-such.jsonl: cannot be read: No such file or directory
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"log {path}: cannot be read: {error.strerror}") from error
+        lines = text.split("\n")[:-1]  # what follows the last newline is torn or empty
+        self._fleet, self._ticks = _parse(path, lines)
+        self._next = 0
+        self._closed = False
+        self._mismatches: list[Mismatch] = []
+        first_s = self._ticks[0][0].state.t_s if self._ticks else 0.0
+        self.clock = ReplayClock(first_s)
+
+    def __len__(self) -> int:
+        return len(self._ticks)
+
+    @property
+    def spec(self) -> FleetSpec:
+        """The recorded fleet."""
+        return self._fleet
+
+    @property
+    def mismatches(self) -> tuple[Mismatch, ...]:
+        """Where applied decisions differed from the recorded ones so far."""
+        return tuple(self._mismatches)
+
+    def read(self) -> Observation:
+        """The next recorded observation.
+
+        Raises
+        ------
+        BackendError
+            If the log has ended or the backend is closed.
+        """
+        if self._closed or self._next >= len(self._ticks):
+            reason = "is closed" if self._closed else f"ended after {len(self._ticks)} ticks"
+            raise BackendError(f"ReplayBackend.read: the log {reason}")
+        observation = self._ticks[self._next][0]
+        self.clock.sleep_until_s(observation.state.t_s)
+        self._next += 1
+        return observation
+
+    def apply(self, decision: Decision) -> None:
+        """Compare a decision with the recorded one of the latest tick.
+
+        Raises
+        ------
+        ConfigError
+            If it is for a fleet of another size.
+        BackendError
+            If the backend is closed.
+        """
+        if self._closed:
+            raise BackendError("ReplayBackend.apply: the backend is closed; make a new one")
+        if len(decision) != len(self._fleet):
+            raise ConfigError(
+                f"ReplayBackend.apply: expected {len(self._fleet)} instances, got {len(decision)}"
+            )
+        if self._next == 0:
+            return  # set before the first reading: nothing was recorded to compare with
+        recorded = self._ticks[self._next - 1][1]
+        for field in fields(Decision):
+            ours, theirs = (
+                _plain(getattr(decision, field.name)),
+                _plain(getattr(recorded, field.name)),
+            )
+            if ours != theirs:
+                self._mismatches.append(
+                    Mismatch(
+                        tick=self._next - 1, name=field.name, recorded=str(theirs), got=str(ours)
+                    )
+                )
+
+    def close(self) -> None:
+        """End the replay; may be called twice."""
+        self._closed = True
+
+
+def _plain(value: Any) -> Any:
+    """Values of JSON; arrays as lists, tables as columns, nested values as objects."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.names:
+            return {name: value[name].tolist() for name in value.dtype.names}
+        return value.tolist()
+    if isinstance(value, Enum):
+        return value.name
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _parse(path: Path, lines: list[str]) -> tuple[FleetSpec, list[tuple[Observation, Decision]]]:
+    fleet: FleetSpec | None = None
+    ticks: list[tuple[Observation, Decision]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            if fleet is None:
+                if values["schema"] != _SCHEMA:
+                    raise ConfigError(f"expected schema {_SCHEMA}, got {values['schema']!r}")
+                fleet = FleetSpec(tuple(_instance(one) for one in values["fleet"]))
+            else:
+                ticks.append((_observation(values["observation"]), _decision(values["applied"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"log {path}: line {number}: not of a log of ticks: {error}"
+            ) from error
+    if fleet is None:
+        raise ConfigError(f"log {path}: expected a first line with the fleet, got none")
+    return fleet, ticks
+
+
+def _instance(values: Mapping[str, Any]) -> InstanceSpec:
+    settings = dict(values)
+    profile = dict(settings.pop("profile"))
+    columns = profile.pop("table")
+    table = np.zeros(len(columns["clock_mhz"]), dtype=PROFILE_DTYPE)
+    for name, column in columns.items():
+        table[name] = column
+    steps = tuple((upto, step) for upto, step in profile.pop("batch_steps"))
+    role = Role[settings.pop("role")]
+    made = Profile(table=table, batch_steps=steps, **profile)
+    return InstanceSpec(role=role, profile=made, **settings)
+
+
+def _observation(values: Mapping[str, Any]) -> Observation:
+    return Observation(
+        state=FleetState(**values["state"]),
+        iterations=IterationBatch(**values["iterations"]),
+        finished=RequestBatch(**values["finished"]),
+    )
+
+
+def _decision(values: Mapping[str, Any]) -> Decision:
+    settings = dict(values)
+    limits = settings.pop("limits")
+    return Decision(
+        status=Status[settings.pop("status")],
+        limits=None if limits is None else Limits(**limits),
+        **settings,
+    )
+
+
+if TYPE_CHECKING:
+    _: type[Backend] = ReplayBackend

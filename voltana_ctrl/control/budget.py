@@ -1,0 +1,175 @@
+"""Clocks that keep a fleet within a power budget whatever its load."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from voltana_ctrl.control.base import Controller
+from voltana_ctrl.types import Decision, FleetSpec, InstanceSpec, Observation, PowerBudget
+from voltana_ctrl.types._check import F64, Bool, not_negative
+
+__all__ = ["StaticBudgetController", "UniformCeiling", "highest_power_w"]
+
+
+def highest_power_w(instance: InstanceSpec) -> F64:
+    """Highest power that an instance can draw at each of its clocks.
+
+    The largest over prefill and over decode at every batch it can run, with as few KV tokens
+    as that batch can have and with as many as fit (power is a ratio of functions affine in KV,
+    so nothing between them is larger).
+
+    Parameters
+    ----------
+    instance : InstanceSpec
+        The instance, as believed.
+
+    Returns
+    -------
+    ndarray, shape (n_clocks,)
+        Watts, in the order of ``instance.clocks_mhz``.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> highest_power_w(fleet.instances[0])[[0, -1]].round(1)
+    array([100.7, 400. ])
+    """
+    rows = instance.table[:, None]
+    worst = np.full(len(rows), instance.idle_w)
+    if instance.role.prefills:
+        worst = np.maximum(worst, rows["prefill_power_w"][:, 0])
+    if instance.role.decodes:
+        running_req = np.arange(1.0, instance.max_batch + 1.0)
+        for kv_tok in (running_req, float(instance.kv_capacity_tok)):
+            step_s = np.maximum(
+                rows["decode_floor_s"],
+                rows["decode_base_s"]
+                + rows["decode_req_s"] * running_req
+                + rows["decode_kv_s"] * kv_tok,
+            )
+            batch_j = (
+                rows["decode_iter_j"]
+                + rows["decode_req_j"] * running_req
+                + rows["decode_kv_j"] * kv_tok
+            )
+            worst = np.maximum(worst, (rows["decode_power_w"] + batch_j / step_s).max(axis=1))
+    return worst
+
+
+class UniformCeiling:
+    """Highest clock for all under a power limit; a lookup over every clock of the fleet.
+
+    An instance that does not support the clock takes its next lower one, or its lowest.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> UniformCeiling(fleet).under(1200.0)
+    array([1155., 1155., 1155., 1155.])
+    """
+
+    def __init__(self, fleet: FleetSpec) -> None:
+        levels_mhz = np.unique(np.concatenate([one.clocks_mhz for one in fleet.instances]))
+        self._idle_w = np.array([one.idle_w for one in fleet.instances])
+        self._clocks_mhz = np.zeros((len(levels_mhz), len(fleet)))
+        self._worst_w = np.zeros_like(self._clocks_mhz)
+        for i, one in enumerate(fleet.instances):
+            k = np.searchsorted(one.clocks_mhz, levels_mhz, side="right") - 1
+            self._clocks_mhz[:, i] = one.clocks_mhz[np.maximum(k, 0)]
+            self._worst_w[:, i] = highest_power_w(one)[np.maximum(k, 0)]
+
+    def under(self, limit_w: float, busy: Bool | None = None) -> F64:
+        """Clock of each instance; the lowest where even that may exceed the limit.
+
+        Parameters
+        ----------
+        limit_w : float
+            What the fleet may draw.
+        busy : ndarray of bool, shape (n,), optional
+            Who may have work; the others count with their idle power. All by default.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Supported clocks in MHz.
+        """
+        drawn_w = self._worst_w if busy is None else np.where(busy, self._worst_w, self._idle_w)
+        fits = np.flatnonzero(drawn_w.sum(axis=1) <= limit_w)
+        level = int(fits[-1]) if fits.size else 0
+        clocks: F64 = self._clocks_mhz[level].copy()
+        return clocks
+
+
+class StaticBudgetController(Controller):
+    """The highest uniform clock whose worst-case power stays within the budget.
+
+    The worst case over all loads is taken from the profile, not the equilibrium at today's
+    load: a limit that protects a breaker must hold through a burst, and no estimate is needed.
+    The price is a clock lower than the load would allow. A lower step is obeyed `lead_s` early,
+    so that the clocks are down when it begins.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    power_budget : PowerBudget, optional
+        The budget; without one the highest clocks.
+    governed : bool
+        Whether governors choose clocks below the ceiling; without, everybody runs at it.
+    period_s, lead_s : float
+        Time between decisions; how long before a step the clocks are set.
+
+    Raises
+    ------
+    ConfigError
+        If a time is negative.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
+    >>> from voltana_ctrl.types import PowerBudget
+    >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> controller = StaticBudgetController(fleet, PowerBudget.parse("0:1200,60:840"))
+    >>> for t_s in (0.0, 59.9):
+    ...     at_t = Observation(state=FleetState.idle(4, t_s=t_s))
+    ...     float(controller.decide(at_t, None)[0].freq_mhz[0])
+    1155.0
+    720.0
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSpec,
+        power_budget: PowerBudget | None,
+        *,
+        governed: bool = False,
+        period_s: float = 0.1,
+        lead_s: float = 0.1,
+    ) -> None:
+        super().__init__(fleet, period_s=period_s)
+        not_negative("StaticBudgetController.lead_s", lead_s)
+        self._budget = power_budget
+        self._governed = governed
+        self._lead_s = lead_s
+        self._uniform = UniformCeiling(fleet)
+
+    def init(self) -> None:
+        """No memory."""
+
+    def _decide(self, observation: Observation, memory: None) -> tuple[Decision, None]:
+        t_s = observation.state.t_s
+        ceiling_mhz = self.fleet.max_mhz
+        if self._budget is not None:
+            until_s = t_s + float(self.period_s) + self._lead_s
+            ceiling_mhz = self._uniform.under(self._budget.least_w(t_s, until_s))
+        floor_mhz = self.fleet.min_mhz if self._governed else ceiling_mhz
+        return Decision.highest(
+            self.fleet, t_s=t_s, floor_mhz=floor_mhz, ceiling_mhz=ceiling_mhz
+        ), memory

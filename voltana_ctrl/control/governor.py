@@ -1,0 +1,131 @@
+"""The fast layer: one instance's clock, before each of its iterations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from voltana_ctrl.control.governors import CompiledGovernor
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.physics import kv_transfer_s
+from voltana_ctrl.types import InstanceSpec, Profile, Slo
+from voltana_ctrl.types._check import not_negative, positive
+
+__all__ = ["IterationGovernor", "thrifty_row"]
+
+
+def thrifty_row(profile_table: np.ndarray) -> int:
+    """Row of least prefill energy per token while busy: the minimum of the U-shaped curve.
+
+    It is no operating point (arrivals, not the clock, set the token rate) but the border up to
+    which a higher clock costs next to nothing more per token, so that keeping room for a burst
+    below it is nearly free.
+
+    Parameters
+    ----------
+    profile_table : ndarray, dtype PROFILE_DTYPE
+        Rows of an instance, ascending clocks.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> float(profile.clocks_mhz[thrifty_row(profile.table)])
+    1095.0
+    """
+    per_tok_j = profile_table["prefill_power_w"] * profile_table["prefill_tok_s"]
+    return int(np.argmin(per_tok_j))
+
+
+class IterationGovernor(CompiledGovernor):
+    """Lowest clock between floor and ceiling that this iteration or this queue needs.
+
+    Raises at once; lowers no sooner than `dwell_s` after the last change. It never waits for
+    another layer, and where it runs it alone writes the clock.
+
+    Parameters
+    ----------
+    instance : InstanceSpec
+        The instance whose clock it chooses.
+    slo : Slo
+        Targets.
+    profile : Profile, optional
+        Tables it predicts with; the instance's own by default.
+    margin_frac : tuple of float
+        TTFT and ITL margin: a prediction times one plus this must be within the target. The
+        default of ITL pays for the gap at the hand-off from prefill, which is up to two
+        iterations long and spread over the tokens of the request.
+    delay_s : float
+        From asking for a clock until it runs: actuation and settling.
+    dwell_s : float
+        Least time between a change and a lowering.
+    reserve_sd, urgent_sd : float
+        Standard deviations of the arrivals during one prefill iteration for which room is
+        kept at the thrifty clock (:func:`thrifty_row`) and at the ceiling.
+    memory_s : float
+        Time constant of the arrival estimate behind it.
+
+    Raises
+    ------
+    ConfigError
+        If a number is outside its range.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> decode = FleetSpec.parse("1P1D", profile).instances[1]
+    >>> governor = IterationGovernor(decode, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)
+    300.0
+    >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 240.0)  # the ceiling comes first
+    240.0
+    """
+
+    def __init__(
+        self,
+        instance: InstanceSpec,
+        slo: Slo,
+        profile: Profile | None = None,
+        *,
+        margin_frac: tuple[float, float] = (0.02, 0.035),
+        delay_s: float = 0.025,
+        dwell_s: float = 0.0,
+        reserve_sd: float = 3.0,
+        urgent_sd: float = 0.5,
+        memory_s: float = 5.0,
+    ) -> None:
+        # Loads Numba, which `import voltana_ctrl` must not.
+        from voltana_ctrl._kernels.needed import needed_clock
+
+        for name, value in (("delay_s", delay_s), ("dwell_s", dwell_s)):
+            not_negative(f"IterationGovernor.{name}", value)
+        positive("IterationGovernor.memory_s", memory_s)
+        for value in margin_frac:
+            if not -1.0 < value < np.inf:
+                raise ConfigError(
+                    f"IterationGovernor.margin_frac: expected numbers > -1, got {margin_frac}"
+                )
+        profile = profile or instance.profile
+        ttft_s, itl_s = (
+            target_s / (1.0 + margin)
+            for target_s, margin in zip((slo.ttft_s, slo.itl_s), margin_frac, strict=True)
+        )
+        if profile.first_token == "decode":
+            # The client waits for transfer and up to two decode iterations besides.
+            ttft_s -= float(kv_transfer_s(profile, instance.prefill_budget_tok)) + 2.0 * itl_s
+        super().__init__(
+            instance,
+            profile,
+            needed_clock,
+            [
+                ttft_s,
+                itl_s,
+                delay_s,
+                dwell_s,
+                thrifty_row(instance.table),
+                reserve_sd,
+                urgent_sd,
+                memory_s,
+                float(instance.role.prefills),
+            ],
+        )

@@ -1,0 +1,361 @@
+"""Arrival rate and lengths by Kalman filters; a short-horizon forecast with its interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from voltana_ctrl.types._check import F64, count, fraction, freeze_fields, not_negative, positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KalmanState:
+    """Estimate of a linear system's state.
+
+    Parameters
+    ----------
+    mean : ndarray, shape (k,)
+        Of the state, before the next measurement.
+    covariance : ndarray, shape (k, k)
+        Of its error.
+
+    Examples
+    --------
+    >>> KalmanState(mean=[1.0], covariance=[[2.0]]).mean
+    array([1.])
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def __post_init__(self) -> None:
+        size = np.asarray(self.mean).size
+        freeze_fields(self, ("mean",), (size,))
+        freeze_fields(self, ("covariance",), (size, size))
+
+
+def kalman_step(
+    state: KalmanState,
+    transition: np.ndarray,
+    process: np.ndarray,
+    output: np.ndarray,
+    measured: np.ndarray | None,
+    noise: np.ndarray,
+) -> KalmanState:
+    """One measurement (or none) and one step ahead of ``x+ = A x + w``, ``y = C x + v``.
+
+    The covariance is updated in Joseph's form, which stays positive definite.
+
+    Parameters
+    ----------
+    state : KalmanState
+        Prediction for now.
+    transition, process : ndarray, shape (k, k)
+        A, and the covariance of w.
+    output : ndarray, shape (m, k)
+        C.
+    measured : ndarray, shape (m,), optional
+        y; None where nothing was measured.
+    noise : ndarray, shape (m, m)
+        Covariance of v.
+
+    Examples
+    --------
+    >>> one = np.eye(1)
+    >>> state = KalmanState(mean=[0.0], covariance=[[1.0]])
+    >>> kalman_step(state, one, 0 * one, one, np.array([2.0]), one).mean
+    array([1.])
+    """
+    mean, covariance = state.mean, state.covariance
+    if measured is not None:
+        spread = output @ covariance @ output.T + noise
+        gain = np.linalg.solve(spread, output @ covariance).T
+        mean = mean + gain @ (measured - output @ mean)
+        kept = np.eye(len(mean)) - gain @ output
+        covariance = kept @ covariance @ kept.T + gain @ noise @ gain.T
+    mean = transition @ mean
+    covariance = transition @ covariance @ transition.T + process
+    return KalmanState(mean=mean, covariance=0.5 * (covariance + covariance.T))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ArrivalState:
+    """What is known of the arrivals.
+
+    Parameters
+    ----------
+    t_s : float
+        Time of the latest update.
+    rate : KalmanState
+        Level [req/s], then cosine and sine amplitude per harmonic of the period.
+    prompt, output : KalmanState
+        Mean prompt and output length [tok].
+    dispersion_frac : float
+        Variance of counts over their mean: 1 for Poisson arrivals, more for bursty ones.
+    surprise_frac : float
+        Latest standardised innovation of the rate.
+    burst : bool
+        Whether it was beyond what the filter expects.
+
+    Examples
+    --------
+    >>> ArrivalEstimator().init().burst
+    False
+    """
+
+    t_s: float
+    rate: KalmanState
+    prompt: KalmanState
+    output: KalmanState
+    dispersion_frac: float = 1.0
+    surprise_frac: float = 0.0
+    burst: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Requests per second over a horizon.
+
+    Parameters
+    ----------
+    mean_req_s : float
+        Expected mean rate.
+    low_req_s, high_req_s : float
+        Interval for the *count* of the horizon over its length: uncertainty of the rate and
+        randomness of the arrivals both.
+
+    Examples
+    --------
+    >>> Forecast(mean_req_s=5.0, low_req_s=3.0, high_req_s=7.0).high_req_s
+    7.0
+    """
+
+    mean_req_s: float
+    low_req_s: float
+    high_req_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalEstimator:
+    """Kalman filters for arrival rate, prompt length and output length.
+
+    The rate is a level that walks at random, plus harmonics of `period_s` where given. A count
+    over ``dt`` is Poisson-like: its rate has variance ``dispersion rate / dt``; the dispersion
+    is learned. A count beyond `burst_sigma` is a burst: the level's variance is opened so far
+    that the filter follows within a few updates. Lengths are local levels whose measurement,
+    the mean over the finished requests, is the more certain the more there were.
+
+    Parameters
+    ----------
+    rate_drift_req_s : float
+        Standard deviation of the level after one second of walking, per square root of the
+        rate: 0.1 lets a rate of 25 req/s move by 0.5 req/s.
+    length_drift_frac : float
+        The same for lengths, relative.
+    length_spread_frac : float
+        Spread of a single length over its mean.
+    period_s : float, optional
+        Of the load, 86,400 for a day; none by default.
+    harmonics : int
+        Of the period.
+    burst_sigma_frac : float
+        Standardised innovation that counts as a burst.
+    start_req_s, start_prompt_tok, start_output_tok : float
+        Where the estimates start, with a spread as large as they are.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is out of range.
+
+    Examples
+    --------
+    >>> estimator = ArrivalEstimator()
+    >>> state = estimator.init()
+    >>> for tick in range(1, 301):
+    ...     state = estimator.update(state, t_s=0.1 * tick, arrived_req=tick % 2 * 4)
+    >>> round(estimator.rate_req_s(state))
+    20
+    >>> forecast = estimator.forecast(state, horizon_s=5.0)
+    >>> forecast.low_req_s < 20.0 < forecast.high_req_s
+    True
+    """
+
+    rate_drift_req_s: float = 0.1
+    length_drift_frac: float = 0.01
+    length_spread_frac: float = 1.2
+    period_s: float | None = None
+    harmonics: int = 1
+    burst_sigma_frac: float = 4.0
+    start_req_s: float = 10.0
+    start_prompt_tok: float = 300.0
+    start_output_tok: float = 200.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rate_drift_req_s", "length_drift_frac", "length_spread_frac", "burst_sigma_frac",
+            "start_req_s", "start_prompt_tok", "start_output_tok",
+        ):  # fmt: skip
+            positive(f"ArrivalEstimator.{name}", getattr(self, name))
+        count("ArrivalEstimator.harmonics", self.harmonics)
+        if self.period_s is not None:
+            positive("ArrivalEstimator.period_s", self.period_s)
+
+    @property
+    def _size(self) -> int:
+        return 1 if self.period_s is None else 1 + 2 * self.harmonics
+
+    def init(self, *, t_s: float = 0.0) -> ArrivalState:
+        """State before the first count."""
+        mean = np.zeros(self._size)
+        mean[0] = self.start_req_s
+        return ArrivalState(
+            t_s=t_s,
+            rate=KalmanState(mean=mean, covariance=self.start_req_s**2 * np.eye(self._size)),
+            prompt=_level(self.start_prompt_tok),
+            output=_level(self.start_output_tok),
+        )
+
+    def update(
+        self,
+        state: ArrivalState,
+        *,
+        t_s: float,
+        arrived_req: float,
+        arrived_tok: float = 0.0,
+        finished_req: float = 0.0,
+        finished_tok: float = 0.0,
+    ) -> ArrivalState:
+        """State after the counts since the last update.
+
+        Parameters
+        ----------
+        state : ArrivalState
+            Not changed.
+        t_s : float
+            Now.
+        arrived_req, arrived_tok : float
+            Requests that arrived, and their prompt tokens.
+        finished_req, finished_tok : float
+            Requests that finished, and their output tokens.
+
+        Raises
+        ------
+        ConfigError
+            If time did not advance or a count is negative or not finite.
+        """
+        for name, value in (
+            ("arrived_req", arrived_req), ("arrived_tok", arrived_tok),
+            ("finished_req", finished_req), ("finished_tok", finished_tok),
+        ):  # fmt: skip
+            not_negative(f"ArrivalEstimator.update: {name}", value)
+        dt_s = t_s - state.t_s
+        positive("ArrivalEstimator.update: t_s, less that of the last update", dt_s)
+        # The state is the one of the last update; walk to now, then measure.
+        process = self._process(state, dt_s)
+        ahead = _ahead(state.rate, process)
+        output = self._output(t_s - 0.5 * dt_s)
+        expected = float((output @ ahead.mean)[0])
+        per_count = max(expected, 1.0 / dt_s, 1e-9) / dt_s
+        noise = state.dispersion_frac * per_count
+        error = arrived_req / dt_s - expected
+        surprise = error / float(np.sqrt((output @ ahead.covariance @ output.T)[0, 0] + noise))
+        burst = abs(surprise) > self.burst_sigma_frac
+        if burst:
+            opened = ahead.covariance.copy()
+            opened[0, 0] += error**2
+            ahead = KalmanState(mean=ahead.mean, covariance=opened)
+        rate = kalman_step(
+            ahead, np.eye(self._size), np.zeros_like(process), output,
+            np.array([arrived_req / dt_s]), np.array([[noise]]),
+        )  # fmt: skip
+        # Expected square of the error is noise plus the rate's own variance.
+        own = float((output @ ahead.covariance @ output.T)[0, 0])
+        seen = min(max((error**2 - own) / per_count, 0.0), 100.0)
+        weight = min(1.0, dt_s / 30.0)
+        dispersion = max(1.0, state.dispersion_frac + weight * (seen - state.dispersion_frac))
+        return ArrivalState(
+            t_s=t_s,
+            rate=rate,
+            prompt=self._length(state.prompt, dt_s, arrived_req, arrived_tok),
+            output=self._length(state.output, dt_s, finished_req, finished_tok),
+            dispersion_frac=dispersion,
+            surprise_frac=surprise,
+            burst=burst,
+        )
+
+    def rate_req_s(self, state: ArrivalState, *, t_s: float | None = None) -> float:
+        """Arrival rate at a time, now by default; never negative."""
+        at_s = state.t_s if t_s is None else t_s
+        return max(0.0, float((self._output(at_s) @ state.rate.mean)[0]))
+
+    def lengths_tok(self, state: ArrivalState) -> tuple[float, float]:
+        """Mean prompt and output length; at least one token."""
+        return max(1.0, float(state.prompt.mean[0])), max(1.0, float(state.output.mean[0]))
+
+    def forecast(
+        self, state: ArrivalState, *, horizon_s: float, coverage_frac: float = 0.9
+    ) -> Forecast:
+        """Mean rate over the next `horizon_s`, and where its count will lie.
+
+        Parameters
+        ----------
+        state : ArrivalState
+            Of the latest update.
+        horizon_s : float
+            Length.
+        coverage_frac : float
+            Probability of the interval.
+
+        Raises
+        ------
+        ConfigError
+            If the horizon is not positive or the coverage not between 0 and 1.
+        """
+        positive("forecast: horizon_s", horizon_s)
+        fraction("forecast: coverage_frac", coverage_frac)
+        middle_s = state.t_s + 0.5 * horizon_s
+        output = self._output(middle_s)
+        mean = max(0.0, float((output @ state.rate.mean)[0]))
+        # The mean of a random walk over the horizon has a third of its variance at the end.
+        drift = self._process(state, horizon_s) / 3.0
+        spread = float((output @ (state.rate.covariance + drift) @ output.T)[0, 0])
+        spread += state.dispersion_frac * mean / horizon_s
+        half = NormalDist().inv_cdf(0.5 + 0.5 * coverage_frac) * spread**0.5
+        return Forecast(mean_req_s=mean, low_req_s=max(0.0, mean - half), high_req_s=mean + half)
+
+    def _process(self, state: ArrivalState, dt_s: float) -> F64:
+        level = max(float(state.rate.mean[0]), 1.0)
+        process = np.zeros((self._size, self._size))
+        process[0, 0] = self.rate_drift_req_s**2 * level * dt_s
+        if self.period_s is not None:
+            # Amplitudes change over periods, the level within them.
+            np.fill_diagonal(process[1:, 1:], 0.1 * process[0, 0] * dt_s / self.period_s)
+        return process
+
+    def _output(self, t_s: float) -> F64:
+        row = np.ones((1, self._size))
+        if self.period_s is not None:
+            angle = 2.0 * np.pi * t_s / self.period_s * np.arange(1, self.harmonics + 1)
+            row[0, 1::2] = np.cos(angle)
+            row[0, 2::2] = np.sin(angle)
+        return row
+
+    def _length(self, state: KalmanState, dt_s: float, n_req: float, n_tok: float) -> KalmanState:
+        mean = max(float(state.mean[0]), 1.0)
+        one = np.eye(1)
+        ahead = _ahead(state, (self.length_drift_frac * mean) ** 2 * dt_s * one)
+        if n_req == 0.0:
+            return ahead
+        noise = (self.length_spread_frac * mean) ** 2 / n_req * one
+        return kalman_step(ahead, one, 0.0 * one, one, np.array([n_tok / n_req]), noise)
+
+
+def _ahead(state: KalmanState, process: F64) -> KalmanState:
+    return KalmanState(mean=state.mean, covariance=state.covariance + process)
+
+
+def _level(start: float) -> KalmanState:
+    return KalmanState(mean=np.array([start]), covariance=np.array([[start**2]]))

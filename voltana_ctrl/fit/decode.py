@@ -1,0 +1,361 @@
+"""Decode time against clock, batch and KV tokens.
+
+``T = max(floor, base(f) + req(f) n + kv(f) K)`` with ``n`` the executed batch: the *line*, and
+the form that a profile holds. The *roofline* adds what bends it: a share ``w`` of the base is
+the streaming of weights, and once computing takes longer than streaming the computing counts,
+
+    T = max(floor, (1 - w) base + ((w base)^q + (G n / f)^q)^(1/q) + req n + kv K).
+
+Coefficients are non-negative and fall with the clock by construction: each is a sum of
+non-negative increments from the highest clock down. Between clocks they are linear in ``1/f``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.fit._robust import Estimate, estimate, falling, linear
+from voltana_ctrl.fit.staircase import pad
+from voltana_ctrl.fit.tables import IterationTable
+from voltana_ctrl.types._check import F64
+
+__all__ = ["DecodeTime", "fit_decode_time"]
+
+# Sharpness of the bend from streaming to computing: 5.8 +- 0.9 for the FFN of Qwen3-32B on
+# A800 between 1 and 256 requests, docs/identification.md.
+ROOFLINE_EXPONENT = 6.0
+
+Form = Literal["line", "line+floor", "roofline", "roofline+floor"]
+#: From simple to rich.
+FORMS: tuple[Form, ...] = ("line", "line+floor", "roofline", "roofline+floor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DecodeTime:
+    """Law of the decode iteration, at measured clocks, with one standard deviation each.
+
+    Parameters
+    ----------
+    form : str
+        ``line`` or ``roofline``, with or without ``+floor``.
+    clock_mhz : ndarray, shape (m,)
+        Measured clocks, ascending.
+    base_s, req_s, kv_s : ndarray, shape (m,)
+        Per iteration, per executed request, per KV token.
+    base_sd_s, req_sd_s, kv_sd_s : ndarray, shape (m,)
+        Their standard deviations.
+    floor_s, floor_sd_s : float
+        Least time of an iteration, where the host launches slower than the GPU computes.
+    compute_s : float
+        Computing time of one request at 1 MHz; 0 in the line.
+    stream_frac : float
+        Share of the base that streams weights.
+
+    Examples
+    --------
+    >>> law = DecodeTime(
+    ...     form="line", clock_mhz=np.array([700.0, 1400.0]), base_s=np.array([0.02, 0.01]),
+    ...     req_s=np.array([2e-4, 1e-4]), kv_s=np.array([1e-7, 1e-7]),
+    ...     base_sd_s=np.zeros(2), req_sd_s=np.zeros(2), kv_sd_s=np.zeros(2))
+    >>> law.time_s([700, 1400, 1000], [10, 10, 10], [0, 0, 0]).round(4)
+    array([0.022 , 0.011 , 0.0154])
+    """
+
+    form: Form
+    clock_mhz: F64
+    base_s: F64
+    req_s: F64
+    kv_s: F64
+    base_sd_s: F64
+    req_sd_s: F64
+    kv_sd_s: F64
+    floor_s: float = 0.0
+    floor_sd_s: float = 0.0
+    compute_s: float = 0.0
+    stream_frac: float = 0.0
+
+    def at(self, freq_mhz: object) -> tuple[F64, F64, F64]:
+        """Base, request and KV coefficients at any clock: linear in ``1/f``, level outside.
+
+        Parameters
+        ----------
+        freq_mhz : array_like
+            Clocks.
+
+        Examples
+        --------
+        >>> flat = np.array([0.01])
+        >>> law = DecodeTime(form="line", clock_mhz=np.array([1400.0]), base_s=flat, req_s=flat,
+        ...                  kv_s=flat, base_sd_s=flat, req_sd_s=flat, kv_sd_s=flat)
+        >>> law.at(1000.0)[0].item()
+        0.01
+        """
+        period = 1.0 / np.asarray(freq_mhz, dtype=np.float64)
+        known = 1.0 / self.clock_mhz[::-1]
+        base, req, kv = (
+            np.interp(period, known, values[::-1])
+            for values in (self.base_s, self.req_s, self.kv_s)
+        )
+        return base, req, kv
+
+    def time_s(self, freq_mhz: object, padded_req: object, kv_tok: object) -> F64:
+        """Time of an iteration.
+
+        Parameters
+        ----------
+        freq_mhz, padded_req, kv_tok : array_like
+            Clock, executed batch, tokens in the KV cache.
+
+        Examples
+        --------
+        >>> flat = np.array([0.01])
+        >>> law = DecodeTime(form="line", clock_mhz=np.array([1400.0]), base_s=flat, req_s=flat,
+        ...                  kv_s=0 * flat, base_sd_s=flat, req_sd_s=flat, kv_sd_s=flat)
+        >>> law.time_s(1400.0, 3, 100).item()
+        0.04
+        """
+        freq = np.asarray(freq_mhz, dtype=np.float64)
+        size = np.asarray(padded_req, dtype=np.float64)
+        base, req, kv = self.at(freq)
+        stream = self.stream_frac * base
+        compute = self.compute_s * size / freq
+        bent = _soft_max(stream, compute)[0] if self.compute_s > 0.0 else stream
+        affine = base - stream + bent + req * size + kv * np.asarray(kv_tok, dtype=np.float64)
+        time_s: F64 = np.maximum(self.floor_s, affine)
+        return time_s
+
+
+def fit_decode_time(
+    table: IterationTable,
+    form: Form = "line+floor",
+    *,
+    batch_steps: tuple[tuple[int, int], ...] = (),
+    kv_s: float | None = None,
+    near: DecodeTime | None = None,
+) -> DecodeTime:
+    """Robust regression of one form of the law on relative errors.
+
+    Parameters
+    ----------
+    table : IterationTable
+        Its decode rows count.
+    form : {"line", "line+floor", "roofline", "roofline+floor"}
+        What to fit.
+    batch_steps : tuple of (upto_req, step_req)
+        Padding.
+    kv_s : float, optional
+        Known time per KV token at every clock, where the table cannot tell it.
+    near : DecodeTime, optional
+        Fit of a larger table of which this one is a fold: the search starts there too, and
+        what the fold cannot support is not refused.
+
+    Returns
+    -------
+    DecodeTime
+        With standard deviations from the Jacobian.
+
+    Raises
+    ------
+    ConfigError
+        Naming the coefficient that the table cannot support, and what to measure.
+
+    Examples
+    --------
+    >>> n = np.array([1.0, 8, 64, 1, 8, 64])
+    >>> kv = n * np.array([100.0, 100, 100, 900, 900, 900])
+    >>> zero = 0 * n
+    >>> table = IterationTable(
+    ...     phase=("decode",) * 6, freq_mhz=1410 + zero, batch_req=n, kv_tok=kv,
+    ...     prefill_tok=zero, square_tok2=zero, wall_s=0.01 + 5e-5 * n + 8e-8 * kv,
+    ...     energy_j=zero + 3)
+    >>> law = fit_decode_time(table, "line")
+    >>> law.base_s.round(6).item(), law.req_s.round(9).item(), law.kv_s.round(12).item()
+    (0.01, 5e-05, 8e-08)
+    """
+    rows = table.of("decode")
+    if len(rows) == 0:
+        raise ConfigError("decode_time: the table has no decode rows; measure decode iterations")
+    problem = _Problem(rows, form, batch_steps, kv_s)
+    if near is None:
+        _check_supported(rows, known_kv=kv_s is not None)
+        starts = problem.starts()
+    else:
+        # The line has one optimum; what bends may have several.
+        starts = [problem.start_at(near), *(problem.starts()[:1] if form != "line" else ())]
+    found = estimate(problem.residual, problem.jacobian, starts, problem.lower, problem.upper)
+    return problem.law(found)
+
+
+def _check_supported(rows: IterationTable, *, known_kv: bool) -> None:
+    for clock in np.unique(rows.freq_mhz):
+        at = rows.freq_mhz == clock
+        sizes = np.unique(rows.batch_req[at])
+        where = f"at {clock:g} MHz"
+        if len(sizes) < 3:
+            raise ConfigError(
+                f"decode_req_s: {len(sizes)} batch size(s) {where}; measure at least 3, up to the"
+                " largest that is served"
+            )
+        if known_kv:
+            continue
+        design = np.stack([np.ones(int(at.sum())), rows.batch_req[at], rows.kv_tok[at]], axis=1)
+        design /= rows.wall_s[at, None]
+        design /= np.maximum(np.linalg.norm(design, axis=0), 1e-300)
+        # The part of the KV column that base and requests do not explain.
+        basis, _ = np.linalg.qr(design[:, :2])
+        left = design[:, 2] - basis @ (basis.T @ design[:, 2])
+        if not np.linalg.norm(left) > 0.05:
+            raise ConfigError(
+                f"decode_kv_s: KV tokens grow with the batch alone {where}; measure the same batch"
+                " sizes at two contexts or more, at least 4x apart, or give the coefficient as"
+                " fixed={'decode_kv_s': ...}"
+            )
+
+
+def _soft_max(left: F64, right: F64) -> tuple[F64, F64, F64]:
+    """Return the q-norm of two non-negative numbers, and its derivatives."""
+    q = ROOFLINE_EXPONENT
+    top = np.maximum(np.maximum(left, right), 1e-30)
+    norm = np.maximum(((left / top) ** q + (right / top) ** q) ** (1.0 / q), 1.0)
+    return top * norm, (left / top / norm) ** (q - 1.0), (right / top / norm) ** (q - 1.0)
+
+
+class _Problem:
+    """Parameters: increments of base, of req, of kv per clock, then compute, share, floor.
+
+    All are times of the order of the iteration: requests and tokens are counted in their
+    largest measured number, the clock in its lowest.
+    """
+
+    def __init__(
+        self,
+        rows: IterationTable,
+        form: Form,
+        batch_steps: tuple[tuple[int, int], ...],
+        kv_s: float | None,
+    ) -> None:
+        self.form = form
+        self.clocks, self.index = np.unique(rows.freq_mhz, return_inverse=True)
+        self.m = len(self.clocks)
+        size = pad(rows.batch_req, batch_steps)
+        self.size_ref = float(size.max())
+        self.kv_ref = max(float(rows.kv_tok.max()), 1.0)
+        self.size = size / self.size_ref
+        self.kv = rows.kv_tok / self.kv_ref
+        self.period = self.clocks[0] / rows.freq_mhz
+        self.wall_s = rows.wall_s
+        m = self.m
+        self.lower = np.zeros(3 * m + 3)
+        self.upper = np.full(3 * m + 3, np.inf)
+        if kv_s is not None:
+            known = np.zeros(m)
+            known[-1] = kv_s * self.kv_ref
+            self.lower[2 * m : 3 * m] = self.upper[2 * m : 3 * m] = known
+        if not form.startswith("roofline"):
+            self.upper[3 * m : 3 * m + 2] = 0.0
+        else:
+            self.upper[3 * m + 1] = 1.0
+        if not form.endswith("+floor"):
+            self.upper[3 * m + 2] = 0.0
+        # Cumulative sum from above: value[k] = sum of increments[k:].
+        self.above = self.index[:, None] <= np.arange(m)[None, :]
+
+    def _parts(self, p: F64) -> tuple[F64, F64, F64, F64]:
+        m, i = self.m, self.index
+        base = falling(p[:m])[i]
+        affine = falling(p[m : 2 * m])[i] * self.size + falling(p[2 * m : 3 * m])[i] * self.kv
+        stream = p[3 * m + 1] * base
+        compute = p[3 * m] * self.size * self.period
+        bent, by_stream, by_compute = stream, np.ones_like(base), np.zeros_like(base)
+        if p[3 * m] > 0.0:
+            bent, by_stream, by_compute = _soft_max(stream, compute)
+        return base, base - stream + bent + affine, by_stream, by_compute
+
+    def residual(self, p: F64) -> F64:
+        time_s: F64 = np.maximum(self._parts(p)[1], p[-1])
+        return np.log(np.maximum(time_s, 1e-12) / self.wall_s)
+
+    def jacobian(self, p: F64) -> F64:
+        m = self.m
+        base, affine, by_stream, by_compute = self._parts(p)
+        share = p[3 * m + 1]
+        by_base = 1.0 - share + share * by_stream
+        jac = np.empty((len(base), 3 * m + 3))
+        jac[:, :m] = self.above * by_base[:, None]
+        jac[:, m : 2 * m] = self.above * self.size[:, None]
+        jac[:, 2 * m : 3 * m] = self.above * self.kv[:, None]
+        jac[:, 3 * m] = by_compute * self.size * self.period
+        jac[:, 3 * m + 1] = base * (by_stream - 1.0)
+        jac[:, 3 * m + 2] = 0.0
+        on_floor = affine < p[-1]
+        jac[on_floor] = 0.0
+        jac[on_floor, -1] = 1.0
+        jac /= np.maximum(np.maximum(affine, p[-1]), 1e-12)[:, None]
+        return jac
+
+    def starts(self) -> list[F64]:
+        m = self.m
+        design = np.concatenate(
+            [self.above, self.above * self.size[:, None], self.above * self.kv[:, None]], axis=1
+        )
+        start = np.concatenate([linear(design, self.wall_s), np.zeros(3)])
+        # Off the bounds, where a trust-region step can begin.
+        start[: 3 * m] = np.maximum(start[: 3 * m], 1e-4 * self.wall_s.min())
+        starts = []
+        floors = np.zeros(1)
+        if self.form.endswith("+floor"):
+            # A floor shows first at the highest clock; below all rows it would have no gradient.
+            floors = np.quantile(self.wall_s[self.index == m - 1], (0.25, 0.75))
+        roof = self.form.startswith("roofline")
+        bends = ((0.3, 0.8), (0.7, 0.5)) if roof else ((0.0, 0.0),)
+        for floor in floors:
+            for share, part in bends:
+                each = start.copy()
+                each[3 * m :] = part * self.wall_s.max(), share, floor
+                if roof:
+                    each[m : 2 * m] *= 0.2
+                starts.append(each)
+        return starts
+
+    def start_at(self, law: DecodeTime) -> F64:
+        base, req, kv = law.at(self.clocks)
+        steps = [
+            -np.diff(np.append(values, 0.0))
+            for values in (base, req * self.size_ref, kv * self.kv_ref)
+        ]
+        compute = law.compute_s * self.size_ref / self.clocks[0]
+        return np.concatenate([*steps, [compute, law.stream_frac, law.floor_s]])
+
+    def law(self, found: Estimate) -> DecodeTime:
+        m, p, covariance = self.m, found.values, found.covariance
+        total = np.triu(np.ones((m, m)))
+
+        def values(block: int, unit: float) -> tuple[F64, F64]:
+            part = slice(block * m, (block + 1) * m)
+            spread = total @ covariance[part, part] @ total.T
+            return falling(p[part]) / unit, np.sqrt(np.maximum(np.diag(spread), 0.0)) / unit
+
+        base_s, base_sd_s = values(0, 1.0)
+        req_s, req_sd_s = values(1, self.size_ref)
+        kv_s, kv_sd_s = values(2, self.kv_ref)
+        law = DecodeTime(
+            form=self.form,
+            clock_mhz=self.clocks,
+            base_s=base_s,
+            req_s=req_s,
+            kv_s=kv_s,
+            base_sd_s=base_sd_s,
+            req_sd_s=req_sd_s,
+            kv_sd_s=kv_sd_s,
+            compute_s=float(p[3 * m] * self.clocks[0] / self.size_ref),
+            stream_frac=float(p[3 * m + 1]),
+        )
+        on_floor = np.any(self._parts(p)[1] < p[-1])
+        if not on_floor:  # below every row: nothing says that it exists
+            return law
+        floor_sd_s = float(np.sqrt(max(covariance[-1, -1], 0.0)))
+        return replace(law, floor_s=float(p[-1]), floor_sd_s=floor_sd_s)

@@ -1,0 +1,319 @@
+"""The laws together, and what they err by on rows they have not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.fit._robust import folds
+from voltana_ctrl.fit.decode import DecodeTime, Form, fit_decode_time
+from voltana_ctrl.fit.power import PowerLaw, fit_power
+from voltana_ctrl.fit.prefill import PrefillTime, fit_prefill_time
+from voltana_ctrl.fit.staircase import pad
+from voltana_ctrl.fit.tables import IterationTable
+from voltana_ctrl.types._check import F64, Bool
+
+__all__ = ["FIXABLE", "HeldOut", "Laws", "fit_laws", "hold_out"]
+
+#: Coefficients that may be given where a table cannot tell them, and their units.
+FIXABLE = {
+    "decode_kv_s": "seconds per KV token, at every clock",
+    "prefill_tok2_s": "seconds per square prompt token, at every clock",
+    "voltage_rise_frac": "relative rise of the voltage over 1 GHz above the knee",
+    "voltage_knee_mhz": "clock above which the voltage rises",
+}
+
+Split = Literal["batch", "clock"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Laws:
+    """Time and energy of both phases; a part is None where the table has no rows for it.
+
+    Parameters
+    ----------
+    decode : DecodeTime or None
+        Time of decode iterations.
+    prefill : PrefillTime or None
+        Time of prefill iterations.
+    power : PowerLaw or None
+        Power and energy.
+    batch_steps : tuple of (upto_req, step_req)
+        Padding of the decode batch.
+
+    Examples
+    --------
+    >>> Laws(decode=None, prefill=None, power=None).batch_steps
+    ()
+    """
+
+    decode: DecodeTime | None
+    prefill: PrefillTime | None
+    power: PowerLaw | None
+    batch_steps: tuple[tuple[int, int], ...] = ()
+
+    def time_s(self, table: IterationTable) -> F64:
+        """Predicted time of each row; NaN where there is no law.
+
+        Parameters
+        ----------
+        table : IterationTable
+            Loads and clocks.
+
+        Examples
+        --------
+        >>> table = IterationTable(
+        ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
+        ...     square_tok2=[0], wall_s=[1.0], energy_j=[60.0])
+        >>> Laws(decode=None, prefill=None, power=None).time_s(table)
+        array([nan])
+        """
+        time_s = np.full(len(table), np.nan)
+        decode, prefill = _is(table, "decode"), _is(table, "prefill")
+        if self.decode is not None:
+            rows = table.rows(decode)
+            size = pad(rows.batch_req, self.batch_steps)
+            time_s[decode] = self.decode.time_s(rows.freq_mhz, size, rows.kv_tok)
+        if self.prefill is not None:
+            rows = table.rows(prefill)
+            time_s[prefill] = self.prefill.time_s(rows.freq_mhz, rows.prefill_tok, rows.square_tok2)
+        return time_s
+
+    def energy_j(self, table: IterationTable) -> F64:
+        """Predicted energy of each row, from its predicted time; NaN where there is no law.
+
+        Parameters
+        ----------
+        table : IterationTable
+            Loads and clocks.
+
+        Examples
+        --------
+        >>> table = IterationTable(
+        ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
+        ...     square_tok2=[0], wall_s=[1.0], energy_j=[60.0])
+        >>> Laws(decode=None, prefill=None, power=None).energy_j(table)
+        array([nan])
+        """
+        energy_j = np.full(len(table), np.nan)
+        if self.power is None:
+            return energy_j
+        time_s, decode = self.time_s(table), _is(table, "decode")
+        energy_j[:] = time_s * self.power.prefill_w(table.freq_mhz)
+        rows = table.rows(decode)
+        energy_j[decode] = self.power.decode_j(
+            rows.freq_mhz, time_s[decode], rows.batch_req, rows.kv_tok
+        )
+        return energy_j
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Error of one quantity of one phase on rows that were held out of the fit.
+
+    Parameters
+    ----------
+    phase : {"decode", "prefill"}
+        Which rows.
+    quantity : {"time", "energy"}
+        What was predicted.
+    split : {"batch", "clock"}
+        What was held out in turn: all rows of a batch size (of a number of tokens, where
+        prefill was measured at fewer than three batch sizes), or all rows of an inner clock.
+    mape_frac : float
+        Mean absolute relative error over all held-out rows.
+    unit : {"MHz", "requests", "tokens"}
+        Of the held-out values.
+    r2_frac : float
+        Coefficient of determination of the same predictions.
+    by : mapping of float to float
+        Mean absolute relative error for each held-out value.
+
+    Examples
+    --------
+    >>> held = HeldOut(phase="decode", quantity="time", split="clock", unit="MHz",
+    ...                mape_frac=0.05, r2_frac=0.99, by={450.0: 0.04, 690.0: 0.06})
+    >>> held.worst
+    (690.0, 0.06)
+    """
+
+    phase: str
+    quantity: str
+    split: Split
+    unit: str
+    mape_frac: float
+    r2_frac: float
+    by: Mapping[float, float]
+
+    @property
+    def worst(self) -> tuple[float, float]:
+        """Held-out value with the largest error, and that error."""
+        value = max(self.by, key=lambda each: self.by[each])
+        return value, self.by[value]
+
+
+def _is(table: IterationTable, phase: str) -> Bool:
+    return np.array([each == phase for each in table.phase], dtype=bool)
+
+
+def fit_laws(
+    table: IterationTable,
+    *,
+    form: Form = "line",
+    batch_steps: tuple[tuple[int, int], ...] = (),
+    fixed: Mapping[str, float] | None = None,
+    near: Laws | None = None,
+) -> Laws:
+    """Fit all laws that the table has rows for.
+
+    Parameters
+    ----------
+    table : IterationTable
+        Measured iterations.
+    form : {"line", "line+floor", "roofline", "roofline+floor"}
+        Form of the decode time.
+    batch_steps : tuple of (upto_req, step_req)
+        Padding of the decode batch.
+    fixed : mapping of str to float, optional
+        Known coefficients, see `FIXABLE`.
+    near : Laws, optional
+        Fit of a larger table of which this one is a fold.
+
+    Raises
+    ------
+    ConfigError
+        Naming the coefficient that the table cannot support, and what to measure.
+
+    Examples
+    --------
+    >>> one = IterationTable(
+    ...     phase=("decode",), freq_mhz=[1410], batch_req=[1], kv_tok=[9], prefill_tok=[0],
+    ...     square_tok2=[0], wall_s=[0.01], energy_j=[3.0])
+    >>> fit_laws(one)
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: decode_req_s: 1 batch size(s) at 1410 MHz; measure at ...
+    """
+    fixed = dict(fixed or {})
+    for name in fixed:
+        if name not in FIXABLE:
+            raise ConfigError(f"fixed: expected any of {', '.join(FIXABLE)}, got {name!r}")
+    decode = prefill = power = None
+    if np.any(_is(table, "decode")):
+        decode = fit_decode_time(
+            table,
+            form,
+            batch_steps=batch_steps,
+            kv_s=fixed.get("decode_kv_s"),
+            near=near.decode if near else None,
+        )
+    if np.any(_is(table, "prefill")):
+        prefill = fit_prefill_time(table, tok2_s=fixed.get("prefill_tok2_s"), fold=near is not None)
+    laws = Laws(decode=decode, prefill=prefill, power=None, batch_steps=batch_steps)
+    busy = table.rows(~_is(table, "idle"))
+    if not np.all(np.isnan(busy.energy_j)):
+        power = fit_power(
+            busy,
+            laws.time_s(busy),
+            rise_frac=fixed.get("voltage_rise_frac"),
+            knee_mhz=fixed.get("voltage_knee_mhz"),
+            near=near.power if near else None,
+        )
+    return Laws(decode=decode, prefill=prefill, power=power, batch_steps=batch_steps)
+
+
+def hold_out(
+    table: IterationTable,
+    laws: Laws,
+    phase: str,
+    split: Split,
+    *,
+    fixed: Mapping[str, float] | None = None,
+) -> tuple[HeldOut, ...]:
+    """Cross-validate: hold out each batch size, or each inner clock, of one phase in turn.
+
+    The padding is detected once, on the whole table.
+
+    Parameters
+    ----------
+    table : IterationTable
+        Measured iterations.
+    laws : Laws
+        Fit of the whole table.
+    phase : {"decode", "prefill"}
+        Whose rows are held out; those of the other phase stay.
+    split : {"batch", "clock"}
+        What is held out.
+    fixed : mapping of str to float, optional
+        As for :func:`fit_laws`.
+
+    Returns
+    -------
+    tuple of HeldOut
+        Of the time, and of the energy where there is any; empty if fewer than three values
+        could be held out.
+
+    Examples
+    --------
+    >>> n = np.array([1.0, 8, 32, 64, 128])
+    >>> zero = 0 * n
+    >>> table = IterationTable(
+    ...     phase=("decode",) * 5, freq_mhz=1410 + zero, batch_req=n, kv_tok=zero,
+    ...     prefill_tok=zero, square_tok2=zero, wall_s=0.01 + 5e-5 * n, energy_j=zero + np.nan)
+    >>> fixed = {"decode_kv_s": 0.0}
+    >>> held, = hold_out(table, fit_laws(table, fixed=fixed), "decode", "batch", fixed=fixed)
+    >>> held.mape_frac < 1e-3
+    True
+    """
+    of_phase = _is(table, phase)
+    if split == "clock":
+        unit = "MHz"
+        key, inner = table.freq_mhz, np.unique(table.freq_mhz[of_phase])[1:-1]
+    else:
+        key, unit = table.batch_req, "requests"
+        if phase == "prefill" and len(np.unique(key[of_phase])) < 3:
+            key, unit = table.prefill_tok, "tokens"
+        inner = np.unique(key[of_phase])
+    if len(inner) < (1 if split == "clock" else 3):
+        return ()
+    candidates = of_phase & np.isin(key, inner)
+    time_s, energy_j = np.full((2, len(table)), np.nan)
+    form: Form = laws.decode.form if laws.decode is not None else "line"
+    for held, _ in folds(key[candidates]):
+        out = candidates & np.isin(key, held)
+        part = fit_laws(
+            table.rows(~out), form=form, batch_steps=laws.batch_steps, fixed=fixed, near=laws
+        )
+        time_s[out] = part.time_s(table.rows(out))
+        energy_j[out] = part.energy_j(table.rows(out))
+    pairs = (("time", time_s, table.wall_s), ("energy", energy_j, table.energy_j))
+    return tuple(
+        _held_out(phase, quantity, split, unit, predicted, measured, key)
+        for quantity, predicted, measured in pairs
+        if np.any(np.isfinite(predicted / measured))
+    )
+
+
+def _held_out(
+    phase: str, quantity: str, split: Split, unit: str, predicted: F64, measured: F64, key: F64
+) -> HeldOut:
+    known = np.isfinite(predicted / measured)
+    predicted, measured, key = predicted[known], measured[known], key[known]
+    error = np.abs(predicted / measured - 1.0)
+    left = np.sum((measured - predicted) ** 2)
+    total = np.sum((measured - measured.mean()) ** 2)
+    by = {float(value): float(error[key == value].mean()) for value in np.unique(key)}
+    return HeldOut(
+        phase=phase,
+        quantity=quantity,
+        split=split,
+        unit=unit,
+        mape_frac=float(error.mean()),
+        r2_frac=float(1.0 - left / total) if total > 0.0 else np.nan,
+        by=MappingProxyType(by),
+    )

@@ -1,0 +1,199 @@
+"""What a fit found: laws, errors, and the profile that they make."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl.fit.decode import DecodeTime
+from voltana_ctrl.fit.heldout import HeldOut, Laws
+from voltana_ctrl.fit.profile_file import profile_text
+from voltana_ctrl.fit.tables import IterationTable
+from voltana_ctrl.profiles.laws import profile_from_laws
+from voltana_ctrl.types import Profile
+from voltana_ctrl.types._check import F64
+
+__all__ = ["FitResult"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FitResult:
+    """Laws of an instance with their errors; returned by :func:`fit_table`.
+
+    Parameters
+    ----------
+    table : IterationTable
+        What was measured.
+    laws : Laws
+        In the form of a profile.
+    richer : DecodeTime or None
+        A law of the decode time that predicts held-out batches clearly better than the form of
+        a profile can; None if there is none.
+    held_out : tuple of HeldOut
+        Cross-validation of `laws`.
+    richer_held_out : HeldOut or None
+        Leave-one-batch-out error of `richer`.
+    idle_w : float or None
+        Power of the idle rows, where the table has any.
+    notes : tuple of str
+        What was not identified, and what to measure for it.
+
+    Examples
+    --------
+    >>> empty = IterationTable(
+    ...     phase=(), freq_mhz=[], batch_req=[], kv_tok=[], prefill_tok=[], square_tok2=[],
+    ...     wall_s=[], energy_j=[])
+    >>> laws = Laws(decode=None, prefill=None, power=None)
+    >>> FitResult(table=empty, laws=laws, held_out=(), notes=("nothing measured",)).summary()
+    'nothing measured'
+    """
+
+    table: IterationTable
+    laws: Laws
+    held_out: tuple[HeldOut, ...]
+    richer: DecodeTime | None = None
+    richer_held_out: HeldOut | None = None
+    idle_w: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def errors(self, phase: str, quantity: str, split: str) -> HeldOut | None:
+        """One held-out error, None where it could not be had.
+
+        Parameters
+        ----------
+        phase : {"decode", "prefill"}
+            Which rows.
+        quantity : {"time", "energy"}
+            What was predicted.
+        split : {"batch", "clock"}
+            What was held out.
+        """
+        for held in self.held_out:
+            if (held.phase, held.quantity, held.split) == (phase, quantity, split):
+                return held
+        return None
+
+    def band_frac(self, phase: str, freq_mhz: float) -> float:
+        """Relative error of the predicted time to be expected at a clock.
+
+        At a measured clock the error on held-out batches. Between measured clocks the larger
+        of it and of the errors at the inner neighbours when they were held out themselves,
+        which errs on the wide side: the gap was twice as large then.
+
+        Parameters
+        ----------
+        phase : {"decode", "prefill"}
+            Which law.
+        freq_mhz : float
+            A clock within the measured range.
+        """
+        by_batch = self.errors(phase, "time", "batch")
+        by_clock = self.errors(phase, "time", "clock")
+        band = by_batch.mape_frac if by_batch else np.nan
+        clocks = np.unique(self.table.of(phase).freq_mhz)
+        if by_clock is None or np.any(clocks == freq_mhz):
+            return band
+        above = int(np.searchsorted(clocks, freq_mhz))
+        beside = [float(clock) for clock in clocks[max(above - 1, 0) : above + 1]]
+        return max([band, *(by_clock.by[clock] for clock in beside if clock in by_clock.by)])
+
+    def summary(self) -> str:
+        """Coefficients with standard errors, held-out errors and notes, as lines of text."""
+        lines = [*_coefficient_lines(self.laws)]
+        for held in (*self.held_out, *filter(None, [self.richer_held_out])):
+            value, worst = held.worst
+            form = f" ({self.richer.form})" if held is self.richer_held_out and self.richer else ""
+            lines.append(
+                f"{held.phase} {held.quantity}{form}, one {held.split} held out:"
+                f" {held.mape_frac:.1%} mean, {worst:.1%} at {value:g} {held.unit},"
+                f" R2 {held.r2_frac:.4f}"
+            )
+        return "\n".join([*lines, *self.notes])
+
+    def to_toml(
+        self,
+        name: str,
+        like: Profile,
+        *,
+        ladder_mhz: Iterable[float] | None = None,
+        idle_w: float | None = None,
+    ) -> str:
+        """Text of a profile file that :func:`voltana_ctrl.load_profile` reads.
+
+        Parameters
+        ----------
+        name : str
+            ``gpu/model``.
+        like : Profile
+            Where memory, transfer and what else no table of iterations tells come from.
+        ladder_mhz : iterable of float, optional
+            Supported clocks, within the measured range; default the clocks measured.
+        idle_w : float, optional
+            Idle power; default the idle rows, else that of `like`.
+
+        Raises
+        ------
+        ConfigError
+            If a phase or the energy was not measured, or a clock lies outside.
+        """
+        return profile_text(self, name, like, ladder_mhz, idle_w)
+
+    def profile(
+        self,
+        name: str,
+        like: Profile,
+        *,
+        ladder_mhz: Iterable[float] | None = None,
+        idle_w: float | None = None,
+    ) -> Profile:
+        """Profile of the fitted laws; parameters as of :meth:`to_toml`."""
+        return profile_from_laws(
+            tomllib.loads(self.to_toml(name, like, ladder_mhz=ladder_mhz, idle_w=idle_w))
+        )
+
+    def save(self, path: str | Path, name: str, like: Profile, **options: Any) -> None:
+        """Write :meth:`to_toml` to a file; `options` as there."""
+        Path(path).write_text(self.to_toml(name, like, **options), encoding="utf-8")
+
+
+def _coefficient_lines(laws: Laws) -> list[str]:
+    lines = []
+    if laws.batch_steps:
+        lines.append(f"batch_steps = {[list(step) for step in laws.batch_steps]}")
+    tables: list[tuple[str, Mapping[str, tuple[F64, F64]], F64]] = []
+    if laws.decode is not None:
+        law = laws.decode
+        columns: dict[str, tuple[F64, F64]] = {
+            "decode_base_s": (law.base_s, law.base_sd_s),
+            "decode_req_s": (law.req_s, law.req_sd_s),
+            "decode_kv_s": (law.kv_s, law.kv_sd_s),
+        }
+        tables.append((f"decode time ({law.form})", columns, law.clock_mhz))
+    if laws.prefill is not None:
+        fit = laws.prefill
+        columns = {
+            "prefill_base_s": (fit.base_s, fit.base_sd_s),
+            "prefill_tok_s": (fit.tok_s, fit.tok_sd_s),
+            "prefill_tok2_s": (fit.tok2_s, fit.tok2_sd_s),
+        }
+        tables.append(("prefill time", columns, fit.clock_mhz))
+    for title, each, clocks in tables:
+        lines.append(f"{title}, one standard error:")
+        for k, clock in enumerate(clocks):
+            cells = (f"{name} {v[k]:.4g} +- {sd[k]:.2g}" for name, (v, sd) in each.items())
+            lines.append(f"  {clock:g} MHz: " + ", ".join(cells))
+    if laws.decode is not None and laws.decode.floor_s > 0.0:
+        lines.append(f"decode_floor_s {laws.decode.floor_s:.4g} +- {laws.decode.floor_sd_s:.2g}")
+    if laws.power is not None:
+        power = laws.power
+        for name, sd in power.sd.items():
+            if np.isfinite(sd):
+                lines.append(f"{name} {getattr(power, name):.4g} +- {sd:.2g}")
+        if np.isfinite(power.cap_w):
+            lines.append(f"power cap {power.cap_w:.4g} W from {power.capped_mhz:g} MHz up")
+    return lines

@@ -1,0 +1,153 @@
+"""A comparison as reports read it: means over seeds by policy and load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from voltana_ctrl.errors import ShapeError
+from voltana_ctrl.sim.detail import RunDetail
+from voltana_ctrl.types import Profile
+
+#: What savings are counted against.
+REFERENCE = "static-max"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Study:
+    """Runs of a comparison, grouped.
+
+    Parameters
+    ----------
+    comparison : mapping
+        As in the JSON of ``compare``.
+    details : tuple of RunDetail or None
+        One per run, or none at all: then nothing over time and no latencies are drawn.
+    profiles : tuple of Profile
+        Those of the fleet, for how well they are known.
+
+    Raises
+    ------
+    ShapeError
+        If details are not as many as runs.
+
+    Examples
+    --------
+    >>> runs = [{"policy": "static-max", "rate_req_s": 5.0, "seed": 0, "mean_power_w": 400.0},
+    ...         {"policy": "slow", "rate_req_s": 5.0, "seed": 0, "mean_power_w": 300.0}]
+    >>> study = Study(comparison={"runs": runs})
+    >>> study.policies, study.loads, study.saving_frac("slow", 5.0)
+    (('static-max', 'slow'), (5.0,), 0.25)
+    """
+
+    comparison: Mapping[str, Any]
+    details: tuple[RunDetail | None, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.details and len(self.details) != len(self.all_runs):
+            raise ShapeError(
+                f"Study.details: expected one per run, {len(self.all_runs)}, or none,"
+                f" got {len(self.details)}"
+            )
+
+    @property
+    def all_runs(self) -> list[dict[str, Any]]:
+        """Every run, in order."""
+        runs: list[dict[str, Any]] = self.comparison["runs"]
+        return runs
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names in order, the bound among them if it was run."""
+        return tuple(dict.fromkeys(run["policy"] for run in self.all_runs))
+
+    @property
+    def loads(self) -> tuple[float | None, ...]:
+        """Request rates in order; None for a closed loop."""
+        return tuple(dict.fromkeys(run["rate_req_s"] for run in self.all_runs))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds in order."""
+        return tuple(dict.fromkeys(run["seed"] for run in self.all_runs))
+
+    @property
+    def power_budget_w(self) -> list[list[float]]:
+        """Steps of the fleet's power budget, time [s] and limit [W]; empty without one."""
+        return self.comparison.get("power_budget_w") or []
+
+    @property
+    def target_frac(self) -> float:
+        """Share of requests that must meet each objective."""
+        return float(self.comparison["slo"]["attainment"])
+
+    def runs(self, policy: str, rate_req_s: float | None) -> list[dict[str, Any]]:
+        """One per seed."""
+        return [r for r in self.all_runs if (r["policy"], r["rate_req_s"]) == (policy, rate_req_s)]
+
+    def detail(self, policy: str, rate_req_s: float | None) -> list[RunDetail]:
+        """One per seed, of those that have one."""
+        both = zip(self.all_runs, self.details, strict=False)
+        return [
+            detail
+            for run, detail in both
+            if detail is not None and (run["policy"], run["rate_req_s"]) == (policy, rate_req_s)
+        ]
+
+    def values(self, policy: str, rate_req_s: float | None, key: str) -> list[float]:
+        """Figures of the seeds that have one."""
+        return [r[key] for r in self.runs(policy, rate_req_s) if r.get(key) is not None]
+
+    def mean(self, policy: str, rate_req_s: float | None, key: str) -> float | None:
+        """Mean over seeds; None if no seed has the figure."""
+        values = self.values(policy, rate_req_s, key)
+        return sum(values) / len(values) if values else None
+
+    def saving_frac(self, policy: str, rate_req_s: float | None) -> float | None:
+        """Power saved against static-max."""
+        full_w = self.mean(REFERENCE, rate_req_s, "mean_power_w")
+        power_w = self.mean(policy, rate_req_s, "mean_power_w")
+        return None if not full_w or power_w is None else 1.0 - power_w / full_w
+
+    def above_bound_frac(self, policy: str, rate_req_s: float | None) -> float | None:
+        """Power above the fluid bound, as a share of the bound."""
+        bound_w = self.mean("bound", rate_req_s, "mean_power_w")
+        power_w = self.mean(policy, rate_req_s, "mean_power_w")
+        return None if not bound_w or power_w is None else power_w / bound_w - 1.0
+
+    def meets_slo(self, policy: str, rate_req_s: float | None) -> bool | None:
+        """Whether both attainments reach the target; None where nothing was served."""
+        met = [self.mean(policy, rate_req_s, f"{part}_attainment") for part in ("ttft", "itl")]
+        known = [value for value in met if value is not None]
+        return all(value >= self.target_frac for value in known) if known else None
+
+    def cheapest(self, rate_req_s: float | None) -> str | None:
+        """Policy of the least power among those that meet the SLO.
+
+        In a closed loop slower policies serve less, so energy per token decides.
+        """
+        key = "energy_per_token_j" if rate_req_s is None else "mean_power_w"
+        cost = {
+            policy: value
+            for policy in self.policies
+            if self.meets_slo(policy, rate_req_s)
+            and (value := self.mean(policy, rate_req_s, key)) is not None
+        }
+        return min(cost, key=cost.__getitem__) if cost else None
+
+    @property
+    def shown_load(self) -> float | None:
+        """Load that stands for the others where only one is drawn: the middle one."""
+        return self.loads[len(self.loads) // 2]
+
+    @property
+    def title(self) -> str:
+        """Fleet, profile, workload."""
+        return "  ·  ".join(str(self.comparison[k]) for k in ("fleet", "profile", "workload"))
+
+
+def load_text(rate_req_s: float | None) -> str:
+    """Load in words."""
+    return "closed loop" if rate_req_s is None else f"{rate_req_s:.4g} req/s"

@@ -1,0 +1,84 @@
+"""The router that goes with the controller: shares of the decision, and its prices."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from voltana_ctrl._kernels import layout
+from voltana_ctrl.routing.base import CompiledRouter, Phase
+from voltana_ctrl.types import Decision, FleetSpec, FleetState, Request, Slo
+from voltana_ctrl.types._check import F64
+
+__all__ = ["PricedRouter"]
+
+
+class PricedRouter(CompiledRouter):
+    """Honours the shares of the latest decision, and overrides them where that pays.
+
+    Decode: the instance furthest below its share of the running requests. Prefill: among the
+    active, where the prompt is done first. Passed over as long as another is left: dead,
+    parked and KV-full instances, and those that would miss the latency target. A host's score
+    (prefix-cache hits, affinity) overrides the pick where it is worth more than the difference
+    in price. Deterministic.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    slo : Slo
+        Its ITL target is used.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+    kv_full_frac : float
+        An instance this full counts as full.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import Decision, FleetSpec, FleetState, Request, Slo, load_profile
+    >>> fleet = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> router = PricedRouter(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> router.update(Decision.highest(fleet))
+    >>> [router.route(Request(prompt_tok=9), FleetState.idle(3)) for _ in range(3)]
+    [1, 2, 1]
+    >>> hit = Request(prompt_tok=9, host_score=[0.0, 5.0, 0.0])  # joules that a cache hit saves
+    >>> router.route(hit, FleetState.idle(3))
+    1
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSpec,
+        slo: Slo,
+        phase: Phase = "decode",
+        *,
+        kv_full_frac: float = 0.97,
+    ) -> None:
+        # Loads Numba, which `import voltana_ctrl` must not.
+        from voltana_ctrl._kernels.priced import by_target, soonest
+
+        kernel = soonest if phase == "prefill" and not fleet.colocated else by_target
+        super().__init__(fleet, phase, kernel, [slo.itl_s, kv_full_frac])
+        self._price_j_req: F64 = np.zeros(len(fleet))
+
+    def update(self, decision: Decision) -> None:
+        """Take shares, active set and prices of the latest decision."""
+        super().update(decision)
+        self._price_j_req = decision.price_j_req
+
+    def route(self, request: Request, state: FleetState) -> int:
+        """Index of the instance for this request.
+
+        Parameters
+        ----------
+        request : Request
+            With `host_score` in joules that serving it there saves, if the host knows.
+        state : FleetState
+            As fresh as it is at hand.
+        """
+        picked = super().route(request, state)
+        if request.host_score is None:
+            return picked
+        able = self._view[layout.VIEW_ELIGIBLE] > 0.0
+        worth_j = np.asarray(request.host_score, dtype=np.float64) - self._price_j_req
+        best = int(np.argmax(np.where(able, worth_j, -np.inf)))
+        return best if worth_j[best] > worth_j[picked] else picked
