@@ -80,7 +80,9 @@ def test_killed_controller(fake, tmp_path, number):
 
 
 def test_ctrl_c_ends_through_the_with_block(fake, tmp_path):
-    body = LOCKED + "with backend:\n    time.sleep(60)"
+    # A shell that runs the tests in the background has Ctrl-C ignored, and children inherit it.
+    heeded = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    body = heeded + LOCKED + "with backend:\n    time.sleep(60)"
     with Host(fake, tmp_path, body) as host:
         host.expect("set")
         host.send(signal.SIGINT)
