@@ -95,6 +95,12 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["compare", "--actuation-ms", "-1"], "actuation_s"),
         (["compare", "--json", "no/such/folder/o.json"], "does not exist"),
         (["compare", "--nothing"], "--nothing"),
+        (["fit", "none.csv"], "cannot be read"),
+        (["fit", "none.csv", "--fix", "rise_frac"], "expected NAME=VALUE"),
+        (["fit", "none.csv", "--like", "a100"], "profile: expected one of"),
+        (["agent"], "--setter"),
+        (["agent", "--setter"], "--gpu"),
+        (["profile", "http://127.0.0.1:9"], "expected either gpus"),
         (["nothing"], "nothing"),
     ],
 )
@@ -115,6 +121,30 @@ def test_policies_and_profiles_are_listed(environment):
     assert known.returncode == 0
     assert "extrapolated" in known.stdout
     assert "a100-sxm-80gb/llama-3.1-8b" in known.stdout
+
+
+def test_fit_writes_a_profile_that_compare_runs(tmp_path, environment, shared_data):
+    tables = [str(path) for path in sorted(shared_data.glob("a800_qwen3_32b_dvfs_*.csv"))]
+    done = run(
+        "fit", *tables, "--where", "tp=1", "--like", "a800-sxm-80gb/qwen3-32b", "--name", "mine/32b",
+        "--out", "mine.toml", "--plot", "fit.png", cwd=tmp_path, **environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "held out" in done.stdout
+    assert (tmp_path / "fit.png").stat().st_size > 10_000
+    compared = run(
+        "compare", "--profile", "mine.toml", "--rate", "1", "--duration", "10", "--warmup", "2",
+        "--policies", "static-max", cwd=tmp_path, **environment,
+    )  # fmt: skip
+    assert compared.returncode == 0, compared.stderr
+    assert "mine/32b" in compared.stdout
+
+
+def test_doctor_says_in_one_line_what_the_machine_can_do(environment):
+    done = run("doctor", "--json", **environment)
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 1
+    assert json.loads(done.stdout)["schema"] == "voltana-ctrl/doctor/1"
 
 
 def test_help_names_the_commands(environment):

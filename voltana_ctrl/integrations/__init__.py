@@ -1,0 +1,39 @@
+"""Work with serving engines: drive one with load and measure it. Loaded when first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_HOME = {
+    "Engine": "profiler",
+    "LoadClient": "load_client",
+    "ProfileAborted": "profiler",
+    "ProfilePlan": "sweep",
+    "ProfilePoint": "sweep",
+    "ProfileRun": "profiler",
+    "Sweep": "sweep",
+    "plan_profile": "sweep",
+    "profile_engine": "profiler",
+    "spread_clocks": "sweep",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from voltana_ctrl.integrations.load_client import LoadClient as LoadClient
+    from voltana_ctrl.integrations.profiler import Engine as Engine
+    from voltana_ctrl.integrations.profiler import ProfileAborted as ProfileAborted
+    from voltana_ctrl.integrations.profiler import ProfileRun as ProfileRun
+    from voltana_ctrl.integrations.profiler import profile_engine as profile_engine
+    from voltana_ctrl.integrations.sweep import ProfilePlan as ProfilePlan
+    from voltana_ctrl.integrations.sweep import ProfilePoint as ProfilePoint
+    from voltana_ctrl.integrations.sweep import Sweep as Sweep
+    from voltana_ctrl.integrations.sweep import plan_profile as plan_profile
+    from voltana_ctrl.integrations.sweep import spread_clocks as spread_clocks
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value

@@ -1,0 +1,170 @@
+"""The GPUs of an engine while it is measured: clock set, power, energy and heat read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from voltana_ctrl._kernels.layout import PROFILE_DTYPE
+from voltana_ctrl.backends.gpus import NvmlBackend
+from voltana_ctrl.backends.lockfile import LOCK_DIR
+from voltana_ctrl.backends.nvml import Gpu, Nvml, whole_gpus
+from voltana_ctrl.errors import BackendError, ConfigError, TelemetryStale
+from voltana_ctrl.types import FleetSpec, InstanceSpec, Profile, Role
+
+_STALE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One look at the GPUs of one engine; energy since they were opened, of all of them."""
+
+    t_s: float = 0.0
+    energy_j: float = 0.0
+    freq_mhz: float = 0.0
+    temperature_c: int | None = None
+
+
+class ProfiledGpus:
+    """GPUs of one or two engines; a context manager that gives them back.
+
+    Parameters
+    ----------
+    groups : sequence of tuple of str
+        UUIDs of the GPUs of each engine; may be empty.
+    clocks_mhz : sequence of int
+        Clocks that will be set; empty opens for reading only.
+    setter, restore_lock_mhz, lock_dir, library
+        As of NvmlBackend.
+
+    Raises
+    ------
+    ConfigError
+        If a GPU does not support a clock.
+    BackendError
+        If there is no driver, or another controller holds a GPU.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[str, ...]],
+        clocks_mhz: Sequence[int],
+        *,
+        setter: Path | None = None,
+        restore_lock_mhz: tuple[int, int] | None = None,
+        lock_dir: Path = LOCK_DIR,
+        library: Path | None = None,
+    ) -> None:
+        self._groups = tuple(groups)
+        self._nvml: Nvml | None = None
+        self._backend: NvmlBackend | None = None
+        self._gpus: list[tuple[Gpu, ...]] = []
+        if not self._groups:
+            return
+        self._nvml = Nvml(library)
+        try:
+            self._gpus = [whole_gpus(self._nvml, group) for group in self._groups]
+            instances = [
+                InstanceSpec(
+                    id=f"engine-{number}",
+                    role=Role.COLOCATED,
+                    profile=_unmeasured(gpus, clocks_mhz),
+                )
+                for number, gpus in enumerate(self._gpus)
+            ]
+            self._backend = NvmlBackend(
+                FleetSpec(tuple(instances)),
+                {each.id: group for each, group in zip(instances, self._groups, strict=True)},
+                actuate=bool(clocks_mhz),
+                setter=setter,
+                restore_lock_mhz=restore_lock_mhz,
+                lock_dir=lock_dir,
+                library=library,
+            )
+        except BaseException:
+            self._nvml.close()
+            raise
+
+    @property
+    def there(self) -> bool:
+        """Whether there are any."""
+        return self._backend is not None
+
+    def group_of(self, uuids: tuple[str, ...]) -> int:
+        """Number of the engine with these GPUs; 0 where there are none."""
+        return self._groups.index(uuids) if self._groups else 0
+
+    def look(self, group: int, asked_mhz: int) -> Reading:
+        """Keep the clock of one engine where it shall be (0: leave it) and read its GPUs.
+
+        Raises
+        ------
+        ActuationDenied, BackendError
+            If the clock cannot be set, or a GPU is lost or does not answer.
+        """
+        if self._backend is None:
+            raise BackendError("ProfiledGpus.look: there are no GPUs")
+        if asked_mhz:
+            self._backend.set_clock(group, asked_mhz)
+        state = self._backend.read().state
+        uuids = ", ".join(self._groups[group])
+        if not state.alive[group]:
+            raise BackendError(f"GPU {uuids}: does not answer; see nvidia-smi and the kernel log")
+        if not state.age_s[group] <= _STALE_S:
+            raise TelemetryStale(f"GPU {uuids}: last reading {state.age_s[group]:.0f} s old")
+        heat_c = [gpu.temperature_c for gpu in self._gpus[group]]
+        return Reading(
+            t_s=time.perf_counter(),
+            energy_j=float(state.energy_j[group]),
+            freq_mhz=float(state.freq_mhz[group]),
+            temperature_c=max((each for each in heat_c if each is not None), default=None),
+        )
+
+    def close(self) -> None:
+        """Give the clocks back; may be called twice."""
+        try:
+            if self._backend is not None:
+                self._backend.close()
+        finally:
+            if self._nvml is not None:
+                self._nvml.close()
+
+    def __enter__(self) -> ProfiledGpus:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _unmeasured(gpus: Sequence[Gpu], clocks_mhz: Sequence[int]) -> Profile:
+    """What the backend must know of an engine of which nothing is known but its clocks."""
+    for gpu in gpus:
+        supported = gpu.clocks_mhz
+        strange = sorted(set(clocks_mhz) - set(supported))
+        if strange:
+            below = [mhz for mhz in supported if mhz < strange[0]]
+            above = [mhz for mhz in supported if mhz > strange[0]]
+            near = " or ".join(str(mhz) for mhz in (*below[-1:], *above[:1])) or "none"
+            raise ConfigError(
+                f"clocks: GPU {gpu.uuid} ({gpu.name}) does not support {strange[0]} MHz; next to"
+                f" it {near}"
+            )
+    ladder_mhz = sorted(clocks_mhz) or gpus[0].clocks_mhz[-1:] or (1,)
+    table = np.zeros(len(ladder_mhz), dtype=PROFILE_DTYPE)
+    table["clock_mhz"] = ladder_mhz
+    return Profile(
+        name="unmeasured",
+        table=table,
+        gpus=len(gpus),
+        idle_w=0.0,
+        kv_capacity_tok=1,
+        max_batch=1,
+        kv_bytes_per_tok=1.0,
+        link_bytes_s=1.0,
+        power_cap_w=1.0,
+        status="extrapolated",
+    )
