@@ -126,8 +126,9 @@ def test_policies_and_profiles_are_listed(environment):
 def test_fit_writes_a_profile_that_compare_runs(tmp_path, environment, shared_data):
     tables = [str(path) for path in sorted(shared_data.glob("a800_qwen3_32b_dvfs_*.csv"))]
     done = run(
-        "fit", *tables, "--where", "tp=1", "--like", "a800-sxm-80gb/qwen3-32b", "--name", "mine/32b",
-        "--out", "mine.toml", "--plot", "fit.png", cwd=tmp_path, **environment,
+        "fit", *tables, "--where", "tp=1", "--like", "a800-sxm-80gb/qwen3-32b",
+        "--name", "mine/32b", "--out", "mine.toml", "--plot", "fit.png",
+        cwd=tmp_path, **environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "held out" in done.stdout

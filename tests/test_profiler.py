@@ -117,7 +117,8 @@ def test_every_point_becomes_a_row_that_the_fit_reads(live, fake, tmp_path):
     assert np.all(decode.kv_tok >= decode.batch_req * 64)
     assert np.all(table.of("prefill").prefill_tok == 128)
     idle = table.of("idle")
-    assert np.allclose(idle.energy_j / idle.wall_s, fake.gpus[0].idle_w, rtol=0.05)
+    # Over 50 ms, a few of which a busy machine may take between two readings.
+    assert np.allclose(idle.energy_j / idle.wall_s, fake.gpus[0].idle_w, rtol=0.2)
     # No client sees an engine faster than it is, and half the clock is half as slow again.
     plant_s = decode_s(at_clock(plant(), decode.freq_mhz), decode.batch_req, decode.kv_tok)
     assert np.all(decode.wall_s > 0.85 * plant_s)

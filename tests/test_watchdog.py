@@ -82,9 +82,10 @@ def test_killed_controller(fake, tmp_path, number):
 def test_ctrl_c_ends_through_the_with_block(fake, tmp_path):
     # A shell that runs the tests in the background has Ctrl-C ignored, and children inherit it.
     heeded = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    body = heeded + LOCKED + "with backend:\n    time.sleep(60)"
+    body = heeded + LOCKED + "with backend:\n    say('in')\n    time.sleep(60)"
     with Host(fake, tmp_path, body) as host:
         host.expect("set")
+        host.expect("in")
         host.send(signal.SIGINT)
         assert host.wait() != 0
         assert as_found(fake)
