@@ -133,7 +133,7 @@ def compare(
     shown = [part.strip() for part in figures.split(",")] if figures else []
     drawn = html_path is not None or plot_path is not None
     _check_outputs({"json": json_path, "html": html_path, "plot": plot_path})
-    if drawn:
+    if drawn or shown:
         check_plot(plot_path, shown)
     rates = _numbers("rate", rate)
     names = [part.strip() for part in policies.split(",")] if policies else list(HEADLINE)
@@ -510,7 +510,7 @@ def profiles() -> None:
 
     table = Table()
     for head in ("profile", "GPUs", "clocks [MHz]", "status", "about"):
-        table.add_column(head)
+        table.add_column(head, no_wrap=head == "profile")
     for name in list_profiles():
         one = load_profile(name)
         clocks = f"{one.clocks_mhz[0]:g}..{one.clocks_mhz[-1]:g}"

@@ -212,7 +212,7 @@ def _check_supported(rows: IterationTable, *, known_kv: bool) -> None:
             raise ConfigError(
                 f"decode_kv_s: KV tokens grow with the batch alone {where}; measure the same batch"
                 " sizes at two contexts or more, at least 4x apart, or give the coefficient as"
-                " fixed={'decode_kv_s': ...}"
+                " --fix decode_kv_s=VALUE (in Python fixed={'decode_kv_s': ...})"
             )
 
 

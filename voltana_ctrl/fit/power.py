@@ -334,7 +334,8 @@ class _Problem:
             raise ConfigError(
                 f"voltage_knee_mhz: {len(clocks)} clock(s) below the power cap; measure at least"
                 f" {MIN_CLOCKS}, two of them near the highest, or give the voltage law as"
-                " fixed={'voltage_rise_frac': ..., 'voltage_knee_mhz': ...}"
+                " --fix voltage_rise_frac=VALUE --fix voltage_knee_mhz=VALUE"
+                " (in Python fixed={...})"
             )
 
     def check_knee(self, law: PowerLaw) -> None:
@@ -345,5 +346,6 @@ class _Problem:
                 f"voltage_rise_frac: power bends upward between"
                 f" {clocks[-2]:g} and {clocks[-1]:g} MHz, the last clock below the cap; measure"
                 " two clocks or more above the bend, or give the voltage law as"
-                " fixed={'voltage_rise_frac': ..., 'voltage_knee_mhz': ...}"
+                " --fix voltage_rise_frac=VALUE --fix voltage_knee_mhz=VALUE"
+                " (in Python fixed={...})"
             )

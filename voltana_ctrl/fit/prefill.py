@@ -255,7 +255,8 @@ def _check_supported(rows: IterationTable, *, known_tok2: bool) -> None:
             raise ConfigError(
                 f"prefill_tok2_s: the square of the prompts follows their tokens {where}; measure"
                 " the same number of tokens as one long prompt and as several short ones, or give"
-                " the coefficient as fixed={'prefill_tok2_s': ...}"
+                " the coefficient by --fix prefill_tok2_s=VALUE"
+                " (in Python fixed={'prefill_tok2_s': ...})"
             )
 
 

@@ -53,7 +53,8 @@ def one_value(rows: list[dict[str, str]], column: str, label: str) -> str:
     if len(values) > 1:
         shown = ", ".join(values[:4]) + (", ..." if len(values) > 4 else "")
         raise ConfigError(
-            f"{label}: column {column!r} mixes {shown}; select one with where={{{column!r}: ...}}"
+            f"{label}: column {column!r} mixes {shown}; select one with --where {column}=VALUE"
+            f" (in Python where={{{column!r}: ...}})"
         )
     return values[0]
 

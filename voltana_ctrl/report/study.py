@@ -106,10 +106,14 @@ class Study:
         return sum(values) / len(values) if values else None
 
     def saving_frac(self, policy: str, rate_req_s: float | None) -> float | None:
-        """Power saved against static-max."""
-        full_w = self.mean(REFERENCE, rate_req_s, "mean_power_w")
-        power_w = self.mean(policy, rate_req_s, "mean_power_w")
-        return None if not full_w or power_w is None else 1.0 - power_w / full_w
+        """Power saved against static-max; in a closed loop energy per token.
+
+        There a slower policy serves less, so that its power says nothing.
+        """
+        closed = any(run.get("regime") == "closed_loop" for run in self.runs(policy, rate_req_s))
+        key = "energy_per_token_j" if closed else "mean_power_w"
+        full, own = (self.mean(name, rate_req_s, key) for name in (REFERENCE, policy))
+        return None if not full or own is None else 1.0 - own / full
 
     def above_bound_frac(self, policy: str, rate_req_s: float | None) -> float | None:
         """Power above the fluid bound, as a share of the bound."""

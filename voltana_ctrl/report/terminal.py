@@ -35,6 +35,7 @@ def print_table(study: Study, console: Console) -> None:
     from rich.table import Table
 
     slo = study.comparison["slo"]
+    budgeted = any(run["over_budget_frac"] is not None for run in study.comparison["runs"])
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -43,10 +44,13 @@ def print_table(study: Study, console: Console) -> None:
         caption=(
             f"SLO: TTFT {slo['ttft_s']:g} s, ITL {slo['itl_s']:g} s, each met by"
             f" {slo['attainment']:.1%} of requests; * misses it."
-            " Saving is against static-max. Gap: way from voltanallm to the fluid bound."
+            " Saving is against static-max; in a closed loop, per token."
+            " Gap: way from voltanallm to the fluid bound."
+            + (" Over: time above the power budget." if budgeted else "")
         ),
     )
-    for head in ("req/s", "policy", "W", "saving", "J/tok", "TTFT ok", "ITL ok", "gap"):
+    heads = ["req/s", "policy", "W", "saving", "J/tok", "TTFT ok", "ITL ok", "gap"]
+    for head in [*heads, *(["over"] if budgeted else [])]:
         table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
     for rate_req_s in study.loads:
         ran = [policy for policy in study.policies if study.runs(policy, rate_req_s)]
@@ -60,10 +64,18 @@ def print_table(study: Study, console: Console) -> None:
                 text(study.mean(policy, rate_req_s, "energy_per_token_j"), "{:.4f}"),
                 _met(study.mean(policy, rate_req_s, "ttft_attainment"), slo["attainment"]),
                 _met(study.mean(policy, rate_req_s, "itl_attainment"), slo["attainment"]),
-                text(study.mean(policy, rate_req_s, "bound_gap_closed"), "{:.0%}"),
+                # What misses the SLO has closed nothing.
+                text(study.mean(policy, rate_req_s, "bound_gap_closed"), "{:.0%}")
+                if study.meets_slo(policy, rate_req_s) is not False
+                else "-",
+                *([_over(study, policy, rate_req_s)] if budgeted else []),
                 end_section=policy == ran[-1],
             )
     console.print(table)
+
+
+def _over(study: Study, policy: str, rate_req_s: float | None) -> str:
+    return text(study.mean(policy, rate_req_s, "over_budget_frac"), "{:.1%}")
 
 
 def text(value: Any, form: str) -> str:
