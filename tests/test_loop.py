@@ -251,3 +251,22 @@ def test_static_controller_raises_to_a_supported_clock_and_refuses_the_rest():
     for freq_mhz in (100.0, 2000.0, float("nan")):
         with pytest.raises(ConfigError, match="210 to 1410"):
             StaticController(FLEET, freq_mhz)
+
+
+def test_the_loop_of_the_interface_runs_as_written():
+    from voltana_ctrl import MpcController, PricedRouter, Request, Slo
+
+    fleet = FleetSpec.pd(prefill=2, decode=2, profile=FLEET.instances[0].profile)
+    slo = Slo(ttft_s=0.6, itl_s=0.06)
+    controller = MpcController(fleet, slo)
+    router = PricedRouter(fleet, slo)
+    workload = make_workload("sharegpt", rate_req_s=20.0, duration_s=20.0, seed=0)
+    backend = SimBackend(fleet, workload=workload, seed=0)
+    with ControlLoop(backend, controller, Guard(fleet), router) as loop:
+        loop.start()
+        deadline_s = time.monotonic() + 60.0
+        while loop.ticks < 30 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert router.route(Request(prompt_tok=300), loop.state) in fleet.decode
+    assert loop.ticks >= 30
+    assert loop.state.energy_j.sum() > 0.0
