@@ -33,6 +33,7 @@ from voltana_ctrl.types._check import count, not_negative, positive
 
 __all__ = ["SCHEMA", "Comparison", "Run", "compare"]
 
+#: Name and version of the JSON that :meth:`Comparison.write_json` writes.
 SCHEMA = "voltana-ctrl/compare/1"
 DEFAULT_PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 DEFAULT_RATES_REQ_S = (10.0, 20.0, 35.0, 50.0, 65.0, 80.0)
