@@ -1,0 +1,53 @@
+"""Command line: ``voltana-ctrl compare | policies | profiles | fit | profile | doctor | agent``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from voltana_ctrl.cli import _compare, _identify, _lists, _node
+from voltana_ctrl.errors import VoltanaError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Less energy for LLM serving at the same latency: compare control policies.",
+)
+for _command in (
+    _compare.compare,
+    _identify.fit,
+    _identify.profile,
+    _node.doctor,
+    _node.agent,
+    _lists.policies,
+    _lists.profiles,
+):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line; bad input ends with status 2 and one line on stderr."""
+    # A policy given as module:Class is looked for where the user is.
+    sys.path.insert(0, os.getcwd())
+    try:
+        status = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except VoltanaError as error:
+        _refuse(str(error))
+    except Exception as error:
+        # Usage errors of the parser, which come from click or from typer's copy of it.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        _refuse(message())
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse(message: str) -> None:
+    line = " ".join(message.split())
+    sys.stderr.write(f"voltana-ctrl: {line}\n")
+    sys.exit(2)

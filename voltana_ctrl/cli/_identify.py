@@ -1,0 +1,166 @@
+"""``voltana-ctrl fit`` and ``profile``: from an engine to a table, from a table to a profile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from voltana_ctrl.cli._options import check_outputs, ladder_mhz, number, pairs, progress, whole
+from voltana_ctrl.errors import ConfigError
+
+
+def fit(
+    tables: Annotated[list[Path], typer.Argument(help="CSV or Parquet of measured iterations.")],
+    like: Annotated[
+        str, typer.Option(help="Profile that tells what iterations do not: memory, KV link.")
+    ] = "a100-sxm-80gb/llama-3.1-8b",
+    name: Annotated[str, typer.Option(help="gpu/model of the new profile.")] = "my-gpu/my-model",
+    out: Annotated[Path | None, typer.Option(help="Write the profile to this .toml.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write diagnostics to this image.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="COLUMN=VALUE: rows to use; may be repeated.")
+    ] = None,
+    fix: Annotated[
+        list[str] | None, typer.Option(help="PARAMETER=VALUE: not fitted; may be repeated.")
+    ] = None,
+    ladder: Annotated[
+        str | None, typer.Option(help="Supported clocks LOW:HIGH:STEP. [default: those measured]")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the instance.")] = None,
+    freq_mhz: Annotated[
+        float | None, typer.Option(help="SM clock, where the table has no column for it.")
+    ] = None,
+) -> None:
+    """Identify a profile from measured iterations; refuses what the table cannot support."""
+    from voltana_ctrl.fit import fit_table
+    from voltana_ctrl.profiles import load_profile
+    from voltana_ctrl.report import check_plot, write_fit_plot
+
+    check_outputs({"out": out, "plot": plot})
+    if plot is not None:
+        check_plot(plot)
+    donor = load_profile(like)
+    result = fit_table(
+        tables,
+        where=dict(pairs("where", where)) or None,
+        gpus=gpus,
+        freq_mhz=freq_mhz,
+        fixed={key: number("fix", value) for key, value in pairs("fix", fix)} or None,
+    )
+    if out is not None:
+        result.save(out, name, donor, ladder_mhz=ladder_mhz(ladder))
+    if plot is not None:
+        write_fit_plot(result, plot)
+    typer.echo(result.summary())
+
+
+def profile(
+    url: Annotated[str, typer.Argument(help="Engine, such as http://localhost:8000.")],
+    out: Annotated[Path, typer.Option(help="Table; points in it are not measured again.")] = Path(
+        "table.csv"
+    ),
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="UUID of a GPU of the engine; may be repeated.")
+    ] = None,
+    prefill_url: Annotated[str | None, typer.Option(help="Engine for prefill.")] = None,
+    decode_url: Annotated[str | None, typer.Option(help="Engine for decode.")] = None,
+    prefill_gpu: Annotated[list[str] | None, typer.Option(help="Its GPUs.")] = None,
+    decode_gpu: Annotated[list[str] | None, typer.Option(help="Its GPUs.")] = None,
+    clocks: Annotated[
+        str | None, typer.Option(help="SM clocks in MHz, 210,705,... [default: 7 of the GPU's]")
+    ] = None,
+    no_clock: Annotated[
+        bool, typer.Option("--no-clock", help="Set nothing; measure at the clock as it is.")
+    ] = False,
+    freq_mhz: Annotated[
+        float | None, typer.Option(help="Clock, where no GPU is given to read it from.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Decode batches.")] = "1,8,9,16,17,32,33,64,65",
+    contexts: Annotated[str, typer.Option(help="Decode contexts in tokens.")] = "256,2048",
+    prompts: Annotated[str, typer.Option(help="Prefill prompts in tokens.")] = "128,512,2048,8192",
+    prefill_batches: Annotated[str, typer.Option(help="Prompts at once.")] = "1",
+    steady: Annotated[float, typer.Option(help="Seconds per point.")] = 5.0,
+    pause: Annotated[float, typer.Option(help="Cooling pause in seconds.")] = 1.0,
+    output_tok: Annotated[int, typer.Option(help="Longest decode stream in tokens.")] = 1024,
+    cool_c: Annotated[int | None, typer.Option(help="Pause until no GPU is hotter.")] = None,
+    max_c: Annotated[int, typer.Option(help="A hotter GPU ends the profile.")] = 85,
+    max_ttft: Annotated[float | None, typer.Option(help="TTFT in s that ends it.")] = None,
+    max_itl: Annotated[float | None, typer.Option(help="ITL in s that ends it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name at the engine. [default: ask]")] = None,
+    words: Annotated[bool, typer.Option("--words", help="Prompts as words.")] = False,
+    setter: Annotated[Path | None, typer.Option(help="Socket of the privileged setter.")] = None,
+    restore_lock: Annotated[
+        str | None, typer.Option(help="LO,HI in MHz: clock lock to leave behind.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its duration.")
+    ] = False,
+) -> None:
+    """Measure a live engine over clocks and loads, for fit; resumable, gives the clocks back."""
+    from rich.console import Console
+
+    from voltana_ctrl.backends.lease import end_on_sigterm
+    from voltana_ctrl.backends.nvml import Nvml
+    from voltana_ctrl.integrations import (
+        Engine,
+        Sweep,
+        plan_profile,
+        profile_engine,
+        spread_clocks,
+    )
+
+    check_outputs({"out": out})
+    engine = Engine(
+        url=url,
+        gpus=tuple(gpu or ()),
+        prefill_url=prefill_url,
+        decode_url=decode_url,
+        prefill_gpus=tuple(prefill_gpu or ()),
+        decode_gpus=tuple(decode_gpu or ()),
+        model=model,
+        words=words,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+        freq_mhz=freq_mhz,
+    )
+    chosen = whole("clocks", clocks)
+    if no_clock and chosen:
+        raise ConfigError("profile: --no-clock sets nothing; leave --clocks out")
+    if not (no_clock or chosen or freq_mhz is not None):
+        with Nvml() as nvml:
+            chosen = spread_clocks(nvml.gpu(engine.of("decode")[1][0]).clocks_mhz)
+    sweep = Sweep(
+        clocks_mhz=chosen,
+        batches_req=whole("batches", batches),
+        contexts_tok=whole("contexts", contexts),
+        prompts_tok=whole("prompts", prompts),
+        prefill_batches_req=whole("prefill-batches", prefill_batches),
+        idle=freq_mhz is None,
+        output_tok=output_tok,
+        steady_s=steady,
+        pause_s=pause,
+        cool_c=cool_c,
+        temperature_limit_c=max_c,
+        ttft_limit_s=max_ttft,
+        itl_limit_s=max_itl,
+    )
+    if dry_run:
+        typer.echo(plan_profile(sweep, out).text())
+        return
+    lock = whole("restore-lock", restore_lock)
+    if len(lock) not in (0, 2):
+        raise ConfigError(f"restore-lock: expected LO,HI such as 210,1200, got {restore_lock!r}")
+    errors = Console(stderr=True)
+    errors.print(plan_profile(sweep, out).text().splitlines()[0], highlight=False)
+    with end_on_sigterm(), progress(errors) as on_progress:
+        run = profile_engine(
+            engine,
+            sweep,
+            out,
+            setter=setter,
+            restore_lock_mhz=(lock[0], lock[1]) if lock else None,
+            on_progress=lambda done, total, _what: on_progress(done, total),
+        )
+    typer.echo(run.text())
