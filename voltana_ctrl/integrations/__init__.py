@@ -1,9 +1,11 @@
-"""Work with serving engines: drive one with load and measure it. Loaded when first used."""
+"""Work with serving engines: where they are, how to load and measure one. Lazily loaded."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOME = {
+    "ENGINES": "endpoints",
+    "Endpoint": "endpoints",
     "Engine": "profiler",
     "LoadClient": "load_client",
     "ProfileAborted": "profiler",
@@ -11,6 +13,7 @@ _HOME = {
     "ProfilePoint": "sweep",
     "ProfileRun": "profiler",
     "Sweep": "sweep",
+    "load_endpoints": "endpoints",
     "plan_profile": "sweep",
     "profile_engine": "profiler",
     "spread_clocks": "sweep",
@@ -19,6 +22,9 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from voltana_ctrl.integrations.endpoints import ENGINES as ENGINES
+    from voltana_ctrl.integrations.endpoints import Endpoint as Endpoint
+    from voltana_ctrl.integrations.endpoints import load_endpoints as load_endpoints
     from voltana_ctrl.integrations.load_client import LoadClient as LoadClient
     from voltana_ctrl.integrations.profiler import Engine as Engine
     from voltana_ctrl.integrations.profiler import ProfileAborted as ProfileAborted

@@ -310,7 +310,9 @@ class FleetSpec:
 
         Keys of a table: `role`, `profile`, and optionally `id`, `count`, `gpus`, `node`,
         `clocks_mhz`, `kv_capacity_tok`, `max_batch`, `prefill_budget_tok`,
-        `max_prefill_req`, `idle_w`.
+        `max_prefill_req`, `idle_w`. A table `engine` says where the running engine of an
+        instance is; it is read by :func:`voltana_ctrl.integrations.load_endpoints` and means
+        nothing here.
 
         Parameters
         ----------
@@ -379,6 +381,7 @@ _TOML_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "prefill_budget_tok": int,
     "max_prefill_req": int,
     "idle_w": (int, float),
+    "engine": dict,
 }
 
 
@@ -395,7 +398,7 @@ def _instances_of(
     for key in ("role", "profile"):
         if key not in table:
             raise ConfigError(f"{key}: missing")
-    settings = dict(table)
+    settings = {key: value for key, value in table.items() if key != "engine"}
     roles = {role.value: role for role in Role}
     name = settings.pop("role")
     if name not in roles:

@@ -1,0 +1,170 @@
+"""Where the running engines of a fleet are, read from the file that describes the fleet."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import FleetSpec
+
+__all__ = ["ENGINES", "Endpoint", "load_endpoints"]
+
+#: Engines that are known by name.
+ENGINES = ("vllm", "sglang", "trtllm", "dynamo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Running engine of one instance: its address, its GPUs, its telemetry.
+
+    Parameters
+    ----------
+    instance : str
+        Id of the instance in the fleet.
+    kind : {"vllm", "sglang", "trtllm", "dynamo"}
+        Engine, which decides how metrics are named and how prefill hands over to decode.
+    url : str
+        Address of the engine, such as ``http://10.0.0.1:8000``.
+    gpus : tuple of str, optional
+        UUIDs of its GPUs; none where clocks are not to be set or read.
+    metrics_url : str, optional
+        Page of its Prometheus metrics; ``url`` + ``/metrics`` by default.
+    fpm : str, optional
+        ZeroMQ address of its forward-pass metrics, such as ``tcp://10.0.0.1:20380``.
+    bootstrap_port : int, optional
+        Port where an SGLang prefill engine meets its decode engine.
+    worker_id : int, optional
+        Id of a Dynamo worker, by which a request is pinned to it.
+
+    Raises
+    ------
+    ConfigError
+        If a value is of the wrong form.
+
+    Examples
+    --------
+    >>> endpoint = Endpoint(instance="decode-0", kind="vllm", url="http://10.0.0.1:8000/")
+    >>> endpoint.url, endpoint.metrics_url
+    ('http://10.0.0.1:8000', 'http://10.0.0.1:8000/metrics')
+    """
+
+    instance: str
+    kind: str
+    url: str
+    gpus: tuple[str, ...] = ()
+    metrics_url: str | None = None
+    fpm: str | None = None
+    bootstrap_port: int | None = None
+    worker_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ENGINES:
+            raise ConfigError(f"kind: expected one of {', '.join(ENGINES)}, got {self.kind!r}")
+        object.__setattr__(self, "url", _http_url("url", self.url))
+        metrics_url = self.metrics_url or f"{self.url}/metrics"
+        object.__setattr__(self, "metrics_url", _http_url("metrics_url", metrics_url))
+        if self.fpm is not None and not self.fpm.startswith(("tcp://", "ipc://")):
+            raise ConfigError(f"fpm: expected tcp://HOST:PORT or ipc://PATH, got {self.fpm!r}")
+        if self.bootstrap_port is not None and not 0 < self.bootstrap_port < 65536:
+            raise ConfigError(f"bootstrap_port: expected 1 to 65535, got {self.bootstrap_port}")
+
+
+def load_endpoints(path: str | Path) -> tuple[FleetSpec, tuple[Endpoint, ...]]:
+    """Fleet and running engines from one TOML file.
+
+    The file is that of :meth:`FleetSpec.from_toml`, where each ``[[instance]]`` has a table
+    ``engine`` with the fields of :class:`Endpoint`.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    fleet : FleetSpec
+        The fleet.
+    endpoints : tuple of Endpoint
+        One per instance, in the order of the fleet.
+
+    Raises
+    ------
+    ConfigError
+        Naming file, instance and key, if something is missing or does not fit.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> text = '''
+    ... [[instance]]
+    ... id = "p0"
+    ... role = "prefill"
+    ... profile = "a100-sxm-80gb/llama-3.1-8b"
+    ... engine = { kind = "vllm", url = "http://10.0.0.1:8000", gpus = ["GPU-1"] }
+    ... [[instance]]
+    ... id = "d0"
+    ... role = "decode"
+    ... profile = "a100-sxm-80gb/llama-3.1-8b"
+    ... engine = { kind = "vllm", url = "http://10.0.0.2:8000", gpus = ["GPU-2"] }
+    ... '''
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "fleet.toml"
+    ...     _ = path.write_text(text)
+    ...     fleet, endpoints = load_endpoints(path)
+    >>> fleet.ids, endpoints[1].url
+    (('p0', 'd0'), 'http://10.0.0.2:8000')
+    """
+    from voltana_ctrl.profiles import load_profile
+
+    fleet = FleetSpec.from_toml(path, load_profile)
+    tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))["instance"]
+    endpoints = []
+    for number, table in enumerate(tables, start=1):
+        where = f"{path}: instance {number}"
+        if "engine" not in table:
+            raise ConfigError(f"{where}: engine: missing; give kind and url of the running engine")
+        if table.get("count", 1) != 1:
+            raise ConfigError(f"{where}: count: expected 1 where an engine is given; repeat it")
+        try:
+            endpoints.append(_endpoint(fleet.ids[number - 1], table["engine"]))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: engine: {error}") from error
+    return fleet, tuple(endpoints)
+
+
+_KEYS: Mapping[str, type] = {
+    "kind": str,
+    "url": str,
+    "gpus": list,
+    "metrics_url": str,
+    "fpm": str,
+    "bootstrap_port": int,
+    "worker_id": int,
+}
+
+
+def _endpoint(instance: str, table: Mapping[str, Any]) -> Endpoint:
+    for key, value in table.items():
+        if key not in _KEYS:
+            raise ConfigError(f"unknown key {key!r}; known are {', '.join(_KEYS)}")
+        if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
+            raise ConfigError(f"{key}: expected {_KEYS[key].__name__}, got {value!r}")
+    for key in ("kind", "url"):
+        if key not in table:
+            raise ConfigError(f"{key}: missing")
+    gpus = tuple(table.get("gpus", ()))
+    if not all(isinstance(gpu, str) for gpu in gpus):
+        raise ConfigError(f"gpus: expected UUIDs in quotes, got {list(gpus)!r}")
+    return Endpoint(instance=instance, **{**table, "gpus": gpus})
+
+
+def _http_url(name: str, text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"{name}: expected http://HOST:PORT, got {text!r}")
+    return text.rstrip("/")
