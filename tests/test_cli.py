@@ -2,8 +2,12 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
+
+import voltana_ctrl
+from voltana_ctrl.cli import main
 
 TIMING = ("sim_wall_s", "decide_p50_s", "decide_p99_s")
 SHORT = ["--duration", "10", "--warmup", "2", "--rate", "10"]
@@ -154,3 +158,31 @@ def test_help_names_the_commands(environment):
         shown = run(*arguments, **environment)
         assert shown.returncode in (0, 2)
         assert "compare" in shown.stdout + shown.stderr
+
+
+def test_the_version_is_that_of_the_package(environment):
+    done = run("--version", **environment)
+    assert done.returncode == 0
+    assert done.stdout.split() == ["voltana-ctrl", voltana_ctrl.__version__]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--duration", "0"),
+        ("--tick-ms", "nan"),
+        ("--warmup", "-1"),
+        ("--actuation-ms", "inf"),
+        ("--settle-ms", "-2"),
+        ("--jitter", "nan"),
+        ("--jobs", "-1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_the_name_of_its_option(option, value, capsys):
+    with (
+        pytest.raises(SystemExit) as ended,
+        patch.object(sys, "argv", ["voltana-ctrl", "compare", option, value]),
+    ):
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"voltana-ctrl: {option[2:]}: expected a number")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+import voltana_ctrl
 from voltana_ctrl.cli import _compare, _identify, _lists, _node
 from voltana_ctrl.errors import VoltanaError
 
@@ -26,6 +28,15 @@ for _command in (
     _lists.profiles,
 ):
     app.command()(_command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"voltana-ctrl {voltana_ctrl.__version__}")
+        raise typer.Exit
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,8 +77,18 @@ def compare(
     from voltana_ctrl.report import check_plot, print_table, write_html, write_plot
     from voltana_ctrl.types import PowerBudget, Slo
 
-    if jobs < 0:
-        raise ConfigError(f"jobs: expected 0 or more, got {jobs}")
+    for option, value in (("duration", duration), ("tick-ms", tick_ms)):
+        if not 0.0 < value < math.inf:
+            raise ConfigError(f"{option}: expected a number > 0, got {value:g}")
+    for option, value in (
+        ("warmup", warmup),
+        ("actuation-ms", actuation_ms),
+        ("settle-ms", settle_ms),
+        ("jitter", jitter),
+        ("jobs", jobs),
+    ):
+        if not 0.0 <= value < math.inf:
+            raise ConfigError(f"{option}: expected a number >= 0, got {value:g}")
     shown = [part.strip() for part in figures.split(",")] if figures else []
     drawn = html_path is not None or plot_path is not None
     check_outputs({"json": json_path, "html": html_path, "plot": plot_path})
