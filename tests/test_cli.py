@@ -97,7 +97,7 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["compare", "--seeds", "0"], "seeds"),
         (["compare", "--seeds", "x"], "seeds"),
         (["compare", "--jobs", "-1"], "jobs"),
-        (["compare", "--actuation-ms", "-1"], "actuation_s"),
+        (["compare", "--actuation-ms", "-1"], "actuation-ms"),
         (["compare", "--json", "no/such/folder/o.json"], "does not exist"),
         (["compare", "--nothing"], "--nothing"),
         (["fit", "none.csv"], "cannot be read"),
