@@ -102,9 +102,7 @@ def decoding_tok_s(
     return total
 
 
-@njit(
-    types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8, F8, OUT_F8_1), cache=True
-)
+@njit(types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8, F8, OUT_F8_1), cache=True)
 def thrifty(
     tables, padded, kind, n_clocks, decodes, max_batch, running_req, kv_used_tok, prompt_tok,
     itl_s, thrifty_mhz,
@@ -133,9 +131,7 @@ def thrifty(
 
 
 @njit(
-    types.void(
-        TABLES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, BOOL_1, F8, OUT_F8_2
-    ),
+    types.void(TABLES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, BOOL_1, F8, OUT_F8_2),
     cache=True,
 )
 def worst_power(
