@@ -257,6 +257,7 @@ def min_plus(left_w, left_step, right_w, right_step, step, sum_w, left_at, right
 
     Each group has its own grid; the right one takes at least the rest, to the next grid point.
     """
+    per_step = 1.0 / right_step
     for i in range(len(sum_w)):
         load = i * step
         best_w = math.inf
@@ -266,7 +267,10 @@ def min_plus(left_w, left_step, right_w, right_step, step, sum_w, left_at, right
             rest = load - j * left_step
             k = 0
             if rest > 0.0:
-                k = math.ceil(rest / right_step - 1e-9)
+                points = rest * per_step - 1e-9
+                k = int(points)
+                if k < points:
+                    k += 1
             if k < len(right_w):
                 both_w = left_w[j] + right_w[k]
                 if both_w < best_w:

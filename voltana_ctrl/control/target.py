@@ -281,16 +281,23 @@ class TargetOptimiser:
         return self._target(load, members, groups, curve_of, chosen)
 
     def _grid_curve(self, curve: _CurveOf, load: Load) -> tuple[F64, F64]:
-        # A grid that ends at the load where this instance saturates, or at the whole load.
+        """Least power on a grid that ends where the instance saturates, or at the whole load."""
+        parts = np.arange(1, self.grid + 1) / self.grid
         top_req_s = max(load.arrival_req_s, 1e-9)
-        for _ in range(2):
-            loads = top_req_s * np.arange(1, self.grid + 1) / self.grid
-            power_w = curve(loads).power_w
-            able = int(np.isfinite(power_w).sum())
-            if able >= self.grid // 2:
+        # Each round narrows the grid up to 64 times: enough for any fleet.
+        for _ in range(3):
+            low, high = 0, self.grid // 2
+            if _served(curve, top_req_s * parts[high - 1]):
                 break
-            top_req_s *= max(able + 1, 2) / self.grid
-        return loads, power_w
+            while high - low > 1:
+                middle = (low + high) // 2
+                if _served(curve, top_req_s * parts[middle - 1]):
+                    low = middle
+                else:
+                    high = middle
+            top_req_s *= max(low + 1, 2) / self.grid
+        loads = top_req_s * parts
+        return loads, curve(loads).power_w
 
     def _split(
         self,
@@ -314,15 +321,14 @@ class TargetOptimiser:
         reaches = at * root.step >= load.arrival_req_s * (1.0 - 1e-9)
         if not (reaches and np.isfinite(root.cost_w[at])):
             return math.inf, loads_req_s
-        found: list[float] = []
-        root.collect(at, found)
-        start = 0
-        for group in groups:
-            shares = sorted(found[start : start + group.size], reverse=True)
-            loads_req_s[group] = shares
-            start += group.size
+        cost_w = float(root.cost_w[at])
+        for group, table in zip(reversed(groups), reversed(tables), strict=True):
+            here = at
+            if table is not root:
+                (root, at), (_, here) = root.children(at)
+            loads_req_s[group] = table.loads(here)
         total = loads_req_s.sum()
-        return float(root.cost_w[at]), loads_req_s * (load.arrival_req_s / max(total, 1e-300))
+        return cost_w, loads_req_s * (load.arrival_req_s / max(total, 1e-300))
 
     def _power_of(self, leaf: Node, size: int, limit: float, known: dict[int, Node]) -> Node:
         """`size` equal instances, by halves."""
@@ -416,3 +422,7 @@ class TargetOptimiser:
             return float(1.0 / (row["prefill_tok_s"] * load.lengths.prompt_tok))
         growth_s = row["decode_req_s"] + row["decode_kv_s"] * load.lengths.context_tok
         return float(1.0 / (growth_s * max(1.0, load.lengths.output_tok - 1.0)))
+
+
+def _served(curve: _CurveOf, load_req_s: float) -> bool:
+    return bool(np.isfinite(curve(np.array([load_req_s])).power_w[0]))
