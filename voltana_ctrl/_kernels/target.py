@@ -42,16 +42,20 @@ def station(
     last = step_s.shape[1] - 1
     for n in range(1, last + 1):
         k = max(floor_k, needed_k[n])
+        time_s = step_s[k, n]
+        drawn_w = power_w[k, n]
         used = arrival_req_s * prompt_s[k]
-        if used >= 1.0:
-            return math.inf, 1.0, math.inf
-        time_s = step_s[k, n] / (1.0 - used)
+        if used > 0.0:
+            if used >= 1.0:
+                return math.inf, 1.0, math.inf
+            time_s /= 1.0 - used
+            drawn_w = (1.0 - used) * drawn_w + used * prompt_w[k]
         if n > batch_limit_req or time_s > limit_s:
             over += weight  # the arrival that finds n - 1
         weight *= rate_tok_s * time_s / n
         total += weight
         batch += weight * n
-        energy += weight * ((1.0 - used) * power_w[k, n] + used * prompt_w[k])
+        energy += weight * drawn_w
         if weight > _LARGE:
             weight /= _LARGE
             total /= _LARGE
