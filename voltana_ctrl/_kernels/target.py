@@ -1,15 +1,19 @@
-"""Kernels of the target layer: a governed decode station, and the min-plus convolution."""
+"""Kernels of the target layer: least power of one instance against load, and of several."""
 
 import math
 
 from numba import njit, types
+
+from voltana_ctrl._kernels.cost import ROW, decode_s
 
 F8, I8 = types.float64, types.int64
 
 F8_1 = types.Array(F8, 1, "C", readonly=True)
 F8_2 = types.Array(F8, 2, "C", readonly=True)
 I8_1 = types.Array(I8, 1, "C", readonly=True)
+ROWS = types.Array(ROW, 1, "C", readonly=True)
 OUT_F8_1, OUT_I8_1 = types.Array(F8, 1, "C"), types.Array(I8, 1, "C")
+OUT_F8_2 = types.Array(F8, 2, "C")
 
 #: Weights are scaled down when they pass this, so that no batch overflows.
 _LARGE = 1e250
@@ -38,16 +42,20 @@ def station(
     last = step_s.shape[1] - 1
     for n in range(1, last + 1):
         k = max(floor_k, needed_k[n])
+        time_s = step_s[k, n]
+        drawn_w = power_w[k, n]
         used = arrival_req_s * prompt_s[k]
-        if used >= 1.0:
-            return math.inf, 1.0, math.inf
-        time_s = step_s[k, n] / (1.0 - used)
+        if used > 0.0:
+            if used >= 1.0:
+                return math.inf, 1.0, math.inf
+            time_s /= 1.0 - used
+            drawn_w = (1.0 - used) * drawn_w + used * prompt_w[k]
         if n > batch_limit_req or time_s > limit_s:
             over += weight  # the arrival that finds n - 1
         weight *= rate_tok_s * time_s / n
         total += weight
         batch += weight * n
-        energy += weight * ((1.0 - used) * power_w[k, n] + used * prompt_w[k])
+        energy += weight * drawn_w
         if weight > _LARGE:
             weight /= _LARGE
             total /= _LARGE
@@ -58,6 +66,78 @@ def station(
             return energy / total, over / total, batch / total
     over += weight
     return energy / total, over / total, batch / total
+
+
+@njit(types.void(ROWS, I8_1, F8, F8, F8, OUT_F8_2, OUT_F8_2, OUT_I8_1), cache=True)
+def fill_station(rows, padded, context_tok, pace_frac, target_s, step_s, power_w, needed_k):
+    """Time and power per clock and batch, and the row that a governor picks per batch.
+
+    A batch of n holds ``n * context_tok`` KV tokens. The row is the lowest within `target_s`,
+    the top where none is; it does not fall with the executed size, so one walk finds them all.
+    """
+    n_rows, n_sizes = step_s.shape
+    for k in range(n_rows):
+        row = rows[k]
+        for n in range(n_sizes):
+            kv_tok = n * context_tok
+            time_s = pace_frac * decode_s(row, float(padded[n]), kv_tok)
+            batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
+            step_s[k, n] = time_s
+            power_w[k, n] = row["decode_power_w"] + batch_j / time_s
+    k = 0
+    for n in range(n_sizes):
+        if n > 0 and padded[n] < padded[n - 1]:
+            k = 0
+        while k < n_rows - 1 and step_s[k, n] > target_s:
+            k += 1
+        needed_k[n] = k
+
+
+@njit(
+    types.Tuple((I8, F8, F8))(
+        F8_2, F8_2, I8_1, F8_1, F8_1, F8, F8, I8, F8, F8, F8, I8
+    ),
+    cache=True,
+)  # fmt: skip
+def _least_floor(
+    step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s, decoded_tok, batch_limit_req,
+    limit_s, allowed, idle_w, guess,
+):  # fmt: skip
+    """Lowest floor with few enough arrivals over the limits, the top if none; its figures.
+
+    A higher floor never misses more. The search leaves `guess` by doubling steps until the
+    answer lies between two floors, then halves.
+    """
+    top = step_s.shape[0] - 1
+    low, high = 0, top
+    found_k = -1
+    found_w = 0.0
+    found_over = 0.0
+    at = min(guess, max(0, top - 1))
+    stride = 1
+    while low < high:
+        power, over, _ = station(
+            step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s, decoded_tok,
+            batch_limit_req, limit_s, at, idle_w,
+        )  # fmt: skip
+        if over <= allowed:
+            high = found_k = at
+            found_w, found_over = power, over
+        else:
+            low = at + 1
+        if low == 0:
+            at = max(0, high - stride)
+        elif high == top:
+            at = min(top - 1, low + stride - 1)
+        else:
+            at = (low + high) // 2
+        stride *= 2
+    if found_k != low:
+        found_w, found_over, _ = station(
+            step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s, decoded_tok,
+            batch_limit_req, limit_s, low, idle_w,
+        )  # fmt: skip
+    return low, found_w, found_over
 
 
 @njit(
@@ -76,30 +156,20 @@ def decode_curve(
     no floor will do it is the lowest that misses hardly more than the top.
     """
     top = step_s.shape[0] - 1
+    guess = 0
     for g in range(len(arrival_req_s)):
-        # Where even the top misses somewhat more, nothing is spent that buys no attainment.
-        _, top_over, _ = station(
+        low, best_w, best_over = _least_floor(
             step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s[g], decoded_tok,
-            batch_limit_req, limit_s, top, idle_w,
+            batch_limit_req, limit_s, miss_frac, idle_w, guess,
         )  # fmt: skip
-        allowed = miss_frac if top_over <= miss_frac else top_over + miss_frac
-        low, high = 0, top
-        if top_over > 10.0 * miss_frac:
-            low = top
-        while low < high:
-            middle = (low + high) // 2
-            _, over, _ = station(
+        # The next load needs about the same.
+        guess = low
+        if miss_frac < best_over <= 10.0 * miss_frac:
+            # Where even the top misses somewhat more, nothing is spent that buys no attainment.
+            low, best_w, best_over = _least_floor(
                 step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s[g], decoded_tok,
-                batch_limit_req, limit_s, middle, idle_w,
+                batch_limit_req, limit_s, best_over + miss_frac, idle_w, low,
             )  # fmt: skip
-            if over <= allowed:
-                high = middle
-            else:
-                low = middle + 1
-        best_w, best_over, _ = station(
-            step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s[g], decoded_tok,
-            batch_limit_req, limit_s, low, idle_w,
-        )  # fmt: skip
         best_k = low
         # Power rises with the floor almost everywhere; where it does not, climb.
         for k in range(low + 1, top + 1):
@@ -117,12 +187,81 @@ def decode_curve(
         over_frac[g] = best_over
 
 
+@njit(F8(ROW, F8, F8, F8, F8, F8, F8, F8_1), cache=True)
+def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2, ttft_s, typical):
+    """Share of prompts that wait too long: an exponential tail of Pollaczek-Khinchine's mean."""
+    work_s = row["prefill_tok_s"] * prompt_tok + row["prefill_tok2_s"] * square_tok2
+    rho = load_req_s * work_s + cycles_s * row["prefill_base_s"]
+    if rho >= 1.0:
+        return 1.0
+    service_s = rho / max(load_req_s, 1e-12)
+    spread_s = work_s * prompt_sd_tok / prompt_tok
+    wait_s = (
+        load_req_s * (service_s * service_s + spread_s * spread_s)
+        / (2.0 * (1.0 - load_req_s * service_s))
+    )  # fmt: skip
+    late = 0.0
+    for tok in typical:
+        left_s = ttft_s - row["prefill_base_s"] - row["prefill_tok_s"] * tok
+        if left_s > 0.0 and wait_s > 0.0:
+            late += rho * math.exp(-rho * left_s / wait_s)
+        elif left_s <= 0.0:
+            late += 1.0
+    return late / len(typical)
+
+
+@njit(
+    types.void(ROWS, F8_1, F8, F8, F8, F8, F8, types.boolean, F8_1, OUT_F8_1, OUT_I8_1, OUT_F8_1),
+    cache=True,
+)
+def prefill_curve(
+    rows, arrival_req_s, prompt_tok, prompt_sd_tok, ttft_s, idle_w, miss_frac, governed, typical,
+    least_w, best_k, late_frac,
+):  # fmt: skip
+    """Least power over clocks at which few enough prompts wait too long, per load.
+
+    `typical` are prompt lengths, each as likely, over which the tail of the wait is averaged.
+    Governed, the top clock is there when the queue asks for it, and its tail counts for all.
+    Writes power (inf where none is), the row of the clock and the share that is late; where no
+    clock will do, the first row.
+    """
+    square = prompt_tok * prompt_tok + prompt_sd_tok * prompt_sd_tok
+    top = len(rows) - 1
+    for g in range(len(arrival_req_s)):
+        load = arrival_req_s[g]
+        # Those that arrive during one iteration share the base time of the next; the longest
+        # that a cycle can be is half the promise.
+        cycles = min(load, 2.0 / ttft_s)
+        least_w[g] = math.inf
+        best_k[g] = 0
+        late_frac[g] = 1.0
+        for k in range(len(rows)):
+            row = rows[k]
+            work_s = row["prefill_tok_s"] * prompt_tok + row["prefill_tok2_s"] * square
+            rho = load * work_s + cycles * row["prefill_base_s"]
+            power_w = math.inf
+            if rho < 1.0:
+                power_w = idle_w + rho * (row["prefill_power_w"] - idle_w)
+            if k > 0 and not power_w < least_w[g]:
+                continue
+            if k == 0 or not governed:
+                late = _late_frac(rows[top if governed else k], load, cycles, prompt_tok,
+                                  prompt_sd_tok, square, ttft_s, typical)  # fmt: skip
+            if k == 0:
+                late_frac[g] = late
+            if late <= miss_frac and power_w < least_w[g]:
+                least_w[g] = power_w
+                best_k[g] = k
+                late_frac[g] = late
+
+
 @njit(types.void(F8_1, F8, F8_1, F8, F8, OUT_F8_1, OUT_I8_1, OUT_I8_1), cache=True)
 def min_plus(left_w, left_step, right_w, right_step, step, sum_w, left_at, right_at):
     """Cheapest split of each load between two groups: ``min a(y) + b(x - y)``.
 
     Each group has its own grid; the right one takes at least the rest, to the next grid point.
     """
+    per_step = 1.0 / right_step
     for i in range(len(sum_w)):
         load = i * step
         best_w = math.inf
@@ -132,7 +271,10 @@ def min_plus(left_w, left_step, right_w, right_step, step, sum_w, left_at, right
             rest = load - j * left_step
             k = 0
             if rest > 0.0:
-                k = math.ceil(rest / right_step - 1e-9)
+                points = rest * per_step - 1e-9
+                k = int(points)
+                if k < points:
+                    k += 1
             if k < len(right_w):
                 both_w = left_w[j] + right_w[k]
                 if both_w < best_w:

@@ -13,7 +13,7 @@ from voltana_ctrl.types._check import F64, I64
 class Node:
     """Least power of a group of instances on its grid, and how each load is split."""
 
-    __slots__ = ("cost_w", "left", "left_at", "right", "right_at", "step")
+    __slots__ = ("cost_w", "left", "left_at", "reach", "right", "right_at", "step")
 
     def __init__(
         self,
@@ -29,21 +29,31 @@ class Node:
         self.cost_w = cost_w
         self.left, self.right = left, right
         self.left_at, self.right_at = left_at, right_at
+        able = np.flatnonzero(np.isfinite(cost_w))
+        #: Largest load with a finite cost.
+        self.reach = float(able[-1] * step) if able.size else 0.0
 
-    @property
-    def reach(self) -> float:
-        """Largest load with a finite cost."""
-        able = np.flatnonzero(np.isfinite(self.cost_w))
-        return float(able[-1] * self.step) if able.size else 0.0
+    def children(self, at: int) -> tuple[tuple[Node, int], ...]:
+        """Both halves, each with its part of the load at this grid point; none of a leaf."""
+        if self.left is None or self.right is None or self.left_at is None or self.right_at is None:
+            return ()
+        return (self.left, int(self.left_at[at])), (self.right, int(self.right_at[at]))
 
-    def collect(self, at: int, found: list[float]) -> None:
-        """Append the loads of all leaves, left to right."""
-        if self.left is None or self.right is None:
-            found.append(at * self.step)
-            return
-        if self.left_at is not None and self.right_at is not None:
-            self.left.collect(int(self.left_at[at]), found)
-            self.right.collect(int(self.right_at[at]), found)
+    def loads(self, at: int) -> list[float]:
+        """Loads of all leaves at this grid point, largest first."""
+        found: list[float] = []
+        # Equal halves with equal parts are one entry, counted: few entries whatever the size.
+        level = {(self, at): 1}
+        while level:
+            below: dict[tuple[Node, int], int] = {}
+            for (node, here), times in level.items():
+                parts = node.children(here)
+                if not parts:
+                    found.extend([here * node.step] * times)
+                for part in parts:
+                    below[part] = below.get(part, 0) + times
+            level = below
+        return sorted(found, reverse=True)
 
 
 def equal_groups(fleet: FleetSpec, members: I64) -> list[I64]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.types import FleetSpec, Role
+from voltana_ctrl.types import PROFILE_DTYPE, FleetSpec, InstanceSpec, Role
 from voltana_ctrl.types._check import F64, I64
 
 __all__ = ["Slots"]
@@ -42,11 +42,11 @@ class Slots:
         self._members = np.asarray(members)
         kinds: dict[tuple[int, bytes], list[int]] = {}
         for i in members:
-            one = fleet.instances[int(i)]
-            kinds.setdefault((id(one.profile), one.clocks_mhz.tobytes()), []).append(int(i))
+            kinds.setdefault(_kind(fleet.instances[int(i)]), []).append(int(i))
         self._grouped = len(members) > _MAX_SLOTS // 2
         # Per kind when grouped: parked, active with less than the median to do, with more.
         self._kinds = [np.array(kind) for kind in kinds.values()]
+        self._places = [np.flatnonzero(np.isin(self._members, kind)) for kind in self._kinds]
         first = (
             [kind[0] for kind in self._kinds for _ in range(3)] if self._grouped else list(members)
         )
@@ -54,35 +54,34 @@ class Slots:
         self.idle_w = np.array([one.idle_w for one in self.specs])
         self._which = np.zeros(len(members), dtype=np.int64)
         self.assign(np.ones(len(fleet), bool), np.zeros(len(fleet)))
-        self._tables = [(one.clocks_mhz, one.table) for one in self.specs]
-        distinct: dict[int, list[int]] = {}
+        distinct: dict[tuple[int, bytes], list[int]] = {}
         for slot, one in enumerate(self.specs):
-            distinct.setdefault(id(one.profile), []).append(slot)
-        self._by_profile = [np.array(slots) for slots in distinct.values()]
+            distinct.setdefault(_kind(one), []).append(slot)
+        # Per ladder: its slots, clocks, and coefficients as numbers.
+        self._ladders = [
+            (np.array(slots), self.specs[slots[0]].clocks_mhz, _numbers(self.specs[slots[0]]))
+            for slots in distinct.values()
+        ]
+        low = np.array([one.clocks_mhz[0] for one in self.specs])
+        high = np.array([one.clocks_mhz[-1] for one in self.specs])
+        #: Lowest and highest clock per slot.
+        self.clock_ghz = low / 1000.0, high / 1000.0
         if self.specs[0].role is Role.PREFILL:
             self._rates()
 
     def __len__(self) -> int:
         return len(self.specs)
 
-    @property
-    def clock_ghz(self) -> tuple[F64, F64]:
-        """Lowest and highest clock per slot."""
-        low = np.array([one.clocks_mhz[0] for one in self.specs]) / 1000.0
-        high = np.array([one.clocks_mhz[-1] for one in self.specs]) / 1000.0
-        return low, high
-
     def assign(self, active: Any, work: F64) -> None:
         """Sort instances into slots."""
         if not self._grouped:
             self._which = np.arange(len(self._members))
         else:
-            place = {int(i): position for position, i in enumerate(self._members)}
-            for g, kind in enumerate(self._kinds):
+            for g, (kind, places) in enumerate(zip(self._kinds, self._places, strict=True)):
                 on = np.asarray(active)[kind]
                 middle = np.median(work[kind][on]) if on.any() else 0.0
                 slot = 3 * g + np.where(on, 1 + (work[kind] > middle), 0)
-                self._which[[place[int(i)] for i in kind]] = slot
+                self._which[places] = slot
         self.size = np.bincount(self._which, minlength=len(self.specs)).astype(np.float64)
 
     def mean(self, values: Any) -> F64:
@@ -111,27 +110,27 @@ class Slots:
 
     def rows(self, clock_mhz: F64) -> tuple[Any, Any]:
         """Coefficients at these clocks and their change per MHz."""
-        rows = np.zeros(len(self), dtype=self.specs[0].table.dtype)
-        slopes = np.zeros_like(rows)
-        for slots in self._by_profile:
-            ladder, table = self._tables[int(slots[0])]
+        rows = np.empty((len(self), len(PROFILE_DTYPE)))
+        slopes = np.empty_like(rows)
+        for slots, ladder, table in self._ladders:
             at = clock_mhz[slots]
-            above = np.clip(np.searchsorted(ladder, at, side="right"), 1, max(1, len(ladder) - 1))
+            above = np.maximum(np.searchsorted(ladder, at, side="right"), 1)
             above = np.minimum(above, len(ladder) - 1)
             below = np.maximum(above - 1, 0)
             span = np.maximum(ladder[above] - ladder[below], 1.0)
-            part = np.clip((at - ladder[below]) / span, 0.0, 1.0)
-            for name in table.dtype.names:
-                low, high = table[name][below], table[name][above]
-                rows[name][slots] = low + part * (high - low)
-                slopes[name][slots] = (high - low) / span
-        return rows, slopes
+            part = np.minimum(np.maximum((at - ladder[below]) / span, 0.0), 1.0)
+            rise = table[above] - table[below]
+            rows[slots] = table[below] + part[:, None] * rise
+            slopes[slots] = rise / span[:, None]
+        return rows.view(PROFILE_DTYPE)[:, 0], slopes.view(PROFILE_DTYPE)[:, 0]
 
-    def power(self, clock_mhz: F64, n: F64, lengths: Any) -> tuple[F64, F64, F64]:
-        """Power of a decode slot and its slopes in n [W/req] and clock [W/GHz]."""
+    def power(self, rows: Any, clock_mhz: F64, n: F64, lengths: Any) -> tuple[F64, F64, F64]:
+        """Power of a decode slot and its slopes in n [W/req] and clock [W/GHz].
 
-        def at(mhz: F64, batch: F64) -> F64:
-            rows, _ = self.rows(mhz)
+        `rows` are the coefficients at the clocks.
+        """
+
+        def at(rows: Any, batch: F64) -> F64:
             kv = batch * lengths.context_tok
             step_s = rows["decode_base_s"] + rows["decode_req_s"] * batch + rows["decode_kv_s"] * kv
             per_step_j = (
@@ -140,12 +139,13 @@ class Slots:
             drawn: F64 = rows["decode_power_w"] + per_step_j / step_s
             return drawn
 
-        here = at(clock_mhz, n)
+        here = at(rows, n)
         low, high = self.clock_ghz
         up = np.minimum(clock_mhz + 15.0, 1000.0 * high)
         down = np.maximum(clock_mhz - 15.0, 1000.0 * low)
-        by_f = 1000.0 * (at(up, n) - at(down, n)) / np.maximum(up - down, 1.0)
-        by_n = (at(clock_mhz, n * 1.01) - here) / (0.01 * n)
+        rise_w = at(self.rows(up)[0], n) - at(self.rows(down)[0], n)
+        by_f = 1000.0 * rise_w / np.maximum(up - down, 1.0)
+        by_n = (at(rows, n * 1.01) - here) / (0.01 * n)
         return by_n, by_f, here
 
     # Prefill: rate and power
@@ -186,6 +186,16 @@ class Slots:
                 )
             ]
         )
+
+
+def _kind(one: InstanceSpec) -> tuple[int, bytes]:
+    return id(one.profile), one.clocks_mhz.tobytes()
+
+
+def _numbers(one: InstanceSpec) -> F64:
+    """Coefficients as plain numbers, shape (n_clocks, n_columns)."""
+    rows = np.ascontiguousarray(one.table)
+    return rows.view(np.float64).reshape(len(rows), -1)
 
 
 def _rate_curve(one: Any) -> tuple[F64, F64]:

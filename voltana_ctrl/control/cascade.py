@@ -10,13 +10,7 @@ import numpy as np
 
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.load import LoadFilter, LoadMemory
-from voltana_ctrl.control.needs import (
-    ceilings_mhz,
-    decoding_tok_s,
-    needed_mhz,
-    thrifty_mhz,
-    worst_power_w,
-)
+from voltana_ctrl.control.needs import Needs
 from voltana_ctrl.control.regime import Regime, RegimeFilter, RegimeMemory
 from voltana_ctrl.control.target import Load, Target, TargetOptimiser
 from voltana_ctrl.margin import MarginState, MarginTracker
@@ -169,6 +163,11 @@ class CascadeController(Controller):
             slo=slo, min_frac=0.0, start_frac=0.0, set_point_frac=slo.attainment
         )
         self._idle_w = sum(one.idle_w for one in fleet.instances)
+        self._needs = Needs(fleet, slo)
+        # Put together anew at every access; asked for at every tick.
+        self._prefill, self._decode = np.array(fleet.prefill), np.array(fleet.decode)
+        self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
+        self._equal_frac = Decision.highest(fleet).route_frac
 
     def init(self) -> CascadeMemory:
         """Nothing seen, nothing planned."""
@@ -226,7 +225,7 @@ class CascadeController(Controller):
         dt_s = state.t_s - before.t_s
         if before.t_s < 0.0 or dt_s <= 0.0 or self.fleet.colocated:
             return memory
-        decode = np.asarray(self.fleet.decode)
+        decode = self._decode
         held_tok = float(state.kv_used_tok[decode].sum() + state.queue_tok[decode].sum())
         decoded_tok = (
             held_tok
@@ -237,7 +236,7 @@ class CascadeController(Controller):
         keep = float(np.exp(-dt_s / _PACE_MEMORY_S))
         return replace(
             memory,
-            expected_tok=keep * memory.expected_tok + dt_s * decoding_tok_s(self.fleet, state),
+            expected_tok=keep * memory.expected_tok + dt_s * self._needs.decoding_tok_s(state),
             decoded_tok=keep * memory.decoded_tok + decoded_tok,
         )
 
@@ -252,9 +251,9 @@ class CascadeController(Controller):
         fleet, target = self.fleet, memory.target
         load = self._load.load(memory.load)
         if target is None:
-            route_frac = Decision.highest(fleet).route_frac
+            route_frac = self._equal_frac
             active = np.ones(len(fleet), bool)
-            floor = fleet.min_mhz if self.governed else fleet.max_mhz
+            floor = self._min_mhz if self.governed else self._max_mhz
             price = np.zeros(len(fleet))
         else:
             route_frac = target.route_frac if plan is None else plan.route_frac
@@ -262,7 +261,7 @@ class CascadeController(Controller):
             floor = self._floors(state, memory, load, target)
             price = target.price_j_req if memory.price_j_req is None else memory.price_j_req
         budget_w = self._budget_w(state.t_s)
-        ceiling, status = fleet.max_mhz, Status.OK
+        ceiling, status = self._max_mhz, Status.OK
         if np.isfinite(budget_w):
             ceiling = self._ceilings(state, memory, load, plan, route_frac, active, budget_w)
             if budget_w < self._idle_w:
@@ -288,32 +287,26 @@ class CascadeController(Controller):
         budget_w: float,
     ) -> F64:
         """Ceilings under the budget; nobody rises before those that must fall have fallen."""
-        fleet = self.fleet
         # By load, not by the queue of the moment: a ceiling that moves to and fro is one that
         # two instances hold at once.
-        none = np.zeros(len(fleet))
-        wanted = needed_mhz(
-            fleet, replace(state, queue_tok=none, oldest_wait_s=none), load, self.slo, route_frac,
-            margin_frac=self.margin_frac, delay_s=self.delay_s,
+        wanted = self._needs.clocks_mhz(
+            state, load, route_frac, margin_frac=self.margin_frac, delay_s=self.delay_s,
+            queued=False,
         )  # fmt: skip
         if plan is not None:
-            decode = np.asarray(fleet.decode)
+            decode = self._decode
             wanted[decode] = np.maximum(wanted, plan.freq_mhz)[decode]
-        curves = worst_power_w(fleet, state, load, active)
-        ceiling, _ = ceilings_mhz(fleet, curves, wanted, budget_w)
-        before = fleet.max_mhz if memory.ceiling_mhz is None else memory.ceiling_mhz
+        worst_w = self._needs.worst_power_w(state, load, active)
+        ceiling, _ = self._needs.ceilings_mhz(worst_w, wanted, budget_w)
+        before = self._max_mhz if memory.ceiling_mhz is None else memory.ceiling_mhz
         # What may still run: the clock that is seen, and one asked for a moment ago.
         running = np.maximum(state.freq_mhz, np.where(before > ceiling, 0.0, before))
         held = np.maximum(ceiling, running)
-        drawn_w = sum(
-            float(curve[min(int(np.searchsorted(one.clocks_mhz, clock)), len(curve) - 1)])
-            for one, curve, clock in zip(fleet.instances, curves, held, strict=True)
-        )
-        return np.minimum(ceiling, before) if drawn_w > budget_w else ceiling
+        too_much = self._needs.drawn_w(worst_w, held) > budget_w
+        return np.minimum(ceiling, before) if too_much else ceiling
 
     def _floors(self, state: FleetState, memory: CascadeMemory, load: Load, target: Target) -> F64:
-        fleet = self.fleet
-        floor = np.where(target.active, target.floor_mhz, fleet.min_mhz)
+        floor = np.where(target.active, target.floor_mhz, self._min_mhz)
         extra = self._margin.applied_frac(memory.margin)
         # Single misses are the governors' business; a run of them says that the profile is wrong.
         extra = np.where(extra > _RUN_OF_MISSES * self._margin.eta_frac, extra, 0.0)
@@ -322,8 +315,8 @@ class CascadeController(Controller):
         if slower > 0.0:
             extra = np.array([max(extra[0], slower), (1.0 + self.margin_frac[1]) * slower])
         if not self.governed or (target.feasible and extra.max() > 0.0):
-            needed = needed_mhz(
-                fleet, state, load, self.slo, target.route_frac,
+            needed = self._needs.clocks_mhz(
+                state, load, target.route_frac,
                 margin_frac=(
                     self.margin_frac[0] + float(extra[0]), self.margin_frac[1] + float(extra[1])
                 ),
@@ -331,12 +324,12 @@ class CascadeController(Controller):
                 # Governors keep room for bursts themselves.
                 burst_sd_frac=0.0 if self.governed else 3.0,
             )  # fmt: skip
-            missing = np.zeros(len(fleet), bool)
-            missing[fleet.prefill] = extra[0] > 0.0 or not self.governed
-            missing[fleet.decode] |= extra[1] > 0.0 or not self.governed
+            missing = np.zeros(len(floor), bool)
+            missing[self._prefill] = extra[0] > 0.0 or not self.governed
+            missing[self._decode] |= extra[1] > 0.0 or not self.governed
             floor = np.where(missing, np.maximum(floor, needed), floor)
         if self.regime(memory) is not Regime.OPEN:
-            floor = np.maximum(floor, thrifty_mhz(fleet, state, load, self.slo))
+            floor = np.maximum(floor, self._needs.thrifty_mhz(state, load))
         return floor
 
 

@@ -141,6 +141,8 @@ class Planner:
         self.max_iterations = max_iterations
         self.solver = solver or ("piqp" if find_spec("piqp") else "clarabel")
         self._slots = [Slots(fleet, fleet.prefill), Slots(fleet, fleet.decode)]
+        self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
+        self._kv_capacity_tok = fleet.kv_capacity_tok
         self._state_problem()
         self._compiled: Any = None
         #: Value of every parameter, by its id.
@@ -156,10 +158,16 @@ class Planner:
         p = {name: cp.Parameter(n_p, name=f"prefill_{name}") for name in _PREFILL}
         arrivals = cp.Parameter(2, name="arrivals")  # ktok/s of prompts, req/s
         budget_w = cp.Parameter(name="budget_w")
+        # Bounds of variables cost the solver less than rows of a matrix.
+        lowest, highest = (np.tile(clocks, (steps, 1)) for clocks in decode.clock_ghz)
+        slowest, fastest = (np.tile(r, (steps, 1)) for r in (prefill.rate_min, prefill.rate_max))
         n, m = cp.Variable((steps + 1, n_d)), cp.Variable((steps + 1, n_d))
-        f, lam = cp.Variable((steps, n_d)), cp.Variable((steps, n_d))
-        q, cap = cp.Variable((steps + 1, n_p)), cp.Variable((steps, n_p))
-        mu, rate = cp.Variable((steps, n_p)), cp.Variable((steps, n_p))
+        f = cp.Variable((steps, n_d), bounds=[lowest, highest])
+        lam = cp.Variable((steps, n_d), nonneg=True)
+        q = cp.Variable((steps + 1, n_p), nonneg=True)
+        cap = cp.Variable((steps, n_p), bounds=[slowest, fastest])
+        mu = cp.Variable((steps, n_p), nonneg=True)
+        rate = cp.Variable((steps, n_p), nonneg=True)
         power = cp.Variable((steps, n_p))
         # Variables, so that a parameter never multiplies a parameter.
         f_before, cap_before = cp.Variable(n_d), cp.Variable(n_p)
@@ -198,9 +206,6 @@ class Planner:
             ]
         rules += [n[0] == d["n0"], m[0] == d["m0"], q[0] == p["q0"]]
         rules += [f_before == d["f0"], cap_before == p["cap0"]]
-        low, high = decode.clock_ghz
-        rules += [f >= low[None, :], f <= high[None, :], lam >= 0.0, rate >= 0.0, mu >= 0.0]
-        rules += [q >= 0.0, cap <= prefill.rate_max[None, :], cap >= prefill.rate_min[None, :]]
         for k in range(steps):
             clock = runs(f, f_before, k)
             able = runs(cap, cap_before, k)
@@ -302,7 +307,7 @@ class Planner:
         price = -(n_price + m_price * (load.lengths.prompt_tok + 1.0) / 1000.0) / size
         return Plan(
             status=status,
-            freq_mhz=np.clip(freq, self.fleet.min_mhz, self.fleet.max_mhz),
+            freq_mhz=np.clip(freq, self._min_mhz, self._max_mhz),
             route_frac=decode.shares(self._lam.value) + prefill.shares(self._rate.value),
             price_j_req=decode.spread(price),
             objective_j=objective_j,
@@ -326,7 +331,7 @@ class Planner:
         size = decode.size
         n = np.maximum(decode.mean(state.running_req + state.queue_req), 0.0)
         m = np.maximum(decode.mean(state.kv_used_tok + state.queue_tok), 0.0)
-        clock = decode.mean(np.clip(state.freq_mhz, self.fleet.min_mhz, self.fleet.max_mhz))
+        clock = decode.mean(np.clip(state.freq_mhz, self._min_mhz, self._max_mhz))
         share = decode.mean(target.route_frac)
         # Linearised between where the fleet is and where it goes, on a batch that is not empty.
         n_at = np.maximum(n, 1.0)
@@ -339,7 +344,7 @@ class Planner:
         step_f = 1000.0 * (
             slopes["decode_base_s"] + slopes["decode_req_s"] * n_at + slopes["decode_kv_s"] * m_at
         )
-        power_n, power_f, power_w = decode.power(clock, n_at, lengths)
+        power_n, power_f, power_w = decode.power(rows, clock, n_at, lengths)
         ghz = clock / 1000.0
         active = decode.mean(target.active.astype(float)) > 0.5
         idle = n < 0.5
@@ -363,7 +368,7 @@ class Planner:
             "size": size, "n0": n, "m0": m / 1e3, "f0": ghz, "lam_goal": lam_goal,
             "n_goal": n_goal, "f_goal": ghz,
             "lam_max": np.where(active, 10.0 * max(load.arrival_req_s, 1.0), 0.0),
-            "kv_ktok": 0.95e-3 * decode.mean(self.fleet.kv_capacity_tok),
+            "kv_ktok": 0.95e-3 * decode.mean(self._kv_capacity_tok),
         }  # fmt: skip
         for name, value in values.items():
             self.values[self._d[name].id] = np.asarray(value, dtype=np.float64)

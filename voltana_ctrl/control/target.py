@@ -9,23 +9,21 @@ with identical ones merged. Its differences are the prices.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.control._curve import Curve, LeastPower
 from voltana_ctrl.control._groups import Node, equal_groups
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.physics import Lengths, mg1_wait_s
+from voltana_ctrl.physics import Lengths
 from voltana_ctrl.types import FleetSpec, InstanceSpec, Role, Slo
 from voltana_ctrl.types._check import F64, I64, Bool, count, not_negative, positive
 
 __all__ = ["Curve", "Load", "Target", "TargetOptimiser"]
 
-#: Prompt lengths at which the tail of the prefill wait is averaged.
-_NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
+_CurveOf = Callable[[F64], Curve]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,33 +54,6 @@ class Load:
 
     def __post_init__(self) -> None:
         not_negative("Load.arrival_req_s", self.arrival_req_s)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Curve:
-    """Least power of one instance against its load.
-
-    Parameters
-    ----------
-    arrival_req_s : ndarray, shape (n_loads,)
-        Loads.
-    power_w : ndarray, shape (n_loads,)
-        Least power; inf where the promises cannot be kept.
-    floor_row : ndarray of int, shape (n_loads,)
-        Row of the clock (of the floor, where a governor runs above it).
-    miss_frac : ndarray, shape (n_loads,)
-        Share of requests predicted to miss.
-
-    Examples
-    --------
-    >>> Curve.__slots__[0]
-    'arrival_req_s'
-    """
-
-    arrival_req_s: F64
-    power_w: F64
-    floor_row: I64
-    miss_frac: F64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -189,9 +160,13 @@ class TargetOptimiser:
         self.wake_j = wake_j
         self.hold_s = hold_s
         self._kernels = kernels
-        self._miss_frac = 1.0 - slo.attainment
+        self._idle_w = np.array([one.idle_w for one in fleet.instances], dtype=np.float64)
+        self._min_mhz = fleet.min_mhz
         phases = [fleet.decode] if fleet.colocated else [fleet.prefill, fleet.decode]
-        self._phases = [(members, equal_groups(fleet, members)) for members in phases]
+        self._phases = [
+            [(group, self._least_power(fleet.instances[int(group[0])])) for group in groups]
+            for groups in (equal_groups(fleet, members) for members in phases)
+        ]
 
     def plan(
         self,
@@ -221,8 +196,7 @@ class TargetOptimiser:
         n = len(self.fleet)
         usable = np.ones(n, bool) if usable is None else np.asarray(usable, bool)
         parts = [
-            self._plan_phase(load, members, groups, active, usable, pace_frac)
-            for members, groups in self._phases
+            self._plan_phase(load, groups, active, usable, pace_frac) for groups in self._phases
         ]
         return Target(
             active=np.sum([part.active for part in parts], axis=0) > 0,
@@ -263,119 +237,16 @@ class TargetOptimiser:
         >>> optimiser.curve(fleet.instances[1], np.array([5.0, 80.0]), lengths).power_w.round(1)
         array([117.2,   inf])
         """
-        if instance.role is Role.PREFILL:
-            return self._prefill_curve(instance, loads_req_s, lengths)
-        return self._decode_curve(instance, loads_req_s, lengths, pace_frac)
+        least = self._least_power(instance)
+        return least.at(lengths, pace_frac)(np.ascontiguousarray(loads_req_s, dtype=np.float64))
 
-    def _prefill_curve(self, instance: InstanceSpec, loads_req_s: F64, lengths: Lengths) -> Curve:
-        """M/G/1 with exponential tail of the wait; base time shared by those that queue.
-
-        ``P(W > t) = rho exp(-rho t / E[W])`` with Pollaczek-Khinchine's ``E[W]`` is the
-        heavy-traffic approximation of Kingman (1962), exact for M/M/1.
-        """
-        rows = instance.table[:, None]
-        ttft_s = self.slo.ttft_s / (1.0 + self.margin_frac[0]) - self.delay_s
-        prompt, sd = lengths.prompt_tok, lengths.prompt_sd_tok
-        square = prompt**2 + sd**2
-        work_s = rows["prefill_tok_s"] * prompt + rows["prefill_tok2_s"] * square
-        # Those that arrive during one iteration share the base time of the next; the longest
-        # that a cycle can be is half the promise.
-        cycles_s = np.minimum(loads_req_s, 2.0 / ttft_s)
-        rho = loads_req_s * work_s + cycles_s * rows["prefill_base_s"]
-        power_w = np.where(
-            rho < 1.0,
-            instance.idle_w + rho * (rows["prefill_power_w"] - instance.idle_w),
-            np.inf,
-        )
-        service_s = rho / np.maximum(loads_req_s, 1e-12)
-        spread = math.sqrt(math.log1p((sd / prompt) ** 2))
-        wait_s = mg1_wait_s(loads_req_s, service_s, work_s * sd / prompt)
-        miss = np.zeros_like(rho)
-        for node in _NODES:
-            tok = prompt * math.exp(spread * node - spread**2 / 2.0)
-            own_s = rows["prefill_base_s"] + rows["prefill_tok_s"] * tok
-            left_s = ttft_s - own_s
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                tail = rho * np.exp(-rho * np.maximum(left_s, 0.0) / wait_s)
-            miss += np.where((left_s > 0.0) & (rho < 1.0), tail, 1.0) / _NODES.size
-        if self.governed:
-            # The governor raises to the top when the queue asks for it.
-            miss = np.broadcast_to(miss[-1], miss.shape)
-        allowed = np.where(miss <= self._miss_frac, power_w, np.inf)
-        row = np.argmin(allowed, axis=0)
-        column = np.arange(len(loads_req_s))
-        least_w = allowed[row, column]
-        feasible = np.isfinite(least_w)
-        top = len(instance.clocks_mhz) - 1
-        if self.governed:
-            row = np.zeros_like(row)
-        return Curve(
-            arrival_req_s=loads_req_s,
-            power_w=least_w,
-            floor_row=np.where(feasible, row, 0 if self.governed else top),
-            miss_frac=miss[row, column],
-        )
-
-    def _decode_curve(
-        self, instance: InstanceSpec, loads_req_s: F64, lengths: Lengths, pace_frac: float
-    ) -> Curve:
-        station = self._station(instance, lengths, pace_frac)
-        limit_s = self.slo.itl_s / (1.0 + 1.0 / max(1.0, lengths.output_tok - 1.0))
-        least_w = np.empty(len(loads_req_s))
-        floor_row = np.empty(len(loads_req_s), dtype=np.int64)
-        over = np.empty(len(loads_req_s))
-        self._kernels.decode_curve(
-            *station,
-            np.ascontiguousarray(loads_req_s, dtype=np.float64),
-            lengths.output_tok - 1.0,
-            _batch_limit_req(instance, lengths),
-            limit_s,
-            self._miss_frac,
-            instance.idle_w,
-            least_w,
-            floor_row,
-            over,
-        )
-        return Curve(
-            arrival_req_s=loads_req_s, power_w=least_w, floor_row=floor_row, miss_frac=over
-        )
-
-    def _station(
-        self, instance: InstanceSpec, lengths: Lengths, pace_frac: float = 1.0
-    ) -> tuple[Any, ...]:
-        """Time and power per clock and batch, and the clock that the governor picks."""
-        rows = instance.table[:, None]
-        sizes = np.arange(instance.max_batch + 1, dtype=np.float64)
-        padded = instance.profile.padded_batch(instance.max_batch)
-        kv_tok = sizes * lengths.context_tok
-        step_s = np.maximum(
-            rows["decode_floor_s"],
-            rows["decode_base_s"] + rows["decode_req_s"] * padded + rows["decode_kv_s"] * kv_tok,
-        )
-        step_s = pace_frac * step_s
-        power_w = (
-            rows["decode_power_w"]
-            + (rows["decode_iter_j"] + rows["decode_req_j"] * sizes + rows["decode_kv_j"] * kv_tok)
-            / step_s
-        )
-        target_s = self.slo.itl_s / (1.0 + self.margin_frac[1])
-        needed = np.zeros(sizes.size, dtype=np.int64)
-        if self.governed:
-            fast = step_s <= target_s
-            needed = np.where(fast.any(axis=0), fast.argmax(axis=0), len(rows) - 1)
-        prompt_s = np.zeros(len(rows))
-        if instance.role is Role.COLOCATED:
-            square = lengths.prompt_tok**2 + lengths.prompt_sd_tok**2
-            prompt_s = (
-                instance.table["prefill_tok_s"] * lengths.prompt_tok
-                + instance.table["prefill_tok2_s"] * square
-            )
-        return (
-            np.ascontiguousarray(step_s),
-            np.ascontiguousarray(power_w),
-            needed.astype(np.int64),
-            np.ascontiguousarray(prompt_s),
-            np.ascontiguousarray(instance.table["prefill_power_w"]),
+    def _least_power(self, instance: InstanceSpec) -> LeastPower:
+        return LeastPower(
+            instance,
+            self.slo,
+            margin_frac=self.margin_frac,
+            delay_s=self.delay_s,
+            governed=self.governed,
         )
 
     # From one instance to the fleet
@@ -383,17 +254,18 @@ class TargetOptimiser:
     def _plan_phase(
         self,
         load: Load,
-        members: I64,
-        groups: list[I64],
+        known: Sequence[tuple[I64, LeastPower]],
         active: Bool | None,
         usable: Bool,
         pace_frac: float,
     ) -> Target:
-        groups = [group[usable[group]] for group in groups]
-        groups = [group for group in groups if group.size]
-        if not groups:
-            groups = equal_groups(self.fleet, members)
-        curves = [self._group_curve(group, load, pace_frac) for group in groups]
+        left = [(group[usable[group]], least) for group, least in known]
+        # Where nobody is left, the plan is for when they are back.
+        left = [(group, least) for group, least in left if group.size] or list(known)
+        groups = [group for group, _ in left]
+        members = np.concatenate([group for group, _ in known])
+        curve_of = [least.at(load.lengths, pace_frac) for _, least in left]
+        curves = [self._grid_curve(curve, load) for curve in curve_of]
         free_w, free = self._split(load, groups, curves, [True] * len(groups))
         chosen = free
         if active is not None and any(np.any(active[group]) for group in groups):
@@ -402,26 +274,30 @@ class TargetOptimiser:
             stay_w, kept = self._split(
                 load, [stay[k] for k in keep], [curves[k] for k in keep], [False] * len(keep)
             )
-            stay_w += sum(
-                self.fleet.instances[i].idle_w for group in groups for i in group if not active[i]
-            )
+            stay_w += sum(float(self._idle_w[group[~active[group]]].sum()) for group in groups)
             changed = np.count_nonzero((free > 0.0)[members] != active[members])
             if np.isfinite(stay_w) and stay_w - free_w <= self.wake_j * changed / self.hold_s:
                 chosen = kept
-        return self._target(load, members, groups, chosen, pace_frac)
+        return self._target(load, members, groups, curve_of, chosen)
 
-    def _group_curve(self, group: I64, load: Load, pace_frac: float) -> tuple[F64, F64]:
-        instance = self.fleet.instances[int(group[0])]
-        # A grid that ends at the load where this instance saturates, or at the whole load.
+    def _grid_curve(self, curve: _CurveOf, load: Load) -> tuple[F64, F64]:
+        """Least power on a grid that ends where the instance saturates, or at the whole load."""
+        parts = np.arange(1, self.grid + 1) / self.grid
         top_req_s = max(load.arrival_req_s, 1e-9)
-        for _ in range(2):
-            loads = top_req_s * np.arange(1, self.grid + 1) / self.grid
-            power_w = self.curve(instance, loads, load.lengths, pace_frac).power_w
-            able = int(np.isfinite(power_w).sum())
-            if able >= self.grid // 2:
+        # Each round narrows the grid up to 64 times: enough for any fleet.
+        for _ in range(3):
+            low, high = 0, self.grid // 2
+            if _served(curve, top_req_s * parts[high - 1]):
                 break
-            top_req_s *= max(able + 1, 2) / self.grid
-        return loads, power_w
+            while high - low > 1:
+                middle = (low + high) // 2
+                if _served(curve, top_req_s * parts[middle - 1]):
+                    low = middle
+                else:
+                    high = middle
+            top_req_s *= max(low + 1, 2) / self.grid
+        loads = top_req_s * parts
+        return loads, curve(loads).power_w
 
     def _split(
         self,
@@ -434,7 +310,7 @@ class TargetOptimiser:
         loads_req_s = np.zeros(len(self.fleet))
         tables: list[Node] = []
         for group, (grid_req_s, power_w), park in zip(groups, curves, may_park, strict=True):
-            idle_w = self.fleet.instances[int(group[0])].idle_w
+            idle_w = self._idle_w[group[0]]
             leaf_w = np.concatenate([[idle_w if park else power_w[0]], power_w])
             leaf = Node(step=grid_req_s[0], cost_w=leaf_w)
             tables.append(self._power_of(leaf, group.size, load.arrival_req_s, {}))
@@ -445,15 +321,14 @@ class TargetOptimiser:
         reaches = at * root.step >= load.arrival_req_s * (1.0 - 1e-9)
         if not (reaches and np.isfinite(root.cost_w[at])):
             return math.inf, loads_req_s
-        found: list[float] = []
-        root.collect(at, found)
-        start = 0
-        for group in groups:
-            shares = sorted(found[start : start + group.size], reverse=True)
-            loads_req_s[group] = shares
-            start += group.size
+        cost_w = float(root.cost_w[at])
+        for group, table in zip(reversed(groups), reversed(tables), strict=True):
+            here = at
+            if table is not root:
+                (root, at), (_, here) = root.children(at)
+            loads_req_s[group] = table.loads(here)
         total = loads_req_s.sum()
-        return float(root.cost_w[at]), loads_req_s * (load.arrival_req_s / max(total, 1e-300))
+        return cost_w, loads_req_s * (load.arrival_req_s / max(total, 1e-300))
 
     def _power_of(self, leaf: Node, size: int, limit: float, known: dict[int, Node]) -> Node:
         """`size` equal instances, by halves."""
@@ -484,8 +359,8 @@ class TargetOptimiser:
         load: Load,
         members: I64,
         groups: Sequence[I64],
+        curve_of: Sequence[_CurveOf],
         loads_req_s: F64,
-        pace_frac: float,
     ) -> Target:
         """Floors, powers and prices at these loads; everybody in proportion if there are none."""
         n = len(self.fleet)
@@ -507,18 +382,14 @@ class TargetOptimiser:
         floor_mhz = np.zeros(n)
         power_w = np.zeros(n)
         price_j_req = np.zeros(n)
-        floor_mhz[members] = self.fleet.min_mhz[members]
-        for group in groups:
+        floor_mhz[members] = self._min_mhz[members]
+        for group, curve in zip(groups, curve_of, strict=True):
             instance = self.fleet.instances[int(group[0])]
             distinct, which = np.unique(loads_req_s[group], return_inverse=True)
             # Wide enough to see past the rungs of the ladder.
             step = max(0.02 * float(distinct.max()), 1e-6)
-            at = self.curve(
-                instance,
-                np.concatenate([np.maximum(distinct, step), np.maximum(distinct, step) + step]),
-                load.lengths,
-                pace_frac,
-            )
+            loads = np.maximum(distinct, step)
+            at = curve(np.concatenate([loads, loads + step]))
             here, above = at.power_w[: distinct.size], at.power_w[distinct.size :]
             with np.errstate(invalid="ignore"):
                 slope = (above - here) / step
@@ -535,7 +406,7 @@ class TargetOptimiser:
             power_w[group] = power[which]
             price_j_req[group] = slope[which]
         return Target(
-            active=active & np.isin(np.arange(n), members),
+            active=active,
             route_frac=route_frac,
             floor_mhz=floor_mhz,
             power_w=power_w,
@@ -553,8 +424,5 @@ class TargetOptimiser:
         return float(1.0 / (growth_s * max(1.0, load.lengths.output_tok - 1.0)))
 
 
-def _batch_limit_req(instance: InstanceSpec, lengths: Lengths) -> int:
-    """Largest batch whose KV tokens fit but for one time in a hundred."""
-    sizes = np.arange(1, instance.max_batch + 1)
-    kv_tok = sizes * lengths.context_tok + 2.33 * lengths.context_sd_tok * np.sqrt(sizes)
-    return int(np.count_nonzero(kv_tok <= 0.99 * instance.kv_capacity_tok))
+def _served(curve: _CurveOf, load_req_s: float) -> bool:
+    return bool(np.isfinite(curve(np.array([load_req_s])).power_w[0]))

@@ -18,7 +18,7 @@ from voltana_ctrl._kernels.routers import by_share
 from voltana_ctrl.control.governors import CompiledGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.ports import Governor, Router
-from voltana_ctrl.routing.base import CompiledRouter, instance_types
+from voltana_ctrl.routing.base import CompiledRouter
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import (
     Decision,
@@ -30,6 +30,7 @@ from voltana_ctrl.types import (
     RequestBatch,
 )
 from voltana_ctrl.types._check import not_negative
+from voltana_ctrl.types._packed import instance_types
 
 __all__ = ["Plant", "PlantSettings"]
 
