@@ -13,153 +13,25 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.backends.lockfile import LOCK_DIR
-from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.integrations.load_client import LoadClient
+from voltana_ctrl.integrations.profiled_engine import Engine, ProfileAborted, ProfileRun
 from voltana_ctrl.integrations.profiled_gpus import ProfiledGpus, Reading
-from voltana_ctrl.integrations.sweep import Phase, ProfilePoint, Row, RowFile, Sweep, plan_profile
-from voltana_ctrl.types._check import positive
+from voltana_ctrl.integrations.sweep import ProfilePoint, Row, RowFile, Sweep, plan_profile
 
-__all__ = ["Engine", "ProfileAborted", "ProfileRun", "profile_engine"]
+__all__ = ["profile_engine"]
 
 # Tokens that every stream of a batch has sent before the batch counts as steady.
 _WARM_TOK = 4
 _PREFILLS = 3
-# Spans of the steady part whose powers are compared.
-_POWER_SPANS = 8
+# Spans of the steady part that are compared for a standard error.
+_SPANS = 8
 # A clock that far below the one asked for is told.
 _CLOCK_SLACK_MHZ = 20.0
 
 
 class _TooSlow(Exception):
     """A point broke a limit on latency."""
-
-
-class ProfileAborted(BackendError):
-    """A limit was passed; the rows so far are in the table.
-
-    Examples
-    --------
-    >>> issubclass(ProfileAborted, BackendError)
-    True
-    """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
-    """An engine with an OpenAI-compatible server, and the GPUs it runs on.
-
-    Parameters
-    ----------
-    url : str
-        Of the server.
-    gpus : tuple of str
-        UUIDs of its GPUs, all of them; none leaves energy out.
-    prefill_url, decode_url : str, optional
-        Where the phases have engines of their own.
-    prefill_gpus, decode_gpus : tuple of str
-        The GPUs of those.
-    model : str, optional
-        Name of the model, where the server has several.
-    words : bool
-        Send prompts as words, to a server that takes no token ids.
-    token_ids : tuple of int
-        Lowest and highest token id of prompts; within the vocabulary.
-    api_key : str, optional
-        Of the server.
-    freq_mhz : float, optional
-        SM clock, where no GPU is given to read it from.
-
-    Raises
-    ------
-    ConfigError
-        If there is neither a GPU nor a clock.
-
-    Examples
-    --------
-    >>> Engine(url="http://localhost:8000", gpus=("GPU-0",)).of("decode")
-    ('http://localhost:8000', ('GPU-0',))
-    """
-
-    url: str
-    gpus: tuple[str, ...] = ()
-    prefill_url: str | None = None
-    decode_url: str | None = None
-    prefill_gpus: tuple[str, ...] = ()
-    decode_gpus: tuple[str, ...] = ()
-    model: str | None = None
-    words: bool = False
-    token_ids: tuple[int, int] = (1000, 20_000)
-    api_key: str | None = None
-    freq_mhz: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "prefill_gpus", "decode_gpus"):
-            if isinstance(getattr(self, name), str):
-                raise ConfigError(f"Engine.{name}: expected a list of UUIDs (nvidia-smi -L)")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        measured = [bool(self.of(phase)[1]) for phase in ("prefill", "decode")]
-        if measured[0] != measured[1]:
-            raise ConfigError("Engine: expected the GPUs of both prefill and decode, got one")
-        if self.freq_mhz is not None:
-            positive("Engine.freq_mhz", self.freq_mhz)
-        if any(measured) == (self.freq_mhz is not None):
-            raise ConfigError(
-                "Engine: expected either gpus, whose clock is read, or freq_mhz, the clock they"
-                f" run at; got gpus {self.gpus} and freq_mhz {self.freq_mhz}"
-            )
-
-    def of(self, phase: Phase) -> tuple[str, tuple[str, ...]]:
-        """Address and GPUs of the engine of a phase; idle is taken of decode.
-
-        Parameters
-        ----------
-        phase : {"idle", "decode", "prefill"}
-            Which.
-        """
-        if phase == "prefill":
-            return self.prefill_url or self.url, self.prefill_gpus or self.gpus
-        return self.decode_url or self.url, self.decode_gpus or self.gpus
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileRun:
-    """What a profile did.
-
-    Parameters
-    ----------
-    path : Path
-        The table.
-    measured, skipped : int
-        Points measured now, and found in the table.
-    wall_s : float
-        How long it took.
-    left_out : int
-        Points slower than a latency limit, measured or sure to be.
-    notes : tuple of str
-        What the reader of the table should know.
-
-    Examples
-    --------
-    >>> ProfileRun(path=Path("table.csv"), measured=21, skipped=0, wall_s=180.0).text()
-    'table.csv: 21 points measured in 3 min, 0 were there'
-    """
-
-    path: Path
-    measured: int
-    skipped: int
-    wall_s: float
-    left_out: int = 0
-    notes: tuple[str, ...] = ()
-
-    def text(self) -> str:
-        """The same as lines of text."""
-        first = (
-            f"{self.path}: {self.measured} points measured in {self.wall_s / 60.0:.0f} min,"
-            f" {self.skipped} were there"
-        )
-        if self.left_out:
-            first += f", {self.left_out} left out as slower than the limits"
-        return "\n".join([first, *self.notes])
 
 
 def profile_engine(
@@ -471,7 +343,8 @@ class _Profiler:
             before = [len(each) for each in times_s]
             while True:
                 await self._wait(tasks)
-                gaps_s = _gaps_s(times_s, before)
+                streams_s = _gaps_s(times_s, before)
+                gaps_s = np.concatenate(streams_s)
                 steps = len(gaps_s) // point.batch_req
                 if sweep.itl_limit_s is not None and steps >= _WARM_TOK:
                     self._check_slo("ITL", float(np.median(gaps_s)), sweep.itl_limit_s)
@@ -490,7 +363,7 @@ class _Profiler:
         return _Measured(
             wall_s=float(np.median(gaps_s)),
             mean_s=float(np.mean(gaps_s)),
-            se_s=_median_se_s(gaps_s, steps),
+            se_s=_median_se_s(streams_s),
             steps=steps,
             kv_tok=float(point.batch_req * context_tok),
             begin=begin,
@@ -510,7 +383,7 @@ class _Profiler:
         return _Measured(
             wall_s=float(np.median(all_s)),
             mean_s=float(np.mean(all_s)),
-            se_s=_median_se_s(all_s, len(all_s)),
+            se_s=_median_se_s([all_s]),
             steps=len(all_s),
             begin=begin,
             end=end,
@@ -539,27 +412,27 @@ class _Profiler:
             )
 
 
-def _gaps_s(times_s: Sequence[Sequence[float]], before: Sequence[int]) -> np.ndarray[Any, Any]:
+def _gaps_s(times_s: Sequence[Sequence[float]], before: Sequence[int]) -> list[Any]:
     """Gaps between the tokens of each stream that came after its first `before`."""
-    return np.concatenate(
-        [np.diff(each[count - 1 :]) for each, count in zip(times_s, before, strict=True)]
-    )
+    return [np.diff(each[count - 1 :]) for each, count in zip(times_s, before, strict=True)]
 
 
-def _median_se_s(times_s: Sequence[float] | np.ndarray[Any, Any], steps: int) -> float:
-    """Standard error of a median of `steps` iterations, from the spread of the middle half.
+def _median_se_s(streams_s: Sequence[Sequence[float] | np.ndarray[Any, Any]]) -> float:
+    """Standard error of the median over all streams, from the medians of up to eight spans.
 
-    Streams of a batch share their iterations: more of them are no more evidence. Normal spread
-    is 0.741 of the quartile distance, and a median errs 1.253 times as much as a mean.
+    Streams of a batch share their iterations, and a late token shortens the next gap: spans
+    that follow one another show what is left of both in the median.
     """
-    low, high = np.quantile(times_s, [0.25, 0.75])
-    return float(1.253 * 0.741 * (high - low) / np.sqrt(steps))
+    spans = min(_SPANS, *(len(each) for each in streams_s))
+    parts = [np.array_split(each, spans) for each in streams_s]
+    medians = [np.median(np.concatenate(span)) for span in zip(*parts, strict=True)]
+    return float(np.std(medians, ddof=1) / np.sqrt(spans))
 
 
 def _power_se_w(looks: Sequence[Reading], begin: Reading, end: Reading) -> float | None:
     """Standard error of the mean power, from that of up to eight spans; None of one alone."""
     inside = [look for look in looks if begin.t_s <= look.t_s <= end.t_s]
-    edges = np.unique(np.linspace(0, len(inside) - 1, _POWER_SPANS + 1).astype(int))
+    edges = np.unique(np.linspace(0, len(inside) - 1, _SPANS + 1).astype(int))
     t_s = np.array([inside[edge].t_s for edge in edges])
     energy_j = np.array([inside[edge].energy_j for edge in edges])
     power_w = np.diff(energy_j) / np.diff(t_s)
