@@ -9,6 +9,7 @@ idle or busy power, cost of a reading, energy counter against integrated power.
 import shutil
 import sys
 import time
+from dataclasses import replace
 from itertools import cycle
 
 import numpy as np
@@ -18,17 +19,22 @@ from voltana_ctrl import Decision, FleetSpec, load_profile
 from voltana_ctrl.backends.gpus import NvmlBackend
 from voltana_ctrl.backends.meter import EnergyMeter
 from voltana_ctrl.backends.nvml import Nvml
+from voltana_ctrl.errors import BackendError
 from voltana_ctrl.testing import FakeNvml
+from voltana_ctrl.types import Limits
 
 BUDGET_S = 0.002
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the fake driver is built from C")
-@pytest.mark.parametrize("change", [False, True], ids=["same clocks", "all clocks change"])
+@pytest.mark.parametrize("change", ["nothing", "all clocks", "all clocks and caps"])
 def test_tick_on_eight_gpus(benchmark, tmp_path, change):
     fleet = FleetSpec.parse("4P4D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    clocks_mhz = (705.0, 720.0) if change else (705.0, 705.0)
-    decisions = cycle([Decision.highest(fleet, floor_mhz=np.full(8, mhz)) for mhz in clocks_mhz])
+    clocks_mhz = (705.0, 705.0) if change == "nothing" else (705.0, 720.0)
+    made = [Decision.highest(fleet, floor_mhz=np.full(8, mhz)) for mhz in clocks_mhz]
+    if change == "all clocks and caps":
+        made[0] = replace(made[0], limits=Limits(power_cap_w=np.full(8, 250.0)))
+    decisions = cycle(made)
     with FakeNvml(tmp_path, gpus=8) as fake:
         gpus = {name: [uuid] for name, uuid in zip(fleet.ids, fake.uuids, strict=True)}
         with NvmlBackend(fleet, gpus, library=fake.library, lock_dir=tmp_path) as backend:
@@ -46,6 +52,8 @@ def read_gpus(span_s: float) -> None:
     """Read every GPU every 20 ms and print what was seen."""
     with Nvml() as nvml:
         gpus = nvml.gpus()
+        if not gpus:
+            raise BackendError("the driver answers, but shows no GPU")
         counted = [EnergyMeter(highest_w=2000.0) for _ in gpus]
         integrated = [EnergyMeter(highest_w=2000.0) for _ in gpus]
         powers_w = [[] for _ in gpus]
@@ -77,4 +85,7 @@ def read_gpus(span_s: float) -> None:
 
 
 if __name__ == "__main__":
-    read_gpus(float(sys.argv[1]) if len(sys.argv) > 1 else 30.0)
+    try:
+        read_gpus(float(sys.argv[1]) if len(sys.argv) > 1 else 30.0)
+    except BackendError as error:
+        sys.exit(f"nothing to read: {error}")

@@ -11,6 +11,12 @@ import numpy as np
 from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s, prefill_j, prefill_s
 
 
+def dynamic(mhz):
+    """Shape of the power over the clock, as the fake driver has it."""
+    g = mhz / 1000
+    return g * (1 + 0.71 * max(0.0, g - 1.106)) ** 2
+
+
 @dataclass
 class Stream:
     prompt_tok: int
@@ -30,6 +36,7 @@ class FakeEngine:
         self.profile, self.gpu = profile, gpu
         self.max_batch, self.tokens_per_chunk = max_batch, tokens_per_chunk
         self.extra_tok = extra_tok
+        self.capped_mhz = {}  # where a cap held prefill, and decode
         self.requests = 0
         self.fail_after = None  # requests, then status 500
         self.break_after = None  # tokens of a stream, then an error in it
@@ -123,50 +130,64 @@ class FakeEngine:
     def _event(self, writer, event):
         writer.write(f"data: {json.dumps(event)}\n\n".encode())
 
-    def _clock_mhz(self):
+    def _free_mhz(self):
         if self.gpu is None:
             return 1410.0
         return self.gpu.lock_hi_mhz or self.gpu.max_mhz
 
-    def _draw(self, power_w):
+    def _run(self, time_s, energy_j, *load):
+        """Time of an iteration at the clock that the GPU makes of lock and power cap.
+
+        The GPU draws what the profile says at the free clock, and at the one at which a cap held
+        it last; between them its power follows the fake driver's law.
+        """
+        free_mhz = self._free_mhz()
+        row = at_clock(self.profile, free_mhz)
+        wall_s = float(time_s(row, *load))
         if self.gpu is None:
-            return
-        if power_w is None:
-            self.gpu.util_frac = 0.0
-            return
-        g = self._clock_mhz() / 1000
-        busy_w = 59.3 + 197.3 * g * (1 + 0.71 * max(0.0, g - 1.106)) ** 2
-        self.gpu.power_scale_frac = power_w / busy_w
+            return wall_s
+        power_w = float(energy_j(row, *load)) / wall_s
+        low_mhz = self.capped_mhz.get(time_s, 210.0)
+        low = at_clock(self.profile, low_mhz)
+        low_w = float(energy_j(low, *load) / time_s(low, *load))
+        rise = dynamic(free_mhz) - dynamic(low_mhz)
+        self.gpu.dynamic_w = (power_w - low_w) / rise if rise > 0.0 else 0.0
+        self.gpu.static_w = power_w - self.gpu.dynamic_w * dynamic(free_mhz)
         self.gpu.util_frac = 1.0
+        clock_mhz = self.gpu.clock_mhz
+        if clock_mhz == free_mhz:
+            return wall_s
+        self.capped_mhz[time_s] = clock_mhz
+        return float(time_s(at_clock(self.profile, clock_mhz), *load))
+
+    def _rest(self):
+        if self.gpu is not None:
+            self.gpu.util_frac = 0.0
 
     async def _iterate(self):
         end_s = 0.0
-        self._draw(None)
+        self._rest()
         while True:
             self.running = [one for one in self.running if not one.gone]
             self.waiting = [one for one in self.waiting if not one.gone]
             if not (self.running or self.waiting):
-                self._draw(None)
+                self._rest()
                 self._wake.clear()
                 await self._wake.wait()
                 end_s = time.perf_counter()
                 await asyncio.sleep(0.001)  # requests sent together are prefilled together
-            row = at_clock(self.profile, self._clock_mhz())
             room = self.max_batch - len(self.running)
             batch = self.waiting[:room]
             if batch:
                 del self.waiting[: len(batch)]
                 tok = np.array([one.prompt_tok for one in batch], dtype=float)
-                load = (row, tok.sum(), (tok**2).sum())
-                wall_s, energy_j = prefill_s(*load), prefill_j(*load)
+                wall_s = self._run(prefill_s, prefill_j, tok.sum(), (tok**2).sum())
                 self.running += batch
             else:
                 batch = self.running
                 kv_tok = sum(one.prompt_tok + one.tokens for one in batch)
-                load = (row, len(batch), kv_tok)
-                wall_s, energy_j = decode_s(*load), decode_j(*load)
-            self._draw(float(energy_j / wall_s))
-            end_s = max(end_s + float(wall_s), time.perf_counter() - 0.05)
+                wall_s = self._run(decode_s, decode_j, len(batch), kv_tok)
+            end_s = max(end_s + wall_s, time.perf_counter() - 0.05)
             await asyncio.sleep(max(0.0, end_s - time.perf_counter()))
             for one in batch:
                 one.tokens += 1

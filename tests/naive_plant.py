@@ -192,8 +192,9 @@ class NaivePlant:
             one.share = float(decision.route_frac[i])
             one.active = bool(decision.active[i])
             one.floor = float(decision.freq_mhz[i])
-            if caps is not None:
-                one.cap_w = float(caps[i])
+            cap_w = float("inf") if caps is None else float(caps[i])
+            if cap_w != one.cap_w:
+                one.cap_w = cap_w
                 self.repace(one)
         if self.govern is None:
             for one in self.instances:

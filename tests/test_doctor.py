@@ -1,6 +1,7 @@
 """What the doctor says of machines with and without GPUs."""
 
 import json
+import sys
 
 import pytest
 from fake_gpus import all_given_back, machine, needs_compiler, open_backend
@@ -33,7 +34,40 @@ def test_machine_without_a_gpu_says_so_in_one_line(tmp_path):
     assert told["schema"] == "voltana-ctrl/doctor/1"
     assert told["gpus"] == []
     assert told["problem"].startswith("NVML: ")
+    assert told["mends"] == ["name the driver library of this machine"]
     assert report.text().splitlines()[0].startswith("GPU: none: NVML: ")
+
+
+def test_machine_without_a_driver_is_told_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("FAKE_NVML_STATE", raising=False)
+    report = examine(setter=tmp_path / "s")
+    if report.gpus:
+        pytest.skip("this machine has GPUs")
+    (mend,) = report.mends
+    assert "install or load the driver" in mend
+    assert f"mend: {mend}" in report.text()
+
+
+def test_missing_binding_is_told_with_its_mend(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    report = examine(setter=tmp_path / "s")
+    assert report.problem == "NVML: nvidia-ml-py is not installed"
+    assert report.mends == ("pip install 'voltana-ctrl[nvml]'",)
+    assert json.loads(report.json())["mends"] == list(report.mends)
+
+
+@needs_compiler
+def test_a_lost_gpu_does_not_hide_the_others(fake, tmp_path):
+    fake.gpus[0].lost = 1
+    report = look(fake, tmp_path)
+    assert [gpu.uuid for gpu in report.gpus] == [fake.uuids[1]]
+    (mend,) = (each for each in report.mends if "lost" in each)
+    assert "GPU number 0" in mend
+    assert "reset the GPU" in mend
+    fake.gpus[1].lost = 1
+    report = look(fake, tmp_path)
+    assert report.problem == "the driver answers, but no GPU does"
+    assert len(report.mends) == 2
 
 
 @needs_compiler

@@ -482,6 +482,18 @@ def test_power_caps_hold_at_once_and_readings_show_the_throttled_clock(cap_w, wh
                                            < 1409.99 * plant.instances["busy_s"].sum())  # fmt: skip
 
 
+def test_a_cap_ends_with_the_decision_that_had_it() -> None:
+    plant = reference_run("static")
+    highest = Decision.highest(plant.fleet)
+    plant.apply(dataclasses.replace(highest, limits=Limits(power_cap_w=np.full(4, 100.0))))
+    plant.advance(5.0)
+    busy = plant.instances["iterating"] == 1
+    assert busy.any()
+    assert np.all(plant.state().freq_mhz[busy] < 1410.0)
+    plant.apply(highest)
+    np.testing.assert_array_equal(plant.state().freq_mhz, 1410.0)
+
+
 def test_a_cap_below_the_lowest_clock_leaves_the_lowest_clock() -> None:
     plant = reference_run("static")
     plant.apply(

@@ -234,12 +234,16 @@ def test_gpu_lost_and_found(fake, tmp_path):
         fake.gpus[1].lost = 1
         record = loop.tick()
         assert record.observation.state.alive.tolist() == [True, False]
+        first, second = backend.capabilities
+        assert first.failure is None
+        assert f"GPU {fake.uuids[1]} (number 1): GPU is lost" in second.failure
         record = loop.tick()
         assert record.applied.active.tolist()[0] is True
         assert fake.gpus[0].lock_hi_mhz in (705, 720)
         # A reset takes the lock away; found again, it is set again.
         fake.gpus[1].lock_lo_mhz = fake.gpus[1].lock_hi_mhz = fake.gpus[1].lost = 0
         assert loop.tick().observation.state.alive.tolist() == [True, True]
+        assert backend.capabilities[1].failure is None
         assert fake.gpus[1].lock_hi_mhz in (900, 915)
 
 

@@ -97,7 +97,7 @@ def test_lost_gpu_is_an_error_of_its_own(fake):
     with Nvml(fake.library) as nvml:
         gpu = nvml.gpus()[0]
         fake.gpus[0].lost = 1
-        with pytest.raises(GpuLost, match="reset the GPU"):
+        with pytest.raises(GpuLost, match=rf"{gpu.uuid} \(number 0\): .* reset the GPU"):
             gpu.read()
 
 

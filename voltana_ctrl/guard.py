@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Status
+from voltana_ctrl.errors import ShapeError
+from voltana_ctrl.types import (
+    Decision,
+    FleetSpec,
+    FleetState,
+    LimitRanges,
+    Limits,
+    Observation,
+    Status,
+)
 from voltana_ctrl.types._check import F64, Bool, positive
 
 __all__ = ["Guard"]
@@ -34,11 +43,17 @@ class Guard:
         How long the last decision stands in for one that may not be applied.
     kv_full_frac : float
         An instance this full gets no new work while others are left.
+    ranges : LimitRanges, optional
+        What other actuators may be set to: a cap below the lowest is raised to it, a memory
+        clock to the next one there is, and what cannot be set is left as it was found. Without,
+        limits pass, and the backend refuses what it does not support.
 
     Raises
     ------
     ConfigError
         If a setting is not positive.
+    ShapeError
+        If `ranges` are of another fleet.
 
     Examples
     --------
@@ -57,12 +72,18 @@ class Guard:
         stale_s: float = 2.0,
         hold_s: float = 1.0,
         kv_full_frac: float = 0.98,
+        ranges: LimitRanges | None = None,
     ) -> None:
         positive("Guard.slew_mhz_s", slew_mhz_s)
         positive("Guard.stale_s", stale_s)
         positive("Guard.hold_s", hold_s)
         positive("Guard.kv_full_frac", kv_full_frac)
+        if ranges is not None and len(ranges.mem_clocks_mhz) != len(spec):
+            raise ShapeError(
+                f"Guard.ranges: expected {len(spec)} instances, got {len(ranges.mem_clocks_mhz)}"
+            )
         self.spec = spec
+        self.ranges = ranges
         self.slew_mhz_s = slew_mhz_s
         self.stale_s = stale_s
         self.hold_s = hold_s
@@ -104,6 +125,7 @@ class Guard:
             freq_max_mhz=ceiling_mhz,
             route_frac=route_frac,
             active=active,
+            limits=base.limits if self.ranges is None else self.ranges.held(base.limits),
             status=status,
             t_s=proposed.t_s,
         )
@@ -119,6 +141,8 @@ class Guard:
             said.append("active set")
         if not np.allclose(proposed.route_frac, applied.route_frac, atol=1e-9):
             said.append("shares")
+        if self.ranges is not None and not _same(proposed.limits, applied.limits):
+            said.append("limits")
         return tuple(said)
 
     def _stand_in(self, proposed: Decision, state: FleetState, last: Decision | None) -> Decision:
@@ -175,3 +199,15 @@ class Guard:
                     break
             route_frac[members] = share / share.sum()
         return route_frac, active
+
+
+def _same(first: Limits | None, second: Limits | None) -> bool:
+    """Whether two decisions set other actuators alike; infinity sets nothing."""
+    for name in ("mem_mhz", "power_cap_w", "cpu_mhz"):
+        wanted, applied = (getattr(each, name, None) for each in (first, second))
+        nothing = np.inf
+        if not np.all(
+            (nothing if wanted is None else wanted) == (nothing if applied is None else applied)
+        ):
+            return False
+    return True

@@ -54,7 +54,8 @@ class ControlLoop:
     controller : Controller or object with init/decide
         The policy. Its `period_s` is the period of the loop, 0.1 s if it has none.
     guard : Guard, optional
-        The veto; one with default settings if left out.
+        The veto; if left out one with default settings, and with what the backend says that
+        other actuators may be set to (`backend.limit_ranges`) if it does.
     router : Router, optional
         Told every applied decision.
     clock : Clock, optional
@@ -100,7 +101,7 @@ class ControlLoop:
                 )
         self.backend = backend
         self.controller = controller
-        self.guard = guard or Guard(backend.spec)
+        self.guard = guard or Guard(backend.spec, ranges=getattr(backend, "limit_ranges", None))
         self.router = router
         self.clock: Clock = clock or getattr(backend, "clock", None) or WallClock()
         self.observers = tuple(observers)

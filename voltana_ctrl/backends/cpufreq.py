@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from voltana_ctrl.backends.giveback import FoundFile
 from voltana_ctrl.backends.lease import Lease
 from voltana_ctrl.backends.lockfile import LOCK_DIR
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.ports import Backend
-from voltana_ctrl.types import Decision, FleetSpec, Observation
+from voltana_ctrl.types import Decision, FleetSpec, LimitRanges, Observation
 
 __all__ = ["CPUFREQ_DIR", "CpuPolicy", "CpufreqBackend", "cpu_policies"]
 
@@ -147,7 +149,8 @@ def cpu_policies(root: Path = CPUFREQ_DIR) -> tuple[CpuPolicy, ...]:
 class CpufreqBackend:
     """A backend whose decisions may limit CPU clocks, too.
 
-    Passes everything on to `inner`, and takes `Decision.limits.cpu_mhz` for itself.
+    Passes everything on to `inner`, and takes `Decision.limits.cpu_mhz` for itself. Infinity
+    there gives an instance's CPUs back as they were found.
 
     Parameters
     ----------
@@ -233,6 +236,21 @@ class CpufreqBackend:
         """The fleet."""
         return self._inner.spec
 
+    @property
+    def limit_ranges(self) -> LimitRanges:
+        """What may be set besides the SM clock: here the CPU clock, the rest by `inner`.
+
+        As with power caps, no ceiling above the one that was found.
+        """
+        ranges = getattr(self._inner, "limit_ranges", None) or LimitRanges.none(len(self.spec))
+        lowest_khz = [max((p.lowest_khz for p in group), default=np.inf) for group in self._groups]
+        highest_khz = [min((p.found_khz for p in group), default=0) for group in self._groups]
+        return replace(
+            ranges,
+            cpu_min_mhz=np.array(lowest_khz) / 1000.0,
+            cpu_max_mhz=np.array(highest_khz) / 1000.0,
+        )
+
     def read(self) -> Observation:
         """State of the inner backend."""
         if self._closed:
@@ -258,7 +276,7 @@ class CpufreqBackend:
         orders = []
         for i, group in enumerate(self._groups):
             for policy in group:
-                if cpu_mhz is None:
+                if cpu_mhz is None or cpu_mhz[i] == np.inf:
                     if policy.set_khz is not None:
                         orders.append((policy, policy.found_khz))
                 else:

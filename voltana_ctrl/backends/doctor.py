@@ -18,7 +18,7 @@ from voltana_ctrl.backends.cpufreq import CPUFREQ_DIR, cpu_policies
 from voltana_ctrl.backends.giveback import FoundGpu
 from voltana_ctrl.backends.lease import Lease
 from voltana_ctrl.backends.lockfile import LOCK_DIR, holder
-from voltana_ctrl.backends.nvml import IDLE, Gpu, Nvml
+from voltana_ctrl.backends.nvml import IDLE, Gpu, Nvml, NvmlMissing
 from voltana_ctrl.backends.setter_client import SETTER_SOCKET
 from voltana_ctrl.errors import BackendError, ConfigError, VoltanaError
 
@@ -137,7 +137,7 @@ class MachineReport:
     driver : str or None
         Version of the NVIDIA driver.
     problem : str or None
-        Why there are no GPUs, with the mend.
+        Why there are no GPUs.
     privileged : bool
         Whether this process is root or has CAP_SYS_ADMIN.
     setter : str or None
@@ -298,14 +298,20 @@ def examine(
     try:
         with Nvml(library) as nvml:
             driver = nvml.driver
-            gpus = tuple(_examine_gpu(gpu, lock_dir) for gpu in nvml.gpus())
+            gpus, mends = _examine_gpus(nvml, lock_dir)
             if actuate:
                 gpus = tuple(
                     _actuate(report, nvml.gpu(report.uuid), lock_dir, library, settle_s)
                     for report in gpus
                 )
-            if not gpus:
-                problem = "the driver answers, but shows no GPU; pass one through to this machine"
+            if not nvml.gpu_count:
+                problem = "the driver answers, but shows no GPU"
+                mends.append("pass a GPU through to this machine or container")
+            elif not gpus:
+                problem = "the driver answers, but no GPU does"
+    except NvmlMissing as error:
+        problem = f"NVML: {error.problem}"
+        mends.append(error.mend)
     except BackendError as error:
         problem = str(error)
     if gpus and not privileged and served is None:
@@ -322,6 +328,17 @@ def examine(
         cpus=cpus,
         mends=tuple(mends),
     )
+
+
+def _examine_gpus(nvml: Nvml, lock_dir: Path) -> tuple[tuple[GpuReport, ...], list[str]]:
+    """Look at every GPU that answers; and what to do about those that do not."""
+    reports, mends = [], []
+    for number in range(nvml.gpu_count):
+        try:
+            reports.append(_examine_gpu(nvml.gpu_at(number), lock_dir))
+        except BackendError as error:
+            mends.append(str(error))
+    return tuple(reports), mends
 
 
 def _examine_gpu(gpu: Gpu, lock_dir: Path) -> GpuReport:

@@ -12,16 +12,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from voltana_ctrl.backends.assignment import assigned_uuids, check_clocks
 from voltana_ctrl.backends.giveback import FoundGpu
 from voltana_ctrl.backends.held import GpuCapability, HeldGpu
 from voltana_ctrl.backends.lease import Lease
 from voltana_ctrl.backends.lockfile import LOCK_DIR
-from voltana_ctrl.backends.nvml import Gpu, GpuLost, Nvml, whole_gpus
+from voltana_ctrl.backends.nvml import GpuLost, Nvml, whole_gpus
 from voltana_ctrl.backends.setter_client import SetterClient
 from voltana_ctrl.backends.worker import Worker
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.ports import Backend
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation
+from voltana_ctrl.types import (
+    ActuatorSetting,
+    Decision,
+    FleetSpec,
+    FleetState,
+    LimitRanges,
+    Observation,
+)
 from voltana_ctrl.types._check import F64, positive
 
 __all__ = ["NvmlBackend"]
@@ -130,11 +138,11 @@ class NvmlBackend:
         self._held: dict[str, HeldGpu] = {}
         self._lease: Lease | None = None
         self._setter: SetterClient | None = None
-        uuids = _uuids(fleet, gpus)
+        uuids = assigned_uuids(fleet, gpus)
         self._nvml = Nvml(library)
         try:
             found = dict(zip(uuids, whole_gpus(self._nvml, uuids), strict=True))
-            _check_clocks(fleet, gpus, found, restore_lock_mhz)
+            check_clocks(fleet, gpus, found, restore_lock_mhz)
             if actuate and setter is not None:
                 self._setter = SetterClient(setter, on_lost=self._forget_sets)
             elif actuate:
@@ -179,6 +187,26 @@ class NvmlBackend:
             [sum(held.capability.set_call_s for held in group) for group in self._groups]
         )
 
+    @property
+    def limit_ranges(self) -> LimitRanges:
+        """What may be set besides the SM clock; nothing for reading only, or by the setter.
+
+        A cap is never set above the one that was found: that is the operator's.
+        """
+        ranges = LimitRanges.none(len(self._fleet))
+        if self._lease is None:
+            return ranges
+        caps_w = [[held.settable_cap_w for held in group] for group in self._groups]
+        return replace(
+            ranges,
+            cap_min_w=np.array([len(group) * max(lo for lo, _ in group) for group in caps_w]),
+            cap_max_w=np.array([len(group) * min(hi for _, hi in group) for group in caps_w]),
+            mem_clocks_mhz=tuple(
+                tuple(sorted(frozenset.intersection(*(held.mem_clocks_mhz for held in group))))
+                for group in self._groups
+            ),
+        )
+
     def read(self) -> Observation:
         """State of all instances now; the last one known, with its age, where a driver hangs.
 
@@ -215,9 +243,8 @@ class NvmlBackend:
         for held in self._held.values():
             try:
                 held.take(held.gpu.read(), self._now_s(), self._settle_s)
-            except BackendError:
-                held.alive = False
-                held.forget_sets()  # it may come back without its lock
+            except BackendError as error:
+                held.fail(error)
 
     def apply(self, decision: Decision) -> None:
         """Set clocks (and other limits) to those of the decision; sets only what differs.
@@ -260,6 +287,38 @@ class NvmlBackend:
         if self.actuates:
             self._run_orders(orders)
 
+    def set_instance(self, instance: int, setting: ActuatorSetting) -> None:
+        """Set everything of one instance; for measuring it.
+
+        Parameters
+        ----------
+        instance : int
+            Index in the fleet.
+        setting : ActuatorSetting
+            Clock lock; memory clock and power cap go back to what was found where it has none.
+
+        Raises
+        ------
+        ActuationDenied, BackendError
+            As :meth:`apply`.
+        """
+        self._check_open("set_instance")
+        group = self._groups[instance]
+        cap_w = np.inf if setting.power_cap_w is None else setting.power_cap_w / len(group)
+        mem_mhz = np.inf if setting.mem_mhz is None else setting.mem_mhz
+        if self.actuates:
+            self._run_orders(
+                [
+                    _Order(
+                        held,
+                        self._supported(held, setting.freq_mhz),
+                        self._supported_memory(held, mem_mhz),
+                        self._supported_cap(held, cap_w),
+                    )
+                    for held in group
+                ]
+            )
+
     def _orders(self, decision: Decision) -> list[_Order]:
         n, limits = len(self._fleet), decision.limits
         if len(decision) != n:
@@ -291,7 +350,9 @@ class NvmlBackend:
             )
         return int(freq_mhz)
 
-    def _supported_memory(self, held: HeldGpu, mem_mhz: float) -> int:
+    def _supported_memory(self, held: HeldGpu, mem_mhz: float) -> int | None:
+        if mem_mhz == np.inf:
+            return None
         if self._setter is not None or mem_mhz not in held.mem_clocks_mhz:
             known = ", ".join(map(str, sorted(held.mem_clocks_mhz))) or "none"
             reason = "not settable through the setter" if self._setter else f"known are {known}"
@@ -336,9 +397,8 @@ class NvmlBackend:
                 return  # overtaken while a call hung: a newer decision, or the end
             try:
                 self._set(order)
-            except GpuLost:
-                order.held.alive = False
-                order.held.forget_sets()
+            except GpuLost as error:
+                order.held.fail(error)
             except BackendError as error:
                 order.held.forget_sets()
                 failure = failure or error  # the other GPUs get their clocks all the same
@@ -445,54 +505,6 @@ def _in_force(order: _Order) -> bool:
     held = order.held
     wanted = (order.lock_mhz, order.mem_mhz, order.cap_w)
     return (held.lock_mhz, held.mem_mhz, held.cap_w) == wanted
-
-
-def _uuids(fleet: FleetSpec, gpus: Mapping[str, Sequence[str]]) -> list[str]:
-    unknown = sorted(set(gpus) - set(fleet.ids))
-    if unknown:
-        raise ConfigError(
-            f"NvmlBackend.gpus: expected instances of the fleet ({', '.join(fleet.ids)}), got"
-            f" {unknown[0]!r}"
-        )
-    uuids: list[str] = []
-    for instance in fleet.instances:
-        named = gpus.get(instance.id, ())
-        if isinstance(named, str) or len(named) != instance.gpus:
-            raise ConfigError(
-                f"NvmlBackend.gpus: {instance.id}: expected a list of {instance.gpus} GPU"
-                f" UUID(s), the tensor parallel degree of its profile, got {named!r}"
-            )
-        uuids.extend(named)
-    twice = sorted({uuid for uuid in uuids if uuids.count(uuid) > 1})
-    if twice:
-        raise ConfigError(f"NvmlBackend.gpus: expected each GPU once, got {twice[0]} twice")
-    return uuids
-
-
-def _check_clocks(
-    fleet: FleetSpec,
-    gpus: Mapping[str, Sequence[str]],
-    found: Mapping[str, Gpu],
-    restore_lock_mhz: tuple[int, int] | None,
-) -> None:
-    for instance in fleet.instances:
-        for uuid in gpus[instance.id]:
-            supported = found[uuid].clocks_mhz
-            strange = sorted(set(instance.clocks_mhz.tolist()) - set(supported))
-            if strange:
-                known = f"{supported[0]}..{supported[-1]} MHz" if supported else "none"
-                raise ConfigError(
-                    f"NvmlBackend: {instance.id}: GPU {uuid} ({found[uuid].name}) supports"
-                    f" {known}, not {strange[0]:g} MHz of profile {instance.profile.name}; give"
-                    " the instance clocks_mhz of its GPU, or choose a profile of this GPU"
-                )
-            if restore_lock_mhz is not None:
-                lo_mhz, hi_mhz = restore_lock_mhz
-                if not (lo_mhz in supported and hi_mhz in supported and lo_mhz <= hi_mhz):
-                    raise ConfigError(
-                        f"NvmlBackend.restore_lock_mhz: expected two clocks that GPU {uuid}"
-                        f" supports, lowest first, got {restore_lock_mhz}"
-                    )
 
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import numpy as np
 from voltana_ctrl.backends.giveback import FoundGpu
 from voltana_ctrl.backends.meter import EnergyMeter
 from voltana_ctrl.backends.nvml import IDLE, POWER_CAP, Gpu, GpuReading
+from voltana_ctrl.errors import BackendError
 
 __all__ = ["ClockSetter", "GpuCapability", "HeldGpu"]
 
@@ -61,6 +62,8 @@ class GpuCapability:
         Times that a lock of ours was gone (reset by somebody else) and set again.
     energy_restarts : int
         Times that the energy counter restarted or jumped.
+    failure : str or None
+        Why it does not answer, and what to do; None while it does.
 
     Examples
     --------
@@ -78,6 +81,7 @@ class GpuCapability:
     set_call_p99_s: float = 0.0
     locks_lost: int = 0
     energy_restarts: int = 0
+    failure: str | None = None
 
 
 class HeldGpu:
@@ -109,6 +113,7 @@ class HeldGpu:
         self.reading = GpuReading(clock_mhz=0.0, power_w=0.0, counter_j=None, reasons=0)
         self.read_s = 0.0
         self.alive = False
+        self.failure: str | None = None
         self.lock_mhz: int | None = None
         self.mem_mhz: int | None = None
         self.cap_w: float | None = None
@@ -122,7 +127,7 @@ class HeldGpu:
 
     def take(self, reading: GpuReading, t_s: float, settle_s: float) -> None:
         """Take a reading, and learn from it what the GPU makes of our settings."""
-        self.reading, self.read_s, self.alive = reading, t_s, True
+        self.reading, self.read_s, self.alive, self.failure = reading, t_s, True, None
         self.meter.add(t_s, reading.power_w, reading.counter_j)
         if t_s - self.set_s >= settle_s:
             self._compare(reading)
@@ -150,9 +155,21 @@ class HeldGpu:
             elif reading.reasons & POWER_CAP:
                 self.cap_inert = False
 
+    def fail(self, error: BackendError) -> None:
+        """It does not answer; should it come back, it may have lost what was set."""
+        self.alive, self.failure = False, str(error)
+        self.forget_sets()
+
     def forget_sets(self) -> None:
         """What was set may be gone; the next apply sets it again."""
         self.lock_mhz = self.mem_mhz = self.cap_w = None
+
+    @property
+    def settable_cap_w(self) -> tuple[float, float]:
+        """Lowest and highest power cap that we may set; the lowest above the highest if none."""
+        if self.cap_range_w is None or self.found_cap_w is None:
+            return np.inf, 0.0
+        return self.cap_range_w[0], min(self.cap_range_w[1], self.found_cap_w)
 
     @property
     def capability(self) -> GpuCapability:
@@ -169,4 +186,5 @@ class HeldGpu:
             set_call_p99_s=float(np.quantile(calls_s, 0.99)) if len(calls_s) else 0.0,
             locks_lost=self.locks_lost,
             energy_restarts=self.meter.restarts,
+            failure=self.failure,
         )

@@ -17,7 +17,7 @@ from typing import Any
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.units import j_from_mj, w_from_mw
 
-__all__ = ["Gpu", "GpuLost", "GpuReading", "Nvml"]
+__all__ = ["Gpu", "GpuLost", "GpuReading", "Nvml", "NvmlMissing"]
 
 # Bits of the clock event reasons (NVML API reference, nvmlClocksEventReasons).
 IDLE = 0x1
@@ -44,6 +44,27 @@ class GpuLost(BackendError):
     >>> issubclass(GpuLost, BackendError)
     True
     """
+
+
+class NvmlMissing(BackendError):
+    """The library, its Python binding or a driver is not there.
+
+    Parameters
+    ----------
+    problem : str
+        What is missing.
+    mend : str
+        What to do about it.
+
+    Examples
+    --------
+    >>> str(NvmlMissing("no driver", "install it"))
+    'NVML: no driver; install it'
+    """
+
+    def __init__(self, problem: str, mend: str) -> None:
+        super().__init__(f"NVML: {problem}; {mend}")
+        self.problem, self.mend = problem, mend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +109,7 @@ class Nvml:
 
     Raises
     ------
-    BackendError
+    NvmlMissing
         If nvidia-ml-py, the library or a driver is missing, with the mend.
 
     Examples
@@ -107,8 +128,8 @@ class Nvml:
         try:
             import pynvml
         except ImportError as error:
-            raise BackendError(
-                "NVML: nvidia-ml-py is not installed; pip install 'voltana-ctrl[nvml]'"
+            raise NvmlMissing(
+                "nvidia-ml-py is not installed", "pip install 'voltana-ctrl[nvml]'"
             ) from error
         self.pynvml: Any = pynvml
         if library is not None:
@@ -116,9 +137,10 @@ class Nvml:
         try:
             pynvml.nvmlInitWithFlags(0)
         except pynvml.NVMLError as error:
-            raise BackendError(
-                f"NVML: no NVIDIA driver answers ({error}); on a machine with a GPU install or"
-                " load the driver (nvidia-smi must work), in a container pass the GPU through"
+            raise NvmlMissing(
+                f"no NVIDIA driver answers ({error})",
+                "on a machine with a GPU install or load the driver (nvidia-smi must work), in a"
+                " container pass the GPU through",
             ) from error
         self._open = True
 
@@ -129,7 +151,9 @@ class Nvml:
         try:
             self.pynvml.nvmlLib = ctypes.CDLL(path)
         except OSError as error:
-            raise BackendError(f"NVML: {path} cannot be loaded: {error}") from error
+            raise NvmlMissing(
+                f"{path} cannot be loaded: {error}", "name the driver library of this machine"
+            ) from error
         self.pynvml._nvmlGetFunctionPointer_cache.clear()
 
     def close(self) -> None:
@@ -157,14 +181,32 @@ class Nvml:
         with self._ours("driver"):
             return str(self.pynvml.nvmlSystemGetDriverVersion())
 
+    @property
+    def gpu_count(self) -> int:
+        """How many GPUs this machine has, those that do not answer included."""
+        with self._ours("GPUs"):
+            return int(self.pynvml.nvmlDeviceGetCount())
+
+    def gpu_at(self, number: int) -> Gpu:
+        """GPU of this number.
+
+        Parameters
+        ----------
+        number : int
+            As `nvidia-smi` counts.
+
+        Raises
+        ------
+        GpuLost, BackendError
+            If it does not answer.
+        """
+        with self._ours(f"GPU number {number}"):
+            handle = self.pynvml.nvmlDeviceGetHandleByIndex(number)
+        return Gpu(self, handle, f"number {number}")
+
     def gpus(self) -> tuple[Gpu, ...]:
         """All GPUs of this machine."""
-        with self._ours("GPUs"):
-            handles = [
-                self.pynvml.nvmlDeviceGetHandleByIndex(number)
-                for number in range(self.pynvml.nvmlDeviceGetCount())
-            ]
-        return tuple(Gpu(self, handle) for handle in handles)
+        return tuple(self.gpu_at(number) for number in range(self.gpu_count))
 
     def gpu(self, uuid: str) -> Gpu:
         """GPU of this UUID.
@@ -179,13 +221,17 @@ class Nvml:
                 f"GPU {uuid}: expected a whole GPU, got a MIG slice, whose clock is shared with"
                 " its neighbours; switch MIG off (nvidia-smi -mig 0) or leave this GPU out"
             )
-        try:
-            return Gpu(self, self.pynvml.nvmlDeviceGetHandleByUUID(uuid), uuid)
-        except (self.pynvml.NVMLError_NotFound, self.pynvml.NVMLError_InvalidArgument):
+        handle = None
+        with (
+            self._ours(f"GPU {uuid}"),
+            contextlib.suppress(self.pynvml.NVMLError_NotFound),
+            contextlib.suppress(self.pynvml.NVMLError_InvalidArgument),
+        ):
+            handle = self.pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        if handle is None:
             known = ", ".join(gpu.uuid for gpu in self.gpus()) or "none"
-            raise ConfigError(
-                f"GPU {uuid}: no such GPU in this machine; there are {known}"
-            ) from None
+            raise ConfigError(f"GPU {uuid}: no such GPU in this machine; there are {known}")
+        return Gpu(self, handle, uuid)
 
     @contextlib.contextmanager
     def _ours(self, what: str) -> Iterator[None]:
@@ -196,7 +242,10 @@ class Nvml:
         except nvml.NVMLError as error:
             code = error.value
             if code in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED):
-                raise GpuLost(f"{what}: {error}; reset the GPU or reboot the node") from error
+                raise GpuLost(
+                    f"{what}: {error}; the kernel log (dmesg, Xid) says why; reset the GPU once"
+                    " nothing uses it (nvidia-smi --gpu-reset -i UUID), or reboot the node"
+                ) from error
             if code == nvml.NVML_ERROR_NO_PERMISSION:
                 raise ActuationDenied(
                     f"{what}: no permission to set; run as root or with CAP_SYS_ADMIN, or set"
@@ -217,7 +266,7 @@ class Gpu:
     handle : object
         The library's handle.
     uuid : str, optional
-        Its UUID, where it is known already; for errors while it is asked for.
+        Its UUID or number, where it is known already; for errors while it is asked for.
 
     Examples
     --------
@@ -229,19 +278,25 @@ class Gpu:
         self._nvml = nvml
         self._handle = handle
         self.uuid = uuid
+        self.number: int | None = None
         self._has_counter = True
         self._has_reasons = True
         self.uuid = str(self._get(nvml.pynvml.nvmlDeviceGetUUID))
+        self.number = self._get(nvml.pynvml.nvmlDeviceGetIndex)
         self.name = str(self._get(nvml.pynvml.nvmlDeviceGetName))
 
+    @property
+    def _label(self) -> str:
+        return f"GPU {self.uuid}" + ("" if self.number is None else f" (number {self.number})")
+
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        with self._nvml._ours(f"GPU {self.uuid}"):
+        with self._nvml._ours(self._label):
             return function(self._handle, *arguments)
 
     def _get(self, function: Callable[..., Any], *arguments: Any, missing: Any = None) -> Any:
         """Value of a getter; `missing` where this GPU or driver has no such thing."""
         nvml = self._nvml.pynvml
-        with self._nvml._ours(f"GPU {self.uuid}"):
+        with self._nvml._ours(self._label):
             try:
                 return function(self._handle, *arguments)
             except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
@@ -322,7 +377,7 @@ class Gpu:
             told = self._get(nvml.nvmlDeviceGetCurrentClocksEventReasons)
             self._has_reasons = told is not None
             reasons = told or 0
-        with self._nvml._ours(f"GPU {self.uuid}"):
+        with self._nvml._ours(self._label):
             clock_mhz = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
             power_mw = nvml.nvmlDeviceGetPowerUsage(handle)
         return GpuReading(

@@ -20,11 +20,13 @@ from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.ports import Backend
 from voltana_ctrl.types import (
     PROFILE_DTYPE,
+    ActuatorPoint,
     Decision,
     FleetSpec,
     FleetState,
     InstanceSpec,
     IterationBatch,
+    Limits,
     Observation,
     Profile,
     RequestBatch,
@@ -32,7 +34,6 @@ from voltana_ctrl.types import (
     Status,
     TickRecord,
 )
-from voltana_ctrl.types.decision import Limits
 
 __all__ = ["Mismatch", "Recorder", "ReplayBackend", "ReplayClock"]
 
@@ -287,6 +288,8 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
     return value
@@ -322,7 +325,8 @@ def _instance(values: Mapping[str, Any]) -> InstanceSpec:
         table[name] = column
     steps = tuple((upto, step) for upto, step in profile.pop("batch_steps"))
     role = Role[settings.pop("role")]
-    made = Profile(table=table, batch_steps=steps, **profile)
+    points = tuple(ActuatorPoint(**point) for point in profile.pop("actuators", ()))
+    made = Profile(table=table, batch_steps=steps, actuators=points, **profile)
     return InstanceSpec(role=role, profile=made, **settings)
 
 

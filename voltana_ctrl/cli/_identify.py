@@ -35,7 +35,7 @@ def fit(
     ] = None,
 ) -> None:
     """Identify a profile from measured iterations; refuses what the table cannot support."""
-    from voltana_ctrl.fit import fit_table
+    from voltana_ctrl.fit import actuator_lines, fit_table
     from voltana_ctrl.profiles import load_profile
     from voltana_ctrl.report import check_plot, write_fit_plot
 
@@ -55,6 +55,9 @@ def fit(
     if plot is not None:
         write_fit_plot(result, plot)
     typer.echo(result.summary())
+    if result.actuators:
+        fitted = result.profile(name, donor, ladder_mhz=ladder_mhz(ladder))
+        typer.echo("\n".join(actuator_lines(fitted)))
 
 
 def profile(
@@ -78,6 +81,12 @@ def profile(
     freq_mhz: Annotated[
         float | None, typer.Option(help="Clock, where no GPU is given to read it from.")
     ] = None,
+    caps: Annotated[
+        str | None, typer.Option(help="Power caps of the engine in W, at the highest clock.")
+    ] = None,
+    mem_clocks: Annotated[
+        str | None, typer.Option(help="Memory clocks in MHz, at the highest SM clock.")
+    ] = None,
     batches: Annotated[str, typer.Option(help="Decode batches.")] = "1,8,9,16,17,32,33,64,65",
     contexts: Annotated[str, typer.Option(help="Decode contexts in tokens.")] = "256,2048",
     prompts: Annotated[str, typer.Option(help="Prefill prompts in tokens.")] = "128,512,2048,8192",
@@ -87,8 +96,12 @@ def profile(
     output_tok: Annotated[int, typer.Option(help="Longest decode stream in tokens.")] = 1024,
     cool_c: Annotated[int | None, typer.Option(help="Pause until no GPU is hotter.")] = None,
     max_c: Annotated[int, typer.Option(help="A hotter GPU ends the profile.")] = 85,
-    max_ttft: Annotated[float | None, typer.Option(help="TTFT in s that ends it.")] = None,
-    max_itl: Annotated[float | None, typer.Option(help="ITL in s that ends it.")] = None,
+    max_ttft: Annotated[
+        float | None, typer.Option(help="Points of a longer TTFT in s are left out.")
+    ] = None,
+    max_itl: Annotated[
+        float | None, typer.Option(help="Points of a longer ITL in s are left out.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Name at the engine. [default: ask]")] = None,
     words: Annotated[bool, typer.Option("--words", help="Prompts as words.")] = False,
     setter: Annotated[Path | None, typer.Option(help="Socket of the privileged setter.")] = None,
@@ -138,6 +151,8 @@ def profile(
         prompts_tok=whole("prompts", prompts),
         prefill_batches_req=whole("prefill-batches", prefill_batches),
         idle=freq_mhz is None,
+        caps_w=whole("caps", caps),
+        mem_clocks_mhz=whole("mem-clocks", mem_clocks),
         output_tok=output_tok,
         steady_s=steady,
         pause_s=pause,

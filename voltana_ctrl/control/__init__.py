@@ -1,5 +1,6 @@
 """Controllers and governors."""
 
+from voltana_ctrl.control.actuators import ActuatorChooser, ActuatorMemory
 from voltana_ctrl.control.adaptive import AdaptiveController
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.baselines import StaticController
@@ -15,6 +16,8 @@ from voltana_ctrl.control.target import Curve, Load, Target, TargetOptimiser
 from voltana_ctrl.control.threshold import ThresholdGovernor
 
 __all__ = [
+    "ActuatorChooser",
+    "ActuatorMemory",
     "AdaptiveController",
     "CascadeController",
     "CascadeMemory",

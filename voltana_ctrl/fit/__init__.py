@@ -4,6 +4,7 @@
 name what the table cannot support. ``docs/identification.md`` tells the format and the method.
 """
 
+from voltana_ctrl.fit.actuators import actuator_lines, actuators_toml, read_actuators
 from voltana_ctrl.fit.decode import DecodeTime, fit_decode_time
 from voltana_ctrl.fit.figure import draw_diagnostics
 from voltana_ctrl.fit.heldout import HeldOut, Laws, fit_laws, hold_out
@@ -24,6 +25,8 @@ __all__ = [
     "PowerLaw",
     "PrefillTime",
     "Transformer",
+    "actuator_lines",
+    "actuators_toml",
     "detect_batch_steps",
     "draw_diagnostics",
     "fit_decode_time",
@@ -32,6 +35,7 @@ __all__ = [
     "fit_prefill_time",
     "fit_table",
     "hold_out",
+    "read_actuators",
     "read_kernels",
     "read_table",
 ]

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.fit.actuators import read_actuators
 from voltana_ctrl.fit.decode import FORMS, Form, fit_decode_time
 from voltana_ctrl.fit.heldout import HeldOut, Laws, fit_laws, hold_out
 from voltana_ctrl.fit.result import FitResult
 from voltana_ctrl.fit.staircase import detect_batch_steps
 from voltana_ctrl.fit.tables import IterationTable, read_table
+from voltana_ctrl.types import ActuatorPoint
 
 __all__ = ["fit_table"]
 
@@ -74,7 +76,9 @@ def fit_table(
     >>> round(result.laws.power.decode_static_w, 1), round(result.laws.power.decode_iter_j, 2)
     (80.0, 0.5)
     """
+    actuators: tuple[ActuatorPoint, ...] = ()
     if not isinstance(table, IterationTable):
+        actuators = read_actuators(table, where)
         table = read_table(table, where=where, gpus=gpus, freq_mhz=freq_mhz)
     phases = [phase for phase in ("decode", "prefill") if phase in table.phase]
     if not phases:
@@ -118,6 +122,7 @@ def fit_table(
         held_out=tuple(held),
         richer_held_out=by_form[rich] if richer is not None else None,
         idle_w=idle_w,
+        actuators=actuators,
         notes=tuple(notes),
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.fit.actuators import actuators_toml
 from voltana_ctrl.types import Profile
 from voltana_ctrl.types._check import F64
 
@@ -144,7 +145,7 @@ def profile_text(
         "shapes.dynamic": {**shape, "exponent": 1.0},
         "shapes.voltage": {**shape, "exponent": 0.0},
     }
-    return _toml(file)
+    return _toml(file) + actuators_toml(result.actuators, source)
 
 
 def _ladder(result: FitResult, ladder_mhz: Iterable[float] | None) -> F64:

@@ -15,7 +15,7 @@ from voltana_ctrl.fit.heldout import HeldOut, Laws
 from voltana_ctrl.fit.profile_file import profile_text
 from voltana_ctrl.fit.tables import IterationTable
 from voltana_ctrl.profiles.laws import profile_from_laws
-from voltana_ctrl.types import Profile
+from voltana_ctrl.types import ActuatorPoint, Profile
 from voltana_ctrl.types._check import F64
 
 __all__ = ["FitResult"]
@@ -40,6 +40,9 @@ class FitResult:
         Leave-one-batch-out error of `richer`.
     idle_w : float or None
         Power of the idle rows, where the table has any.
+    actuators : tuple of ActuatorPoint
+        Measured points of other actuators beside those of clock locks; they go into the profile
+        as they are.
     notes : tuple of str
         What was not identified, and what to measure for it.
 
@@ -59,6 +62,7 @@ class FitResult:
     richer: DecodeTime | None = None
     richer_held_out: HeldOut | None = None
     idle_w: float | None = None
+    actuators: tuple[ActuatorPoint, ...] = ()
     notes: tuple[str, ...] = ()
 
     def errors(self, phase: str, quantity: str, split: str) -> HeldOut | None:

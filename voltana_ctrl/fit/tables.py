@@ -39,6 +39,8 @@ _COLUMNS: dict[str, dict[str, float]] = {
     "power_w": {"power_w": 1.0, "power_mw": 1e-3},
 }
 _PHASES = ("decode", "prefill", "idle")
+# Columns that say what was set besides the SM clock; empty where nothing was.
+OTHERS = ("set_power_cap_w", "set_mem_mhz", "set_cpu_mhz")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -245,7 +247,7 @@ def read_table(
     (array([0.0451]), array([11.77]))
     """
     paths = [path] if isinstance(path, str | Path) else list(path)
-    rows = [row for each in paths for row in _raw_rows(Path(each))]
+    rows = [row for each in paths for row in raw_rows(Path(each))]
     label = ", ".join(Path(each).name for each in paths)
     for column, value in (where or {}).items():
         if rows and column not in rows[0]:
@@ -255,6 +257,11 @@ def read_table(
     if not rows:
         chosen = f" where {dict(where)}" if where else ""
         raise ConfigError(f"{label}: no rows{chosen}")
+    # With another actuator set an iteration says nothing of clocks; see fit.actuators.
+    plain = [row for row in rows if not sets_other(row)]
+    if not plain:
+        raise ConfigError(f"{label}: no rows of plain clock locks, with nothing else set")
+    rows = plain
     published = from_published(rows, label, freq_mhz)
     columns = published or _own_columns(rows, label, freq_mhz)
     found_gpus = columns.pop("gpus", 1)
@@ -264,7 +271,13 @@ def read_table(
         raise ConfigError(f"{label}: {error}") from error
 
 
-def _raw_rows(path: Path) -> list[dict[str, str]]:
+def sets_other(row: Mapping[str, str]) -> bool:
+    """Whether a row of `voltana-ctrl profile` was measured with another actuator set."""
+    return any(row.get(name) for name in OTHERS)
+
+
+def raw_rows(path: Path) -> list[dict[str, str]]:
+    """Cells of a table by column, as text."""
     if path.suffix == ".parquet":
         try:
             from pyarrow import parquet  # type: ignore[import-untyped]

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 _HOME = {
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
-    "Engine": "profiler",
+    "Engine": "profiled_engine",
     "LoadClient": "load_client",
-    "ProfileAborted": "profiler",
+    "ProfileAborted": "profiled_engine",
     "ProfilePlan": "sweep",
     "ProfilePoint": "sweep",
-    "ProfileRun": "profiler",
+    "ProfileRun": "profiled_engine",
     "Sweep": "sweep",
     "load_endpoints": "endpoints",
     "plan_profile": "sweep",
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.endpoints import Endpoint as Endpoint
     from voltana_ctrl.integrations.endpoints import load_endpoints as load_endpoints
     from voltana_ctrl.integrations.load_client import LoadClient as LoadClient
-    from voltana_ctrl.integrations.profiler import Engine as Engine
-    from voltana_ctrl.integrations.profiler import ProfileAborted as ProfileAborted
-    from voltana_ctrl.integrations.profiler import ProfileRun as ProfileRun
+    from voltana_ctrl.integrations.profiled_engine import Engine as Engine
+    from voltana_ctrl.integrations.profiled_engine import ProfileAborted as ProfileAborted
+    from voltana_ctrl.integrations.profiled_engine import ProfileRun as ProfileRun
     from voltana_ctrl.integrations.profiler import profile_engine as profile_engine
     from voltana_ctrl.integrations.sweep import ProfilePlan as ProfilePlan
     from voltana_ctrl.integrations.sweep import ProfilePoint as ProfilePoint

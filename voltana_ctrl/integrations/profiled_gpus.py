@@ -14,7 +14,7 @@ from voltana_ctrl.backends.gpus import NvmlBackend
 from voltana_ctrl.backends.lockfile import LOCK_DIR
 from voltana_ctrl.backends.nvml import Gpu, Nvml, whole_gpus
 from voltana_ctrl.errors import BackendError, ConfigError, TelemetryStale
-from voltana_ctrl.types import FleetSpec, InstanceSpec, Profile, Role
+from voltana_ctrl.types import ActuatorSetting, FleetSpec, InstanceSpec, Profile, Role
 
 _STALE_S = 5.0
 
@@ -36,15 +36,15 @@ class ProfiledGpus:
     ----------
     groups : sequence of tuple of str
         UUIDs of the GPUs of each engine; may be empty.
-    clocks_mhz : sequence of int
-        Clocks that will be set; empty opens for reading only.
+    settings : sequence of ActuatorSetting
+        What will be set; nothing opens for reading only.
     setter, restore_lock_mhz, lock_dir, library
         As of NvmlBackend.
 
     Raises
     ------
     ConfigError
-        If a GPU does not support a clock.
+        If a GPU does not support a clock, power cap or memory clock.
     BackendError
         If there is no driver, or another controller holds a GPU.
     """
@@ -52,13 +52,14 @@ class ProfiledGpus:
     def __init__(
         self,
         groups: Sequence[tuple[str, ...]],
-        clocks_mhz: Sequence[int],
+        settings: Sequence[ActuatorSetting],
         *,
         setter: Path | None = None,
         restore_lock_mhz: tuple[int, int] | None = None,
         lock_dir: Path = LOCK_DIR,
         library: Path | None = None,
     ) -> None:
+        clocks_mhz = sorted({round(setting.freq_mhz) for setting in settings})
         self._groups = tuple(groups)
         self._nvml: Nvml | None = None
         self._backend: NvmlBackend | None = None
@@ -85,9 +86,29 @@ class ProfiledGpus:
                 lock_dir=lock_dir,
                 library=library,
             )
+            self._check_others(settings)
         except BaseException:
-            self._nvml.close()
+            self.close()
             raise
+
+    def _check_others(self, settings: Sequence[ActuatorSetting]) -> None:
+        if self._backend is None:
+            return
+        ranges = self._backend.limit_ranges
+        for group, uuids in enumerate(self._groups):
+            for setting in settings:
+                if not ranges.allow(group, setting):
+                    known = ", ".join(f"{mhz:g}" for mhz in ranges.mem_clocks_mhz[group]) or "none"
+                    lowest_w, highest_w = ranges.cap_min_w[group], ranges.cap_max_w[group]
+                    caps = (
+                        f"{lowest_w:g}..{highest_w:g} W"
+                        if lowest_w <= highest_w
+                        else "no power cap"
+                    )
+                    raise ConfigError(
+                        f"GPU {', '.join(uuids)}: {setting}: cannot be set; it takes {caps}, memory"
+                        f" clocks {known} MHz (the setter sets neither)"
+                    )
 
     @property
     def there(self) -> bool:
@@ -98,22 +119,24 @@ class ProfiledGpus:
         """Number of the engine with these GPUs; 0 where there are none."""
         return self._groups.index(uuids) if self._groups else 0
 
-    def look(self, group: int, asked_mhz: int) -> Reading:
-        """Keep the clock of one engine where it shall be (0: leave it) and read its GPUs.
+    def look(self, group: int, setting: ActuatorSetting | None) -> Reading:
+        """Keep one engine set as it shall be (None: leave it) and read its GPUs.
 
         Raises
         ------
         ActuationDenied, BackendError
-            If the clock cannot be set, or a GPU is lost or does not answer.
+            If it cannot be set, or a GPU is lost or does not answer.
         """
         if self._backend is None:
             raise BackendError("ProfiledGpus.look: there are no GPUs")
-        if asked_mhz:
-            self._backend.set_clock(group, asked_mhz)
+        if setting is not None:
+            self._backend.set_instance(group, setting)
         state = self._backend.read().state
         uuids = ", ".join(self._groups[group])
         if not state.alive[group]:
-            raise BackendError(f"GPU {uuids}: does not answer; see nvidia-smi and the kernel log")
+            told = {each.uuid: each.failure for each in self._backend.capabilities}
+            said = "; ".join(filter(None, (told[uuid] for uuid in self._groups[group])))
+            raise BackendError(f"GPU {uuids}: does not answer: {said or 'the engine says so'}")
         if not state.age_s[group] <= _STALE_S:
             raise TelemetryStale(f"GPU {uuids}: last reading {state.age_s[group]:.0f} s old")
         heat_c = [gpu.temperature_c for gpu in self._gpus[group]]

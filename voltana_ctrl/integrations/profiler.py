@@ -13,142 +13,25 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.backends.lockfile import LOCK_DIR
-from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.integrations.load_client import LoadClient
+from voltana_ctrl.integrations.profiled_engine import Engine, ProfileAborted, ProfileRun
 from voltana_ctrl.integrations.profiled_gpus import ProfiledGpus, Reading
-from voltana_ctrl.integrations.sweep import Phase, ProfilePoint, Row, RowFile, Sweep, plan_profile
-from voltana_ctrl.types._check import positive
+from voltana_ctrl.integrations.sweep import ProfilePoint, Row, RowFile, Sweep, plan_profile
 
-__all__ = ["Engine", "ProfileAborted", "ProfileRun", "profile_engine"]
+__all__ = ["profile_engine"]
 
 # Tokens that every stream of a batch has sent before the batch counts as steady.
 _WARM_TOK = 4
 _PREFILLS = 3
+# Spans of the steady part that are compared for a standard error.
+_SPANS = 8
 # A clock that far below the one asked for is told.
 _CLOCK_SLACK_MHZ = 20.0
 
 
-class ProfileAborted(BackendError):
-    """A limit on temperature or latency was passed; the rows so far are in the table.
-
-    Examples
-    --------
-    >>> issubclass(ProfileAborted, BackendError)
-    True
-    """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
-    """An engine with an OpenAI-compatible server, and the GPUs it runs on.
-
-    Parameters
-    ----------
-    url : str
-        Of the server.
-    gpus : tuple of str
-        UUIDs of its GPUs, all of them; none leaves energy out.
-    prefill_url, decode_url : str, optional
-        Where the phases have engines of their own.
-    prefill_gpus, decode_gpus : tuple of str
-        The GPUs of those.
-    model : str, optional
-        Name of the model, where the server has several.
-    words : bool
-        Send prompts as words, to a server that takes no token ids.
-    token_ids : tuple of int
-        Lowest and highest token id of prompts; within the vocabulary.
-    api_key : str, optional
-        Of the server.
-    freq_mhz : float, optional
-        SM clock, where no GPU is given to read it from.
-
-    Raises
-    ------
-    ConfigError
-        If there is neither a GPU nor a clock.
-
-    Examples
-    --------
-    >>> Engine(url="http://localhost:8000", gpus=("GPU-0",)).of("decode")
-    ('http://localhost:8000', ('GPU-0',))
-    """
-
-    url: str
-    gpus: tuple[str, ...] = ()
-    prefill_url: str | None = None
-    decode_url: str | None = None
-    prefill_gpus: tuple[str, ...] = ()
-    decode_gpus: tuple[str, ...] = ()
-    model: str | None = None
-    words: bool = False
-    token_ids: tuple[int, int] = (1000, 20_000)
-    api_key: str | None = None
-    freq_mhz: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "prefill_gpus", "decode_gpus"):
-            if isinstance(getattr(self, name), str):
-                raise ConfigError(f"Engine.{name}: expected a list of UUIDs (nvidia-smi -L)")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        measured = [bool(self.of(phase)[1]) for phase in ("prefill", "decode")]
-        if measured[0] != measured[1]:
-            raise ConfigError("Engine: expected the GPUs of both prefill and decode, got one")
-        if self.freq_mhz is not None:
-            positive("Engine.freq_mhz", self.freq_mhz)
-        if any(measured) == (self.freq_mhz is not None):
-            raise ConfigError(
-                "Engine: expected either gpus, whose clock is read, or freq_mhz, the clock they"
-                f" run at; got gpus {self.gpus} and freq_mhz {self.freq_mhz}"
-            )
-
-    def of(self, phase: Phase) -> tuple[str, tuple[str, ...]]:
-        """Address and GPUs of the engine of a phase; idle is taken of decode.
-
-        Parameters
-        ----------
-        phase : {"idle", "decode", "prefill"}
-            Which.
-        """
-        if phase == "prefill":
-            return self.prefill_url or self.url, self.prefill_gpus or self.gpus
-        return self.decode_url or self.url, self.decode_gpus or self.gpus
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileRun:
-    """What a profile did.
-
-    Parameters
-    ----------
-    path : Path
-        The table.
-    measured, skipped : int
-        Points measured now, and found in the table.
-    wall_s : float
-        How long it took.
-    notes : tuple of str
-        What the reader of the table should know.
-
-    Examples
-    --------
-    >>> ProfileRun(path=Path("table.csv"), measured=21, skipped=0, wall_s=180.0).text()
-    'table.csv: 21 points measured in 3 min, 0 were there'
-    """
-
-    path: Path
-    measured: int
-    skipped: int
-    wall_s: float
-    notes: tuple[str, ...] = ()
-
-    def text(self) -> str:
-        """The same as lines of text."""
-        first = (
-            f"{self.path}: {self.measured} points measured in {self.wall_s / 60.0:.0f} min,"
-            f" {self.skipped} were there"
-        )
-        return "\n".join([first, *self.notes])
+class _TooSlow(Exception):
+    """A point broke a limit on latency."""
 
 
 def profile_engine(
@@ -190,7 +73,8 @@ def profile_engine(
     ConfigError
         If engine, clocks and table do not fit together.
     ProfileAborted
-        If a limit was passed.
+        If the limit of temperature, cooling or time of a point was passed, or those of latency
+        too often.
     BackendError
         If the engine or a GPU fails.
 
@@ -213,23 +97,25 @@ def profile_engine(
         points = tuple(point for point in points if point.phase != "idle")
     begin_s = time.monotonic()
     notes: tuple[str, ...] = ()
+    measured = 0
     if points:
         groups = dict.fromkeys(engine.of(phase)[1] for phase in ("prefill", "decode"))
         with ProfiledGpus(
             tuple(group for group in groups if group),
-            sweep.clocks_mhz,
+            tuple(filter(None, (point.setting for point in sweep.points()))),
             setter=setter,
             restore_lock_mhz=restore_lock_mhz,
             lock_dir=lock_dir,
             library=library,
         ) as gpus:
             profiler = _Profiler(engine, sweep, table, gpus)
-            asyncio.run(profiler.run(points, plan.done, on_progress or _silent))
+            measured = asyncio.run(profiler.run(points, plan.done, on_progress or _silent))
         notes = tuple(profiler.notes)
     return ProfileRun(
         path=table.path,
-        measured=len(points),
+        measured=measured,
         skipped=plan.done,
+        left_out=len(points) - measured,
         wall_s=time.monotonic() - begin_s,
         notes=notes,
     )
@@ -245,6 +131,7 @@ class _Measured:
 
     wall_s: float
     mean_s: float
+    se_s: float | None = None
     steps: int
     kv_tok: float = 0.0
     begin: Reading
@@ -262,14 +149,20 @@ class _Profiler:
         self.next_s = 0.0
         self.limit_s = np.inf
         self.notes: list[str] = []
+        self.too_slow: list[ProfilePoint] = []
+        self.breaches = 0
+        self.phases = {each.phase for each in table.points}
+        self.looks: list[Reading] = []
 
     async def run(
         self,
         points: Sequence[ProfilePoint],
         done: int,
         on_progress: Callable[[int, int, str], None],
-    ) -> None:
+    ) -> int:
+        """Measure what is not too slow; how many points that was."""
         total = done + len(points)
+        measured = 0
         async with AsyncExitStack() as stack:
             for point in points:
                 url = self.engine.of(point.phase)[0]
@@ -280,8 +173,31 @@ class _Profiler:
             self.table.check(model, self.gpus.there)
             for number, point in enumerate(points):
                 on_progress(done + number, total, str(point))
-                self.table.append(await self._row(point, model))
+                if any(point.no_easier(slow) for slow in self.too_slow):
+                    continue
+                try:
+                    self.table.append(await self._row(point, model))
+                except _TooSlow as error:
+                    self._leave_out(point, points[number + 1 :], str(error))
+                else:
+                    measured += 1
+                    self.breaches = 0
+                    self.phases.add(point.phase)
             on_progress(total, total, "done")
+        return measured
+
+    def _leave_out(self, point: ProfilePoint, later: Sequence[ProfilePoint], why: str) -> None:
+        """Go on without a point that is too slow, unless nothing comes of it."""
+        self.too_slow.append(point)
+        self.breaches += 1
+        hopeless = all(other.no_easier(point) for other in later if other.phase == point.phase)
+        nothing = hopeless and point.phase not in self.phases
+        if nothing or self.breaches >= self.sweep.breach_limit:
+            raise ProfileAborted(
+                f"{why}; leave out this load or the lowest clocks, or raise the limit"
+                + ("" if nothing else f" ({self.breaches} points in a row)")
+            )
+        self.notes.append(f"{why}: left out, with all that can be no faster")
 
     def _client(self, url: str) -> LoadClient:
         engine = self.engine
@@ -303,7 +219,8 @@ class _Profiler:
         if self.gpus.there:
             seen_mhz = float(np.median(self.seen_mhz or [end.freq_mhz]))
         reached_mhz = seen_mhz if seen_mhz is not None else np.inf
-        if point.phase != "idle" and reached_mhz < point.asked_mhz - _CLOCK_SLACK_MHZ:
+        expected = point.phase == "idle" or point.power_cap_w > 0
+        if not expected and reached_mhz < point.asked_mhz - _CLOCK_SLACK_MHZ:
             self.notes.append(f"{point}: ran at {seen_mhz:g} MHz (power cap or clamp)")
         freq_mhz = point.asked_mhz or seen_mhz or self.engine.freq_mhz or 0.0
         energy_j = None
@@ -327,15 +244,19 @@ class _Profiler:
             seen_mhz=seen_mhz,
             temperature_c=end.temperature_c,
             model=model,
+            wall_se_s=measured.se_s,
+            power_se_w=_power_se_w(self.looks, begin, end) if self.gpus.there else None,
+            set_power_cap_w=point.power_cap_w or None,
+            set_mem_mhz=point.mem_mhz or None,
         )
 
     async def _begin(self, point: ProfilePoint) -> None:
-        """Set the clock, let it settle, and let the GPUs cool."""
+        """Set clock, cap and memory clock, let them settle, and let the GPUs cool."""
         sweep = self.sweep
-        before = (self.group, self.point.asked_mhz)
+        before = (self.group, self.point.setting)
         self.group = self.gpus.group_of(self.engine.of(point.phase)[1])
         self.point = point
-        changed = before != (self.group, point.asked_mhz)
+        changed = before != (self.group, point.setting)
         begin_s = time.monotonic()
         self.limit_s = np.inf
         self._look()
@@ -348,13 +269,15 @@ class _Profiler:
                 )
             await self._attend(asyncio.sleep(sweep.sample_s))
         self.seen_mhz.clear()
+        self.looks.clear()
         self.limit_s = time.monotonic() + sweep.point_limit_s
 
     def _look(self) -> Reading:
         """Read the hardware, keep the clock set, and stop where it is too hot."""
         self.next_s = time.monotonic() + self.sweep.sample_s
         if self.gpus.there:
-            self.reading = self.gpus.look(self.group, self.point.asked_mhz)
+            self.reading = self.gpus.look(self.group, self.point.setting)
+            self.looks.append(self.reading)
         else:
             self.reading = replace(self.reading, t_s=time.perf_counter())
         temperature_c = self.reading.temperature_c
@@ -420,7 +343,8 @@ class _Profiler:
             before = [len(each) for each in times_s]
             while True:
                 await self._wait(tasks)
-                gaps_s = _gaps_s(times_s, before)
+                streams_s = _gaps_s(times_s, before)
+                gaps_s = np.concatenate(streams_s)
                 steps = len(gaps_s) // point.batch_req
                 if sweep.itl_limit_s is not None and steps >= _WARM_TOK:
                     self._check_slo("ITL", float(np.median(gaps_s)), sweep.itl_limit_s)
@@ -439,6 +363,7 @@ class _Profiler:
         return _Measured(
             wall_s=float(np.median(gaps_s)),
             mean_s=float(np.mean(gaps_s)),
+            se_s=_median_se_s(streams_s),
             steps=steps,
             kv_tok=float(point.batch_req * context_tok),
             begin=begin,
@@ -458,6 +383,7 @@ class _Profiler:
         return _Measured(
             wall_s=float(np.median(all_s)),
             mean_s=float(np.mean(all_s)),
+            se_s=_median_se_s([all_s]),
             steps=len(all_s),
             begin=begin,
             end=end,
@@ -480,17 +406,39 @@ class _Profiler:
 
     def _check_slo(self, name: str, median_s: float, limit_s: float) -> None:
         if median_s > limit_s:
-            raise ProfileAborted(
+            raise _TooSlow(
                 f"{self.point}: {name} {median_s:.3g} s in the median, above the limit"
-                f" {limit_s:g} s; leave out this load or the lowest clocks, or raise the limit"
+                f" {limit_s:g} s"
             )
 
 
-def _gaps_s(times_s: Sequence[Sequence[float]], before: Sequence[int]) -> np.ndarray[Any, Any]:
+def _gaps_s(times_s: Sequence[Sequence[float]], before: Sequence[int]) -> list[Any]:
     """Gaps between the tokens of each stream that came after its first `before`."""
-    return np.concatenate(
-        [np.diff(each[count - 1 :]) for each, count in zip(times_s, before, strict=True)]
-    )
+    return [np.diff(each[count - 1 :]) for each, count in zip(times_s, before, strict=True)]
+
+
+def _median_se_s(streams_s: Sequence[Sequence[float] | np.ndarray[Any, Any]]) -> float:
+    """Standard error of the median over all streams, from the medians of up to eight spans.
+
+    Streams of a batch share their iterations, and a late token shortens the next gap: spans
+    that follow one another show what is left of both in the median.
+    """
+    spans = min(_SPANS, *(len(each) for each in streams_s))
+    parts = [np.array_split(each, spans) for each in streams_s]
+    medians = [np.median(np.concatenate(span)) for span in zip(*parts, strict=True)]
+    return float(np.std(medians, ddof=1) / np.sqrt(spans))
+
+
+def _power_se_w(looks: Sequence[Reading], begin: Reading, end: Reading) -> float | None:
+    """Standard error of the mean power, from that of up to eight spans; None of one alone."""
+    inside = [look for look in looks if begin.t_s <= look.t_s <= end.t_s]
+    edges = np.unique(np.linspace(0, len(inside) - 1, _SPANS + 1).astype(int))
+    t_s = np.array([inside[edge].t_s for edge in edges])
+    energy_j = np.array([inside[edge].energy_j for edge in edges])
+    power_w = np.diff(energy_j) / np.diff(t_s)
+    if len(power_w) < 2:
+        return None
+    return float(np.std(power_w, ddof=1) / np.sqrt(len(power_w)))
 
 
 async def _wrap(work: Awaitable[Any]) -> Any:

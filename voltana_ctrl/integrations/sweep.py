@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.types import ActuatorSetting
 from voltana_ctrl.types._check import count, not_negative, positive
 
 __all__ = ["ProfilePlan", "ProfilePoint", "Sweep", "plan_profile", "spread_clocks"]
@@ -39,6 +40,8 @@ class ProfilePoint:
         Requests at once; 0 when idle.
     asked_tok : int
         Prompt of each request: the context that decode starts from, or what is prefilled.
+    power_cap_w, mem_mhz : int
+        Power cap of the engine and memory clock that are set; 0 leaves them as they were found.
 
     Examples
     --------
@@ -50,11 +53,42 @@ class ProfilePoint:
     asked_mhz: int
     batch_req: int = 0
     asked_tok: int = 0
+    power_cap_w: int = 0
+    mem_mhz: int = 0
 
     def __str__(self) -> str:
         load = f" {self.batch_req} x {self.asked_tok} tok" if self.batch_req else ""
-        clock = f" at {self.asked_mhz} MHz" if self.asked_mhz else ""
+        clock = f" at {self.setting_text}" if self.asked_mhz else ""
         return f"{self.phase}{load}{clock}"
+
+    @property
+    def setting(self) -> ActuatorSetting | None:
+        """What is set; None leaves everything as it was found."""
+        if not self.asked_mhz:
+            return None
+        return ActuatorSetting(
+            freq_mhz=float(self.asked_mhz),
+            power_cap_w=float(self.power_cap_w) if self.power_cap_w else None,
+            mem_mhz=float(self.mem_mhz) if self.mem_mhz else None,
+        )
+
+    @property
+    def setting_text(self) -> str:
+        """The same in words."""
+        return "clock as it is" if self.setting is None else str(self.setting)
+
+    def no_easier(self, other: ProfilePoint) -> bool:
+        """Whether this point can be no faster than another: lower clock or cap, larger load."""
+        caps_w = [each.power_cap_w or np.inf for each in (self, other)]
+        memory_mhz = [each.mem_mhz or np.inf for each in (self, other)]
+        return (
+            self.phase == other.phase
+            and self.asked_mhz <= other.asked_mhz
+            and caps_w[0] <= caps_w[1]
+            and memory_mhz[0] <= memory_mhz[1]
+            and self.batch_req >= other.batch_req
+            and self.asked_tok >= other.asked_tok
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +106,10 @@ class Sweep:
         prefill out.
     idle : bool
         Measure the power of the engine at rest too, once per clock.
+    caps_w, mem_clocks_mhz : tuple of int
+        Power caps of the engine (the sum over its GPUs) and memory clocks: each is measured at
+        the highest SM clock, at the same decode and prefill loads, to be compared with clock
+        locks. Needs two clocks or more.
     output_tok : int
         Tokens that a decode stream may generate while it is measured; with the longest context
         it must fit the engine's context length.
@@ -90,7 +128,10 @@ class Sweep:
     temperature_limit_c : int
         A hotter GPU ends the profile.
     ttft_limit_s, itl_limit_s : float, optional
-        A median TTFT (of prefill) or gap between tokens (of decode) above ends the profile.
+        A point whose median TTFT (of prefill) or gap between tokens (of decode) is above is
+        left out, and with it those that can be no faster.
+    breach_limit : int
+        So many such points in a row, of those measured, end the profile.
     point_limit_s : float
         A point that takes longer ends the profile.
     sample_s : float
@@ -115,6 +156,8 @@ class Sweep:
     prompts_tok: tuple[int, ...] = (128, 512, 2048, 8192)
     prefill_batches_req: tuple[int, ...] = (1,)
     idle: bool = True
+    caps_w: tuple[int, ...] = ()
+    mem_clocks_mhz: tuple[int, ...] = ()
     output_tok: int = 1024
     steady_s: float = 5.0
     min_steps: int = 20
@@ -125,6 +168,7 @@ class Sweep:
     temperature_limit_c: int = 85
     ttft_limit_s: float | None = None
     itl_limit_s: float | None = None
+    breach_limit: int = 3
     point_limit_s: float = 300.0
     sample_s: float = 0.1
 
@@ -135,6 +179,8 @@ class Sweep:
             "contexts_tok",
             "prompts_tok",
             "prefill_batches_req",
+            "caps_w",
+            "mem_clocks_mhz",
         ):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
@@ -142,7 +188,7 @@ class Sweep:
                 count(f"Sweep.{name}", value)
             if len(set(values)) < len(values):
                 raise ConfigError(f"Sweep.{name}: expected each value once, got {values}")
-        for name in ("output_tok", "min_steps", "temperature_limit_c"):
+        for name in ("output_tok", "min_steps", "temperature_limit_c", "breach_limit"):
             count(f"Sweep.{name}", getattr(self, name))
         for name in ("steady_s", "cool_limit_s", "point_limit_s", "sample_s"):
             positive(f"Sweep.{name}", getattr(self, name))
@@ -151,6 +197,11 @@ class Sweep:
         for name in ("ttft_limit_s", "itl_limit_s", "cool_c"):
             if getattr(self, name) is not None:
                 positive(f"Sweep.{name}", getattr(self, name))
+        if (self.caps_w or self.mem_clocks_mhz) and len(self.clocks_mhz) < 2:
+            raise ConfigError(
+                "Sweep: power caps and memory clocks are compared with clock locks; give two"
+                f" clocks_mhz or more, got {self.clocks_mhz}"
+            )
         if not self.points():
             raise ConfigError(
                 "Sweep: nothing to measure; give batches_req and contexts_tok for decode, or"
@@ -158,22 +209,33 @@ class Sweep:
             )
 
     def points(self) -> tuple[ProfilePoint, ...]:
-        """All points in order: clocks from high to low; at each idle, decode, prefill."""
+        """All points in order: clocks from high to low; at each idle, decode, prefill.
+
+        Then power caps from high to low, then memory clocks, at the highest SM clock.
+        """
         points: list[ProfilePoint] = []
         for mhz in sorted(self.clocks_mhz, reverse=True) or [0]:
             if self.idle:
                 points.append(ProfilePoint(phase="idle", asked_mhz=mhz))
-            points += [
-                ProfilePoint(phase="decode", asked_mhz=mhz, batch_req=n, asked_tok=tok)
-                for n in self.batches_req
-                for tok in self.contexts_tok
-            ]
-            points += [
-                ProfilePoint(phase="prefill", asked_mhz=mhz, batch_req=n, asked_tok=tok)
-                for tok in self.prompts_tok
-                for n in self.prefill_batches_req
-            ]
+            points += self._loads(mhz)
+        for cap_w in sorted(self.caps_w, reverse=True):
+            points += self._loads(max(self.clocks_mhz), power_cap_w=cap_w)
+        for mem_mhz in sorted(self.mem_clocks_mhz, reverse=True):
+            points += self._loads(max(self.clocks_mhz), mem_mhz=mem_mhz)
         return tuple(points)
+
+    def _loads(self, asked_mhz: int, **other: int) -> list[ProfilePoint]:
+        decode = [
+            ProfilePoint(phase="decode", asked_mhz=asked_mhz, batch_req=n, asked_tok=tok, **other)
+            for n in self.batches_req
+            for tok in self.contexts_tok
+        ]
+        prefill = [
+            ProfilePoint(phase="prefill", asked_mhz=asked_mhz, batch_req=n, asked_tok=tok, **other)
+            for tok in self.prompts_tok
+            for n in self.prefill_batches_req
+        ]
+        return decode + prefill
 
     def duration_s(self, points: Sequence[ProfilePoint]) -> float:
         """Estimated time to measure these points, before anything is known of the engine.
@@ -183,7 +245,7 @@ class Sweep:
         points : sequence of ProfilePoint
             Of this sweep.
         """
-        total_s = self.settle_s * len({point.asked_mhz for point in points})
+        total_s = self.settle_s * len({point.setting for point in points})
         for point in points:
             total_s += self.pause_s
             if point.phase == "decode":
@@ -249,15 +311,14 @@ class ProfilePlan:
             f"{len(self.points)} points to measure, {self.done} in the table already; about"
             f" {self.duration_s / 60.0:.0f} min"
         ]
-        for mhz in sorted({point.asked_mhz for point in self.points}, reverse=True):
-            here = [point for point in self.points if point.asked_mhz == mhz]
+        for setting in dict.fromkeys(point.setting_text for point in self.points):
+            here = [point for point in self.points if point.setting_text == setting]
             loads = [
                 f"{phase} {', '.join(shown)}"
                 for phase in PHASES
                 if (shown := [_load(point) for point in here if point.phase == phase])
             ]
-            clock = f"{mhz} MHz" if mhz else "clock as it is"
-            lines.append(f"{clock}: {'; '.join(loads)}")
+            lines.append(f"{setting}: {'; '.join(loads)}")
         return "\n".join(lines)
 
 
@@ -288,8 +349,14 @@ def plan_profile(sweep: Sweep, out: str | Path) -> ProfilePlan:
     >>> len(plan.points), plan.done
     (23, 0)
     """
-    known = set(RowFile(Path(out)).points)
+    table = RowFile(Path(out))
+    known = set(table.points)
     points = sweep.points()
+    lacking = bool(table.columns) and not set(_OTHERS) <= set(table.columns)
+    if lacking and (sweep.caps_w or sweep.mem_clocks_mhz):
+        raise ConfigError(
+            f"{table.path}: has no columns for power caps and memory clocks; name another file"
+        )
     left = tuple(point for point in points if point not in known)
     return ProfilePlan(points=left, done=len(points) - len(left), duration_s=sweep.duration_s(left))
 
@@ -315,9 +382,15 @@ class Row:
     seen_mhz: float | None
     temperature_c: int | None
     model: str
+    wall_se_s: float | None
+    power_se_w: float | None
+    set_power_cap_w: int | None
+    set_mem_mhz: int | None
 
 
 _COLUMNS = tuple(field.name for field in fields(Row))
+# What was set besides the SM clock, and standard errors: earlier tables have none of it.
+_OTHERS = ("wall_se_s", "power_se_w", "set_power_cap_w", "set_mem_mhz")
 
 
 class RowFile:
@@ -352,7 +425,7 @@ class RowFile:
             return
         reader = csv.DictReader(lines)
         self.columns = tuple(reader.fieldnames or ())
-        if not set(_COLUMNS) - {"energy_j"} <= set(self.columns):
+        if not set(_COLUMNS) - {"energy_j", *_OTHERS} <= set(self.columns):
             raise ConfigError(
                 f"{path}: exists and is not a table of `voltana-ctrl profile`; name another file"
             )
@@ -368,6 +441,8 @@ class RowFile:
                     asked_mhz=int(row["asked_mhz"]),
                     batch_req=int(row["batch_req"]),
                     asked_tok=int(row["asked_tok"]),
+                    power_cap_w=int(row.get("set_power_cap_w") or 0),
+                    mem_mhz=int(row.get("set_mem_mhz") or 0),
                 )
                 for row in self.rows
             )

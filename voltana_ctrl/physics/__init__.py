@@ -12,6 +12,7 @@ tokens ``m = c n``, ``b = a1 + a2 c`` and ``rho = lam (L - 1) b``, the equilibri
 
 from __future__ import annotations
 
+from voltana_ctrl.physics.actuators import ActuatorTable, compare_actuators
 from voltana_ctrl.physics.decode import (
     DecodeEquilibrium,
     batch_moments_req,
@@ -35,6 +36,7 @@ from voltana_ctrl.physics.lengths import Lengths, length_moments
 from voltana_ctrl.physics.prefill import PrefillEquilibrium, mg1_wait_s, prefill_equilibrium
 
 __all__ = [
+    "ActuatorTable",
     "DecodeEquilibrium",
     "Lengths",
     "PrefillEquilibrium",
@@ -42,6 +44,7 @@ __all__ = [
     "batch_moments_req",
     "batch_pmf",
     "batch_quantile_req",
+    "compare_actuators",
     "decode_equilibrium",
     "decode_j",
     "decode_s",

@@ -11,18 +11,23 @@ is; a term without a shape does not depend on the clock. A shape is a factor of 
 ``voltage``
     ``g ** exponent * (1 + slope_per_ghz * max(0, g - knee_ghz)) ** 2``: dynamic power is
     clock times voltage squared, and the voltage rises above the knee.
+
+The section ``actuators`` may be left out. It holds measured points of power caps, memory and
+CPU clocks beside those of clock locks at the same loads: fields of
+:class:`voltana_ctrl.types.ActuatorPoint`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types import PROFILE_DTYPE, Profile
+from voltana_ctrl.types import PROFILE_DTYPE, ActuatorPoint, Profile
 from voltana_ctrl.types._check import F64, positive
 
 _PROVENANCE = ("status", "source", "error")
@@ -46,6 +51,10 @@ _SHAPES = {
     "voltage": ("exponent", "slope_per_ghz", "knee_ghz"),
 }
 _TOP = ("name", "summary", "gpus", "first_token", "clocks", "shapes", *_SETTINGS, *_LAWS)
+# Measurements of other actuators; a profile without them leaves those alone.
+_ACTUATORS = "actuators"
+_POINT_OPTIONAL = ("kv_tok", "power_cap_w", "mem_mhz", "cpu_mhz")
+_POINT = tuple(field.name for field in fields(ActuatorPoint) if field.name not in _POINT_OPTIONAL)
 
 
 def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
@@ -73,7 +82,7 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     ...
     voltana_ctrl.errors.ConfigError: missing key 'name'
     """
-    _check_keys("", laws, _TOP)
+    _check_keys("", laws, _TOP, optional=(_ACTUATORS,))
     sources = {}
     for section, keys in (_LAWS | _SETTINGS).items():
         table = _check_keys(section, laws[section], (*keys, *_PROVENANCE))
@@ -101,6 +110,11 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     settings = {key: laws[section][key] for section, keys in _SETTINGS.items() for key in keys}
     settings["batch_steps"] = _steps(settings["batch_steps"])
     weakest = max((entry["status"] for entry in sources.values()), key=_STATUS_BEST_FIRST.index)
+    actuators: tuple[ActuatorPoint, ...] = ()
+    if _ACTUATORS in laws:
+        table = _check_keys(_ACTUATORS, laws[_ACTUATORS], ("point", *_PROVENANCE))
+        sources[_ACTUATORS] = {key: str(table[key]) for key in _PROVENANCE}
+        actuators = _points(table["point"])
     return Profile(
         name=str(laws["name"]),
         summary=str(laws["summary"]),
@@ -109,17 +123,21 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
         table=rows,
         status=weakest,  # type: ignore[arg-type]  # one of the four, checked above
         sources=sources,
+        actuators=actuators,
         **settings,
     )
 
 
-def _check_keys(where: str, table: Any, expected: Iterable[str]) -> Mapping[str, Any]:
+def _check_keys(
+    where: str, table: Any, expected: Iterable[str], optional: Iterable[str] = ()
+) -> Mapping[str, Any]:
     keys = tuple(expected)
+    known = (*keys, *optional)
     dot = f"{where}." if where else ""
     for key in _mapping(where, table):
-        if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(keys)}"
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise ConfigError(f"unknown key '{dot}{key}'; {hint}")
     for key in keys:
         if key not in table:
@@ -203,6 +221,20 @@ def _coefficient(where: str, terms: Any, shapes: Mapping[str, F64]) -> F64 | flo
             )
         total = total + _number(where, term["value"]) * shapes[term["shape"]]
     return total
+
+
+def _points(points: Any) -> tuple[ActuatorPoint, ...]:
+    if not isinstance(points, list):
+        raise ConfigError(f"actuators.point: expected [[actuators.point]] tables, got {points!r}")
+    made = []
+    for number, point in enumerate(points, start=1):
+        where = f"actuators.point {number}"
+        _check_keys(where, point, _POINT, optional=_POINT_OPTIONAL)
+        try:
+            made.append(ActuatorPoint(**point))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    return tuple(made)
 
 
 def _steps(steps: Any) -> tuple[tuple[int, int], ...]:

@@ -412,9 +412,12 @@ class Plant:
         clocks = (
             self._sim, inst, self._tables, self._padded, self._pending_s, self._tree, self._seen,
         )  # fmt: skip
-        if decision.limits is not None and decision.limits.power_cap_w is not None:
-            for i, cap_w in enumerate(decision.limits.power_cap_w):
-                plant.order_cap(*clocks, i, float(cap_w))
+        limits = decision.limits
+        caps_w = None if limits is None else limits.power_cap_w
+        # Without a cap it is as found, which the profile holds already.
+        caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
+        for i in np.flatnonzero(inst["power_cap_w"] != caps_w):
+            plant.order_cap(*clocks, i, float(caps_w[i]))
         for router in self._routers.values():
             router.update(decision)
         if self._governors is not None:

@@ -5,8 +5,15 @@ All are frozen. Arrays are ``float64`` unless said otherwise, one entry per inst
 """
 
 from voltana_ctrl._kernels.layout import PROFILE_DTYPE
+from voltana_ctrl.types.actuators import (
+    ActuatorPoint,
+    ActuatorSetting,
+    LimitRanges,
+    Limits,
+    limits_of,
+)
 from voltana_ctrl.types.budget import PowerBudget
-from voltana_ctrl.types.decision import Decision, Limits, Slo, Status, TickRecord
+from voltana_ctrl.types.decision import Decision, Slo, Status, TickRecord
 from voltana_ctrl.types.fleet import FleetSpec, InstanceSpec, Role
 from voltana_ctrl.types.observation import (
     FleetState,
@@ -19,11 +26,14 @@ from voltana_ctrl.types.profile import Profile
 
 __all__ = [
     "PROFILE_DTYPE",
+    "ActuatorPoint",
+    "ActuatorSetting",
     "Decision",
     "FleetSpec",
     "FleetState",
     "InstanceSpec",
     "IterationBatch",
+    "LimitRanges",
     "Limits",
     "Observation",
     "PowerBudget",
@@ -34,4 +44,5 @@ __all__ = [
     "Slo",
     "Status",
     "TickRecord",
+    "limits_of",
 ]

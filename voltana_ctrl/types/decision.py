@@ -10,6 +10,7 @@ import numpy as np
 
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types._check import F64, Bool, fraction, freeze_fields, not_negative, positive
+from voltana_ctrl.types.actuators import Limits
 from voltana_ctrl.types.fleet import FleetSpec
 from voltana_ctrl.types.observation import Observation
 
@@ -94,35 +95,6 @@ class Slo:
         if missing:
             raise ConfigError(f"slo: {missing[0]} is missing in {text!r}; add {missing[0]}=SECONDS")
         return cls(ttft_s=values["ttft"], itl_s=values["itl"], attainment=values["attainment"])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Limits:
-    """Other actuators, used only where the profile holds measurements for them.
-
-    Parameters
-    ----------
-    mem_mhz, power_cap_w, cpu_mhz : ndarray, shape (n,), optional
-        Memory clock, power cap of the instance, CPU clock.
-
-    Examples
-    --------
-    >>> Limits(power_cap_w=[300.0, 300.0]).power_cap_w
-    array([300., 300.])
-    """
-
-    mem_mhz: F64 | None = None
-    power_cap_w: F64 | None = None
-    cpu_mhz: F64 | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("mem_mhz", "power_cap_w", "cpu_mhz"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            freeze_fields(self, (name,), (np.asarray(value).size,))
-            if not np.all(getattr(self, name) > 0.0):
-                raise ConfigError(f"Limits.{name}: expected numbers > 0, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

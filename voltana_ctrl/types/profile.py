@@ -11,6 +11,7 @@ import numpy as np
 from voltana_ctrl._kernels.layout import PROFILE_DTYPE
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types._check import F64, I64, count, frozen_array, not_negative, positive
+from voltana_ctrl.types.actuators import ActuatorPoint
 
 ProfileStatus = Literal["measured", "fitted", "scaled", "extrapolated"]
 
@@ -50,6 +51,9 @@ class Profile:
         One line on where it comes from.
     sources : mapping of str to mapping
         Per group of coefficients: `status`, `source`, `error`.
+    actuators : tuple of ActuatorPoint
+        Measurements of power caps, memory and CPU clocks beside those of clock locks; none
+        leaves these actuators alone.
 
     Raises
     ------
@@ -81,6 +85,7 @@ class Profile:
     status: ProfileStatus
     summary: str = ""
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    actuators: tuple[ActuatorPoint, ...] = ()
 
     def __post_init__(self) -> None:
         label = f"Profile({self.name})"
@@ -116,6 +121,12 @@ class Profile:
             count(f"{label}.batch_steps", step_req)
             count(f"{label}.batch_steps", upto_req, minimum=upto_before + 1)
             upto_before = upto_req
+        for point in self.actuators:
+            if not clocks_mhz[0] <= point.freq_mhz <= clocks_mhz[-1]:
+                raise ConfigError(
+                    f"{label}.actuators: expected clocks within {clocks_mhz[0]:g}.."
+                    f"{clocks_mhz[-1]:g} MHz, got {point.freq_mhz:g}"
+                )
 
     @property
     def clocks_mhz(self) -> F64:

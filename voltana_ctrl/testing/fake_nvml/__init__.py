@@ -55,6 +55,10 @@ _FIELDS: Mapping[str, float] = {
     "unsupported_sets": 0.0,
     "highest_lock_mhz": 0.0,
     "temperature_c": 40.0,
+    "static_w": 59.3,
+    "dynamic_w": 197.3,
+    "cap_gain_frac": 0.0,
+    "cap_sets": 0.0,
 }
 _NUMBER = {name: number for number, name in enumerate(_FIELDS)}
 
@@ -99,11 +103,13 @@ class FakeGpu:
     """One GPU of a :class:`FakeNvml`; what a test sets up and what only a test can see.
 
     Attributes are numbers, read and written like any other. Set up: `util_frac`, `idle_w`,
-    `power_scale_frac`, `clamp_mhz` (0: none), `cap_inert`, `cap_w`, `set_s` (duration of a set
-    call), `mig`, `virtualization`, `no_energy`, `no_reasons`. Faults: `lost`, `deny_pid` (the
-    process that may not set, -1: nobody may), `hang_s` for the next `hang_calls` calls,
-    `energy_zero_j` (the counter restarts there). Seen: `lock_lo_mhz`, `lock_hi_mhz` (0: not
-    locked), `mem_lock_hi_mhz`, `sets`, `unsupported_sets`, `highest_lock_mhz`, `energy_j`.
+    `power_scale_frac`, `static_w` and `dynamic_w` (the power law, per GHz), `clamp_mhz` (0:
+    none), `cap_inert`, `cap_gain_frac` (how much more a power cap saves than a lock at the same
+    clock), `cap_w`, `set_s` (duration of a set call), `mig`, `virtualization`, `no_energy`,
+    `no_reasons`. Faults: `lost`, `deny_pid` (the process that may not set, -1: nobody may),
+    `hang_s` for the next `hang_calls` calls, `energy_zero_j` (the counter restarts there). Seen:
+    `lock_lo_mhz`, `lock_hi_mhz` (0: not locked), `mem_lock_hi_mhz`, `sets`, `cap_sets`,
+    `unsupported_sets`, `highest_lock_mhz`, `energy_j`.
 
     Parameters
     ----------
@@ -151,6 +157,11 @@ class FakeGpu:
         if name not in _NUMBER:
             raise AttributeError(f"FakeGpu has no {name!r}; known are {', '.join(_NUMBER)}")
         self._library.fakeNvmlPut(self._index, _NUMBER[name], float(value))
+
+    @property
+    def clock_mhz(self) -> float:
+        """Clock that runs: the lock, or what clamp and power cap make of it."""
+        return float(self._library.fakeNvmlClock(self._index))
 
     @property
     def locked(self) -> bool:
@@ -215,6 +226,7 @@ class FakeNvml:
         self._before: str | None = None
         lib = ctypes.CDLL(str(self.library))
         lib.fakeNvmlGet.restype = ctypes.c_double
+        lib.fakeNvmlClock.restype = ctypes.c_double
         lib.fakeNvmlPut.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_double]
         # A file of its own for every fake: whoever maps the last one keeps it.
         self._state.unlink(missing_ok=True)

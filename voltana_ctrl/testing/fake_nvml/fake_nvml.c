@@ -7,10 +7,14 @@
  * the order of `enum field`; fake_nvml.py names them in the same order. As with the real library,
  * a clock lock can be set and reset but not read; only the test, through the file, sees it.
  *
- * Power is that of an A800 in prefill (see docs/hardware.md):
- *   P(f) = idle + util * (scale * (59.3 + 197.3 g V2(g)) - idle),  g = f/1000,
- *   V2(g) = (1 + 0.71 max(0, g - 1.106))^2.
+ * Power is by default that of an A800 in prefill (see docs/hardware.md):
+ *   P(f) = idle + util * (scale * (static + dynamic g V2(g)) - idle),  g = f/1000,
+ *   V2(g) = (1 + 0.71 max(0, g - 1.106))^2,  static 59.3 W, dynamic 197.3 W/GHz.
  * A power cap that binds lowers the clock until the power fits, and says so as an event reason.
+ * By default a capped card draws at a clock what a locked one draws. With a gain G it draws less:
+ *   P_capped(f) = P(f) - G (P(f_free) - P(f)),
+ * as a regulator does that lowers the clock while the SMs wait for memory and not while they
+ * compute; the work done is that of the clock reported.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -36,6 +40,7 @@ enum field {
     LOCK_LO_MHZ, LOCK_HI_MHZ, MEM_LOCK_LO_MHZ, MEM_LOCK_HI_MHZ,
     LOST, DENY_PID, HANG_S, HANG_CALLS, SET_S, MIG, VIRTUALIZATION, NO_ENERGY, NO_REASONS,
     ENERGY_J, ENERGY_ZERO_J, LAST_S, SETS, UNSUPPORTED_SETS, HIGHEST_LOCK_MHZ, TEMPERATURE_C,
+    STATIC_W, DYNAMIC_W, CAP_GAIN_FRAC, CAP_SETS,
     N_FIELDS
 };
 enum { MAX_GPUS = 64, ROOM = 64 };
@@ -81,7 +86,7 @@ static int attach(const char *path) {
 
 static double watts(const gpu_t *d, double mhz) {
     const double g = mhz / 1000, x = 1 + 0.71 * fmax(0, g - 1.106);
-    const double busy = d->v[POWER_SCALE_FRAC] * (59.3 + 197.3 * g * x * x);
+    const double busy = d->v[POWER_SCALE_FRAC] * (d->v[STATIC_W] + d->v[DYNAMIC_W] * g * x * x);
     return d->v[IDLE_W] + d->v[UTIL_FRAC] * fmax(0, busy - d->v[IDLE_W]);
 }
 static double free_clock(const gpu_t *d) {
@@ -91,14 +96,22 @@ static double free_clock(const gpu_t *d) {
     f = fmin(fmax(f, v[MIN_MHZ]), v[MAX_MHZ]);
     return v[MIN_MHZ] + floor((f - v[MIN_MHZ]) / v[STEP_MHZ]) * v[STEP_MHZ];
 }
+/* Power at a clock that a cap has brought down from the free one. */
+static double capped_watts(const gpu_t *d, double mhz, double free_mhz) {
+    const double saved = watts(d, free_mhz) - watts(d, mhz);
+    return fmax(d->v[IDLE_W], watts(d, mhz) - d->v[CAP_GAIN_FRAC] * saved);
+}
 static double clock_mhz(const gpu_t *d) {
-    double f = free_clock(d);
-    while (!d->v[CAP_INERT] && f > d->v[MIN_MHZ] && watts(d, f) > d->v[CAP_W]) f -= d->v[STEP_MHZ];
+    const double free_mhz = free_clock(d);
+    double f = free_mhz;
+    while (!d->v[CAP_INERT] && f > d->v[MIN_MHZ] && capped_watts(d, f, free_mhz) > d->v[CAP_W])
+        f -= d->v[STEP_MHZ];
     return f;
 }
+static double watts_now(const gpu_t *d) { return capped_watts(d, clock_mhz(d), free_clock(d)); }
 static void integrate(gpu_t *d) {
     const double t = now_s();
-    if (d->v[LAST_S] > 0) d->v[ENERGY_J] += watts(d, clock_mhz(d)) * (t - d->v[LAST_S]);
+    if (d->v[LAST_S] > 0) d->v[ENERGY_J] += watts_now(d) * (t - d->v[LAST_S]);
     d->v[LAST_S] = t;
 }
 static int supported(const gpu_t *d, double mhz) {
@@ -140,6 +153,13 @@ double fakeNvmlGet(unsigned i, unsigned field) {
     const double value = S->gpu[i].v[field];
     unlock(&S->state);
     return value;
+}
+double fakeNvmlClock(unsigned i) {
+    if (!S || i >= S->gpus) return NAN;
+    lock(&S->state);
+    const double mhz = clock_mhz(&S->gpu[i]);
+    unlock(&S->state);
+    return mhz;
 }
 int fakeNvmlName(unsigned i, const char *uuid, const char *name) {
     if (!S || i >= S->gpus) return INVALID;
@@ -248,7 +268,7 @@ int nvmlDeviceGetClockInfo(gpu_t *d, int type, unsigned *c) {
         const double mem = d->v[MEM_LOCK_HI_MHZ] > 0 ? d->v[MEM_LOCK_HI_MHZ] : d->v[MEM_MHZ];
         *c = (unsigned)(type == 2 ? mem : clock_mhz(d)););
 }
-int nvmlDeviceGetPowerUsage(gpu_t *d, unsigned *mw) { GET(d, *mw = (unsigned)(1e3 * watts(d, clock_mhz(d)));); }
+int nvmlDeviceGetPowerUsage(gpu_t *d, unsigned *mw) { GET(d, *mw = (unsigned)(1e3 * watts_now(d));); }
 int nvmlDeviceGetTotalEnergyConsumption(gpu_t *d, unsigned long long *mj) {
     GET(d,
         if (d->v[NO_ENERGY]) r_ = NOT_SUPPORTED;
@@ -267,7 +287,7 @@ int nvmlDeviceGetPowerManagementLimitConstraints(gpu_t *d, unsigned *lo, unsigne
 int nvmlDeviceSetPowerManagementLimit(gpu_t *d, unsigned mw) {
     SET(d,
         if (mw < 1e3 * d->v[CAP_MIN_W] || mw > 1e3 * d->v[CAP_MAX_W]) r_ = INVALID;
-        else { d->v[CAP_W] = mw / 1e3; d->v[SETS] += 1; });
+        else { d->v[CAP_W] = mw / 1e3; d->v[SETS] += 1; d->v[CAP_SETS] += 1; });
 }
 int nvmlDeviceSetGpuLockedClocks(gpu_t *d, unsigned lo, unsigned hi) {
     SET(d,
