@@ -4,24 +4,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOME = {
+    "Block": "blocks",
+    "BlockMeter": "blocks",
+    "ClaimRefused": "savings",
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
     "Engine": "profiled_engine",
+    "Interval": "savings",
     "LoadClient": "load_client",
     "ProfileAborted": "profiled_engine",
     "ProfilePlan": "sweep",
     "ProfilePoint": "sweep",
     "ProfileRun": "profiled_engine",
+    "Savings": "savings",
     "Sweep": "sweep",
+    "SwitchbackController": "switchback",
+    "TickLog": "ticklog",
+    "estimate_savings": "savings",
     "load_endpoints": "endpoints",
     "plan_profile": "sweep",
     "profile_engine": "profiler",
+    "read_blocks": "blocks",
+    "savings_of_log": "savings",
     "spread_clocks": "sweep",
+    "write_parquet": "ticklog",
 }
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from voltana_ctrl.integrations.blocks import Block as Block
+    from voltana_ctrl.integrations.blocks import BlockMeter as BlockMeter
+    from voltana_ctrl.integrations.blocks import read_blocks as read_blocks
     from voltana_ctrl.integrations.endpoints import ENGINES as ENGINES
     from voltana_ctrl.integrations.endpoints import Endpoint as Endpoint
     from voltana_ctrl.integrations.endpoints import load_endpoints as load_endpoints
@@ -30,11 +44,19 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.profiled_engine import ProfileAborted as ProfileAborted
     from voltana_ctrl.integrations.profiled_engine import ProfileRun as ProfileRun
     from voltana_ctrl.integrations.profiler import profile_engine as profile_engine
+    from voltana_ctrl.integrations.savings import ClaimRefused as ClaimRefused
+    from voltana_ctrl.integrations.savings import Interval as Interval
+    from voltana_ctrl.integrations.savings import Savings as Savings
+    from voltana_ctrl.integrations.savings import estimate_savings as estimate_savings
+    from voltana_ctrl.integrations.savings import savings_of_log as savings_of_log
     from voltana_ctrl.integrations.sweep import ProfilePlan as ProfilePlan
     from voltana_ctrl.integrations.sweep import ProfilePoint as ProfilePoint
     from voltana_ctrl.integrations.sweep import Sweep as Sweep
     from voltana_ctrl.integrations.sweep import plan_profile as plan_profile
     from voltana_ctrl.integrations.sweep import spread_clocks as spread_clocks
+    from voltana_ctrl.integrations.switchback import SwitchbackController as SwitchbackController
+    from voltana_ctrl.integrations.ticklog import TickLog as TickLog
+    from voltana_ctrl.integrations.ticklog import write_parquet as write_parquet
 else:
 
     def __getattr__(name: str) -> object:

@@ -175,10 +175,15 @@ class BlockMeter:
     def _block_of(self, start_s: float, notes: Mapping[str, float]) -> Block:
         number = int(notes[BLOCK_NOTE])
         latest = self.blocks[-1] if self.blocks else None
-        same_run = latest is not None and self._block is not None and latest.number <= number
+        length_s = notes[LENGTH_NOTE]
+        # Blocks of one start of the controller lie on one grid of time.
+        same_run = (
+            latest is not None
+            and self._block is not None
+            and abs(start_s - latest.start_s - (number - latest.number) * length_s) < 1.0
+        )
         if latest is not None and same_run and latest.number == number:
             return latest
-        length_s = notes[LENGTH_NOTE]
         washout_s = self.washout_s
         if washout_s is None:
             washout_s = min(_WASHOUT_FRAC * length_s, _WASHOUT_MOST_S)
@@ -224,6 +229,8 @@ class BlockMeter:
         took_s = np.maximum(finished.itl_s[ours] * np.maximum(output_tok - 1.0, 0.0), 1e-6)
         begun_s = t_s - took_s
         for block in reversed(self.blocks):
+            if block.run != self.blocks[-1].run:
+                break  # on another clock, perhaps
             if block.until_s == block.from_s:
                 continue  # in its washout
             block.after_s = t_s - block.until_s

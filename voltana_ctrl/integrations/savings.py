@@ -46,6 +46,9 @@ from voltana_ctrl.types._check import F64, not_negative
 
 __all__ = ["SCHEMA", "ClaimRefused", "Interval", "Savings", "estimate_savings", "savings_of_log"]
 
+# In the unit of what the interval is of.
+_Figure = float
+
 #: Name and version of the JSON of :meth:`Savings.to_dict`.
 SCHEMA = "voltana-ctrl/savings/1"
 
@@ -84,7 +87,7 @@ class Interval:
     Parameters
     ----------
     value, low, high : float
-        Estimate, lower and upper end.
+        Estimate, lower and upper end, in the unit of what it is of.
 
     Examples
     --------
@@ -92,14 +95,14 @@ class Interval:
     True
     """
 
-    value: float
-    low: float
-    high: float
+    value: _Figure
+    low: _Figure
+    high: _Figure
 
     def __contains__(self, number: float) -> bool:
         return self.low <= number <= self.high
 
-    def scaled(self, factor: float) -> Interval:
+    def scaled(self, factor: _Figure) -> Interval:
         """All three numbers times `factor` >= 0.
 
         Parameters
@@ -126,10 +129,10 @@ class Savings:
         Joules per output token in both kinds of block.
     policy_w, highest_w : float
         Mean power in both.
-    policy_attainment, highest_attainment : float, optional
+    policy_attainment_frac, highest_attainment_frac : float, optional
         Fraction of requests that met TTFT and ITL, of those that began and ended in a block;
         None without an SLO.
-    attainment_gap : Interval, optional
+    attainment_gap_frac : Interval, optional
         Policy less highest, by the same pairs.
     load_gap_frac : Interval
         Tokens served under the policy over those served at the highest clock, less 1.
@@ -155,9 +158,9 @@ class Savings:
     highest_j_tok: float
     policy_w: float
     highest_w: float
-    policy_attainment: float | None = None
-    highest_attainment: float | None = None
-    attainment_gap: Interval | None = None
+    policy_attainment_frac: float | None = None
+    highest_attainment_frac: float | None = None
+    attainment_gap_frac: Interval | None = None
     load_gap_frac: Interval
     saved_kwh: Interval
     saved_kwh_day: Interval
@@ -170,29 +173,32 @@ class Savings:
 
     def text(self) -> str:
         """A few lines for people."""
-        saving, gap = self.saving_frac, self.attainment_gap
+        saving, gap = self.saving_frac, self.attainment_gap_frac
         lines = [
-            f"saving {_percent(saving)} of joules per output token"
-            f" (95 % interval {_percent(saving, ends=True)})",
-            f"  {self.pairs} pairs of blocks of {self.block_s:g} s, the first"
-            f" {self.washout_s:g} s of each washed out, {self.left_out} blocks left out",
+            f"saving {_percent(saving)} of joules per output token, 95 % interval"
+            f" {_percent(saving, ends=True)}",
+            f"  {self.pairs} pairs of blocks of {self.block_s:g} s less {self.washout_s:g} s"
+            f" of washout; {self.left_out} blocks left out",
             f"  {'':14}{'policy':>12}{'highest clock':>16}",
             f"  {'joules/token':14}{self.policy_j_tok:12.4g}{self.highest_j_tok:16.4g}",
             f"  {'mean power, W':14}{self.policy_w:12.4g}{self.highest_w:16.4g}",
         ]
-        if self.policy_attainment is None or self.highest_attainment is None or gap is None:
+        if (
+            self.policy_attainment_frac is None
+            or self.highest_attainment_frac is None
+            or gap is None
+        ):
             lines.append("  attainment    not told: give --slo ttft=SECONDS,itl=SECONDS")
         else:
             lines += [
-                f"  {'attainment':14}{self.policy_attainment:12.4f}{self.highest_attainment:16.4f}",
-                f"  attainment gap {gap.value:+.4f} (95 % interval {gap.low:+.4f} to"
-                f" {gap.high:+.4f})",
+                f"  {'attainment':14}{self.policy_attainment_frac:12.4f}{self.highest_attainment_frac:16.4f}",
+                f"  attainment gap {gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})",
             ]
         lines += [
             f"  load under the policy {_percent(self.load_gap_frac, sign=True)}"
-            f" (95 % interval {_percent(self.load_gap_frac, sign=True, ends=True)})",
-            f"  saved in this log {_told(self.saved_kwh)} kWh; all the time at this load"
-            f" {_told(self.saved_kwh_day)} kWh per day",
+            f" ({_percent(self.load_gap_frac, sign=True, ends=True)})",
+            f"  saved in this log: {_told(self.saved_kwh)} kWh",
+            f"  all the time at this load: {_told(self.saved_kwh_day)} kWh per day",
         ]
         if self.saved_cost_day is not None:
             lines.append(f"  cost: {_told(self.saved_cost_day)} per day, in the price's currency")
@@ -214,19 +220,8 @@ def _told(interval: Interval) -> str:
     return f"{interval.value:.4g} ({interval.low:.4g} to {interval.high:.4g})"
 
 
-def paired_interval(differences: F64) -> Interval:
-    """Mean of differences of pairs, with its 95 % t interval.
-
-    Parameters
-    ----------
-    differences : ndarray, shape (n,)
-        At least two.
-
-    Examples
-    --------
-    >>> paired_interval(np.array([1.0, 2.0, 3.0])).high.round(3)
-    np.float64(4.484)
-    """
+def _paired_interval(differences: F64) -> Interval:
+    """Mean of the differences of at least two pairs, with its 95 % t interval."""
     from scipy.special import stdtrit
 
     n = len(differences)
@@ -310,9 +305,9 @@ def estimate_savings(
     _refuse(meter, blocks, pairs)
     log_j_tok = np.array([[math.log(b.energy_j / b.output_tok) for b in pair] for pair in pairs])
     log_tok = np.array([[math.log(b.output_tok / b.span_s) for b in pair] for pair in pairs])
-    load = _exp(paired_interval(log_tok[:, 0] - log_tok[:, 1]))
+    load = _exp(_paired_interval(log_tok[:, 0] - log_tok[:, 1]))
     _refuse_unequal(load)
-    ratio = _exp(paired_interval(log_j_tok[:, 0] - log_j_tok[:, 1]))
+    ratio = _exp(_paired_interval(log_j_tok[:, 0] - log_j_tok[:, 1]))
     saving = Interval(value=-ratio.value, low=-ratio.high, high=-ratio.low)
     arms = [_sum(pair[k] for pair in pairs) for k in (0, 1)]
     policy, highest = arms
@@ -427,7 +422,7 @@ def _judged(pairs: Sequence[tuple[Block, Block]]) -> Mapping[str, Any]:
         for k in (0, 1)
     )
     return {
-        "policy_attainment": policy,
-        "highest_attainment": highest,
-        "attainment_gap": paired_interval(met[:, 0] - met[:, 1]),
+        "policy_attainment_frac": policy,
+        "highest_attainment_frac": highest,
+        "attainment_gap_frac": _paired_interval(met[:, 0] - met[:, 1]),
     }

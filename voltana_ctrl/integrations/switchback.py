@@ -119,8 +119,8 @@ class SwitchbackController(Controller):
     ...     observation = Observation(state=FleetState.idle(2, t_s=t_s))
     ...     decision, memory = controller.decide(observation, memory)
     ...     print(decision.freq_mhz, controller.notes(memory)[POLICY_NOTE])
-    [1410. 1410.] 0.0
     [1005. 1005.] 1.0
+    [1410. 1410.] 0.0
     """
 
     def __init__(
