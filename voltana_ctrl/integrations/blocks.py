@@ -45,8 +45,10 @@ class Block:
         Readings between which it counts; the same before any does.
     unseen_s, after_s : float
         For how much of it readings were old or an instance was away; time seen after it.
-    energy_j, output_tok : float
-        Energy drawn, tokens generated.
+    energy_j : float
+        Energy drawn.
+    finished_tok, iterated_tok : float
+        Tokens generated, as told by requests that finished, and by iterations.
     judged_req, met_req : int
         Requests that began and ended in the block, and how many of them met the SLO.
     counter_fell : bool
@@ -70,7 +72,8 @@ class Block:
     unseen_s: float = 0.0
     after_s: float = 0.0
     energy_j: float = 0.0
-    output_tok: float = 0.0
+    finished_tok: float = 0.0
+    iterated_tok: float = 0.0
     judged_req: int = 0
     met_req: int = 0
     counter_fell: bool = False
@@ -220,6 +223,11 @@ class BlockMeter:
         block.unseen_s += dt_s if old or dt_s > _STALE_S else 0.0
         block.counter_fell |= bool(np.any(delta_j[chosen] < 0.0))
         block.energy_j += float(delta_j[chosen].sum())
+        iterations = observation.iterations
+        told_tok = iterations.batch_req
+        if self._chosen is not None:
+            told_tok = told_tok[np.isin(iterations.instance, self._chosen)]
+        block.iterated_tok += float(told_tok.sum())
 
     def _share_out(self, finished: RequestBatch, t_s: float) -> None:
         """Give the tokens of finished requests to the blocks in which they were generated."""
@@ -235,7 +243,7 @@ class BlockMeter:
                 continue  # in its washout
             block.after_s = t_s - block.until_s
             inside_s = np.minimum(t_s, block.until_s) - np.maximum(begun_s, block.from_s)
-            block.output_tok += float((output_tok * np.clip(inside_s / took_s, 0.0, 1.0)).sum())
+            block.finished_tok += float((output_tok * np.clip(inside_s / took_s, 0.0, 1.0)).sum())
             if begun_s.min(initial=t_s) > block.until_s and block.after_s > block.washout_s:
                 break
 

@@ -32,7 +32,7 @@ Geometric Mixing, arXiv:2209.00197).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,8 @@ class Savings:
             lines.append("  attainment    not told: give --slo ttft=SECONDS,itl=SECONDS")
         else:
             lines += [
-                f"  {'attainment':14}{self.policy_attainment_frac:12.4f}{self.highest_attainment_frac:16.4f}",
+                f"  {'attainment':14}{self.policy_attainment_frac:12.4f}"
+                f"{self.highest_attainment_frac:16.4f}",
                 f"  attainment gap {gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})",
             ]
         lines += [
@@ -303,22 +304,24 @@ def estimate_savings(
     blocks = meter.blocks
     pairs = _pairs(blocks)
     _refuse(meter, blocks, pairs)
-    log_j_tok = np.array([[math.log(b.energy_j / b.output_tok) for b in pair] for pair in pairs])
-    log_tok = np.array([[math.log(b.output_tok / b.span_s) for b in pair] for pair in pairs])
+    energy_j = np.array([[block.energy_j for block in pair] for pair in pairs])
+    output_tok = _tokens(pairs)
+    span_s = np.array([[block.span_s for block in pair] for pair in pairs])
+    log_j_tok = np.log(energy_j / output_tok)
+    log_tok = np.log(output_tok / span_s)
     load = _exp(_paired_interval(log_tok[:, 0] - log_tok[:, 1]))
     _refuse_unequal(load)
     ratio = _exp(_paired_interval(log_j_tok[:, 0] - log_j_tok[:, 1]))
     saving = Interval(value=-ratio.value, low=-ratio.high, high=-ratio.low)
-    arms = [_sum(pair[k] for pair in pairs) for k in (0, 1)]
-    policy, highest = arms
+    (policy_j, highest_j), (policy_s, highest_s) = energy_j.sum(axis=0), span_s.sum(axis=0)
+    policy_tok, highest_tok = output_tok.sum(axis=0)
     # What the policy's energy would have been at the highest clock, less what it was.
-    energy_j = policy.energy_j
     saved_kwh = Interval(
-        value=energy_j * (1.0 / (1.0 - saving.value) - 1.0) / _J_PER_KWH,
-        low=energy_j * (1.0 / (1.0 - saving.low) - 1.0) / _J_PER_KWH,
-        high=energy_j * (1.0 / (1.0 - saving.high) - 1.0) / _J_PER_KWH,
+        value=policy_j * (1.0 / (1.0 - saving.value) - 1.0) / _J_PER_KWH,
+        low=policy_j * (1.0 / (1.0 - saving.low) - 1.0) / _J_PER_KWH,
+        high=policy_j * (1.0 / (1.0 - saving.high) - 1.0) / _J_PER_KWH,
     )
-    day = saving.scaled(highest.energy_j / highest.span_s * 86_400.0 / _J_PER_KWH)
+    day = saving.scaled(highest_j / highest_s * 86_400.0 / _J_PER_KWH)
     judged = _judged(pairs) if meter.slo is not None else {}
     used = {id(block) for pair in pairs for block in pair}
     return Savings(
@@ -327,10 +330,10 @@ def estimate_savings(
         block_s=pairs[0][0].length_s,
         washout_s=pairs[0][0].washout_s,
         saving_frac=saving,
-        policy_j_tok=policy.energy_j / policy.output_tok,
-        highest_j_tok=highest.energy_j / highest.output_tok,
-        policy_w=policy.energy_j / policy.span_s,
-        highest_w=highest.energy_j / highest.span_s,
+        policy_j_tok=policy_j / policy_tok,
+        highest_j_tok=highest_j / highest_tok,
+        policy_w=policy_j / policy_s,
+        highest_w=highest_j / highest_s,
         load_gap_frac=load,
         saved_kwh=saved_kwh,
         saved_kwh_day=day,
@@ -380,12 +383,6 @@ def _refuse(
             f"expected at least {_LEAST_PAIRS} whole pairs of blocks, got {len(pairs)}{because};"
             " let the switchback run longer, or with shorter blocks",
         )
-    if not all(block.output_tok > 0.0 for pair in pairs for block in pair):
-        raise ClaimRefused(
-            "no requests",
-            "blocks without a finished request have no joules per token; use longer blocks, or"
-            " record while there is load",
-        )
 
 
 def _refuse_unequal(load: Interval) -> None:
@@ -400,16 +397,20 @@ def _refuse_unequal(load: Interval) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Total:
-    energy_j: float
-    output_tok: float
-    span_s: float
-
-
-def _sum(blocks: Iterable[Block]) -> _Total:
-    rows = [(block.energy_j, block.output_tok, block.span_s) for block in blocks]
-    return _Total(*(float(sum(column)) for column in zip(*rows, strict=True)))
+def _tokens(pairs: Sequence[tuple[Block, Block]]) -> F64:
+    """Tokens of each block: of finished requests where those are told, else of iterations."""
+    for name in ("finished_tok", "iterated_tok"):
+        found = np.array([[getattr(block, name) for block in pair] for pair in pairs])
+        if found.any():
+            break
+    if not np.all(found > 0.0):
+        raise ClaimRefused(
+            "no requests",
+            "a block without output tokens has no joules per token; use longer blocks, record"
+            " while there is load, and give the engines' forward-pass metrics (`fpm` in the fleet"
+            " file) where no router tells of finished requests",
+        )
+    return found
 
 
 def _judged(pairs: Sequence[tuple[Block, Block]]) -> Mapping[str, Any]:
