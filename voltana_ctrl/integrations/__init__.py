@@ -10,6 +10,7 @@ _HOME = {
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
     "Engine": "profiled_engine",
+    "Exporter": "exporter",
     "Interval": "savings",
     "LoadClient": "load_client",
     "ProfileAborted": "profiled_engine",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.endpoints import ENGINES as ENGINES
     from voltana_ctrl.integrations.endpoints import Endpoint as Endpoint
     from voltana_ctrl.integrations.endpoints import load_endpoints as load_endpoints
+    from voltana_ctrl.integrations.exporter import Exporter as Exporter
     from voltana_ctrl.integrations.load_client import LoadClient as LoadClient
     from voltana_ctrl.integrations.profiled_engine import Engine as Engine
     from voltana_ctrl.integrations.profiled_engine import ProfileAborted as ProfileAborted
