@@ -26,7 +26,7 @@ _HZ_PER_MHZ = 1e6
 _TICK_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 # Kinds of interventions of the guard; whatever else it may say one day is "other".
 _KINDS = (
-    "active set", "floor held by slew", "shares", "other",
+    "active set", "floor held by slew", "limits", "shares", "other",
     *(f"replaced: {status.name.lower()}" for status in Status),
 )  # fmt: skip
 _MOST_NOTES = 32
