@@ -34,7 +34,7 @@ LIMIT_VARIABLE = "VOLTANA_CTRL_GPU_POWER_LIMIT_W"
 
 
 def annotated_limit_w(text: str, where: str = "pod annotations") -> float | None:
-    """Power limit per GPU in the annotations file of the downward API; None without one.
+    r"""Power limit per GPU in the annotations file of the downward API; None without one.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def annotated_limit_w(text: str, where: str = "pod annotations") -> float | None
 
     Examples
     --------
-    >>> annotated_limit_w('app="decode"\\ndynamo.nvidia.com/gpu-power-limit="300"\\n')
+    >>> annotated_limit_w('app="decode"\ndynamo.nvidia.com/gpu-power-limit="300"\n')
     300.0
     >>> annotated_limit_w('app="decode"') is None
     True

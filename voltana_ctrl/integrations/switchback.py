@@ -7,7 +7,7 @@ says why this order carries the proof.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,7 @@ class SwitchbackController(Controller):
         block_s: float,
         seed: int = 0,
         power_budget: PowerBudget | None = None,
+        in_force: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(inner.fleet, period_s=inner.period_s)
         positive("SwitchbackController.block_s", block_s)
@@ -146,6 +147,7 @@ class SwitchbackController(Controller):
         )
         self.block_s = block_s
         self.seed = int(seed)
+        self._in_force = in_force
 
     def init(self) -> SwitchbackMemory:
         """Before the first block."""
@@ -160,8 +162,11 @@ class SwitchbackController(Controller):
             Of the latest tick.
         """
         of_inner = getattr(self.inner, "notes", None)
+        told = {} if of_inner is None else dict(of_inner(memory.inner))
+        if not self._in_force():
+            return told
         return {
-            **({} if of_inner is None else of_inner(memory.inner)),
+            **told,
             BLOCK_NOTE: float(memory.block),
             POLICY_NOTE: float(at_policy(memory.block, self.seed)),
             LENGTH_NOTE: self.block_s,

@@ -56,6 +56,8 @@ class TickLog:
         The fleet, for the header.
     slo : Slo, optional
         What attainment is judged by, for the header.
+    mode : str, optional
+        Mode of the agent, for the header.
     max_bytes : int
         A file that would grow beyond is put aside.
     keep : int
@@ -92,6 +94,7 @@ class TickLog:
         fleet: FleetSpec,
         *,
         slo: Slo | None = None,
+        mode: str | None = None,
         max_bytes: int = 64 * 2**20,
         keep: int = 32,
         parquet: bool = False,
@@ -104,7 +107,8 @@ class TickLog:
         self.dropped = 0
         self.failure: str | None = None
         self._path = Path(path)
-        self._header = _line(log_header(fleet, slo=None if slo is None else asdict(slo)))
+        told = {"slo": None if slo is None else asdict(slo), "mode": mode}
+        self._header = _line(log_header(fleet, **told))
         self._max_bytes, self._keep, self._parquet = max_bytes, keep, parquet
         self._file: BinaryIO | None = None
         self._bytes = 0
