@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import voltana_ctrl
-from voltana_ctrl.cli import _compare, _identify, _lists, _node, _savings
+from voltana_ctrl.cli import _agent, _compare, _identify, _lists, _node, _savings
 from voltana_ctrl.errors import VoltanaError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ for _command in (
     _identify.fit,
     _identify.profile,
     _node.doctor,
-    _node.agent,
+    _agent.agent,
     _savings.savings,
     _lists.policies,
     _lists.profiles,

@@ -4,25 +4,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOME = {
+    "Agent": "agent",
+    "AgentSettings": "agent",
     "Block": "blocks",
     "BlockMeter": "blocks",
     "ClaimRefused": "savings",
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
     "Engine": "profiled_engine",
+    "EngineBackend": "telemetry",
     "Exporter": "exporter",
+    "FinishedRequest": "traffic",
+    "FpmReader": "fpm_reader",
+    "GpuMeters": "gpu_meters",
+    "HubBackend": "hub",
     "Interval": "savings",
     "LoadClient": "load_client",
+    "ModelledGpus": "modelled_gpus",
+    "NodeBackend": "node",
     "ProfileAborted": "profiled_engine",
     "ProfilePlan": "sweep",
     "ProfilePoint": "sweep",
     "ProfileRun": "profiled_engine",
+    "Reading": "reading",
     "Savings": "savings",
+    "Scraper": "scrape",
     "Sweep": "sweep",
     "SwitchbackController": "switchback",
     "TickLog": "ticklog",
+    "Traffic": "traffic",
+    "dynamo_fpm_addresses": "fpm_reader",
     "estimate_savings": "savings",
     "load_endpoints": "endpoints",
+    "node_clocks": "node",
     "plan_profile": "sweep",
     "profile_engine": "profiler",
     "read_blocks": "blocks",
@@ -34,6 +48,8 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from voltana_ctrl.integrations.agent import Agent as Agent
+    from voltana_ctrl.integrations.agent import AgentSettings as AgentSettings
     from voltana_ctrl.integrations.blocks import Block as Block
     from voltana_ctrl.integrations.blocks import BlockMeter as BlockMeter
     from voltana_ctrl.integrations.blocks import read_blocks as read_blocks
@@ -41,24 +57,36 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.endpoints import Endpoint as Endpoint
     from voltana_ctrl.integrations.endpoints import load_endpoints as load_endpoints
     from voltana_ctrl.integrations.exporter import Exporter as Exporter
+    from voltana_ctrl.integrations.fpm_reader import FpmReader as FpmReader
+    from voltana_ctrl.integrations.fpm_reader import dynamo_fpm_addresses as dynamo_fpm_addresses
+    from voltana_ctrl.integrations.gpu_meters import GpuMeters as GpuMeters
+    from voltana_ctrl.integrations.hub import HubBackend as HubBackend
     from voltana_ctrl.integrations.load_client import LoadClient as LoadClient
+    from voltana_ctrl.integrations.modelled_gpus import ModelledGpus as ModelledGpus
+    from voltana_ctrl.integrations.node import NodeBackend as NodeBackend
+    from voltana_ctrl.integrations.node import node_clocks as node_clocks
     from voltana_ctrl.integrations.profiled_engine import Engine as Engine
     from voltana_ctrl.integrations.profiled_engine import ProfileAborted as ProfileAborted
     from voltana_ctrl.integrations.profiled_engine import ProfileRun as ProfileRun
     from voltana_ctrl.integrations.profiler import profile_engine as profile_engine
+    from voltana_ctrl.integrations.reading import Reading as Reading
     from voltana_ctrl.integrations.savings import ClaimRefused as ClaimRefused
     from voltana_ctrl.integrations.savings import Interval as Interval
     from voltana_ctrl.integrations.savings import Savings as Savings
     from voltana_ctrl.integrations.savings import estimate_savings as estimate_savings
     from voltana_ctrl.integrations.savings import savings_of_log as savings_of_log
+    from voltana_ctrl.integrations.scrape import Scraper as Scraper
     from voltana_ctrl.integrations.sweep import ProfilePlan as ProfilePlan
     from voltana_ctrl.integrations.sweep import ProfilePoint as ProfilePoint
     from voltana_ctrl.integrations.sweep import Sweep as Sweep
     from voltana_ctrl.integrations.sweep import plan_profile as plan_profile
     from voltana_ctrl.integrations.sweep import spread_clocks as spread_clocks
     from voltana_ctrl.integrations.switchback import SwitchbackController as SwitchbackController
+    from voltana_ctrl.integrations.telemetry import EngineBackend as EngineBackend
     from voltana_ctrl.integrations.ticklog import TickLog as TickLog
     from voltana_ctrl.integrations.ticklog import write_parquet as write_parquet
+    from voltana_ctrl.integrations.traffic import FinishedRequest as FinishedRequest
+    from voltana_ctrl.integrations.traffic import Traffic as Traffic
 else:
 
     def __getattr__(name: str) -> object:
