@@ -129,7 +129,7 @@ def agent(
     budget = None if power_budget_w is None else PowerBudget.parse(power_budget_w)
     with ExitStack() as ending:
         settings = AgentSettings(
-            mode=mode,  # type: ignore[arg-type]  # checked above
+            mode=mode,
             kill_file=kill_file,
             switchback_s=None if switchback is None else 60.0 * switchback,
             seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
@@ -316,6 +316,7 @@ def _run(
     from voltana_ctrl.integrations.ticklog import TickLog
 
     ending.callback(backend.close)
+    ending.enter_context(end_on_sigterm())
     observers: list[Any] = []
     if log is not None:
         ticks = TickLog(log, backend.spec, slo=slo, mode=settings.mode, parquet=parquet)
@@ -330,7 +331,6 @@ def _run(
     agent = ending.enter_context(
         Agent(backend, controller, settings, observers=observers, period_s=period_s, say=_say)
     )
-    ending.enter_context(end_on_sigterm())
     ending.enter_context(agent.killed_by_signal())
     _say(f"agent: mode {settings.mode}, {len(backend.spec)} instances; kill -USR1 {os.getpid()}"
          " gives the hardware back")  # fmt: skip

@@ -155,7 +155,7 @@ class Agent:
         *,
         observers: Sequence[Observer] = (),
         period_s: float = 0.1,
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.settings = settings = settings or AgentSettings()
         fleet = backend.spec
