@@ -284,7 +284,7 @@ def test_power_caps_of_others_are_seen_and_left(fake, tmp_path):
 def test_meters_read_what_the_driver_says_and_grow_old_where_it_hangs(fake):
     with meters(fake) as found:
         state = found.read().state
-        assert np.all((1200.0 < state.freq_mhz) & (state.freq_mhz <= 1410.0))
+        assert np.all((state.freq_mhz > 1200.0) & (state.freq_mhz <= 1410.0))
         assert state.power_w.min() > 100.0
         time.sleep(0.2)
         assert found.read().state.energy_j.min() > 0.0
@@ -460,11 +460,11 @@ def test_command_acts_is_killed_by_signal_and_ends_by_sigterm(fake, tmp_path, ro
 def test_command_advises(fake, tmp_path, root, engines, monkeypatch):
     with Command(fake, root, "--fleet", fleet_file(tmp_path, fake, engines), "--mode", "advise",
                  "--policy", "static-1005", "--gpu-power-limit", "300",
-                 "--duration", 13) as command:  # fmt: skip
+                 "--duration", 8) as command:  # fmt: skip
         code, _, errors = command.end()
     assert code == 0, errors
     assert "power limits per GPU in force: prefill-0 300 W, decode-0 300 W" in errors
-    assert "decode-0 1410 -> 1005 MHz; expected" in errors
+    assert "decode-0 1305 -> 1005 MHz; expected" in errors
     assert [gpu.sets for gpu in fake.gpus] == [0.0, 0.0]
 
 

@@ -173,7 +173,8 @@ class HubBackend:
             raise BackendError("HubBackend.read: the backend is closed; make a new one")
         t_s = self._now_s()
         with self._lock:
-            age_s = t_s - np.maximum(self._read_s, self._begin_s)
+            heard = np.isfinite(self._read_s)
+            age_s = t_s - np.where(heard, self._read_s, self._begin_s)
             state = FleetState(
                 t_s=max(0.0, t_s),
                 alive=self._alive & (t_s - self._read_s <= self._silent_s),

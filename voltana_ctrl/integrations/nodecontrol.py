@@ -10,6 +10,7 @@ import numpy as np
 
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.governor import IterationGovernor
+from voltana_ctrl.control.governors import CompiledGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.ports import Governor, Observer
@@ -62,7 +63,8 @@ class PolicyController(Controller):
     inner : Controller, optional
         The policy's own; `first` stands without one.
     first : Decision, optional
-        What stands where there is no controller; highest clocks if left out.
+        What stands where there is no controller; highest clocks, or what governors choose, if
+        left out.
     governors : sequence of Governor, optional
         One per instance.
     parked : sequence of Governor, optional
@@ -104,7 +106,9 @@ class PolicyController(Controller):
                     f" {len(those)}"
                 )
         self._inner = inner
-        self._first = first or Decision.highest(fleet)
+        # Governors are free over the whole range; without them the highest clock is the safe one.
+        floor_mhz = fleet.max_mhz if governors is None else fleet.min_mhz
+        self._first = first or Decision.highest(fleet, floor_mhz=floor_mhz)
         self._governors = governors
         self._parked = parked
 
@@ -133,10 +137,12 @@ class PolicyController(Controller):
         for i, active in enumerate(decision.active):
             asked = self._governors if active else self._parked
             if asked is not None:
+                # Compiled governors tell time by themselves, unless told; a log has its own.
+                told = {"t_s": state.t_s} if isinstance(asked[i], CompiledGovernor) else {}
                 clock_mhz = asked[i].step(
                     float(state.running_req[i]), float(state.kv_used_tok[i]),
                     float(state.queue_tok[i]), float(state.oldest_wait_s[i]),
-                    float(freq_mhz[i]), float(ceiling_mhz[i]),
+                    float(freq_mhz[i]), float(ceiling_mhz[i]), **told,
                 )  # fmt: skip
                 freq_mhz[i] = min(max(clock_mhz, freq_mhz[i]), ceiling_mhz[i])
             elif not active:
@@ -244,7 +250,7 @@ class Advice:
     """
 
     def __init__(
-        self, fleet: FleetSpec, say: Callable[[str], None], *, every_s: float = 10.0
+        self, fleet: FleetSpec, say: Callable[[str], None], *, every_s: float = 5.0
     ) -> None:
         positive("Advice.every_s", every_s)
         self._fleet, self._say, self._every_s = fleet, say, every_s
