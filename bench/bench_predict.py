@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import FleetSpec, IterationBatch, Slo, load_profile
-from voltana_ctrl._kernels import learn
+from voltana_ctrl._kernels import learn, rls
 from voltana_ctrl.margin import MarginTracker
 from voltana_ctrl.predict import (
     ClockChooser,
@@ -89,9 +89,9 @@ def regression():
 def test_rls_single(benchmark):
     phi, target = regression()
     theta, cov = np.array([1.0, 0.0] * 3), np.empty((6, 6))
-    learn.restart(cov)
+    rls.restart(cov)
     benchmark.pedantic(
-        learn.rls_step, args=(theta, cov, phi[0], target[0], 0.99, 1.0), rounds=200, iterations=1000
+        rls.rls_step, args=(theta, cov, phi[0], target[0], 0.99, 1.0), rounds=200, iterations=1000
     )
     within(benchmark, 3.0)
 

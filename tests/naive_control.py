@@ -7,7 +7,8 @@ import numpy as np
 
 
 def iteration_s(row, size_req, kv_tok):
-    linear = row["decode_base_s"] + row["decode_req_s"] * size_req + row["decode_kv_s"] * kv_tok
+    line = row["decode_base_s"] + row["decode_req_s"] * size_req
+    linear = max(line, row["decode_roof_s"] * size_req) + row["decode_kv_s"] * kv_tok
     return max(float(linear), float(row["decode_floor_s"]))
 
 

@@ -107,8 +107,10 @@ class NaiveInstance:
         if n:
             decode_s = max(
                 row["decode_floor_s"],
-                row["decode_base_s"]
-                + row["decode_req_s"] * self.padded(n)
+                max(
+                    row["decode_base_s"] + row["decode_req_s"] * self.padded(n),
+                    row["decode_roof_s"] * self.padded(n),
+                )
                 + row["decode_kv_s"] * self.kv_in_batch,
             )
             decode_j = (
@@ -494,8 +496,10 @@ def naive_ecofreq(
         row = next(row for row in one.table if row["clock_mhz"] == mhz)
         decode_s = max(
             row["decode_floor_s"],
-            row["decode_base_s"]
-            + row["decode_req_s"] * one.padded(running)
+            max(
+                row["decode_base_s"] + row["decode_req_s"] * one.padded(running),
+                row["decode_roof_s"] * one.padded(running),
+            )
             + row["decode_kv_s"] * kv,
         )
         prefill_s = row["prefill_tok_s"] * batch_tok

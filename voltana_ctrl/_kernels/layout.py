@@ -13,11 +13,12 @@ F8, I8 = np.float64, np.int64
 PROFILE_DTYPE = np.dtype(
     [
         ("clock_mhz", F8),
-        # decode: T = max(floor, base + req * n_padded + kv * kv_tok)
+        # decode: T = max(floor, max(base + req * n_padded, roof * n_padded) + kv * kv_tok)
         ("decode_base_s", F8),
         ("decode_req_s", F8),
         ("decode_kv_s", F8),
         ("decode_floor_s", F8),
+        ("decode_roof_s", F8),
         # decode: E = T * power + iter + req * n + kv * kv_tok
         ("decode_power_w", F8),
         ("decode_iter_j", F8),

@@ -146,11 +146,17 @@ def tile_aware(tables, padded, params, memory, uniform, prompt_tok, view, member
 def _fadr_level(rows, padded, params, running_req, kv_tok):
     n_ladder = int(params[FADR_N_LADDER])
     size = padded[min(int(running_req), len(padded) - 1)]
-    for level in range(n_ladder - 1):
-        row = rows[int(params[FADR_LADDER + level])]
+    # By bisection: iteration times never rise with the clock.
+    low = 0
+    high = n_ladder - 1
+    while low < high:
+        middle = (low + high) // 2
+        row = rows[int(params[FADR_LADDER + middle])]
         if decode_s(row, size, kv_tok) <= params[FADR_SLO_S]:
-            return level
-    return n_ladder - 1
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @njit([ROUTER_SIGNATURE], cache=True)

@@ -24,6 +24,7 @@ from voltana_ctrl.control._slots import Slots
 from voltana_ctrl.control.target import Load, Target
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.model import decode_steps, zero_order_hold
+from voltana_ctrl.physics import decode_tangent
 from voltana_ctrl.types import FleetSpec, FleetState, Slo, Status
 from voltana_ctrl.types._check import F64, I64, count, positive
 
@@ -336,7 +337,7 @@ class Planner:
         # Linearised between where the fleet is and where it goes, on a batch that is not empty.
         n_at = np.maximum(n, 1.0)
         m_at = np.maximum(m, n_at * lengths.prompt_tok)
-        rows, slopes = decode.rows(clock)
+        rows, slopes = decode_tangent(*decode.rows(clock), n_at)
         a, b, e, c = decode_steps(rows, slopes, clock, n_at, m_at, lengths)
         a, held = zero_order_hold(a, np.concatenate([b, e, c[:, :, None]], axis=2), dt)
         lam_goal = load.arrival_req_s * share

@@ -139,6 +139,9 @@ def _power_w(
     decode_tok_s = decode_share * load.decode_tok_s
     growth_s = rows["decode_req_s"] + rows["decode_kv_s"] * load.context_tok
     spare_frac = 1.0 - busy_frac - decode_tok_s * growth_s
+    # A roof makes no batch longer at a load that it can serve.
+    roof_s = rows["decode_roof_s"] + rows["decode_kv_s"] * load.context_tok
+    served = (spare_frac > 0.0) & (decode_tok_s * roof_s < 1.0 - busy_frac)
     with np.errstate(divide="ignore", invalid="ignore"):
         step_s = np.maximum(
             rows["decode_base_s"] / spare_frac, rows["decode_floor_s"] / (1.0 - busy_frac)
@@ -164,7 +167,7 @@ def _power_w(
     kv_limit = one.kv_capacity_tok / max(load.context_tok, 1e-9)
     possible = np.where(
         decodes,
-        (spare_frac > 0.0) & (step_s <= slo.itl_s) & (running_req <= min(one.max_batch, kv_limit)),
+        served & (step_s <= slo.itl_s) & (running_req <= min(one.max_batch, kv_limit)),
         busy_frac <= 1.0,
     )
     power_w = one.idle_w + prefill_w + np.where(decodes, decode_w, 0.0)
