@@ -353,7 +353,8 @@ class Planner:
         values = {
             "a_nn": a[:, 0, 0], "a_nm": 1e3 * a[:, 0, 1], "a_mn": 1e-3 * a[:, 1, 0],
             "a_mm": a[:, 1, 1], "b_n": 1e3 * held[:, 0, 0], "b_m": held[:, 1, 0],
-            "e_n": held[:, 0, 1], "e_m": 1e-3 * held[:, 1, 1], "c_n": held[:, 0, 2], "c_m": 1e-3 * held[:, 1, 2],
+            "e_n": held[:, 0, 1], "e_m": 1e-3 * held[:, 1, 1],
+            "c_n": held[:, 0, 2], "c_m": 1e-3 * held[:, 1, 2],
             "step_n": rows["decode_req_s"], "step_m": 1e3 * rows["decode_kv_s"],
             "step_f": step_f,
             "step_rest_s": np.where(
