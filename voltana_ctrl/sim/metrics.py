@@ -68,14 +68,17 @@ def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo:
     True
     """
     energy_j = _energy(before, after)
-    tokens_out = int(_gain(before, after, "emitted_tok").sum())
+    # What a failure has undone was not delivered, and is made once more.
+    tokens_lost = int(_gain(before, after, "lost_tok").sum())
+    tokens_out = int(_gain(before, after, "emitted_tok").sum()) - tokens_lost
     return {
         "window_s": window_s,
         **energy_j,
         "mean_power_w": energy_j["energy_j"] / window_s,
-        "energy_per_token_j": energy_j["energy_j"] / tokens_out if tokens_out else None,
+        "energy_per_token_j": energy_j["energy_j"] / tokens_out if tokens_out > 0 else None,
         **_latencies(simulated, slo),
         "tokens_out": tokens_out,
+        "tokens_lost": tokens_lost,
         **_activity(simulated, before, after, window_s),
     }
 
@@ -154,6 +157,7 @@ def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
         "requests_in_flight": int(len(rows) - done.sum() - dropped.sum()),
         "requests_dropped": int(dropped.sum()),
         "preemptions": int(rows["preemptions"].sum()),
+        "retries": int(rows["retries"].sum()),
     }
 
 
@@ -174,6 +178,7 @@ def _activity(simulated: Plant, before: Any, after: Any, window_s: float) -> dic
         "mean_batch": mean_batch,
         "mean_freq_prefill_mhz": _ratio(busy_mhz_s[fleet.prefill], busy_s[fleet.prefill]),
         "mean_freq_decode_mhz": _ratio(busy_mhz_s[fleet.decode], busy_s[fleet.decode]),
+        "wakes": int(_gain(before, after, "wakes").sum()),
         "clock_changes": int(_gain(before, after, "clock_sets").sum()),
         "active_decode_mean": float(_gain(before, after, "active_s")[fleet.decode].sum())
         / window_s,
