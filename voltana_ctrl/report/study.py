@@ -79,6 +79,21 @@ class Study:
         return self.comparison.get("power_budget_w") or []
 
     @property
+    def conditions(self) -> str:
+        """What was out of the ordinary, as sentences: arrivals, faults; usually empty."""
+        said = []
+        if self.comparison.get("arrivals"):
+            said.append(f"Arrivals: {self.comparison['arrivals']}.")
+        for row in self.comparison.get("faults") or []:
+            how = "".join(
+                f" {key} {row[key]:g}" for key in ("slow_frac", "clamp_mhz") if key in row
+            )
+            until = "" if row["until_s"] is None else f" to {row['until_s']:g} s"
+            name = row["fault"].replace("_", " ").capitalize()
+            said.append(f"{name} of {row['instance']}{how} from {row['from_s']:g} s{until}.")
+        return " ".join(said)
+
+    @property
     def target_frac(self) -> float:
         """Share of requests that must meet each objective."""
         return float(self.comparison["slo"]["attainment"])

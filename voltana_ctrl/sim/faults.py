@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,15 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import FleetSpec
 from voltana_ctrl.types._check import F64, I64, Bool, not_negative, positive
 
-__all__ = ["ClockClamp", "Failure", "Fault", "FaultSchedule", "Slowdown", "read_faults"]
+__all__ = [
+    "ClockClamp",
+    "Failure",
+    "Fault",
+    "FaultSchedule",
+    "Slowdown",
+    "fault_rows",
+    "read_faults",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,21 +198,22 @@ class FaultSchedule:
     def __init__(self, fleet: FleetSpec, faults: Iterable[Fault]) -> None:
         self._fleet = fleet
         self._faults = tuple(faults)
-        for fault in self._faults:
+        for number, fault in enumerate(self._faults, start=1):
             if not isinstance(fault, Fault):
                 raise ConfigError(
                     f"faults: expected Failure, Slowdown or ClockClamp, got {fault!r}"
                 )
             if fault.instance not in fleet.ids:
                 raise ConfigError(
-                    f"{type(fault).__name__}.instance: expected one of"
-                    f" {', '.join(fleet.ids)}, got {fault.instance!r}"
+                    f"faults: number {number}, {type(fault).__name__}: expected an instance of"
+                    f" the fleet ({', '.join(fleet.ids)}), got {fault.instance!r}"
                 )
             lowest_mhz = fleet.min_mhz[fleet.ids.index(fault.instance)]
             if isinstance(fault, ClockClamp) and fault.clamp_mhz < lowest_mhz:
                 raise ConfigError(
-                    f"ClockClamp.clamp_mhz: expected at least {lowest_mhz:g}, the lowest clock of"
-                    f" {fault.instance}, got {fault.clamp_mhz:g}"
+                    f"faults: number {number}, ClockClamp: expected clamp_mhz of at least"
+                    f" {lowest_mhz:g}, the lowest clock of {fault.instance}, got"
+                    f" {fault.clamp_mhz:g}"
                 )
         times_s = {t_s for fault in self._faults for t_s in (fault.from_s, fault.until_s)}
         self.edges_s = tuple(float(t_s) for t_s in sorted(times_s) if t_s < math.inf)
@@ -244,8 +253,10 @@ class FaultSchedule:
         ]
         return alive, slow_frac, np.array(clamp_k, dtype=np.int64)
 
-    def dead_s(self, from_s: float, until_s: float) -> F64:
-        """Time that each instance is dead within a window, shape (n,).
+    def saved_w(self, from_s: float, until_s: float) -> float:
+        """Mean power over a window that the dead do not draw and the parked would.
+
+        What the fluid bound of a fleet that never fails must be lowered by.
 
         Parameters
         ----------
@@ -256,7 +267,29 @@ class FaultSchedule:
         dead_s = np.zeros(len(self._fleet))
         for begin_s, end_s in pairwise(edges_s):
             dead_s += np.where(self.at(float(begin_s))[0], 0.0, end_s - begin_s)
-        return dead_s
+        parked_w = np.array([one.parked_w for one in self._fleet.instances])
+        return float(dead_s @ parked_w / (until_s - from_s))
+
+
+def fault_rows(faults: Iterable[Fault]) -> list[dict[str, Any]]:
+    """Faults as they stand in the JSON of ``compare``; an end that never comes is None.
+
+    Parameters
+    ----------
+    faults : iterable of Fault
+        What goes wrong.
+
+    Examples
+    --------
+    >>> fault_rows([Slowdown(instance="decode-0", slow_frac=1.5, from_s=30.0)])
+    [{'fault': 'slowdown', 'instance': 'decode-0', 'slow_frac': 1.5, 'from_s': 30.0,
+      'until_s': None}]
+    """
+    names = {kind: name for name, kind in _KINDS.items()}
+    rows = [{"fault": names[type(fault)], **asdict(fault)} for fault in faults]
+    return [
+        {key: None if value == math.inf else value for key, value in row.items()} for row in rows
+    ]
 
 
 def read_faults(path: str | Path) -> tuple[Fault, ...]:
@@ -296,10 +329,12 @@ def read_faults(path: str | Path) -> tuple[Fault, ...]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected TOML: {error}") from error
+    known = ", ".join(f"[[{kind}]]" for kind in _KINDS)
+    if not data:
+        raise ConfigError(f"{path}: expected {known} tables, got none")
     faults: list[Fault] = []
     for name, tables in data.items():
         if name not in _KINDS or not isinstance(tables, list) or not tables:
-            known = ", ".join(f"[[{kind}]]" for kind in _KINDS)
             raise ConfigError(f"{path}: expected {known} tables only, got {name!r}")
         for number, table in enumerate(tables, start=1):
             try:

@@ -10,7 +10,7 @@ from voltana_ctrl._kernels import layout, plant
 from voltana_ctrl.sim.engine import Plant
 from voltana_ctrl.types import Slo
 
-__all__ = ["judged_latencies", "run_figures", "snapshot"]
+__all__ = ["fill_gap_closed", "judged_latencies", "run_figures", "snapshot"]
 
 
 def snapshot(simulated: Plant) -> Any:
@@ -81,6 +81,33 @@ def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo:
         "tokens_lost": tokens_lost,
         **_activity(simulated, before, after, window_s),
     }
+
+
+def fill_gap_closed(figures: list[dict[str, Any]]) -> None:
+    """Share of the way from voltanallm to the bound; None where that is under 5 %.
+
+    Parameters
+    ----------
+    figures : list of dict
+        Runs of all policies; each one's ``bound_gap_closed`` is filled in.
+
+    Examples
+    --------
+    >>> runs = [{"policy": policy, "rate_req_s": 5.0, "seed": 0, "energy_j": energy_j}
+    ...         for policy, energy_j in (("voltanallm", 100.0), ("bound", 60.0), ("mine", 70.0))]
+    >>> fill_gap_closed(runs)
+    >>> runs[2]["bound_gap_closed"]
+    0.75
+    """
+    energy_j = {(run["policy"], run["rate_req_s"], run["seed"]): run["energy_j"] for run in figures}
+    for run in figures:
+        where = (run["rate_req_s"], run["seed"])
+        volta_j = energy_j.get(("voltanallm", *where))
+        bound_j = energy_j.get(("bound", *where))
+        if not volta_j or not bound_j or run["energy_j"] is None:
+            continue
+        if volta_j - bound_j >= 0.05 * volta_j:
+            run["bound_gap_closed"] = (volta_j - run["energy_j"]) / (volta_j - bound_j)
 
 
 def _gain(before: Any, after: Any, name: str) -> Any:

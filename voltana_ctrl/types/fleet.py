@@ -331,9 +331,9 @@ class FleetSpec:
 
         Keys of a table: `role`, `profile`, and optionally `id`, `count`, `gpus`, `node`,
         `clocks_mhz`, `kv_capacity_tok`, `max_batch`, `prefill_budget_tok`,
-        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`. A table `engine` says where the running engine of an
-        instance is; it is read by :func:`voltana_ctrl.integrations.load_endpoints` and means
-        nothing here.
+        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`. A table `engine` says where
+        the running engine of an instance is; it is read by
+        :func:`voltana_ctrl.integrations.load_endpoints` and means nothing here.
 
         Parameters
         ----------
