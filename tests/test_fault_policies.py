@@ -233,7 +233,7 @@ def test_compare_takes_faults_and_arrivals_and_says_so(tmp_path) -> None:
     with console.capture() as captured:
         print_table(result.to_study(), console)
     said = " ".join(captured.get().split())
-    assert "Arrivals: Gamma(cv=2.0). Failure of decode-1 from 5 s to 9 s." in said
+    assert "Arrivals: Gamma(cv=2.0). Failure of decode-1 from 5 s to 8 s." in said
     assert "Slowdown of decode-0 slow_frac 1.2 from 4 s." in said
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         again = compare(**options, executor=pool)
