@@ -229,12 +229,16 @@ def test_compare_takes_faults_and_arrivals_and_says_so(tmp_path) -> None:
     assert data["runs"][0]["retries"] > 0
     from rich.console import Console
 
-    console = Console(width=80)
-    with console.capture() as captured:
-        print_table(result.to_study(), console)
-    said = " ".join(captured.get().split())
-    assert "Arrivals: Gamma(cv=2.0). Failure of decode-1 from 5 s to 8 s." in said
-    assert "Slowdown of decode-0 slow_frac 1.2 from 4 s." in said
+    for told, words in (
+        (faults[:1], "Arrivals: Gamma(cv=2.0). Failure of decode-1 from 5 s to 8 s."),
+        (faults[4:5], "Slowdown of decode-0 by 1.2 from 4 s."),
+        (faults[5:], "Clock clamp of prefill-1 to 1200 MHz from 1 s to 8 s."),
+        (faults, "6 faults, named in the JSON."),
+    ):
+        console = Console(width=80)
+        with console.capture() as captured:
+            print_table(dataclasses.replace(result, faults=tuple(told)).to_study(), console)
+        assert words in " ".join(captured.get().split())
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         again = compare(**options, executor=pool)
     timing = ("sim_wall_s", "decide_p50_s", "decide_p99_s")
