@@ -21,9 +21,11 @@ from voltana_ctrl import (
 )
 from voltana_ctrl._kernels import layout
 from voltana_ctrl.backends import SimBackend
+from voltana_ctrl.control import Load, TargetOptimiser
 from voltana_ctrl.control.governors import EcoFreqGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.experiment import Run
+from voltana_ctrl.physics import length_moments
 from voltana_ctrl.report import print_table
 from voltana_ctrl.sim.arrivals import Gamma, parse_arrivals
 from voltana_ctrl.sim.engine import Plant
@@ -200,6 +202,26 @@ def test_the_bound_stays_below_runs_that_sleep() -> None:
     assert pack["itl_attainment"] > 0.99
     # One decode instance sleeps all the time, which saves 50 W.
     assert awake["mean_power_w"] - pack["mean_power_w"] == pytest.approx(50.0, rel=1e-6)
+
+
+def test_the_target_layer_counts_what_sleep_saves_and_waking_costs() -> None:
+    lengths = length_moments([240, 240], [200, 200])
+
+    def plan(active=None, rate_req_s=14.0, **changes):
+        fleet = FleetSpec(tuple(dataclasses.replace(one, **changes) for one in FLEET.instances))
+        load = Load(arrival_req_s=rate_req_s, lengths=lengths)
+        return TargetOptimiser(fleet, SLO).plan(load, active=active)
+
+    # A second prefill instance saves a little, unless it could save all of its idle power.
+    awake, asleep = plan(), plan(asleep_w=0.0)
+    assert awake.active.tolist() == [True, True, True, False]
+    assert asleep.active.tolist() == [True, False, True, False]
+    np.testing.assert_array_equal(awake.power_w[~awake.active], 60.0)
+    np.testing.assert_array_equal(asleep.power_w[~asleep.active], 0.0)
+    # All are active, and parking pays only if waking once more costs little.
+    everybody = np.ones(4, dtype=bool)
+    assert plan(everybody, asleep_w=0.0).active.sum() == 2
+    assert plan(everybody, asleep_w=0.0, wake_j=1e5).active.all()
 
 
 def test_compare_takes_faults_and_arrivals_and_says_so(tmp_path) -> None:

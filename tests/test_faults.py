@@ -321,6 +321,33 @@ def test_what_still_lies_at_prefill_is_only_routed_anew() -> None:
     assert r["done_s"] == pytest.approx(ended_s + 0.4, rel=1e-9)
 
 
+def test_a_preempted_request_is_where_it_decodes() -> None:
+    """It waits in a prefill queue of the decode instance; where it was prefilled matters not."""
+    fleet = FleetSpec.parse("2P1D", dataclasses.replace(REFERENCE, kv_capacity_tok=400))
+    workload = Workload(
+        name="crowd",
+        arrival_s=np.arange(12) * 0.02,
+        prompt_tok=np.full(12, 60),
+        output_tok=np.full(12, 150),
+        duration_s=10.0,
+    )
+    smooth = Plant(fleet, workload)
+    queued = made = np.zeros(12, dtype=bool)
+    while not (queued & made).any():
+        smooth.advance(smooth.now_s + 0.005)
+        queued = smooth.requests["state"] == layout.QUEUED
+        made = smooth.requests["made_tok"] > 0
+    r = int(np.flatnonzero(queued & made)[0])
+    fails_s, prefilled_at = smooth.now_s, int(smooth.requests["prefill_at"][r])
+    for dead, retries in ((prefilled_at, 0), (2, 1)):
+        fault = Failure(instance=fleet.ids[dead], from_s=fails_s, until_s=fails_s + 1.0)
+        plant = Plant(fleet, workload, faults=[fault])
+        plant.advance(200.0)
+        assert (plant.requests["state"] == layout.DONE).all()
+        assert plant.requests["retries"][r] == retries
+        assert_empty(plant)
+
+
 @pytest.mark.parametrize(
     ("dead", "tokens_before"),
     [(("prefill-0", "prefill-1"), 0), (("decode-0", "decode-1"), 1)],
