@@ -168,11 +168,6 @@ class FaultSchedule:
     faults : iterable of Fault
         In any order; spans may overlap.
 
-    Attributes
-    ----------
-    edges_s : tuple of float
-        Times at which anything begins or ends, ascending.
-
     Raises
     ------
     ConfigError
@@ -192,8 +187,6 @@ class FaultSchedule:
     >>> alive, slow_frac
     (array([ True, False]), array([1. , 1.5]))
     """
-
-    edges_s: tuple[float, ...]
 
     def __init__(self, fleet: FleetSpec, faults: Iterable[Fault]) -> None:
         self._fleet = fleet
@@ -216,7 +209,12 @@ class FaultSchedule:
                     f" {fault.clamp_mhz:g}"
                 )
         times_s = {t_s for fault in self._faults for t_s in (fault.from_s, fault.until_s)}
-        self.edges_s = tuple(float(t_s) for t_s in sorted(times_s) if t_s < math.inf)
+        self._edges_s = tuple(float(t_s) for t_s in sorted(times_s) if t_s < math.inf)
+
+    @property
+    def edges_s(self) -> tuple[float, ...]:
+        """Times at which anything begins or ends, ascending."""
+        return self._edges_s
 
     def at(self, t_s: float) -> tuple[Bool, F64, I64]:
         """State from `t_s` on.
