@@ -449,8 +449,8 @@ class Plant:
         caps_w = None if limits is None else limits.power_cap_w
         # Without a cap it is as found, which the profile holds already.
         caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
-        for i in np.flatnonzero(inst["power_cap_w"] != caps_w):
-            plant.order_cap(*clocks, i, float(caps_w[i]))
+        for capped in np.flatnonzero(inst["power_cap_w"] != caps_w):
+            plant.order_cap(*clocks, capped, float(caps_w[capped]))
         for sleeper in np.flatnonzero(inst["sleeps"]):
             order_rest(self._sim, inst, self._tables, self._pending_s, self._tree, sleeper)
         for router in self._routers.values():
