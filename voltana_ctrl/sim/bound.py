@@ -132,6 +132,7 @@ def _power_w(
     one: InstanceSpec, load: FluidLoad, prefill_share: F64, decode_share: F64, slo: Slo
 ) -> F64:
     """Least power of one instance at each share of the load; infinite where it cannot."""
+    rest_w = one.parked_w  # at most idle power: nobody rests for less
     rows: Any = one.table[:, None]
     busy_frac = prefill_share * (
         load.prefill_tok_s * rows["prefill_tok_s"] + load.prefill_tok2_s * rows["prefill_tok2_s"]
@@ -157,12 +158,12 @@ def _power_w(
         decode_w = (
             on_frac
             * (
-                (1.0 - busy_frac) * (rows["decode_power_w"] - one.idle_w)
+                (1.0 - busy_frac) * (rows["decode_power_w"] - rest_w)
                 + rows["decode_iter_j"] / on_step_s
             )
             + per_token_w
         )
-    prefill_w = busy_frac * (rows["prefill_power_w"] - one.idle_w)
+    prefill_w = busy_frac * (rows["prefill_power_w"] - rest_w)
     decodes = decode_tok_s > 0.0
     kv_limit = one.kv_capacity_tok / max(load.context_tok, 1e-9)
     possible = np.where(
@@ -170,7 +171,7 @@ def _power_w(
         served & (step_s <= slo.itl_s) & (running_req <= min(one.max_batch, kv_limit)),
         busy_frac <= 1.0,
     )
-    power_w = one.idle_w + prefill_w + np.where(decodes, decode_w, 0.0)
+    power_w = rest_w + prefill_w + np.where(decodes, decode_w, 0.0)
     least: F64 = np.where(possible, power_w, np.inf).min(axis=0)
     return least
 
