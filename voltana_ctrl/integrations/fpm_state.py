@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from voltana_ctrl.integrations.fpm import ForwardPass
+from voltana_ctrl.integrations.waiting_line import WaitingLine
 
 __all__ = ["RankState"]
 
-_MAX_WAITING = 1024
 # An engine also beats while a long iteration runs; work that was queued is still there then.
 _LONG_ITERATION_S = 10.0
 
@@ -41,7 +39,7 @@ class RankState:
         self.seen_s = self.worked_s = 0.0
         self.arrived_req = self.arrived_tok = 0.0
         self._partial_tok = 0.0
-        self._waiting: deque[tuple[float, float]] = deque()
+        self._line = WaitingLine()
 
     def missing(self, one: ForwardPass) -> int:
         """Messages lost before this one; -1 where the engine counts anew."""
@@ -73,7 +71,7 @@ class RankState:
         arrived_tok = self._count_prompts(before, one) if self.prefills else 0.0
         if not self.prefills:
             self._count_decodes(before, one)
-        self._queue(t_s, arrived_tok)
+        self._line.follow(t_s, waiting=self.waiting_tok, arrived=arrived_tok)
 
     def _count_prompts(self, before: ForwardPass, one: ForwardPass) -> float:
         """Arrivals by balance: what is queued and computed now, less what was queued before.
@@ -102,27 +100,9 @@ class RankState:
         self.arrived_req += max(0.0, _held_req(one) - _held_req(before))
         self.arrived_tok += max(0.0, grown_tok)
 
-    def _queue(self, t_s: float, arrived_tok: float) -> None:
-        """First in, first out: what waits are the latest arrivals."""
-        tok = self.waiting_tok
-        known_tok = sum(part for _, part in self._waiting) + arrived_tok
-        new_tok = arrived_tok + max(0.0, tok - known_tok)
-        if new_tok > 0.0:
-            if len(self._waiting) == _MAX_WAITING:
-                last_s, last_tok = self._waiting.pop()
-                self._waiting.append((last_s, last_tok + new_tok))
-            else:
-                self._waiting.append((t_s, new_tok))
-        excess_tok = max(known_tok, tok) - tok
-        while self._waiting and excess_tok > 0.0:
-            since_s, part_tok = self._waiting.popleft()
-            if part_tok > excess_tok:
-                self._waiting.appendleft((since_s, part_tok - excess_tok))
-            excess_tok -= part_tok
-
     def oldest_wait_s(self, t_s: float) -> float:
         """Age of what waits longest."""
-        return max(0.0, t_s - self._waiting[0][0]) if self._waiting else 0.0
+        return self._line.oldest_s(t_s)
 
     @property
     def waiting_tok(self) -> float:
