@@ -230,8 +230,12 @@ class FpmReader:
             if len(self._ranks) >= _MAX_RANKS:
                 self._counts["strangers"] += 1
                 return
-            role = self._fleet.instances[i].role
-            rank = self._ranks[i, one.dp_rank] = RankState(role.prefills, role.decodes)
+            instance = self._fleet.instances[i]
+            rank = self._ranks[i, one.dp_rank] = RankState(
+                prefills=instance.role.prefills,
+                decodes=instance.role.decodes,
+                budget_tok=instance.prefill_budget_tok,
+            )
         missing = rank.missing(one)
         if missing < 0:
             self._counts["restarts"] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from voltana_ctrl.integrations.fpm import ForwardPass
 from voltana_ctrl.integrations.waiting_line import WaitingLine
 
@@ -22,6 +24,8 @@ class RankState:
     ----------
     prefills, decodes : bool
         What its instance does.
+    budget_tok : float
+        Tokens of its largest iteration; a prompt is cut where an iteration is full.
 
     Examples
     --------
@@ -32,13 +36,14 @@ class RankState:
     (900.0, 3.0, 1400.0, 0.5)
     """
 
-    def __init__(self, prefills: bool, decodes: bool) -> None:
+    def __init__(self, *, prefills: bool, decodes: bool, budget_tok: float = np.inf) -> None:
         self.prefills, self.decodes = prefills, decodes
         self.last: ForwardPass | None = None
         self.now = ForwardPass()
         self.seen_s = self.worked_s = 0.0
         self.arrived_req = self.arrived_tok = 0.0
         self._partial_tok = 0.0
+        self._budget_tok = budget_tok
         self._line = WaitingLine()
 
     def missing(self, one: ForwardPass) -> int:
@@ -77,22 +82,25 @@ class RankState:
         """Arrivals by balance: what is queued and computed now, less what was queued before.
 
         A prompt that is prefilled in parts has left the queue with its first part; the rest
-        of it is remembered, so that it does not count as an arrival.
+        of it is remembered, so that it does not count as an arrival. Of a prompt that never
+        queued the rest is not known: only an iteration that was full may have left one.
         """
+        full = before.prefill_tok + before.decode_req >= self._budget_tok
         left_tok = before.queued_prefill_tok - one.queued_prefill_tok
-        continued = self._partial_tok > 0.0 and one.prefill_req > 0.0
+        unseen = full and one.prefill_kv_tok > 0.0
+        continued = one.prefill_req > 0.0 and (self._partial_tok > 0.0 or unseen)
         rest_tok = self._partial_tok if continued else 0.0
         # KV read for a first part is a cached prefix; for a later part it is the earlier ones.
         done_tok = one.prefill_tok + (0.0 if continued else one.prefill_kv_tok)
         balance_tok = done_tok - rest_tok - left_tok
         self._partial_tok = max(0.0, -balance_tok) if one.prefill_req > 0.0 else 0.0
-        arrived_tok = max(0.0, balance_tok)
-        self.arrived_tok += arrived_tok
+        self.arrived_tok += max(0.0, balance_tok)
         self.arrived_req += max(
             0.0,
             one.queued_prefill_req + one.prefill_req - continued - before.queued_prefill_req,
         )
-        return arrived_tok
+        # The unseen rest of a prompt has arrived, but behind nobody.
+        return 0.0 if continued and rest_tok == 0.0 else max(0.0, balance_tok)
 
     def _count_decodes(self, before: ForwardPass, one: ForwardPass) -> None:
         """Arrivals of prefilled requests: at least by how many there are more."""

@@ -25,7 +25,7 @@ class Metric:
         Samples that are added up; those that are missing count as 0 if one is there.
     mean : bool
         The mean over data-parallel ranks instead of the sum: for fractions.
-    scale : float
+    scale_frac : float
         Factor to the unit of the field.
     times : str
         Name of another sample to multiply with.
@@ -34,13 +34,13 @@ class Metric:
 
     Examples
     --------
-    >>> Metric(names=("vllm:num_requests_running",)).scale
+    >>> Metric(names=("vllm:num_requests_running",)).scale_frac
     1.0
     """
 
     names: tuple[str, ...]
     mean: bool = False
-    scale: float = 1.0
+    scale_frac: float = 1.0
     times: str = ""
     label_product: tuple[str, ...] = ()
 
@@ -160,6 +160,6 @@ DCGM: Mapping[str, Metric] = MappingProxyType(
     {
         "freq_mhz": _sum("DCGM_FI_DEV_SM_CLOCK"),
         "power_w": _sum("DCGM_FI_DEV_POWER_USAGE"),
-        "energy_j": Metric(names=("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION",), scale=1e-3),  # mJ
+        "energy_j": Metric(names=("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION",), scale_frac=1e-3),  # mJ
     }
 )

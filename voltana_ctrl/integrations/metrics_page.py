@@ -96,7 +96,7 @@ def read_dcgm_page(text: str) -> dict[str, dict[str, float]]:
         for labels, value in samples.get(metric.names[0], ()):
             uuid = labels.get("UUID") or labels.get("uuid")
             if uuid and "GPU_I_ID" not in labels:  # a slice shows the clock of the whole
-                gpus.setdefault(uuid, {})[field] = value * metric.scale
+                gpus.setdefault(uuid, {})[field] = value * metric.scale_frac
     if not gpus:
         raise BadPage(f"metrics: no GPU of DCGM exporter on a page of {len(text)} characters")
     return gpus
@@ -149,7 +149,7 @@ def _value(metric: Metric, samples: Mapping[str, list[_Sample]]) -> float | None
         products = [_product(labels, metric.label_product) for labels, _ in found]
         known = [product for product in products if product is not None]
         return sum(known) if known else None
-    total = sum(value for _, value in found) * metric.scale
+    total = sum(value for _, value in found) * metric.scale_frac
     if metric.mean:
         return total / len(found)
     if metric.times:
