@@ -99,8 +99,8 @@ class RankState:
             0.0,
             one.queued_prefill_req + one.prefill_req - continued - before.queued_prefill_req,
         )
-        # The unseen rest of a prompt has arrived, but behind nobody.
-        return 0.0 if continued and rest_tok == 0.0 else max(0.0, balance_tok)
+        # What may be the unseen rest of a prompt stands behind nobody.
+        return 0.0 if continued else max(0.0, balance_tok)
 
     def _count_decodes(self, before: ForwardPass, one: ForwardPass) -> None:
         """Arrivals of prefilled requests: at least by how many there are more."""
