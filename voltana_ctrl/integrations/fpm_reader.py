@@ -239,6 +239,7 @@ class FpmReader:
         missing = rank.missing(one)
         if missing < 0:
             self._counts["restarts"] += 1
+            rank.now = ForwardPass()
         else:
             self._counts["lost"] += missing
         rank.take(one, t_s)
