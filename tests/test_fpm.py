@@ -360,7 +360,7 @@ def test_decode_arrivals_are_at_least_the_growth_of_the_batch():
 def test_a_long_line_is_kept_short():
     line = WaitingLine()
     for k in range(5000):
-        line.follow(float(k), waiting=k + 1.0, arrived=1.0)
+        line.follow(float(k), waiting_tok=k + 1.0, arrived_tok=1.0)
     assert len(line._parts) <= 1024
     assert line.oldest_s(5000.0) == 5000.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -34,8 +35,7 @@ def encode_forward_pass(one: ForwardPass) -> bytes:
     >>> decode_forward_pass([encode_forward_pass(one)]) == one
     True
     """
-    msgpack: Any = import_module("msgpack")
-    packed: bytes = msgpack.packb(
+    return _packer()(
         {
             "version": 1,
             "worker_id": one.worker_id,
@@ -57,7 +57,15 @@ def encode_forward_pass(one: ForwardPass) -> bytes:
             },
         }
     )
-    return packed
+
+
+def _packer() -> Callable[[object], bytes]:
+    """Pack a value: with msgpack, else with msgspec, which vLLM and SGLang bring along."""
+    try:
+        packer: Callable[[object], bytes] = import_module("msgpack").packb
+    except ImportError:
+        packer = import_module("msgspec.msgpack").encode
+    return packer
 
 
 class FpmPublisher:
@@ -92,7 +100,7 @@ class FpmPublisher:
         self, address: str, *, worker_id: str = "", dp_rank: int = 0, keep: int = 4096
     ) -> None:
         try:
-            import_module("msgpack")
+            _packer()
             zmq: Any = import_module("zmq")
         except ImportError as error:
             raise ConfigError(

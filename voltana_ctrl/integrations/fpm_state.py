@@ -76,7 +76,7 @@ class RankState:
         arrived_tok = self._count_prompts(before, one) if self.prefills else 0.0
         if not self.prefills:
             self._count_decodes(before, one)
-        self._line.follow(t_s, waiting=self.waiting_tok, arrived=arrived_tok)
+        self._line.follow(t_s, waiting_tok=self.waiting_tok, arrived_tok=arrived_tok)
 
     def _count_prompts(self, before: ForwardPass, one: ForwardPass) -> float:
         """Arrivals by balance: what is queued and computed now, less what was queued before.

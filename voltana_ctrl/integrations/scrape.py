@@ -278,7 +278,7 @@ class _Engine:
             if told["finished_req"] >= before.get("finished_req", np.inf):
                 arrived_req = max(0.0, _total_req(told) - _total_req(before))
             self._arrived_req += arrived_req
-        self._line.follow(t_s, waiting=told.get("queue_req", 0.0), arrived=arrived_req)
+        self._line.follow(t_s, waiting_tok=told.get("queue_req", 0.0), arrived_tok=arrived_req)
 
     def take_energy(self, energy_j: float | None, t_s: float) -> None:
         if energy_j is None:
