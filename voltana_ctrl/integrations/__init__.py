@@ -25,11 +25,13 @@ _HOME = {
     "plan_profile": "sweep",
     "profile_engine": "profiler",
     "spread_clocks": "sweep",
+    "write_limits": "clock_thread",
 }
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from voltana_ctrl.integrations.clock_thread import write_limits as write_limits
     from voltana_ctrl.integrations.endpoints import ENGINES as ENGINES
     from voltana_ctrl.integrations.endpoints import Endpoint as Endpoint
     from voltana_ctrl.integrations.endpoints import load_endpoints as load_endpoints
