@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 _HOME = {
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
-    "Engine": "profiler",
+    "Engine": "profiled_engine",
     "EngineBackend": "telemetry",
     "FinishedRequest": "traffic",
     "FpmReader": "fpm_reader",
     "LoadClient": "load_client",
     "ModelledGpus": "modelled_gpus",
-    "ProfileAborted": "profiler",
+    "ProfileAborted": "profiled_engine",
     "ProfilePlan": "sweep",
     "ProfilePoint": "sweep",
-    "ProfileRun": "profiler",
+    "ProfileRun": "profiled_engine",
     "Reading": "reading",
     "Scraper": "scrape",
     "Sweep": "sweep",
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.fpm_reader import dynamo_fpm_addresses as dynamo_fpm_addresses
     from voltana_ctrl.integrations.load_client import LoadClient as LoadClient
     from voltana_ctrl.integrations.modelled_gpus import ModelledGpus as ModelledGpus
-    from voltana_ctrl.integrations.profiler import Engine as Engine
-    from voltana_ctrl.integrations.profiler import ProfileAborted as ProfileAborted
-    from voltana_ctrl.integrations.profiler import ProfileRun as ProfileRun
+    from voltana_ctrl.integrations.profiled_engine import Engine as Engine
+    from voltana_ctrl.integrations.profiled_engine import ProfileAborted as ProfileAborted
+    from voltana_ctrl.integrations.profiled_engine import ProfileRun as ProfileRun
     from voltana_ctrl.integrations.profiler import profile_engine as profile_engine
     from voltana_ctrl.integrations.reading import Reading as Reading
     from voltana_ctrl.integrations.scrape import Scraper as Scraper
