@@ -416,8 +416,8 @@ class Plant:
         caps_w = None if limits is None else limits.power_cap_w
         # Without a cap it is as found, which the profile holds already.
         caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
-        for i in np.flatnonzero(inst["power_cap_w"] != caps_w):
-            plant.order_cap(*clocks, i, float(caps_w[i]))
+        for changed in np.flatnonzero(inst["power_cap_w"] != caps_w):
+            plant.order_cap(*clocks, int(changed), float(caps_w[changed]))
         for router in self._routers.values():
             router.update(decision)
         if self._governors is not None:
