@@ -141,6 +141,11 @@ def test_a_cap_that_was_measured_to_save_is_taken():
         (fleet_of(*capped()), None, "no clock lock was measured"),
         (fleet_of(*locks(LOADS[:3]), *capped()), None, "nor at one of the loads"),
         (fleet_of(*locks(), *capped(loads=LOADS[1:])), None, "nor the cap"),
+        (
+            fleet_of(*(p for p in locks() if p.freq_mhz > 810.0), *capped(saves_frac=0.6)),
+            None,
+            "no lock as slow was measured",
+        ),
         (fleet_of(*locks(), *capped()), state(running_req=7.0), "below the loads measured"),
         (fleet_of(*locks(), *capped()), state(running_req=33.0), "above them"),
         (fleet_of(*locks(), *capped()), state(context_tok=1025.0), "longer contexts"),
@@ -232,10 +237,10 @@ def test_what_the_machine_cannot_set_is_not_chosen():
 
 def test_decisions_that_are_not_ok_or_have_limits_pass():
     fleet = fleet_of(*locks(), *capped())
+    asked = Decision.highest(fleet, floor_mhz=np.full(2, 810.0))
     told = [
-        Decision.highest(fleet, status=Status.INFEASIBLE),
-        replace(Decision.highest(fleet), limits=Limits(power_cap_w=[300.0, 300.0])),
-        replace(Decision.highest(fleet), active=np.array([True, False])),
+        replace(asked, status=Status.INFEASIBLE),
+        replace(asked, limits=Limits(power_cap_w=[300.0, 300.0])),
     ]
 
     class Says(Controller):
@@ -250,6 +255,12 @@ def test_decisions_that_are_not_ok_or_have_limits_pass():
     for decision in told:
         got, memory = chooser.decide(Observation(state=state()), memory)
         assert got is decision
+    assert (
+        ActuatorChooser(Asks(fleet, 810.0))
+        .decide(Observation(state=state()), chooser.init())[0]
+        .limits
+        is not None
+    )  # it was not for want of a setting
 
 
 def test_without_measurements_decisions_are_the_same_objects():
