@@ -819,6 +819,29 @@ def test_ranges_come_from_the_driver_and_from_the_cap_that_was_found(tmp_path):
             assert np.all(backend.limit_ranges.cap_max_w == 0.0)
 
 
+@needs_compiler
+def test_the_gpus_of_an_instance_share_its_cap(tmp_path):
+    two = replace(REFERENCE, gpus=2, actuators=(*locks(), *capped(power_cap_w=300.0)))
+    fleet = FleetSpec.parse("1P1D", two)
+    with machine(tmp_path, gpus=4) as fake:
+        gpus = {"prefill-0": fake.uuids[:2], "decode-0": fake.uuids[2:]}
+        backend = NvmlBackend(
+            fleet,
+            gpus,
+            engine=lambda: Observation(state=state()),
+            lock_dir=tmp_path,
+            library=fake.library,
+        )
+        ranges = backend.limit_ranges
+        assert ranges.cap_min_w.tolist() == [200.0, 200.0]
+        assert ranges.cap_max_w.tolist() == [800.0, 800.0]
+        with ControlLoop(backend, ActuatorChooser(Asks(fleet, 810.0), ranges=ranges)) as loop:
+            loop.tick()
+            assert [gpu.cap_w for gpu in fake.gpus] == [400.0, 400.0, 150.0, 150.0]
+            assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [810, 810, 1410, 1410]
+        assert all_given_back(fake)
+
+
 def test_cpu_clocks_reach_the_kernel_and_go_back(tmp_path):
     policy = tmp_path / "policy0"
     policy.mkdir()

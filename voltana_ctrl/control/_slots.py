@@ -110,7 +110,7 @@ class Slots:
 
     def rows(self, clock_mhz: F64) -> tuple[Any, Any]:
         """Coefficients at these clocks and their change per MHz."""
-        rows = np.empty((len(self), len(PROFILE_DTYPE)))
+        rows = np.empty((len(self), len(PROFILE_DTYPE.names or ())))
         slopes = np.empty_like(rows)
         for slots, ladder, table in self._ladders:
             at = clock_mhz[slots]
