@@ -12,6 +12,7 @@ from fake_engine import FakeEngine
 from fake_gpus import PROFILE, all_given_back, machine, needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from voltana_ctrl import (
     ConfigError,
@@ -31,11 +32,12 @@ from voltana_ctrl import (
     load_profile,
 )
 from voltana_ctrl.backends import CpufreqBackend, NvmlBackend, Recorder, ReplayBackend
+from voltana_ctrl.cli import app
 from voltana_ctrl.control import ActuatorChooser
 from voltana_ctrl.fit import actuator_lines, actuators_toml, fit_table, read_actuators
 from voltana_ctrl.integrations import Engine, Sweep, plan_profile, profile_engine
 from voltana_ctrl.physics import compare_actuators
-from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s
+from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s, prefill_s
 from voltana_ctrl.types import ActuatorPoint, ActuatorSetting, LimitRanges, Limits, limits_of
 
 REFERENCE = replace(load_profile(PROFILE), batch_steps=())
@@ -793,6 +795,43 @@ def test_the_plan_tells_the_caps(tmp_path):
     plan = plan_profile(SWEEP, tmp_path / "table.csv")
     assert "1410 MHz, power cap 150 W: decode 2x64, 2x192, 6x64, 6x192" in plan.text()
     assert str(plan.points[-1]) == "decode 6 x 192 tok at 1410 MHz, power cap 150 W"
+
+
+def test_the_command_line_plans_caps_and_tells_what_fit_found(tmp_path):
+    asked = ["http://localhost:1", "--gpu", "GPU-0", "--out", str(tmp_path / "t.csv"), "--dry-run"]
+    done = CliRunner().invoke(
+        app, ["profile", *asked, "--clocks", "705,1410", "--caps", "200", "--mem-clocks", "810"]
+    )
+    assert "1410 MHz, power cap 200 W: decode 1x256" in done.output
+    assert "1410 MHz, memory 810 MHz: decode 1x256" in done.output
+    rows = []
+    for mhz in (510, 810, 1110, 1260, 1335, 1410):
+        row = at_clock(REFERENCE, mhz)
+        for n, tok in ((n, tok) for n in (1, 8, 32) for tok in (256, 2048)):
+            wall_s, power_w = law((n, tok), mhz)
+            rows.append(
+                f"decode,{mhz},{n},{tok},{n * tok},{wall_s},1e-5,{wall_s * power_w},0.1,,,0"
+            )
+        for tok in (128, 512, 2048, 4096):
+            wall_s = float(prefill_s(row, tok))
+            energy_j = wall_s * float(row["prefill_power_w"])
+            rows.append(f"prefill,{mhz},1,{tok},0,{wall_s},1e-5,{energy_j},0.1,,,{tok}")
+    for n, tok in ((n, tok) for n in (8, 32) for tok in (256, 2048)):
+        wall_s, power_w = law((n, tok), 900.0)
+        rows.append(
+            f"decode,1410,{n},{tok},{n * tok},{wall_s},1e-5,{0.8 * wall_s * power_w},0.1,180,,0"
+        )
+    table = write_table(
+        tmp_path / "t.csv", *rows, head=f"{HEAD},set_power_cap_w,set_cpu_mhz,prefill_tok"
+    )
+    out = tmp_path / "mine.toml"
+    done = CliRunner().invoke(
+        app, ["fit", str(table), "--out", str(out), "--ladder", "510:1410:15"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "1410 MHz, power cap 180 W: decode 8 x 256 tok: less power than a lock" in done.output
+    fleet = FleetSpec.parse("1P1D", load_profile(out))
+    assert chosen(fleet).limits.power_cap_w.tolist() == [np.inf, 180.0]
 
 
 # Backends
