@@ -450,7 +450,7 @@ class Plant:
         # Without a cap it is as found, which the profile holds already.
         caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
         for capped in np.flatnonzero(inst["power_cap_w"] != caps_w):
-            plant.order_cap(*clocks, capped, float(caps_w[capped]))
+            plant.order_cap(*clocks, int(capped), float(caps_w[capped]))
         for sleeper in np.flatnonzero(inst["sleeps"]):
             order_rest(self._sim, inst, self._tables, self._pending_s, self._tree, sleeper)
         for router in self._routers.values():
