@@ -1,4 +1,4 @@
-"""Command line: ``voltana-ctrl compare | policies | profiles | fit | profile | doctor | agent``."""
+"""Command line: ``voltana-ctrl compare | policies | profiles | fit | doctor | agent | router`` ..."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from voltana_ctrl.cli import _compare, _identify, _lists, _node
+from voltana_ctrl.cli import _compare, _identify, _lists, _node, _router
 from voltana_ctrl.errors import VoltanaError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ for _command in (
     _identify.profile,
     _node.doctor,
     _node.agent,
+    _router.router,
     _lists.policies,
     _lists.profiles,
 ):

@@ -1,4 +1,4 @@
-"""Work with serving engines: where they are, how to load and measure one. Lazily loaded."""
+"""Work with serving engines: where they are, how to load, measure and route. Lazily loaded."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -6,16 +6,25 @@ from typing import TYPE_CHECKING
 _HOME = {
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
+    "EnergyBook": "proxy_energy",
     "Engine": "profiler",
+    "Flight": "proxy_ledger",
+    "InFlight": "proxy_ledger",
     "LoadClient": "load_client",
+    "PolicyRouters": "proxy_policy",
     "ProfileAborted": "profiler",
     "ProfilePlan": "sweep",
     "ProfilePoint": "sweep",
     "ProfileRun": "profiler",
+    "Proxy": "proxy",
+    "ProxyLimits": "proxy",
+    "RequestEnergy": "proxy_energy",
+    "StateSource": "proxy_policy",
     "Sweep": "sweep",
     "load_endpoints": "endpoints",
     "plan_profile": "sweep",
     "profile_engine": "profiler",
+    "proxy_server": "proxy_server",
     "spread_clocks": "sweep",
 }
 
@@ -30,6 +39,15 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.profiler import ProfileAborted as ProfileAborted
     from voltana_ctrl.integrations.profiler import ProfileRun as ProfileRun
     from voltana_ctrl.integrations.profiler import profile_engine as profile_engine
+    from voltana_ctrl.integrations.proxy import Proxy as Proxy
+    from voltana_ctrl.integrations.proxy import ProxyLimits as ProxyLimits
+    from voltana_ctrl.integrations.proxy_energy import EnergyBook as EnergyBook
+    from voltana_ctrl.integrations.proxy_energy import RequestEnergy as RequestEnergy
+    from voltana_ctrl.integrations.proxy_ledger import Flight as Flight
+    from voltana_ctrl.integrations.proxy_ledger import InFlight as InFlight
+    from voltana_ctrl.integrations.proxy_policy import PolicyRouters as PolicyRouters
+    from voltana_ctrl.integrations.proxy_policy import StateSource as StateSource
+    from voltana_ctrl.integrations.proxy_server import proxy_server as proxy_server
     from voltana_ctrl.integrations.sweep import ProfilePlan as ProfilePlan
     from voltana_ctrl.integrations.sweep import ProfilePoint as ProfilePoint
     from voltana_ctrl.integrations.sweep import Sweep as Sweep
