@@ -1,4 +1,4 @@
-"""Command line: ``voltana-ctrl compare | policies | profiles | fit | doctor | agent | router`` ..."""
+"""Command line: ``voltana-ctrl compare | policies | fit | profile | agent | router``, and more."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class ProxyLimits:
     attempts: int = 3
     header_s: float = 10.0
     body_s: float = 30.0
-    connect_s: float = 2.0
+    connect_s: float = 5.0
     first_token_s: float = 300.0
     total_s: float = 3600.0
     drain_s: float = 60.0

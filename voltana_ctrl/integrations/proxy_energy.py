@@ -12,11 +12,14 @@ import numpy as np
 from voltana_ctrl.estimate.attribution import EnergyLedger
 from voltana_ctrl.integrations.proxy_ledger import Flight
 from voltana_ctrl.integrations.proxy_policy import StateSource
-from voltana_ctrl.predict import FleetTables, predict_decode, predict_prefill
+from voltana_ctrl.predict import FleetTables
 from voltana_ctrl.types import FleetSpec, IterationBatch, RequestBatch, TickRecord
 from voltana_ctrl.types._check import count
 
 __all__ = ["EnergyBook", "RequestEnergy"]
+
+# Of what the kernels predict: time, energy, power.
+_ENERGY_J = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +126,9 @@ class EnergyBook:
     def __init__(
         self, fleet: FleetSpec, source: StateSource | None = None, *, keep_req: int = 10_000
     ) -> None:
+        # Loads Numba, which an import must not.
+        from voltana_ctrl._kernels.predict import decode_one, prefill_one
+
         count("EnergyBook.keep_req", keep_req)
         self.fleet = fleet
         self.source = source
@@ -130,6 +136,7 @@ class EnergyBook:
         self.spent_j = {"prefill": 0.0, "decode": 0.0, "idle": 0.0}
         self._ids = fleet.ids
         self._tables = FleetTables.of(fleet)
+        self._decode_one, self._prefill_one = decode_one, prefill_one
         self._max_mhz = fleet.max_mhz
         self._book: OrderedDict[str, RequestEnergy] = OrderedDict()
         self._attribution = EnergyLedger(instances=len(fleet))
@@ -214,19 +221,19 @@ class EnergyBook:
         if self.source is not None and len(self.source.state) == len(freq_mhz):
             told_mhz = self.source.state.freq_mhz
             freq_mhz = np.where(told_mhz > 0.0, told_mhz, freq_mhz)
+        tables = self._tables
         prefill_j = decode_j = 0.0
         i, j = flight.prefill, flight.decode
         if i >= 0 and flight.output_tok:
             tok, cached = float(flight.prompt_tok), float(min(cached_tok, flight.prompt_tok))
-            prefill_j = float(
-                predict_prefill(
-                    self._tables, i, freq_mhz[i], tok - cached, tok**2 - cached**2
-                ).energy_j
-            )
+            load = (freq_mhz[i], tok - cached, tok**2 - cached**2)
+            prefill_j = self._prefill_one(tables.table, tables.n_clocks, i, *load)[_ENERGY_J]
         if j >= 0 and flight.output_tok > 1:
-            step = predict_decode(self._tables, j, freq_mhz[j], flight.batch_req, flight.kv_tok)
-            decode_j = float(step.energy_j) / flight.batch_req * (flight.output_tok - 1)
-        return prefill_j, decode_j
+            load = (freq_mhz[j], flight.batch_req, flight.kv_tok)
+            of = (tables.table, tables.n_clocks, tables.padded_req)
+            step_j = self._decode_one(*of, j, *load)[_ENERGY_J]
+            decode_j = step_j / flight.batch_req * (flight.output_tok - 1)
+        return float(prefill_j), float(decode_j)
 
     def _name(self, instance: int) -> str:
         return self._ids[instance] if instance >= 0 else ""

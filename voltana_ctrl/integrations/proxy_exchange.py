@@ -229,15 +229,18 @@ class Exchange:
     async def _attempt(self, call: Call, tried: set[int]) -> Answer:
         services, counts = self._services, self._services.counts
         request = Request(prompt_tok=self._flight.prompt_tok)
+        routers, upstream, state = services.routers, services.upstream, counts.state()
+        prefill = routers.prefill(request, state, tried=tried)
+        if upstream.sends_both or routers.decode_at_arrival:
+            decode = prefill
+            if not counts.fleet.colocated:
+                decode = routers.route(request, state, tried=tried)
+            return await upstream.begin(call, counts, prefill, lambda: decode)
 
         def pick_decode() -> int:
-            return services.routers.route(request, counts.state(), tried=tried)
+            return routers.route(request, counts.state(), tried=tried)
 
-        prefill = services.routers.prefill(request, counts.state(), tried=tried)
-        if services.routers.decode_at_arrival and not counts.fleet.colocated:
-            decode = pick_decode()
-            return await services.upstream.begin(call, counts, prefill, lambda: decode)
-        return await services.upstream.begin(call, counts, prefill, pick_decode)
+        return await upstream.begin(call, counts, prefill, pick_decode)
 
     async def _tell(self, call: Call, answer: Answer) -> None:
         """Give an answer that is all there."""

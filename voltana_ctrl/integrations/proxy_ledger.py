@@ -114,6 +114,7 @@ class InFlight:
         self.source = source
         self.total_req = 0
         self.clock = clock
+        self._unknown = FleetState.idle(n)
         self._queue_req, self._queue_tok = [0] * n, [0] * n
         self._running_req, self._kv_tok = [0] * n, [0] * n
         self._waiting: list[OrderedDict[int, float]] = [OrderedDict() for _ in range(n)]
@@ -259,7 +260,7 @@ class InFlight:
         now_s = self.clock()
         n = len(self.fleet)
         told = None if self.source is None else self.source.state
-        known = FleetState.idle(n) if told is None or len(told) != n else told
+        known = self._unknown if told is None or len(told) != n else told
         fresh = known.age_s <= _FRESH_S if known is told else np.zeros(n, dtype=bool)
         up = np.array([not self.is_down(i) for i in range(n)])
 

@@ -216,12 +216,13 @@ class Upstream:
         endpoints: Sequence[Endpoint],
         *,
         colocated: bool,
-        connect_s: float = 2.0,
+        connect_s: float = 5.0,
         api_key: str | None = None,
         pass_authorization: bool = True,
     ) -> None:
         self.endpoints = tuple(endpoints)
         self.kind = dialect_of(self.endpoints, colocated=colocated)
+        self.sends_both = self.kind != "vllm"
         self._colocated = colocated
         self._connect_s = connect_s
         self._api_key = api_key
@@ -275,7 +276,7 @@ class Upstream:
             return await self._vllm(call, counts, prefill, pick_decode)
         if self.kind == "sglang":
             return await self._sglang(call, counts, prefill, pick_decode)
-        decode = prefill if self._colocated else pick_decode()
+        decode = pick_decode()
         content = call.content
         if self.kind == "dynamo":
             ends = None if self._colocated else self.endpoints[prefill], self.endpoints[decode]
