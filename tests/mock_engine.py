@@ -12,7 +12,7 @@ import time
 
 from voltana_ctrl import FleetSpec, load_profile
 from voltana_ctrl.integrations import Endpoint
-from voltana_ctrl.integrations.proxy_server import proxy_server
+from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
 
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 

@@ -15,7 +15,7 @@ from mock_engine import MockEngine, endpoints_of, fleet_of, serving
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.integrations import Endpoint
 from voltana_ctrl.integrations.proxy import Proxy, ProxyLimits
-from voltana_ctrl.integrations.proxy_server import proxy_server
+from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
 
 JSQ = "static-max+least-queue/jsq"
 BODY = {"model": "mock", "prompt": [1, 2, 3], "max_tokens": 4}
@@ -44,6 +44,7 @@ def router(shape, *, kind="vllm", policy=None, engines=None, limits=None, tokens
         while proxy.counts.total_req and time.monotonic() < until_s:
             time.sleep(0.005)
         assert proxy.counts.total_req == 0
+        proxy.counts.source = None
         state = proxy.counts.state()
         for name in ("queue_req", "queue_tok", "running_req", "kv_used_tok"):
             assert not getattr(state, name).any(), name

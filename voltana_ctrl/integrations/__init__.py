@@ -24,7 +24,7 @@ _HOME = {
     "load_endpoints": "endpoints",
     "plan_profile": "sweep",
     "profile_engine": "profiler",
-    "proxy_server": "proxy_server",
+    "proxy_server": "proxy_uvicorn",
     "spread_clocks": "sweep",
 }
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.proxy_ledger import InFlight as InFlight
     from voltana_ctrl.integrations.proxy_policy import PolicyRouters as PolicyRouters
     from voltana_ctrl.integrations.proxy_policy import StateSource as StateSource
-    from voltana_ctrl.integrations.proxy_server import proxy_server as proxy_server
+    from voltana_ctrl.integrations.proxy_uvicorn import proxy_server as proxy_server
     from voltana_ctrl.integrations.sweep import ProfilePlan as ProfilePlan
     from voltana_ctrl.integrations.sweep import ProfilePoint as ProfilePoint
     from voltana_ctrl.integrations.sweep import Sweep as Sweep

@@ -118,7 +118,6 @@ class InFlight:
         self._queue_req, self._queue_tok = [0] * n, [0] * n
         self._running_req, self._kv_tok = [0] * n, [0] * n
         self._waiting: list[OrderedDict[int, float]] = [OrderedDict() for _ in range(n)]
-        self._arrived_req, self._arrived_tok = [0] * n, [0] * n
         self._down_until_s, self._failures = [0.0] * n, [0] * n
         # Power of the instances without a request, shared by the requests there are.
         self._idle_w = [float(one.idle_w) for one in fleet.instances]
@@ -127,7 +126,6 @@ class InFlight:
         # Integrals over time of 1, the batch and its KV tokens; and when they were taken.
         self._integrals = [[0.0, 0.0, 0.0] for _ in range(n)]
         self._taken_s = [clock()] * n
-        self._colocated = fleet.colocated
 
     def begin(self, request_id: str, *, prompt_tok: int) -> Flight:
         """Count a request that came.
@@ -152,8 +150,6 @@ class InFlight:
         self._queue_req[instance] += 1
         flight._queued_tok = flight.prompt_tok
         self._queue_tok[instance] += flight._queued_tok
-        self._arrived_req[instance] += 1
-        self._arrived_tok[instance] += flight.prompt_tok
         self._waiting[instance][id(flight)] = self.clock()
 
     def leave_prefill(self, flight: Flight) -> None:
@@ -174,9 +170,6 @@ class InFlight:
         flight._held_tok = flight.prompt_tok
         self._running_req[instance] += 1
         self._kv_tok[instance] += flight.prompt_tok
-        if not self._colocated:
-            self._arrived_req[instance] += 1
-            self._arrived_tok[instance] += flight.prompt_tok
         one = self._integrals[instance]
         flight._marks = (one[0], one[1], one[2])
 
@@ -282,16 +275,9 @@ class InFlight:
             power_w=known.power_w,
             energy_j=known.energy_j,
             age_s=np.where(fresh, known.age_s, 0.0),
-            arrived_req=np.array(self._arrived_req),
-            arrived_tok=np.array(self._arrived_tok),
+            arrived_req=known.arrived_req,
+            arrived_tok=known.arrived_tok,
         )
-
-    def take_arrivals(self) -> tuple[list[int], list[int]]:
-        """Requests and prompt tokens sent to each instance since this was last asked."""
-        taken = self._arrived_req, self._arrived_tok
-        n = len(self.fleet)
-        self._arrived_req, self._arrived_tok = [0] * n, [0] * n
-        return taken
 
     def _share_idle(self) -> None:
         now_s = self.clock()
