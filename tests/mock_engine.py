@@ -117,7 +117,8 @@ class MockEngine:
         return not left.done()
 
     async def _complete(self, writer, left, path, body, headers, trouble):
-        n = min(self.tokens, body.get("max_tokens") or self.tokens)
+        asked = body.get("max_tokens")
+        n = min(self.tokens, asked) if isinstance(asked, int) and asked > 0 else self.tokens
         wait_s = 3600.0 if trouble == "wait" else self.first_s
         if not await self._wait(left, wait_s):
             self.cancelled += 1

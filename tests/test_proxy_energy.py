@@ -390,4 +390,3 @@ def test_telemetry_reaches_the_routing():
 @pytest.mark.parametrize("stream", [False, True])
 def test_usage_that_is_none(content, stream):
     assert usage_of(content, stream=stream) == {}
-

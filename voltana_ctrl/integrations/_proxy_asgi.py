@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -18,7 +19,7 @@ RETRY_AFTER = ((b"retry-after", b"1"),)
 _CLOSE = ((b"connection", b"close"),)
 # Of a request that is refused, what is read so that the client reads the refusal.
 _DISCARD_BYTES = 1 << 20
-_DISCARD_S = 1.0
+_DISCARD_S = 0.5
 
 
 class Refused(Exception):
@@ -61,30 +62,32 @@ class Endpoint:
             await self._handle(scope, watched_receive, watched_send)
         except Refused as refused:
             headers = [*JSON, *refused.headers]
-            closes = any(name == b"connection" for name, _ in headers)
-            if more and not closes and not await _discard(watched_receive):
-                headers += _CLOSE
             content = error_json(refused.status, refused.kind, str(refused))
-            await respond(watched_send, refused.status, headers, content)
+            if not more:
+                await respond(watched_send, refused.status, headers, content)
+            else:
+                # Told at once; then its body is let in for a moment, since a client that is
+                # cut off while it sends may not read what it was told.
+                headers += _CLOSE
+                await respond(watched_send, refused.status, headers, content, more=True)
+                await _discard(watched_receive)
+                await watched_send({"type": "http.response.body"})
         except ClientGone:
             status = 499
         finally:
             self._told(status)
 
 
-async def _discard(receive: Receive) -> bool:
-    """Read what is left of a body, if it is short."""
+async def _discard(receive: Receive) -> None:
+    """Read what is left of a body, if it is short and quick."""
     size = 0
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_S):
             while size <= _DISCARD_BYTES:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body", False):
-                    return True
+                    return
                 size += len(message.get("body", b""))
-    except TimeoutError:
-        pass
-    return False
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, limit_s: float) -> bytes:
@@ -119,14 +122,16 @@ async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, limit_s
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise Refused(408, "invalid_request_error", "the body came too slowly", _CLOSE) from None
+        raise Refused(408, "invalid_request_error", "the body came too slowly") from None
 
 
-async def respond(send: Send, status: int, headers: Headers, content: bytes) -> None:
-    """Send a whole answer."""
+async def respond(
+    send: Send, status: int, headers: Headers, content: bytes, *, more: bool = False
+) -> None:
+    """Send a whole answer; `more` leaves its end to the caller."""
     length = (b"content-length", str(len(content)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": "http.response.body", "body": content, "more_body": more})
 
 
 def header(headers: Headers, name: bytes) -> bytes | None:

@@ -246,7 +246,10 @@ class Proxy:
     def _tell(self, path: str, status: int) -> None:
         self._told[path, status] += 1
 
-    def _authorize(self, headers: Headers) -> None:
+    def _admit(self, headers: Headers) -> None:
+        # A colon, a space and the end of the line besides.
+        if sum(len(name) + len(value) + 4 for name, value in headers) > self.limits.header_bytes:
+            raise Refused(431, "invalid_request_error", "the headers are too long")
         if self._key is None:
             return
         scheme, _, token = (header(headers, b"authorization") or b"").partition(b" ")
@@ -260,10 +263,7 @@ class Proxy:
             )
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = scope["headers"]
-        if sum(len(name) + len(value) for name, value in headers) > self.limits.header_bytes:
-            raise Refused(431, "invalid_request_error", "the headers are too long")
-        self._authorize(headers)
+        self._admit(scope["headers"])
         if self.is_draining:
             raise Refused(503, "server_error", "the router is shutting down", RETRY_AFTER)
         if self.counts.total_req >= self.limits.in_flight_req:
@@ -273,7 +273,7 @@ class Proxy:
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive
-        self._authorize(scope["headers"])
+        self._admit(scope["headers"])
         for instance in sorted(self.fleet.decode.tolist(), key=self.counts.is_down):
             try:
                 answer = await self._upstream.get(instance, "/v1/models", scope["headers"])
@@ -286,7 +286,7 @@ class Proxy:
 
     async def _energy_of(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive
-        self._authorize(scope["headers"])
+        self._admit(scope["headers"])
         energy = self.energy.find(scope["path_params"]["request_id"])
         if energy is None:
             raise Refused(404, "not_found_error", "no energy is known of this request")
