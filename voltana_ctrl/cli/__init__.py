@@ -1,4 +1,4 @@
-"""Command line: ``voltana-ctrl compare | policies | profiles | fit | profile | doctor | agent``."""
+"""Command line: ``voltana-ctrl compare | policies | fit | profile | agent | router``, and more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import voltana_ctrl
-from voltana_ctrl.cli import _compare, _identify, _lists, _node
+from voltana_ctrl.cli import _compare, _identify, _lists, _node, _router
 from voltana_ctrl.errors import VoltanaError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ for _command in (
     _identify.profile,
     _node.doctor,
     _node.agent,
+    _router.router,
     _lists.policies,
     _lists.profiles,
 ):

@@ -1,4 +1,4 @@
-"""Work with serving engines: where they are, what they tell, how to measure one. Lazily loaded."""
+"""Work with serving engines: what they tell, how to measure and to route. Lazily loaded."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -6,24 +6,33 @@ from typing import TYPE_CHECKING
 _HOME = {
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
+    "EnergyBook": "proxy_energy",
     "Engine": "profiled_engine",
     "EngineBackend": "telemetry",
     "FinishedRequest": "traffic",
+    "Flight": "proxy_ledger",
     "FpmReader": "fpm_reader",
+    "InFlight": "proxy_ledger",
     "LoadClient": "load_client",
     "ModelledGpus": "modelled_gpus",
+    "PolicyRouters": "proxy_policy",
     "ProfileAborted": "profiled_engine",
     "ProfilePlan": "sweep",
     "ProfilePoint": "sweep",
     "ProfileRun": "profiled_engine",
+    "Proxy": "proxy",
+    "ProxyLimits": "proxy",
     "Reading": "reading",
+    "RequestEnergy": "proxy_energy",
     "Scraper": "scrape",
+    "StateSource": "proxy_policy",
     "Sweep": "sweep",
     "Traffic": "traffic",
     "dynamo_fpm_addresses": "fpm_reader",
     "load_endpoints": "endpoints",
     "plan_profile": "sweep",
     "profile_engine": "profiler",
+    "proxy_server": "proxy_uvicorn",
     "spread_clocks": "sweep",
     "write_limits": "clock_thread",
 }
@@ -43,6 +52,15 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.profiled_engine import ProfileAborted as ProfileAborted
     from voltana_ctrl.integrations.profiled_engine import ProfileRun as ProfileRun
     from voltana_ctrl.integrations.profiler import profile_engine as profile_engine
+    from voltana_ctrl.integrations.proxy import Proxy as Proxy
+    from voltana_ctrl.integrations.proxy import ProxyLimits as ProxyLimits
+    from voltana_ctrl.integrations.proxy_energy import EnergyBook as EnergyBook
+    from voltana_ctrl.integrations.proxy_energy import RequestEnergy as RequestEnergy
+    from voltana_ctrl.integrations.proxy_ledger import Flight as Flight
+    from voltana_ctrl.integrations.proxy_ledger import InFlight as InFlight
+    from voltana_ctrl.integrations.proxy_policy import PolicyRouters as PolicyRouters
+    from voltana_ctrl.integrations.proxy_policy import StateSource as StateSource
+    from voltana_ctrl.integrations.proxy_uvicorn import proxy_server as proxy_server
     from voltana_ctrl.integrations.reading import Reading as Reading
     from voltana_ctrl.integrations.scrape import Scraper as Scraper
     from voltana_ctrl.integrations.sweep import ProfilePlan as ProfilePlan
