@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -52,7 +52,8 @@ class ControlLoop:
     backend : Backend
         Simulated, replayed or real plant.
     controller : Controller or object with init/decide
-        The policy. Its `period_s` is the period of the loop, 0.1 s if it has none.
+        The policy. Its `period_s` is the period of the loop, 0.1 s if it has none; what its
+        `notes(memory)` returns, if it has that, goes into the records.
     guard : Guard, optional
         The veto; if left out one with default settings, and with what the backend says that
         other actuators may be set to (`backend.limit_ranges`) if it does.
@@ -109,6 +110,10 @@ class ControlLoop:
         self.ticks = 0
         self.interventions = 0
         self._memory = controller.init()
+        # What a controller wants seen in the records, by its own `notes(memory)` where it has one.
+        self._notes: Callable[[Any], Mapping[str, float]] | None = getattr(
+            controller, "notes", None
+        )
         self._applied: Decision | None = None
         self._state: FleetState | None = None
         self._missed = 0
@@ -152,6 +157,7 @@ class ControlLoop:
             decide_s=decide_s,
             tick_s=time.perf_counter() - begin_s,
             missed=self._missed,
+            notes=self._notes(memory) if self._notes is not None else {},
         )
         self.ticks += 1
         for observer in self.observers:

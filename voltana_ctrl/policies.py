@@ -73,6 +73,9 @@ class PolicySetup:
         What the fleet may draw. Policies that know budgets honour it, the others do not.
     delay_s : float
         From asking for a clock until it runs, as measured on the machine.
+    governed : bool
+        Whether something runs before every iteration of an engine; without, policies that can
+        choose clocks by themselves bring no governors.
 
     Raises
     ------
@@ -89,6 +92,7 @@ class PolicySetup:
     tick_s: float = 0.1
     power_budget: PowerBudget | None = None
     delay_s: float = 0.025
+    governed: bool = True
 
     def __post_init__(self) -> None:
         positive("PolicySetup.tick_s", self.tick_s)
@@ -310,14 +314,14 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
             fleet,
             slo,
             period_s=setup.tick_s,
+            governed=setup.governed,
             delay_s=setup.delay_s,
             power_budget_w=None if setup.power_budget is None else setup.limit_w,
         )
+        governors = [IterationGovernor(one, slo, delay_s=setup.delay_s) for one in fleet.instances]
         return PolicyParts(
             controller=controller,
-            governors=[
-                IterationGovernor(one, slo, delay_s=setup.delay_s) for one in fleet.instances
-            ],
+            governors=governors if setup.governed else None,
             prefill_router=PricedRouter(fleet, slo, "prefill"),
             decode_router=PricedRouter(fleet, slo),
         )

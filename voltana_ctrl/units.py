@@ -13,6 +13,8 @@ SUFFIXES: dict[str, str] = {
     "_bytes_s": "bytes per second",
     "_j_req": "joules per request",
     "_j_tok": "joules per token",
+    "_g_kwh": "grams per kilowatt-hour",
+    "_kwh": "kilowatt-hours; of a price, per kilowatt-hour",
     "_s": "seconds",
     "_mhz": "megahertz",
     "_w": "watts",

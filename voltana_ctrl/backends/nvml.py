@@ -17,7 +17,7 @@ from typing import Any
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.units import j_from_mj, w_from_mw
 
-__all__ = ["Gpu", "GpuLost", "GpuReading", "Nvml", "NvmlMissing"]
+__all__ = ["Gpu", "GpuLost", "GpuReader", "GpuReading", "Nvml", "NvmlMissing"]
 
 # Bits of the clock event reasons (NVML API reference, nvmlClocksEventReasons).
 IDLE = 0x1
@@ -216,6 +216,19 @@ class Nvml:
         ConfigError
             If there is none, naming those there are; or if it is a MIG slice.
         """
+        return Gpu(self, self._handle(uuid), uuid)
+
+    def reader(self, uuid: str) -> GpuReader:
+        """GPU of this UUID as something that can only be read.
+
+        Raises
+        ------
+        ConfigError
+            As :meth:`gpu`.
+        """
+        return GpuReader(self, self._handle(uuid), uuid)
+
+    def _handle(self, uuid: str) -> Any:
         if uuid.startswith("MIG-"):
             raise ConfigError(
                 f"GPU {uuid}: expected a whole GPU, got a MIG slice, whose clock is shared with"
@@ -231,7 +244,7 @@ class Nvml:
         if handle is None:
             known = ", ".join(gpu.uuid for gpu in self.gpus()) or "none"
             raise ConfigError(f"GPU {uuid}: no such GPU in this machine; there are {known}")
-        return Gpu(self, handle, uuid)
+        return handle
 
     @contextlib.contextmanager
     def _ours(self, what: str) -> Iterator[None]:
@@ -256,8 +269,8 @@ class Nvml:
             raise BackendError(f"{what}: {error}") from error
 
 
-class Gpu:
-    """One whole GPU.
+class GpuReader:
+    """One whole GPU, for reading: there is no method that sets anything.
 
     Parameters
     ----------
@@ -270,8 +283,8 @@ class Gpu:
 
     Examples
     --------
-    >>> [name for name in ("read", "lock_clock", "reset_clock") if hasattr(Gpu, name)]
-    ['read', 'lock_clock', 'reset_clock']
+    >>> [name for name in ("read", "lock_clock", "reset_clock") if hasattr(GpuReader, name)]
+    ['read']
     """
 
     def __init__(self, nvml: Nvml, handle: Any, uuid: str = "of unknown UUID") -> None:
@@ -288,10 +301,6 @@ class Gpu:
     @property
     def _label(self) -> str:
         return f"GPU {self.uuid}" + ("" if self.number is None else f" (number {self.number})")
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        with self._nvml._ours(self._label):
-            return function(self._handle, *arguments)
 
     def _get(self, function: Callable[..., Any], *arguments: Any, missing: Any = None) -> Any:
         """Value of a getter; `missing` where this GPU or driver has no such thing."""
@@ -386,6 +395,29 @@ class Gpu:
             counter_j=counter_j,
             reasons=int(reasons),
         )
+
+
+class Gpu(GpuReader):
+    """One whole GPU, with all that may be set on it.
+
+    Parameters
+    ----------
+    nvml : Nvml
+        The open library.
+    handle : object
+        The library's handle.
+    uuid : str, optional
+        As of :class:`GpuReader`.
+
+    Examples
+    --------
+    >>> [name for name in ("read", "lock_clock", "reset_clock") if hasattr(Gpu, name)]
+    ['read', 'lock_clock', 'reset_clock']
+    """
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self._nvml._ours(self._label):
+            return function(self._handle, *arguments)
 
     def lock_clock(self, lo_mhz: int, hi_mhz: int) -> None:
         """Hold the SM clock between two supported clocks.

@@ -9,36 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
-
+from voltana_ctrl.backends.logfile import (
+    log_decision,
+    log_fleet,
+    log_header,
+    log_lines,
+    log_observation,
+    log_tick,
+    plain,
+)
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.ports import Backend
-from voltana_ctrl.types import (
-    PROFILE_DTYPE,
-    ActuatorPoint,
-    Decision,
-    FleetSpec,
-    FleetState,
-    InstanceSpec,
-    IterationBatch,
-    Limits,
-    Observation,
-    Profile,
-    RequestBatch,
-    Role,
-    Status,
-    TickRecord,
-)
+from voltana_ctrl.types import Decision, FleetSpec, Observation, TickRecord
 
 __all__ = ["Mismatch", "Recorder", "ReplayBackend", "ReplayClock"]
-
-_SCHEMA = "voltana-ctrl/log/1"
-_Value = TypeVar("_Value")
 
 
 class Recorder:
@@ -88,7 +76,7 @@ class Recorder:
             self._file: TextIO | None = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"log {path}: cannot be written: {error.strerror}") from error
-        self._write({"schema": _SCHEMA, "fleet": [_plain(one) for one in fleet.instances]})
+        self._write(log_header(fleet))
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
@@ -102,11 +90,7 @@ class Recorder:
 
     def on_tick(self, record: TickRecord) -> None:
         """Write one tick."""
-        line = {
-            name: _plain(getattr(record, name))
-            for name in ("number", "observation", "proposed", "applied", "missed")
-        }
-        self._write(line)
+        self._write(log_tick(record))
         self.ticks += self._file is not None
 
     def close(self) -> None:
@@ -181,7 +165,8 @@ class ReplayBackend:
     Parameters
     ----------
     path : Path
-        Written by :class:`Recorder`; a torn last line (the host died) is left out.
+        Written by :class:`Recorder` or :class:`~voltana_ctrl.integrations.TickLog`, lines of
+        JSON or Parquet; a torn last line (the host died) is left out.
 
     Raises
     ------
@@ -199,12 +184,7 @@ class ReplayBackend:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"log {path}: cannot be read: {error.strerror}") from error
-        lines = text.split("\n")[:-1]  # what follows the last newline is torn or empty
-        self._fleet, self._ticks = _parse(path, lines)
+        self._fleet, self._ticks = _parse(path)
         self._next = 0
         self._closed = False
         self._mismatches: list[Mismatch] = []
@@ -261,8 +241,8 @@ class ReplayBackend:
         recorded = self._ticks[self._next - 1][1]
         for field in fields(Decision):
             ours, theirs = (
-                _plain(getattr(decision, field.name)),
-                _plain(getattr(recorded, field.name)),
+                plain(getattr(decision, field.name)),
+                plain(getattr(recorded, field.name)),
             )
             if ours != theirs:
                 self._mismatches.append(
@@ -276,37 +256,17 @@ class ReplayBackend:
         self._closed = True
 
 
-def _plain(value: Any) -> Any:
-    """Values of JSON; arrays as lists, tables as columns, nested values as objects."""
-    if isinstance(value, np.ndarray):
-        if value.dtype.names:
-            return {name: value[name].tolist() for name in value.dtype.names}
-        return value.tolist()
-    if isinstance(value, Enum):
-        return value.name
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
-
-
-def _parse(path: Path, lines: list[str]) -> tuple[FleetSpec, list[tuple[Observation, Decision]]]:
+def _parse(path: Path) -> tuple[FleetSpec, list[tuple[Observation, Decision]]]:
     fleet: FleetSpec | None = None
     ticks: list[tuple[Observation, Decision]] = []
-    for number, line in enumerate(lines, start=1):
+    for number, values in log_lines(path):
         try:
-            values = json.loads(line)
             if fleet is None:
-                if values["schema"] != _SCHEMA:
-                    raise ConfigError(f"expected schema {_SCHEMA}, got {values['schema']!r}")
-                fleet = FleetSpec(tuple(_instance(one) for one in values["fleet"]))
+                fleet = log_fleet(values)
             else:
-                ticks.append((_observation(values["observation"]), _decision(values["applied"])))
+                ticks.append(
+                    (log_observation(values["observation"]), log_decision(values["applied"]))
+                )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"log {path}: line {number}: not of a log of ticks: {error}"
@@ -314,38 +274,6 @@ def _parse(path: Path, lines: list[str]) -> tuple[FleetSpec, list[tuple[Observat
     if fleet is None:
         raise ConfigError(f"log {path}: expected a first line with the fleet, got none")
     return fleet, ticks
-
-
-def _instance(values: Mapping[str, Any]) -> InstanceSpec:
-    settings = dict(values)
-    profile = dict(settings.pop("profile"))
-    columns = profile.pop("table")
-    table = np.zeros(len(columns["clock_mhz"]), dtype=PROFILE_DTYPE)
-    for name, column in columns.items():
-        table[name] = column
-    steps = tuple((upto, step) for upto, step in profile.pop("batch_steps"))
-    role = Role[settings.pop("role")]
-    points = tuple(ActuatorPoint(**point) for point in profile.pop("actuators", ()))
-    made = Profile(table=table, batch_steps=steps, actuators=points, **profile)
-    return InstanceSpec(role=role, profile=made, **settings)
-
-
-def _observation(values: Mapping[str, Any]) -> Observation:
-    return Observation(
-        state=FleetState(**values["state"]),
-        iterations=IterationBatch(**values["iterations"]),
-        finished=RequestBatch(**values["finished"]),
-    )
-
-
-def _decision(values: Mapping[str, Any]) -> Decision:
-    settings = dict(values)
-    limits = settings.pop("limits")
-    return Decision(
-        status=Status[settings.pop("status")],
-        limits=None if limits is None else Limits(**limits),
-        **settings,
-    )
 
 
 if TYPE_CHECKING:

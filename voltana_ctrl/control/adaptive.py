@@ -162,6 +162,17 @@ class AdaptiveController(Controller):
         )
         return decision, after
 
+    def notes(self, memory: AdaptiveMemory) -> dict[str, float]:
+        """What observers of the loop may want to see: margins on TTFT and ITL.
+
+        Parameters
+        ----------
+        memory : AdaptiveMemory
+            Of the last tick.
+        """
+        ttft, itl = self.tracker.applied_frac(memory.margins)
+        return {"margin_ttft_frac": float(ttft), "margin_itl_frac": float(itl)}
+
     def margin_frac(self, memory: AdaptiveMemory) -> F64:
         """Margins in force per instance, of TTFT and ITL, shape (n, 2)."""
         applied = np.broadcast_to(self.tracker.applied_frac(memory.margins), (len(self.fleet), 2))

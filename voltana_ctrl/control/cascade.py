@@ -185,6 +185,21 @@ class CascadeController(Controller):
         """
         return self._regime.regime(memory.regime)
 
+    def notes(self, memory: CascadeMemory) -> dict[str, float]:
+        """What observers of the loop may want to see: margins on TTFT and ITL, and the pace.
+
+        Parameters
+        ----------
+        memory : CascadeMemory
+            Of the last tick.
+        """
+        ttft, itl = self._margin.applied_frac(memory.margin)
+        return {
+            "margin_ttft_frac": self.margin_frac[0] + float(ttft),
+            "margin_itl_frac": self.margin_frac[1] + float(itl),
+            "pace_frac": memory.pace_frac,
+        }
+
     def _decide(
         self, observation: Observation, memory: CascadeMemory
     ) -> tuple[Decision, CascadeMemory]:

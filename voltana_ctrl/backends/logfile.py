@@ -1,0 +1,274 @@
+"""The log of ticks as a file: what a line holds, how it is written and read back.
+
+One JSON object per line: first the fleet, then a tick each, with numbers written so that they
+come back to the last bit; or the same as Parquet, a row per tick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import (
+    PROFILE_DTYPE,
+    ActuatorPoint,
+    Decision,
+    FleetSpec,
+    FleetState,
+    InstanceSpec,
+    IterationBatch,
+    Limits,
+    Observation,
+    Profile,
+    RequestBatch,
+    Role,
+    Status,
+    TickRecord,
+)
+
+__all__ = [
+    "PARQUET_KEY",
+    "log_decision",
+    "log_fleet",
+    "log_header",
+    "log_lines",
+    "log_observation",
+    "log_tick",
+    "plain",
+]
+
+_SCHEMA = "voltana-ctrl/log/1"
+#: Key of the header in the metadata of a Parquet file.
+PARQUET_KEY = b"voltana-ctrl"
+
+
+def plain(value: Any) -> Any:
+    """Values of JSON; arrays as lists, tables as columns, nested values as objects.
+
+    Parameters
+    ----------
+    value : object
+        Anything of :mod:`voltana_ctrl.types`.
+
+    Examples
+    --------
+    >>> plain(FleetState.idle(2))["queue_tok"]
+    [0.0, 0.0]
+    """
+    if isinstance(value, np.ndarray):
+        if value.dtype.names:
+            return {name: value[name].tolist() for name in value.dtype.names}
+        return value.tolist()
+    if isinstance(value, Enum):
+        return value.name
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def log_header(fleet: FleetSpec, **more: Any) -> dict[str, Any]:
+    """First line of a log: schema, fleet, and what else should be known.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet.
+    **more
+        Further values of JSON.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> log_header(FleetSpec.parse("4C", load_profile("a100-sxm-80gb/llama-3.1-8b")))["schema"]
+    'voltana-ctrl/log/1'
+    """
+    return {"schema": _SCHEMA, "fleet": [plain(one) for one in fleet.instances], **more}
+
+
+def log_tick(record: TickRecord) -> dict[str, Any]:
+    """One tick as plain values of JSON.
+
+    Parameters
+    ----------
+    record : TickRecord
+        The tick.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> wish = Decision.highest(fleet)
+    >>> record = TickRecord(number=0, observation=Observation(state=FleetState.idle(2)),
+    ...                     proposed=wish, applied=wish)
+    >>> log_tick(record)["applied"]["freq_mhz"]
+    [1410.0, 1410.0]
+    """
+    return {field.name: plain(getattr(record, field.name)) for field in fields(record)}
+
+
+def log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Header and ticks of a log with their numbers, from lines of JSON or from Parquet.
+
+    Parameters
+    ----------
+    path : Path
+        The file; ``.parquet`` by its name.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, naming the line.
+
+    Examples
+    --------
+    >>> next(log_lines(Path("no-such.jsonl")))
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: log no-such.jsonl: cannot be read: No such file or directory
+    """
+    number = 0
+    try:
+        for number, values in enumerate(_rows(Path(path)), start=1):
+            if not isinstance(values, dict):
+                raise ValueError("expected an object")
+            yield number, values
+    except OSError as error:
+        raise ConfigError(f"log {path}: cannot be read: {error.strerror or error}") from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(
+            f"log {path}: line {number + 1}: not of a log of ticks: {error}"
+        ) from error
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return  # torn: the host died
+            yield json.loads(line)
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        from pyarrow import parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError(f"log {path}: Parquet needs pyarrow; pip install pyarrow") from error
+    with parquet.ParquetFile(path) as file:
+        header = (file.schema_arrow.metadata or {}).get(PARQUET_KEY)
+        if header is None:
+            raise ValueError("Parquet, but not of a log")
+        yield json.loads(header)
+        for batch in file.iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                yield {**row, "notes": dict(row["notes"])}
+
+
+def log_fleet(header: Mapping[str, Any]) -> FleetSpec:
+    """Fleet of a log.
+
+    Parameters
+    ----------
+    header : mapping
+        The first line, as :func:`log_lines` gives it.
+
+    Raises
+    ------
+    ConfigError, KeyError, TypeError
+        If it is not that of a log.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> log_fleet(log_header(fleet)).ids
+    ('prefill-0', 'decode-0')
+    """
+    if header["schema"] != _SCHEMA:
+        raise ConfigError(f"expected schema {_SCHEMA}, got {header['schema']!r}")
+    return FleetSpec(tuple(_instance(one) for one in header["fleet"]))
+
+
+def _instance(values: Mapping[str, Any]) -> InstanceSpec:
+    settings = dict(values)
+    profile = dict(settings.pop("profile"))
+    columns = profile.pop("table")
+    table = np.zeros(len(columns["clock_mhz"]), dtype=PROFILE_DTYPE)
+    for name, column in columns.items():
+        table[name] = column
+    steps = tuple((upto, step) for upto, step in profile.pop("batch_steps"))
+    role = Role[settings.pop("role")]
+    points = tuple(ActuatorPoint(**point) for point in profile.pop("actuators", ()))
+    made = Profile(table=table, batch_steps=steps, actuators=points, **profile)
+    return InstanceSpec(role=role, profile=made, **settings)
+
+
+def log_observation(values: Mapping[str, Any]) -> Observation:
+    """Observation from its plain values.
+
+    Parameters
+    ----------
+    values : mapping
+        As :func:`plain` gives them.
+
+    Raises
+    ------
+    ShapeError, KeyError, TypeError
+        If they are not those of an observation.
+
+    Examples
+    --------
+    >>> len(log_observation(plain(Observation(state=FleetState.idle(3)))).state)
+    3
+    """
+    return Observation(
+        state=FleetState(**values["state"]),
+        iterations=IterationBatch(**values["iterations"]),
+        finished=RequestBatch(**values["finished"]),
+    )
+
+
+def log_decision(values: Mapping[str, Any]) -> Decision:
+    """Decision from its plain values.
+
+    Parameters
+    ----------
+    values : mapping
+        As :func:`plain` gives them.
+
+    Raises
+    ------
+    ConfigError, ShapeError, KeyError, TypeError
+        If they are not those of a decision.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> log_decision(plain(Decision.highest(fleet))).freq_mhz
+    array([1410., 1410.])
+    """
+    settings = dict(values)
+    limits = settings.pop("limits")
+    return Decision(
+        status=Status[settings.pop("status")],
+        limits=None if limits is None else Limits(**limits),
+        **settings,
+    )
