@@ -5,11 +5,14 @@
 The budgets are asserted on the fastest round: a busy machine slows the others.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 
 from voltana_ctrl import FleetSpec, IterationBatch, Slo, load_profile
-from voltana_ctrl._kernels import learn
+from voltana_ctrl._kernels import learn, rls
+from voltana_ctrl.estimate import ArrivalEstimator
 from voltana_ctrl.margin import MarginTracker
 from voltana_ctrl.predict import (
     ClockChooser,
@@ -89,9 +92,9 @@ def regression():
 def test_rls_single(benchmark):
     phi, target = regression()
     theta, cov = np.array([1.0, 0.0] * 3), np.empty((6, 6))
-    learn.restart(cov)
+    rls.restart(cov)
     benchmark.pedantic(
-        learn.rls_step, args=(theta, cov, phi[0], target[0], 0.99, 1.0), rounds=200, iterations=1000
+        rls.rls_step, args=(theta, cov, phi[0], target[0], 0.99, 1.0), rounds=200, iterations=1000
     )
     within(benchmark, 3.0)
 
@@ -126,11 +129,23 @@ def test_margin_update(benchmark):
     benchmark(tracker.update_misses, tracker.init(), missed, missed)
 
 
+def test_arrival_update(benchmark):
+    estimator = ArrivalEstimator(period_s=86_400.0)
+    counts = {"arrived_req": 4, "arrived_tok": 900, "finished_req": 3, "finished_tok": 500}
+    state = estimator.update(estimator.init(), t_s=1.0, **counts)
+    benchmark.pedantic(
+        estimator.update, args=(state,), kwargs={"t_s": 1.1, **counts}, rounds=100, iterations=100
+    )
+    within(benchmark, 50.0)
+
+
 def test_peer_padasip(benchmark):
     padasip = pytest.importorskip("padasip")
     phi, target = regression()
     model = padasip.filters.FilterRLS(n=6, mu=0.99)
-    benchmark(model.adapt, target[0], phi[0])
+    # One record again and again winds its covariance up to overflow.
+    records = itertools.cycle(zip(target, phi, strict=True))
+    benchmark(lambda: model.adapt(*next(records)))
 
 
 def test_peer_river(benchmark):

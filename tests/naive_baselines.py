@@ -4,7 +4,8 @@ import itertools
 
 
 def decode_s(row, padded_req, kv_tok):
-    linear = row["decode_base_s"] + row["decode_req_s"] * padded_req + row["decode_kv_s"] * kv_tok
+    line = row["decode_base_s"] + row["decode_req_s"] * padded_req
+    linear = max(line, row["decode_roof_s"] * padded_req) + row["decode_kv_s"] * kv_tok
     return max(linear, row["decode_floor_s"])
 
 

@@ -2,7 +2,7 @@
 
 Requests are objects in lists, every token is made one by one, what is in use is counted anew
 each time it is asked for, and energy is the sum over all instances at every event. Nothing is
-shared with the package but the numbers of the profile.
+shared with the package but the numbers of the profile, and the values that say what goes wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from voltana_ctrl.sim.faults import ClockClamp, Failure, Slowdown
 
 KEEP_FREE = 0.01  # of the KV cache, at admission
 
@@ -31,6 +33,7 @@ class NaiveRequest:
     done_s: float | None = None
     dropped: bool = False
     preemptions: int = 0
+    retries: int = 0
 
     @property
     def context(self) -> int:
@@ -74,6 +77,13 @@ class NaiveInstance:
     running_req_s: float = 0.0
     most_kv: int = 0
     most_batch: int = 0
+    alive: bool = True
+    slow: float = 1.0
+    clamp_mhz: float = float("inf")
+    asleep: bool = False
+    wake_end_s: float | None = None
+    wakes: int = 0
+    lost: int = 0  # tokens made for nothing
 
     @property
     def kv(self) -> int:
@@ -83,6 +93,34 @@ class NaiveInstance:
     @property
     def waiting_tok(self) -> int:
         return sum(r.todo for r in self.queue) + sum(r.prompt for r in self.waiting)
+
+    @property
+    def may_sleep(self) -> bool:
+        spec = self.spec
+        return spec.asleep_w is not None or spec.wake_s > 0 or spec.wake_j > 0
+
+    @property
+    def empty(self) -> bool:
+        return not (self.iterating or self.queue or self.waiting or self.running or self.handed)
+
+    @property
+    def rest_w(self) -> float:
+        """Power without an iteration."""
+        if not self.alive:
+            return 0.0
+        if self.asleep:
+            return self.spec.idle_w if self.spec.asleep_w is None else self.spec.asleep_w
+        if self.wake_end_s is not None:
+            return self.spec.idle_w + self.spec.wake_j / self.spec.wake_s
+        return self.spec.idle_w
+
+    def wake(self, now_s: float) -> None:
+        self.asleep = False
+        self.wakes += 1
+        if self.spec.wake_s > 0:
+            self.wake_end_s = now_s + self.spec.wake_s
+        else:
+            self.energy["idle"] += self.spec.wake_j
 
     def fits(self, need: int) -> bool:
         if self.kv == 0:
@@ -107,8 +145,10 @@ class NaiveInstance:
         if n:
             decode_s = max(
                 row["decode_floor_s"],
-                row["decode_base_s"]
-                + row["decode_req_s"] * self.padded(n)
+                max(
+                    row["decode_base_s"] + row["decode_req_s"] * self.padded(n),
+                    row["decode_roof_s"] * self.padded(n),
+                )
                 + row["decode_kv_s"] * self.kv_in_batch,
             )
             decode_j = (
@@ -125,14 +165,15 @@ class NaiveInstance:
 
     def pace(self) -> float:
         """Length of the whole iteration at the present clock; sets the powers."""
-        k = self.clock
+        runs = [k for k, row in enumerate(self.table) if row["clock_mhz"] <= self.clamp_mhz]
+        k = min(self.clock, runs[-1])
         while True:
             wall_s, decode_j, prefill_j = self.cost(k)
             if k == 0 or (decode_j + prefill_j) / wall_s <= self.cap_w:
                 break
             k -= 1
         self.decode_w, self.prefill_w = decode_j / wall_s, prefill_j / wall_s
-        return wall_s
+        return wall_s * self.slow
 
 
 class NaivePlant:
@@ -148,8 +189,12 @@ class NaivePlant:
         decode_at_arrival: bool = False,
         govern: Callable[[NaiveInstance, float], float] | None = None,
         idle_call_s: float = float("inf"),
+        faults=(),
     ) -> None:
         self.fleet = fleet
+        self.faults = faults
+        spans_s = {t for fault in faults for t in (fault.from_s, fault.until_s)}
+        self.edges_s = sorted(t for t in spans_s if t < float("inf"))
         self.actuation_s, self.settle_s = actuation_s, settle_s
         self.decode_at_arrival = decode_at_arrival
         self.govern = govern
@@ -181,8 +226,11 @@ class NaivePlant:
         self.moving: list[tuple[float, int, NaiveRequest]] = []
         self.to_route: list[NaiveRequest] = []
         self.to_start: list[int] = []
+        self.held: list[NaiveRequest] = []  # nobody lives who could take them
         self.node_free_s = dict.fromkeys((spec.node for spec in fleet.instances), 0.0)
         self.credit = {"prefill": [0.0] * len(fleet), "decode": [0.0] * len(fleet)}
+        if self.edges_s[:1] == [0.0]:
+            self.strike()
 
     # -- decisions ------------------------------------------------------------------------
 
@@ -196,6 +244,9 @@ class NaivePlant:
             if cap_w != one.cap_w:
                 one.cap_w = cap_w
                 self.repace(one)
+            if one.active and one.asleep:
+                one.wake(self.now_s)
+        self.settle_down()
         if self.govern is None:
             for one in self.instances:
                 self.order_clock(one, one.floor)
@@ -250,7 +301,11 @@ class NaivePlant:
         able = [i for i in members if self.fleet.instances[i].kv_capacity_tok >= need]
         if not able:
             return None
-        able = [i for i in able if self.instances[i].active] or able
+        one = self.instances
+        able = [i for i in able if one[i].alive] or able
+        able = [i for i in able if one[i].active] or able
+        awake = [i for i in able if not one[i].asleep and one[i].wake_end_s is None]
+        able = awake or able
         credit = self.credit[phase]
         share = {i: self.instances[i].share for i in able}
         if sum(share.values()) == 0:
@@ -260,6 +315,13 @@ class NaivePlant:
         chosen = max(able, key=lambda i: (credit[i], -i))
         credit[chosen] -= sum(share.values())
         return chosen
+
+    def reaches(self, phase: str, need: int) -> bool:
+        """Whether somebody lives who could hold so much."""
+        return any(
+            self.instances[i].alive and self.fleet.instances[i].kv_capacity_tok >= need
+            for i in getattr(self.fleet, phase)
+        )
 
     def route(self, r: NaiveRequest) -> None:
         whole = r.prompt + r.output
@@ -273,6 +335,12 @@ class NaivePlant:
                 r.dropped = True
                 self.answered()
                 return
+            early = self.decode_at_arrival and not self.fleet.colocated
+            if not self.reaches("prefill", first_need) or (
+                early and not self.reaches("decode", whole)
+            ):
+                self.held.append(r)
+                return
             r.prefill_at = self.pick("prefill", first_need)
             if self.decode_at_arrival and not self.fleet.colocated:
                 r.decode_at = self.pick("decode", whole)
@@ -281,6 +349,9 @@ class NaivePlant:
             self.start_later(r.prefill_at)
             return
         if r.decode_at is None:
+            if not self.reaches("decode", whole):
+                self.held.append(r)
+                return
             r.decode_at = self.pick("decode", whole)
         source = self.instances[r.prefill_at]
         profile = source.spec.profile
@@ -318,7 +389,7 @@ class NaivePlant:
             one.running.append(r)
             source = self.instances[r.prefill_at]
             source.handed.remove(r)
-            if source.queue:
+            if source.queue or (source.may_sleep and not source.active):
                 self.start_later(r.prefill_at)
         while len(one.running) > 1 and one.kv + len(one.running) > spec.kv_capacity_tok:
             r = one.running.pop()
@@ -343,6 +414,12 @@ class NaivePlant:
 
     def start(self, i: int) -> None:
         one = self.instances[i]
+        if not one.alive:
+            return
+        if one.asleep and (one.queue or one.waiting):
+            one.wake(self.now_s)
+        if one.wake_end_s is not None:
+            return
         self.form_batch(i)
         if not one.running and not one.chunks:
             one.idle_since_s = self.now_s
@@ -382,7 +459,7 @@ class NaivePlant:
                 continue
             r.made = 1
             streams_here = one.spec.role.decodes or one.spec.profile.first_token == "prefill"
-            if streams_here or r.output == 1:
+            if r.first_s is None and (streams_here or r.output == 1):
                 r.first_s = self.now_s
             if r.output == 1:
                 r.done_s = self.now_s
@@ -396,6 +473,66 @@ class NaivePlant:
         for _ in finished:
             self.answered()
         self.start_later(i)
+
+    # -- what goes wrong ------------------------------------------------------------------
+
+    def strike(self) -> None:
+        """An edge of the faults: whatever holds from now on."""
+        self.edges_s.pop(0)
+        ends = []
+        for i, one in enumerate(self.instances):
+            mine = [
+                fault
+                for fault in self.faults
+                if fault.instance == one.spec.id and fault.from_s <= self.now_s < fault.until_s
+            ]
+            if one.alive and any(isinstance(fault, Failure) for fault in mine):
+                self.fail(i)
+            elif not one.alive and not any(isinstance(fault, Failure) for fault in mine):
+                ends.append(i)
+            one.slow = float(np.prod([f.slow_frac for f in mine if isinstance(f, Slowdown)]))
+            one.clamp_mhz = min(
+                [f.clamp_mhz for f in mine if isinstance(f, ClockClamp)], default=float("inf")
+            )
+            self.repace(one)
+        for i in ends:
+            self.instances[i].alive = True
+            self.to_route += self.held
+            self.held = []
+            self.start_later(i)
+
+    def fail(self, i: int) -> None:
+        one = self.instances[i]
+        self.to_route += self.held
+        self.held = []
+        for r in self.requests:
+            if r.done_s is not None or r.dropped:
+                continue
+            lost = r in one.queue or r in one.running or r in one.handed
+            if not lost and r.decode_at != i:
+                continue
+            under_way = [item for item in self.moving if item[2] is r]
+            arrived = [d for d in self.instances if r in d.waiting]
+            for item in under_way:
+                self.moving.remove(item)
+            for d in arrived:
+                d.waiting.remove(r)
+            r.decode_at = None
+            if lost:
+                one.lost += r.made
+                r.made, r.computed, r.admitted, r.prefill_at = 0, 0, False, None
+                r.retries += 1
+            if (lost or under_way or arrived) and r not in self.to_route:
+                self.to_route.append(r)
+        one.queue, one.running, one.handed, one.chunks = [], [], [], []
+        one.alive, one.iterating, one.asleep = False, False, False
+        one.idle_since_s = one.wake_end_s = None
+
+    def settle_down(self) -> None:
+        """Whoever is parked and has nothing sleeps."""
+        for one in self.instances:
+            if one.may_sleep and one.alive and not one.active and one.empty:
+                one.asleep = one.asleep or one.wake_end_s is None
 
     # -- the event loop -------------------------------------------------------------------
 
@@ -413,6 +550,13 @@ class NaivePlant:
                     self.change_clock(one, k)
 
                 events.append((t, settle))
+            if one.wake_end_s is not None:
+
+                def awake(one: NaiveInstance = one, i: int = i) -> None:
+                    one.wake_end_s = None
+                    self.start_later(i)
+
+                events.append((one.wake_end_s, awake))
             if one.iterating:
                 events.append((one.end_s, lambda i=i: self.end_iteration(i)))
             elif self.govern is not None and one.idle_since_s is not None:
@@ -439,12 +583,19 @@ class NaivePlant:
         return min(events, key=lambda event: event[0]) if events else None
 
     def advance(self, until_s: float) -> None:
+        while self.edges_s and self.edges_s[0] <= until_s:
+            self.run(self.edges_s[0])
+            self.strike()
+        self.run(until_s)
+
+    def run(self, until_s: float) -> None:
         while True:
             while self.to_route or self.to_start:
                 if self.to_route:
                     self.route(self.to_route.pop(0))
                 else:
                     self.start_one()
+            self.settle_down()
             event = self.next_event()
             if event is None or event[0] > until_s:
                 self.pass_time(until_s)
@@ -465,7 +616,7 @@ class NaivePlant:
                 one.energy["decode"] += one.decode_w * span_s
                 one.energy["prefill"] += one.prefill_w * span_s
             else:
-                one.energy["idle"] += one.spec.idle_w * span_s
+                one.energy["idle"] += one.rest_w * span_s
         self.now_s = t_s
 
     def energies(self) -> np.ndarray:
@@ -494,8 +645,10 @@ def naive_ecofreq(
         row = next(row for row in one.table if row["clock_mhz"] == mhz)
         decode_s = max(
             row["decode_floor_s"],
-            row["decode_base_s"]
-            + row["decode_req_s"] * one.padded(running)
+            max(
+                row["decode_base_s"] + row["decode_req_s"] * one.padded(running),
+                row["decode_roof_s"] * one.padded(running),
+            )
             + row["decode_kv_s"] * kv,
         )
         prefill_s = row["prefill_tok_s"] * batch_tok

@@ -17,8 +17,9 @@ def decode(rows, padded_row, freq_mhz, running_req, kv_tok):
     size = padded_size(padded_row, running_req)
     times, powers = [], []
     for row in rows:
-        linear = row["decode_base_s"] + row["decode_req_s"] * size + row["decode_kv_s"] * kv_tok
-        time_s = max(linear, row["decode_floor_s"])
+        line = row["decode_base_s"] + row["decode_req_s"] * size
+        bent = max(line, row["decode_roof_s"] * size) + row["decode_kv_s"] * kv_tok
+        time_s = max(bent, row["decode_floor_s"])
         energy_j = (
             time_s * row["decode_power_w"]
             + row["decode_iter_j"]

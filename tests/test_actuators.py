@@ -12,6 +12,7 @@ from fake_engine import FakeEngine
 from fake_gpus import PROFILE, all_given_back, machine, needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from voltana_ctrl import (
     ConfigError,
@@ -31,11 +32,12 @@ from voltana_ctrl import (
     load_profile,
 )
 from voltana_ctrl.backends import CpufreqBackend, NvmlBackend, Recorder, ReplayBackend
+from voltana_ctrl.cli import app
 from voltana_ctrl.control import ActuatorChooser
 from voltana_ctrl.fit import actuator_lines, actuators_toml, fit_table, read_actuators
 from voltana_ctrl.integrations import Engine, Sweep, plan_profile, profile_engine
 from voltana_ctrl.physics import compare_actuators
-from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s
+from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s, prefill_s
 from voltana_ctrl.types import ActuatorPoint, ActuatorSetting, LimitRanges, Limits, limits_of
 
 REFERENCE = replace(load_profile(PROFILE), batch_steps=())
@@ -141,6 +143,11 @@ def test_a_cap_that_was_measured_to_save_is_taken():
         (fleet_of(*capped()), None, "no clock lock was measured"),
         (fleet_of(*locks(LOADS[:3]), *capped()), None, "nor at one of the loads"),
         (fleet_of(*locks(), *capped(loads=LOADS[1:])), None, "nor the cap"),
+        (
+            fleet_of(*(p for p in locks() if p.freq_mhz > 810.0), *capped(saves_frac=0.6)),
+            None,
+            "no lock as slow was measured",
+        ),
         (fleet_of(*locks(), *capped()), state(running_req=7.0), "below the loads measured"),
         (fleet_of(*locks(), *capped()), state(running_req=33.0), "above them"),
         (fleet_of(*locks(), *capped()), state(context_tok=1025.0), "longer contexts"),
@@ -232,10 +239,10 @@ def test_what_the_machine_cannot_set_is_not_chosen():
 
 def test_decisions_that_are_not_ok_or_have_limits_pass():
     fleet = fleet_of(*locks(), *capped())
+    asked = Decision.highest(fleet, floor_mhz=np.full(2, 810.0))
     told = [
-        Decision.highest(fleet, status=Status.INFEASIBLE),
-        replace(Decision.highest(fleet), limits=Limits(power_cap_w=[300.0, 300.0])),
-        replace(Decision.highest(fleet), active=np.array([True, False])),
+        replace(asked, status=Status.INFEASIBLE),
+        replace(asked, limits=Limits(power_cap_w=[300.0, 300.0])),
     ]
 
     class Says(Controller):
@@ -250,6 +257,12 @@ def test_decisions_that_are_not_ok_or_have_limits_pass():
     for decision in told:
         got, memory = chooser.decide(Observation(state=state()), memory)
         assert got is decision
+    assert (
+        ActuatorChooser(Asks(fleet, 810.0))
+        .decide(Observation(state=state()), chooser.init())[0]
+        .limits
+        is not None
+    )  # it was not for want of a setting
 
 
 def test_without_measurements_decisions_are_the_same_objects():
@@ -784,6 +797,43 @@ def test_the_plan_tells_the_caps(tmp_path):
     assert str(plan.points[-1]) == "decode 6 x 192 tok at 1410 MHz, power cap 150 W"
 
 
+def test_the_command_line_plans_caps_and_tells_what_fit_found(tmp_path):
+    asked = ["http://localhost:1", "--gpu", "GPU-0", "--out", str(tmp_path / "t.csv"), "--dry-run"]
+    done = CliRunner().invoke(
+        app, ["profile", *asked, "--clocks", "705,1410", "--caps", "200", "--mem-clocks", "810"]
+    )
+    assert "1410 MHz, power cap 200 W: decode 1x256" in done.output
+    assert "1410 MHz, memory 810 MHz: decode 1x256" in done.output
+    rows = []
+    for mhz in (510, 810, 1110, 1260, 1335, 1410):
+        row = at_clock(REFERENCE, mhz)
+        for n, tok in ((n, tok) for n in (1, 8, 32) for tok in (256, 2048)):
+            wall_s, power_w = law((n, tok), mhz)
+            rows.append(
+                f"decode,{mhz},{n},{tok},{n * tok},{wall_s},1e-5,{wall_s * power_w},0.1,,,0"
+            )
+        for tok in (128, 512, 2048, 4096):
+            wall_s = float(prefill_s(row, tok))
+            energy_j = wall_s * float(row["prefill_power_w"])
+            rows.append(f"prefill,{mhz},1,{tok},0,{wall_s},1e-5,{energy_j},0.1,,,{tok}")
+    for n, tok in ((n, tok) for n in (8, 32) for tok in (256, 2048)):
+        wall_s, power_w = law((n, tok), 900.0)
+        rows.append(
+            f"decode,1410,{n},{tok},{n * tok},{wall_s},1e-5,{0.8 * wall_s * power_w},0.1,180,,0"
+        )
+    table = write_table(
+        tmp_path / "t.csv", *rows, head=f"{HEAD},set_power_cap_w,set_cpu_mhz,prefill_tok"
+    )
+    out = tmp_path / "mine.toml"
+    done = CliRunner().invoke(
+        app, ["fit", str(table), "--out", str(out), "--ladder", "510:1410:15"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "1410 MHz, power cap 180 W: decode 8 x 256 tok: less power than a lock" in done.output
+    fleet = FleetSpec.parse("1P1D", load_profile(out))
+    assert chosen(fleet).limits.power_cap_w.tolist() == [np.inf, 180.0]
+
+
 # Backends
 
 
@@ -806,6 +856,29 @@ def test_ranges_come_from_the_driver_and_from_the_cap_that_was_found(tmp_path):
         with NvmlBackend(fleet, gpus, actuate=False, **settings) as backend:
             assert not any(backend.limit_ranges.mem_clocks_mhz)
             assert np.all(backend.limit_ranges.cap_max_w == 0.0)
+
+
+@needs_compiler
+def test_the_gpus_of_an_instance_share_its_cap(tmp_path):
+    two = replace(REFERENCE, gpus=2, actuators=(*locks(), *capped(power_cap_w=300.0)))
+    fleet = FleetSpec.parse("1P1D", two)
+    with machine(tmp_path, gpus=4) as fake:
+        gpus = {"prefill-0": fake.uuids[:2], "decode-0": fake.uuids[2:]}
+        backend = NvmlBackend(
+            fleet,
+            gpus,
+            engine=lambda: Observation(state=state()),
+            lock_dir=tmp_path,
+            library=fake.library,
+        )
+        ranges = backend.limit_ranges
+        assert ranges.cap_min_w.tolist() == [200.0, 200.0]
+        assert ranges.cap_max_w.tolist() == [800.0, 800.0]
+        with ControlLoop(backend, ActuatorChooser(Asks(fleet, 810.0), ranges=ranges)) as loop:
+            loop.tick()
+            assert [gpu.cap_w for gpu in fake.gpus] == [400.0, 400.0, 150.0, 150.0]
+            assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [810, 810, 1410, 1410]
+        assert all_given_back(fake)
 
 
 def test_cpu_clocks_reach_the_kernel_and_go_back(tmp_path):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from voltana_ctrl import ConfigError, FleetSpec, load_profile
 from voltana_ctrl.cli import main
+from voltana_ctrl.sim.faults import FaultSchedule, read_faults
 from voltana_ctrl.sim.traces import read_trace
 
 HEAVY = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -117,6 +118,19 @@ bad_policies = st.one_of(
                      "..:x", "a..b:c"]),
 )  # fmt: skip
 
+# Shape, parameter, number: at least one of them does not fit.
+bad_arrivals = st.one_of(
+    printable.filter(lambda text: text not in {"poisson", "diurnal"}),
+    st.builds("poisson:{}".format, printable.filter(bool)),
+    st.builds("gamma:cv={}".format, st.one_of(not_positive, not_numbers, st.just("101"))),
+    st.builds("gamma:{}=2".format, printable.filter(lambda text: text != "cv")),
+    st.builds("mmpp:high_s=5,low_s={}".format, st.one_of(not_positive, not_numbers)),
+    st.builds("mmpp:high_s=5,low_s=5,low_rate_frac={}".format, st.floats(1.01, 1e9)),
+    st.builds("diurnal:period_s={}".format, st.one_of(not_positive, not_numbers)),
+    st.sampled_from(["gamma", "gamma:", "mmpp:high_s=5", "gamma:cv=2,cv=2", "gamma:cv=2,",
+                     "diurnal:swing_frac=1.1", "Poisson", "gamma=2"]),
+)  # fmt: skip
+
 COMMAND_LINES = st.one_of(
     st.tuples(st.just("--fleet"), not_fleets),
     st.tuples(st.just("--profile"), printable.map(lambda text: "zz" + text)),
@@ -134,6 +148,9 @@ COMMAND_LINES = st.one_of(
     st.just(("--seeds", "9" * 20)),
     st.tuples(st.just("--actuation-ms"), st.sampled_from(["-1", "nan", "inf", "fast"])),
     st.tuples(st.just("--settle-ms"), st.sampled_from(["-1", "nan", "inf", "fast"])),
+    st.tuples(st.just("--arrivals"), bad_arrivals),
+    st.just(("--arrivals", "poisson", "--concurrency", "4")),
+    st.tuples(st.just("--faults"), printable.map(lambda text: "zz" + text)),
     st.tuples(st.just("--json"), st.sampled_from(["no/such/out.json", ".", "/"])),
     printable.map(lambda text: ("--zz" + text.replace("=", ""),)),
     st.just(("--rate", "10", "--concurrency", "4")),
@@ -185,7 +202,7 @@ toml_values = st.one_of(
 )
 KEYS = (
     "id", "role", "profile", "count", "gpus", "node", "clocks_mhz", "kv_capacity_tok",
-    "max_batch", "prefill_budget_tok", "max_prefill_req", "idle_w", "color",
+    "max_batch", "prefill_budget_tok", "max_prefill_req", "idle_w", "asleep_w", "wake_s", "color",
 )  # fmt: skip
 
 
@@ -252,6 +269,67 @@ def test_bad_fleets(data, here):
 @given(data=toml_fleets())
 def test_many_bad_fleets(data, here):
     check_fleet(data, here)
+
+
+# Fault files
+
+FAULT_KEYS = ("instance", "from_s", "until_s", "slow_frac", "clamp_mhz", "color")
+GOOD_FAULTS = {
+    "failure": {"instance": "decode-0", "from_s": 40.0, "until_s": 60.0},
+    "slowdown": {"instance": "decode-1", "slow_frac": 1.5, "from_s": 40.0},
+    "clock_clamp": {"instance": "prefill-0", "clamp_mhz": 900.0, "from_s": 0.0},
+}
+
+
+def faults_text(faults):
+    return "".join(
+        f"[[{kind}]]\n" + "".join(f"{key} = {as_toml(v)}\n" for key, v in table.items())
+        for kind, table in faults.items()
+    )
+
+
+@st.composite
+def fault_files(draw):
+    """Faults with one value, key, table or character that does not fit."""
+    faults = {kind: dict(table) for kind, table in GOOD_FAULTS.items()}
+    kind = draw(st.sampled_from(list(faults)))
+    how = draw(st.sampled_from(["value", "drop", "kind", "span", "text"]))
+    if how == "value":
+        faults[kind][draw(st.sampled_from(FAULT_KEYS))] = draw(toml_values)
+    elif how == "drop":
+        del faults[kind][draw(st.sampled_from(["instance", "from_s"]))]
+    elif how == "kind":
+        faults[draw(st.text(string.ascii_lowercase, min_size=1, max_size=9))] = faults.pop(kind)
+    elif how == "span":
+        faults[kind]["until_s"] = draw(st.floats(max_value=faults[kind]["from_s"]))
+    text = faults_text(faults)
+    if how == "text":
+        at = draw(st.integers(0, len(text)))
+        text = text[:at] + draw(printable) + text[at + draw(st.integers(0, 9)) :]
+    return text.encode()
+
+
+def check_faults(data, folder):
+    path = folder / "faults.toml"
+    path.write_bytes(data)
+    fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    with suppress(ConfigError):
+        FaultSchedule(fleet, read_faults(path))
+        assume(False)  # what was drawn happens to be faults of this fleet
+    assert_refused(["compare", "--faults", "faults.toml"], folder)
+
+
+@few
+@given(data=fault_files())
+def test_bad_faults(data, here):
+    check_faults(data, here)
+
+
+@pytest.mark.slow
+@many
+@given(data=fault_files())
+def test_many_bad_faults(data, here):
+    check_faults(data, here)
 
 
 # Trace files
@@ -340,7 +418,7 @@ def test_many_bad_traces(data, here):
     check_trace(data, here)
 
 
-@pytest.mark.parametrize("kind", ["fleet", "workload"])
+@pytest.mark.parametrize("kind", ["faults", "fleet", "workload"])
 def test_a_folder_in_place_of_a_file_is_refused(kind, here):
     (here / "folder.toml").mkdir()
     assert_refused(["compare", f"--{kind}", "folder.toml"], here, "folder.toml")
@@ -361,6 +439,8 @@ def test_what_is_good_is_not_refused(here):
         table_text({**GOOD_TABLE, "role": "prefill"}) + table_text(GOOD_TABLE)
     )
     assert len(FleetSpec.from_toml("fleet.toml", load_profile)) == 4
+    Path("faults.toml").write_text(faults_text(GOOD_FAULTS))
+    assert len(read_faults("faults.toml")) == 3
     rows = (mooncake({}), request_rows({}), result({}), azure(["2023-11-16 18:15:50.68", "1", "1"]))
     for text in rows:
         Path("trace").write_text(text)

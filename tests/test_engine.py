@@ -30,10 +30,11 @@ PARTS = ("prefill", "decode", "idle", "transfer")
 
 
 def odd_profile(**changes):
-    """Profile with every term at work: attention, a time floor, slow and costly transfers."""
+    """Profile with every term at work: attention, floor and roof, slow and costly transfers."""
     table = REFERENCE.table[::16].copy()
     table["prefill_tok2_s"] = 3e-7 * 1410 / table["clock_mhz"]
     table["decode_floor_s"] = 0.0135
+    table["decode_roof_s"] = table["decode_req_s"] + table["decode_base_s"] / 12
     values = {"table": table, "link_bytes_s": 2e8, "transfer_j_per_tok": 0.01} | changes
     return dataclasses.replace(REFERENCE, **values)
 

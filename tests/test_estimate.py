@@ -63,6 +63,56 @@ def test_without_a_measurement_it_only_predicts():
     np.testing.assert_array_equal(after.covariance, 2.0 * np.eye(2))
 
 
+@given(
+    st.lists(st.tuples(st.floats(0.01, 60.0), st.integers(0, 3000)), min_size=1, max_size=30),
+    st.sampled_from([None, 600.0]),
+)
+def test_arrivals_are_filtered_as_by_the_general_filter(steps, period_s):
+    estimator = ArrivalEstimator(period_s=period_s, harmonics=2)
+    state = estimator.init()
+    size, one = len(state.rate.mean), np.eye(1)
+    for dt_s, n_req in steps:
+        now_s = state.t_s + dt_s
+        after = estimator.update(
+            state, t_s=now_s, arrived_req=n_req, arrived_tok=300 * n_req, finished_req=n_req,
+            finished_tok=170 * n_req,
+        )  # fmt: skip
+        row = np.ones((1, size))
+        if period_s is not None:
+            angle = 2 * np.pi * (now_s - dt_s / 2) / period_s * np.array([1, 2])
+            row[0, 1::2], row[0, 2::2] = np.cos(angle), np.sin(angle)
+        level = max(state.rate.mean[0], 1.0)
+        walk = np.full(size, 0.1 * 0.1**2 * level * dt_s**2 / (period_s or 1.0))
+        walk[0] = 0.1**2 * level * dt_s
+        ahead = state.rate.covariance + np.diag(walk)
+        expected = float((row @ state.rate.mean)[0])
+        noise = state.dispersion_frac * max(expected, 1 / dt_s, 1e-9) / dt_s
+        error = n_req / dt_s - expected
+        surprise = error / float((row @ ahead @ row.T + noise)[0, 0]) ** 0.5
+        assert after.surprise_frac == pytest.approx(surprise, rel=1e-12)
+        ahead[0, 0] += error**2 if after.burst else 0.0
+        wanted = kalman_step(
+            KalmanState(mean=state.rate.mean, covariance=ahead), np.eye(size), 0 * ahead,
+            row, np.array([n_req / dt_s]), noise * one,
+        )  # fmt: skip
+        # Relative to what it was made of: an opened covariance loses digits in any order.
+        np.testing.assert_allclose(after.rate.mean, wanted.mean, rtol=1e-12, atol=1e-12 * level)
+        np.testing.assert_allclose(
+            after.rate.covariance, wanted.covariance, rtol=1e-12, atol=1e-12 * ahead.max()
+        )
+        mean = max(state.output.mean[0], 1.0)
+        ahead_of = KalmanState(
+            mean=state.output.mean,
+            covariance=state.output.covariance + (0.01 * mean) ** 2 * dt_s * one,
+        )
+        if n_req:
+            spread = (1.2 * mean) ** 2 / n_req * one
+            ahead_of = kalman_step(ahead_of, one, 0 * one, one, np.array([170.0]), spread)
+        np.testing.assert_allclose(after.output.mean, ahead_of.mean, rtol=1e-12)
+        np.testing.assert_allclose(after.output.covariance, ahead_of.covariance, rtol=1e-12)
+        state = after
+
+
 @given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(0, 10**6)), max_size=60))
 def test_arrival_states_stay_finite_and_positive_definite(steps):
     estimator = ArrivalEstimator(period_s=3600.0, harmonics=2)

@@ -43,6 +43,8 @@ def test_json_has_the_promised_keys_and_no_nan(result, tmp_path):
         "profile",
         "workload",
         "slo",
+        "arrivals",
+        "faults",
         "power_budget_w",
         "runs",
     }

@@ -19,6 +19,7 @@ from voltana_ctrl.fit import (
     fit_power,
     fit_prefill_time,
     fit_table,
+    hold_out,
 )
 from voltana_ctrl.fit.staircase import pad
 from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s, prefill_j, prefill_s
@@ -206,15 +207,26 @@ def test_a_launch_floor_is_found():
 
 def test_a_bend_is_found_where_it_predicts_better():
     f, n, c = (a.ravel() for a in np.meshgrid(CLOCKS_MHZ, [1.0, 8, 32, 64, 128, 256], [300, 3000]))
-    stream, compute = 12.0 / f, 0.12 * n / f  # they cross at 100 requests
-    wall_s = 5e-3 + np.maximum(stream, compute) + 2e-8 * n * c
-    result = fit_table(decode_table(f, n, n * c, wall_s))
-    assert result.richer.form == "roofline"
-    assert (
-        result.richer_held_out.mape_frac < 0.5 * result.errors("decode", "time", "batch").mape_frac
-    )
-    assert any("'roofline' errs" in note for note in result.notes)
-    assert "decode time (roofline), one batch held out" in result.summary()
+    stream, compute = 10.0 / f + 2e-5 * n, 0.12 * n / f  # they cross at about 100 requests
+    table = decode_table(f, n, n * c, np.maximum(stream, compute) + 2e-8 * n * c)
+    result = fit_table(table)
+    law = result.laws.decode
+    assert law.form == "roofline"
+    assert law.compute_s == pytest.approx(0.12, rel=1e-3)
+    line, *_ = hold_out(table, fit_laws(table), "decode", "batch")
+    assert result.errors("decode", "time", "batch").mape_frac < 0.5 * line.mape_frac
+    assert "decode_roof_s 8.51" in result.summary()
+
+
+def test_a_roof_returns_through_the_profile():
+    profile = load_profile(REFERENCE)
+    table = profile.table.copy()
+    table["decode_roof_s"] = 0.35 / table["clock_mhz"]
+    true = replace(profile, table=table)
+    result = fit_table(simulate(true, PAIRS, 0.005, 4))
+    assert abs(result.laws.decode.compute_s - 0.35) < 5 * result.laws.decode.compute_sd_s
+    found = result.profile("own/model", profile, ladder_mhz=profile.clocks_mhz)
+    np.testing.assert_allclose(found.table["decode_roof_s"], table["decode_roof_s"], rtol=0.01)
 
 
 # Shape

@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
         for gpu, ceiling in zip(self.fake.gpus, self.ordered.freq_max_mhz, strict=True):
             assert gpu.highest_lock_mhz <= ceiling or not in_time
 
-    @rule(clock_mhz=st.floats(0.0, 2000.0), which=WHICH)
+    @rule(clock_mhz=st.one_of(CLOCKS_MHZ, st.floats(0.0, 2000.0)), which=WHICH)
     def governor_asks(self, clock_mhz, which):
         if clock_mhz % 15 or not 210 <= clock_mhz <= 1410:
             # The order of an earlier tick may be in the driver still.

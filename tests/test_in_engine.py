@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from dynamo_stack import free_ports
 from fake_gpus import Host, all_given_back, machine, needs_compiler, seconds_until
 from test_fpm import FLEET
 
@@ -256,11 +257,12 @@ def test_published_passes_arrive_as_they_were_made():
 
 
 def test_each_rank_publishes_at_the_next_port():
-    settings = InEngineSettings(fpm="tcp://127.0.0.1:29870")
+    (port,) = free_ports(1)
+    settings = InEngineSettings(fpm=f"tcp://127.0.0.1:{port}")
     engines = [InEngine(settings, Role.DECODE, dp_rank=rank) for rank in (0, 1)]
     addresses = [engine._publisher.address for engine in engines]
-    assert addresses == ["tcp://127.0.0.1:29870", "tcp://127.0.0.1:29871"]
-    with pytest.raises(ConfigError, match="29870"):
+    assert addresses == [f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}"]
+    with pytest.raises(ConfigError, match=str(port)):
         InEngine(settings, Role.DECODE)
     for engine in engines:
         engine.close()

@@ -18,6 +18,7 @@ from voltana_ctrl.physics import (
     decode_j,
     decode_s,
     decode_stationary,
+    decode_tangent,
     highest_clock_under,
     kv_quantile_tok,
     kv_transfer_s,
@@ -202,6 +203,46 @@ def test_equilibrium_with_a_floor() -> None:
     heavy = decode_equilibrium(row, 45.0, OUTPUT_TOK, CONTEXT_TOK)
     assert heavy.step_s == pytest.approx(decode_s(row, heavy.running_req, heavy.kv_tok))
     assert heavy.step_s[0] > 0.041
+
+
+@given(k=clocks, rate=st.floats(0.1, 60.0), context=contexts, bend_req=st.floats(4.0, 400.0))
+def test_a_roof_moves_no_equilibrium_but_ends_them_sooner(
+    k: int, rate: float, context: float, bend_req: float
+) -> None:
+    line = REFERENCE.table[k]
+    row = REFERENCE.table[k : k + 1].copy()
+    row["decode_roof_s"] = row["decode_req_s"] + row["decode_base_s"] / bend_req
+    at, without = (decode_equilibrium(one, rate, OUTPUT_TOK, context) for one in (row, line))
+    capacity_req_s = 1 / (OUTPUT_TOK - 1) / (row["decode_roof_s"] + row["decode_kv_s"] * context)
+    assert at.rho_frac == pytest.approx(rate / capacity_req_s)
+    if at.rho_frac >= 1.0:
+        assert np.isinf(at.step_s).all()
+        # Any batch takes longer than its tokens may.
+        n = np.array([1.0, 1e2, 1e4])
+        longer = decode_s(row, n, n * context) / n * rate * (OUTPUT_TOK - 1)
+        assert np.all(longer >= 1.0 - 1e-12)
+        return
+    assert at.step_s == without.step_s
+    assert at.step_s == pytest.approx(decode_s(row, at.running_req, at.kv_tok))
+
+
+@pytest.mark.parametrize("n", [10.0, 99.0, 101.0, 400.0])
+def test_the_tangent_follows_the_bend(n: float) -> None:
+    rows = REFERENCE.table[-2:].copy()
+    rows["decode_roof_s"] = rows["decode_req_s"] + rows["decode_base_s"] / 100.0
+    slopes = rows[:1].copy()
+    for name in rows.dtype.names or ():
+        slopes[name] = np.diff(rows[name]) / np.diff(rows["clock_mhz"])
+    line, by_mhz = decode_tangent(rows[:1], slopes, [n])
+
+    def along(of: np.ndarray, batch: float) -> np.ndarray:
+        return of["decode_base_s"] + of["decode_req_s"] * batch + of["decode_kv_s"] * 400 * n
+
+    for batch in (n, n + 0.5, n - 0.5):
+        assert along(line, batch) == pytest.approx(decode_s(rows[:1], batch, 400 * n))
+    step_mhz = np.diff(rows["clock_mhz"])
+    by_clock = np.diff(decode_s(rows, n, 400 * n)) / step_mhz
+    assert along(by_mhz, n) == pytest.approx(by_clock)
 
 
 @pytest.mark.parametrize("name", list_profiles())

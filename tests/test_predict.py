@@ -9,7 +9,7 @@ from naive_predict import prefill as naive_prefill
 from naive_predict import rls as naive_rls
 
 from voltana_ctrl import Decision, FleetSpec, InstanceSpec, IterationBatch, Slo, load_profile
-from voltana_ctrl._kernels import governors, learn
+from voltana_ctrl._kernels import governors, learn, rls
 from voltana_ctrl._kernels import predict as kernels
 from voltana_ctrl.control.adaptive import AdaptiveController
 from voltana_ctrl.control.governors import EcoFreqGovernor
@@ -56,6 +56,16 @@ def fleet_believing(profile):
     )
 
 
+def roofed(profile, bend_req):
+    table = profile.table.copy()
+    table["decode_roof_s"] = table["decode_req_s"] + table["decode_base_s"] / bend_req
+    return dataclasses.replace(profile, table=table)
+
+
+ROOFED = roofed(A100, 100)
+ROOFED_TABLES = FleetTables.of(fleet_believing(ROOFED))
+
+
 # The predictor
 
 
@@ -66,6 +76,15 @@ def fleet_believing(profile):
 def test_decode_matches_its_naive_twin(freq_mhz, running_req, kv_tok):
     got = predict_decode(TABLES, 2, freq_mhz, running_req, kv_tok)
     wanted = naive_decode(A100.table, A100.padded_batch(), freq_mhz, running_req, kv_tok)
+    np.testing.assert_allclose([got.time_s, got.energy_j, got.power_w], wanted, rtol=1e-12)
+
+
+@given(clocks, st.integers(1, 1024), st.floats(0.0, 450_000.0))
+@example(1410.0, 96, 0.0)
+@example(1410.0, 104, 0.0)
+def test_decode_with_a_roof_matches_its_naive_twin(freq_mhz, running_req, kv_tok):
+    got = predict_decode(ROOFED_TABLES, 2, freq_mhz, running_req, kv_tok)
+    wanted = naive_decode(ROOFED.table, ROOFED.padded_batch(), freq_mhz, running_req, kv_tok)
     np.testing.assert_allclose([got.time_s, got.energy_j, got.power_w], wanted, rtol=1e-12)
 
 
@@ -134,10 +153,10 @@ def test_single_predictor_is_the_port():
 @pytest.mark.parametrize(
     ("change", "error", "names"),
     [
-        ({"table": np.zeros((4, 81, 12))}, ShapeError, "table"),
+        ({"table": np.zeros((4, 81, 13))}, ShapeError, "table"),
         ({"n_clocks": np.array([81, 81, 81])}, ShapeError, "table"),
         ({"n_clocks": np.array([81, 81, 81, 82])}, ShapeError, "n_clocks"),
-        ({"table": np.full((4, 81, 13), np.nan)}, ConfigError, "table"),
+        ({"table": np.full((4, 81, 14), np.nan)}, ConfigError, "table"),
         ({"table": -TABLES.table}, ConfigError, "table"),
     ],
 )
@@ -243,7 +262,7 @@ def test_nothing_is_compiled_in_the_loop():
     """Frozen, writable, integer and float input all reach the compiled signature."""
     compiled = [
         kernel
-        for module in (kernels, learn)
+        for module in (kernels, learn, rls)
         for kernel in vars(module).values()
         if hasattr(kernel, "signatures")
     ]
@@ -321,12 +340,12 @@ def test_rls_matches_its_naive_twin(phi, target, forget):
     if phi @ cov @ phi < 1e-3:
         phi[0] = 0.5
     wanted, wanted_cov = naive_rls(theta, cov, phi, target, forget)
-    learn.keep_physical(wanted)
+    rls.keep_physical(wanted)
     got, got_cov = theta.copy(), cov.copy()
-    error = learn.rls_step(got, got_cov, phi, target, forget, 1e9)
+    error = rls.rls_step(got, got_cov, phi, target, forget, 1e9)
     assert error == pytest.approx(target - phi @ theta)
     np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
-    ripple = learn.RIPPLE * np.eye(6)
+    ripple = rls.RIPPLE * np.eye(6)
     np.testing.assert_allclose(got_cov, wanted_cov + ripple, rtol=1e-6, atol=1e-8)
 
 
@@ -336,25 +355,25 @@ def test_rls_agrees_with_least_squares_when_nothing_is_forgotten():
     phi = random.uniform(-1.0, 1.0, (500, 6))
     target = phi @ truth + 0.01 * random.standard_normal(500)
     theta, cov = np.array([1.0, 0.0] * 3), np.empty((6, 6))
-    learn.restart(cov)
+    rls.restart(cov)
     for row, value in zip(phi, target, strict=True):
-        learn.rls_step(theta, cov, row, value, 1.0 - 1e-12, 1e9)
+        rls.rls_step(theta, cov, row, value, 1.0 - 1e-12, 1e9)
     fitted, *_ = np.linalg.lstsq(phi, target, rcond=None)
     np.testing.assert_allclose(theta, fitted, atol=1e-4)
 
 
 def test_covariance_does_not_wind_up_without_excitation():
     theta, cov = np.array([1.0, 0.0] * 3), np.empty((6, 6))
-    learn.restart(cov)
+    rls.restart(cov)
     before = cov.copy()
     phi = np.array([0.5, 0.1, 0.3, 0.06, 0.2, 0.04])
     for _ in range(100_000):
-        learn.rls_step(theta, cov, phi, 1.0, 0.98, 1.0)
+        rls.rls_step(theta, cov, phi, 1.0, 0.98, 1.0)
     # Along phi it settles where a step forgets what it learns; across it stays what it was.
     assert phi @ cov @ phi == pytest.approx(0.02 / 0.98, rel=1e-3)
     across = np.linalg.svd(phi[None])[2][1:]
     assert np.linalg.eigvalsh(across @ (before - cov) @ across.T).min() > -0.2
-    assert np.trace(cov) <= learn.MOST_TRACE
+    assert np.trace(cov) <= rls.MOST_TRACE
 
 
 wild = st.one_of(
@@ -380,6 +399,8 @@ def test_adversarial_records_leave_coefficients_physical(rows, seed):
     lies = dataclasses.replace(lies, wall_s=lies.wall_s * factor, energy_j=lies.energy_j / factor)
     state = learner.update(state, lies)
     assert_physical(learner, state)
+    state = learner.update(state, dataclasses.replace(lies, prefill_tok=random.permutation(200)))
+    assert_physical(learner, state)
 
 
 def assert_physical(learner, state):
@@ -389,14 +410,15 @@ def assert_physical(learner, state):
     )
     assert np.isfinite(tables.table).all()
     assert (tables.table >= 0.0).all()
-    assert ratio.max() <= learn.FARTHEST * (1 + learn.STEEPEST) * 8  # 8: as times fall with f
-    assert (np.diff(tables.table[:, :, 1:5], axis=1) <= 0.0).all()
-    assert (np.diff(tables.table[:, :, 9:12], axis=1) <= 0.0).all()
-    assert (np.diff(tables.table[:, :, [5, 6, 7, 8, 12]], axis=1) >= 0.0).all()
+    assert ratio.max() <= rls.FARTHEST * (1 + rls.STEEPEST) * 8  # 8: as times fall with f
+    names = np.array(A100.table.dtype.names)
+    times = np.flatnonzero(np.char.endswith(names, "_s"))
+    assert (np.diff(tables.table[:, :, times], axis=1) <= 0.0).all()
+    assert (np.diff(np.delete(tables.table, times, axis=2), axis=1) >= 0.0).all()
     for covariance in state.covariance.reshape(-1, 6, 6):
         np.testing.assert_array_equal(covariance, covariance.T)
         assert np.linalg.eigvalsh(covariance).min() > 0.0
-        assert np.trace(covariance) <= learn.MOST_TRACE * (1 + 1e-9)
+        assert np.trace(covariance) <= rls.MOST_TRACE * (1 + 1e-9)
 
 
 def test_covariance_stays_positive_definite_over_a_long_run():
@@ -479,7 +501,7 @@ def test_a_slow_down_raises_an_alarm_and_widens_until_it_is_learned():
     assert learner.widening_frac(state)[2, 1] > 0.05
     state = learner.update(state, records_of(TABLES, 2, 600, slow_frac=1.3, seed=2, noise=0.02))
     assert learner.widening_frac(state)[2, 1] == 0.0
-    truth = dataclasses.replace(TABLES, table=TABLES.table * np.r_[1, [1.3] * 4, [1] * 8])
+    truth = dataclasses.replace(TABLES, table=TABLES.table * np.r_[1, [1.3] * 5, [1] * 8])
     assert error_frac(learner.tables(state), truth, 2)[0] < 0.02
 
 
@@ -517,13 +539,98 @@ def test_records_across_a_clock_change_teach_only_what_is_certain():
     assert after(0.8 * fast).max() < 1.0
 
 
-def test_mixed_iterations_are_not_used():
+def mixed_of(n, *, decode_frac, prefill_frac, seed=0, noise=0.0):
+    """Iterations of instance 2 that do both, each phase slower by its factor."""
+    random = np.random.default_rng([seed, 1])  # not the stream of the batches
+    decode = records_of(TABLES, 2, n, slow_frac=decode_frac, seed=seed)
+    tok = random.integers(10, 2000, n).astype(float)
+    chunk, none = (predict_prefill(TABLES, 2, decode.freq_mhz, t) for t in (tok, 0 * tok))
+    jitter = np.exp(noise * random.standard_normal(n))
+    return dataclasses.replace(
+        decode,
+        prefill_tok=tok,
+        wall_s=jitter * (decode.wall_s + prefill_frac * (chunk.time_s - none.time_s)),
+        energy_j=jitter * (decode.energy_j + prefill_frac * (chunk.energy_j - none.energy_j)),
+    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+@pytest.mark.parametrize(("decode_frac", "prefill_frac"), [(1.3, 1.3), (1.0, 1.4), (0.7, 1.2)])
+def test_mixed_iterations_teach_both_phases(decode_frac, prefill_frac, noise):
     learner = OnlineLearner(TABLES)
-    records = records_of(TABLES, 2, 20)
-    mixed = dataclasses.replace(records, prefill_tok=np.full(20, 100.0))
-    state = learner.update(learner.init(), mixed)
-    np.testing.assert_array_equal(state.terms_frac, learner.init().terms_frac)
-    assert state.counts[2, learn.UNUSED] == 20
+    records = mixed_of(600, decode_frac=decode_frac, prefill_frac=prefill_frac, noise=noise)
+    state = learner.update(learner.init(), records)
+    assert state.counts[2, learn.LEARNED] > 290  # the others follow a change of the clock
+    tables = learner.tables(state)
+    n_req = np.array([16, 80, 250])
+    got, was = (predict_decode(of, 2, 1005.0, n_req, 400 * n_req).time_s for of in (tables, TABLES))
+    # The decode part was never seen alone.
+    assert np.abs(got / was / decode_frac - 1.0).mean() < 0.02 + noise
+    ratio = tables.table[2, :, 11] / TABLES.table[2, :, 11]
+    assert kernels.PREFILL_TOK_S == 11
+    assert ratio == pytest.approx(np.full(81, prefill_frac), rel=0.02 + noise)
+    power = predict_decode(tables, 2, 1005.0, 80, 32e3).power_w
+    assert power == pytest.approx(predict_decode(TABLES, 2, 1005.0, 80, 32e3).power_w, rel=0.05)
+    assert learner.alarms(state)[2].sum() == 0 or noise == 0.0
+
+
+def test_a_mixed_iteration_moves_each_phase_by_its_doubt():
+    """The Kalman gain of both together, from one record."""
+    learner = OnlineLearner(TABLES)
+    record = mixed_of(1, decode_frac=1.05, prefill_frac=1.05)
+    twice = IterationBatch(
+        **{name: np.repeat(getattr(record, name), 2) for name in record.__slots__}
+    )
+    before = learner.init()
+    after = learner.update(before, twice)
+    k = int(np.flatnonzero(A100.clocks_mhz == record.freq_mhz[0])[0])
+    row, x = A100.table[k], 2 * np.log(record.freq_mhz[0] / 210) / np.log(1410 / 210) - 1
+    size = A100.padded_batch()[int(record.batch_req[0])]
+    decode = [row["decode_base_s"], row["decode_req_s"] * size]
+    decode.append(row["decode_kv_s"] * record.kv_tok[0])
+    prefill = [0.0, row["prefill_tok_s"] * record.prefill_tok[0], 0.0]
+    total_s = sum(decode) + sum(prefill)
+    h_d, h_p = (np.kron(part, [1, x]) / total_s for part in (decode, prefill))
+    cov = before.covariance[2, 0]
+    spread = learn.MIXED + h_d @ cov @ h_d + h_p @ cov @ h_p
+    error = record.wall_s[0] / total_s - 1.0
+    start = np.array([1.0, 0.0] * 3)
+    for model, h in ((0, h_d), (learn.PREFILL_TIME, h_p)):
+        wanted = start + cov @ h * error / spread
+        np.testing.assert_allclose(after.terms_frac[2, model], wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_colocated_instances_learn_a_slow_down(noise):
+    fleet = FleetSpec.parse("2C", A100)
+    plant = Plant(
+        fleet,
+        make_workload("sharegpt", rate_req_s=24.0, duration_s=40.0, seed=0),
+        PlantSettings(log_iterations=8192, jitter_sd_frac=noise),
+        prefill_router=least_queue_router(fleet, "prefill"),
+        decode_router=fadr_router(fleet, "decode", SLO, ladder_mhz=None),
+    )
+    plant.apply(Decision.highest(fleet))
+    plant.instances["slow_frac"] = 1.3
+    learner = OnlineLearner(FleetTables.of(fleet))
+    state = learner.init()
+    mixed = 0
+    for tick in range(1, 31):
+        plant.advance(tick)
+        it = plant.read().iterations
+        mixed += np.count_nonzero((it.batch_req > 0) & (it.prefill_tok > 0))
+        state = learner.update(state, it)
+    assert mixed > 200
+    row, was = learner.tables(state).rows(0)[-1], A100.table[-1]
+    for n_req, tok in ((10, 0), (10, 400), (40, 1500)):
+        took, prior = (
+            of["decode_base_s"]
+            + of["decode_req_s"] * n_req
+            + of["decode_kv_s"] * 400 * n_req
+            + of["prefill_tok_s"] * tok
+            for of in (row, was)
+        )
+        assert took / prior == pytest.approx(1.3, rel=0.02)
 
 
 def test_a_floor_moves_with_the_base():
@@ -535,6 +642,16 @@ def test_a_floor_moves_with_the_base():
     learned = learner.tables(learner.update(learner.init(), records))
     got = predict_decode(learned, 2, 1410.0, 2, 800).time_s
     assert got == pytest.approx(0.045, rel=1e-3)
+
+
+def test_a_roof_moves_with_the_requests():
+    learner = OnlineLearner(ROOFED_TABLES)
+    records = records_of(ROOFED_TABLES, 2, 400, slow_frac=1.4)
+    learned = learner.tables(learner.update(learner.init(), records))
+    for n_req in (8, 300):
+        got = predict_decode(learned, 2, 1005.0, n_req, 400 * n_req).time_s
+        wanted = 1.4 * predict_decode(ROOFED_TABLES, 2, 1005.0, n_req, 400 * n_req).time_s
+        assert got == pytest.approx(wanted, rel=0.01)
 
 
 @pytest.mark.parametrize("forget", [0.0, 0.4, 1.0, float("nan")])

@@ -1,13 +1,26 @@
 """The priced router: never to the dead, parked or full; shares honoured; overrides."""
 
 import dataclasses
+import gc
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voltana_ctrl import Decision, FleetSpec, FleetState, Request, Slo, load_profile
+from voltana_ctrl import (
+    Decision,
+    FleetSpec,
+    FleetState,
+    Request,
+    ShapeError,
+    Slo,
+    load_profile,
+)
+from voltana_ctrl._kernels import layout
 from voltana_ctrl.routing.priced import PricedRouter
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
@@ -91,3 +104,67 @@ def test_two_routers_do_not_share_memory():
         router.update(decided([0.5, 0.5, 0.25, 0.25, 0.25, 0.25]))
     first = [one.route(ASK, FleetState.idle(6)) for _ in range(6)]
     assert first == [other.route(ASK, FleetState.idle(6)) for _ in range(6)]
+
+
+@pytest.mark.parametrize(
+    "calls", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_calls_leave_nothing_behind(calls):
+    """The two paths that run per request and per iteration allocate, but keep nothing."""
+    from voltana_ctrl.control.governor import IterationGovernor
+
+    router = PricedRouter(FLEET, SLO)
+    router.update(decided([0.5, 0.5, 0.25, 0.25, 0.25, 0.25]))
+    governor = IterationGovernor(FLEET.instances[2], SLO)
+    seen = state(running_req=np.array([0.0, 0, 90, 80, 70, 60]))
+
+    def run(times):
+        for _ in range(times):
+            router.route(ASK, seen)
+            governor.step(80, 3.5e4, 0.0, 0.0, 210.0, 1410.0)
+
+    run(2000)
+    gc.collect()
+    blocks, pages = sys.getallocatedblocks(), resident_pages()
+    run(calls)
+    gc.collect()
+    assert sys.getallocatedblocks() - blocks < 200
+    # Memory that Python does not count, such as that of compiled code: under a megabyte.
+    assert (resident_pages() - pages) * os.sysconf("SC_PAGE_SIZE") < 1e6
+
+
+def resident_pages():
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc/self/statm")
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+def test_states_and_scores_of_another_fleet_are_refused():
+    router = PricedRouter(FLEET, SLO)
+    with pytest.raises(ShapeError, match="6 instances, got 5"):
+        router.route(ASK, FleetState.idle(5))
+    with pytest.raises(ShapeError, match="host_score"):
+        router.route(Request(prompt_tok=9, host_score=np.zeros(2)), FleetState.idle(6))
+
+
+@given(
+    alive=st.lists(st.booleans(), min_size=6, max_size=6),
+    active=st.lists(st.booleans(), min_size=6, max_size=6),
+    kv_tok=st.lists(st.sampled_from([0.0, 449_950.0]), min_size=6, max_size=6),
+)
+def test_who_is_eligible_against_sets(alive, active, kv_tok):
+    """The first of four ever wider sets that is not empty, among the instances of the phase."""
+    router = PricedRouter(FLEET, SLO)
+    router.update(decided(np.full(6, 0.25), np.array(active)))
+    router.route(ASK, state(alive=np.array(alive), kv_used_tok=np.array(kv_tok)))
+    everybody = [
+        {j for j in FLEET.decode if rule(j)}
+        for rule in (
+            lambda j: alive[j] and active[j] and kv_tok[j] + 100 <= 450_000,
+            lambda j: alive[j] and kv_tok[j] + 100 <= 450_000,
+            lambda j: alive[j],
+            lambda j: True,
+        )
+    ]
+    expected = next(each for each in everybody if each)
+    assert set(np.flatnonzero(router._view[layout.VIEW_ELIGIBLE])) == expected

@@ -33,6 +33,7 @@ def test_reference_is_the_published_scenario() -> None:
         "decode_req_s": 1e-3 * 0.052 * 1410 / f,
         "decode_kv_s": 1e-3 * 7.7e-5 * phi_kv,
         "decode_floor_s": 0.0 * f,
+        "decode_roof_s": 0.0 * f,
         "decode_power_w": 78 + 57 * g * v2,
         "decode_iter_j": 0.76 + 0.0 * f,
         "decode_req_j": 0.0078 * v2,

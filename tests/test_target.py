@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tests import naive_control
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
 from voltana_ctrl._kernels import target as kernels
+from voltana_ctrl.control._curve import LeastPower
+from voltana_ctrl.control._groups import Node
 from voltana_ctrl.control.governor import IterationGovernor
 from voltana_ctrl.control.target import Load, TargetOptimiser
 from voltana_ctrl.physics import length_moments
@@ -31,10 +33,17 @@ LENGTHS = sharegpt()
 OPTIMISER = TargetOptimiser(FLEET, SLO)
 
 
+def least_power(instance, governed=True):
+    return LeastPower(instance, SLO, margin_frac=(0.02, 0.035), delay_s=0.025, governed=governed)
+
+
+LEAST = least_power(FLEET.instances[2])
+
+
 @pytest.mark.parametrize("arrival", [0.5, 10.0, 30.0, 45.0])
 @pytest.mark.parametrize("floor_k", [0, 40, 80])
 def test_station_against_the_naive_sum(arrival, floor_k):
-    step_s, power_w, needed, prompt_s, prompt_w = OPTIMISER._station(FLEET.instances[2], LENGTHS)
+    step_s, power_w, needed, prompt_s, prompt_w = LEAST.station(LENGTHS)
     ours = kernels.station(
         step_s, power_w, needed, prompt_s, prompt_w, arrival, LENGTHS.output_tok - 1.0, 800,
         0.0597, floor_k, 60.0,
@@ -45,6 +54,104 @@ def test_station_against_the_naive_sum(arrival, floor_k):
     assert ours[0] == pytest.approx(theirs[0], rel=1e-9)
     assert ours[1] == pytest.approx(theirs[1], rel=1e-6, abs=1e-11)
     assert ours[2] == pytest.approx(theirs[2], rel=1e-9)
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), max_size=3),
+    context=st.floats(1.0, 2000.0),
+    pace=st.floats(1.0, 3.0),
+    target_s=st.floats(0.005, 0.2),
+)
+def test_times_and_needed_rows_against_the_twin(steps, context, pace, target_s):
+    """Executed sizes that fall from one batch to the next included."""
+    steps = tuple((sum(each[0] for each in steps[: i + 1]), step) for i, (_, step) in
+                  enumerate(steps))  # fmt: skip
+    profile = dataclasses.replace(PROFILE, batch_steps=steps, max_batch=200)
+    padded = profile.padded_batch()
+    step_s, power_w = np.empty((81, 201)), np.empty((81, 201))
+    needed = np.empty(201, np.int64)
+    kernels.fill_station(PROFILE.table, padded, context, pace, target_s, step_s, power_w, needed)
+    theirs = naive_control.fill_station(PROFILE.table, padded, context, pace, target_s)
+    for ours, other in zip((step_s, power_w, needed), theirs, strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("governed", [True, False])
+@pytest.mark.parametrize("name", [PROFILE.name, "h100-sxm-80gb/llama-3.1-8b"])
+def test_least_floor_against_every_floor(name, governed):
+    """Loads up to beyond what can be served, in any order."""
+    profile = dataclasses.replace(load_profile(name), max_batch=400)
+    rungs = profile.clocks_mhz[::6]
+    decode = FleetSpec.parse("1P1D", profile).instances[1]
+    least = least_power(dataclasses.replace(decode, clocks_mhz=rungs), governed)
+    step_s, power_w, needed, prompt_s, prompt_w = least.station(LENGTHS)
+    loads = np.concatenate([np.linspace(1.0, 60.0, 12), [30.0, 5.0, 41.0]])
+    power, floor = np.empty(15), np.empty(15, np.int64)
+    over = np.empty(15)
+    decoded_tok = LENGTHS.output_tok - 1.0
+    kernels.decode_curve(
+        step_s, power_w, needed, prompt_s, prompt_w, loads, decoded_tok, 380, 0.0597, 0.01, 60.0,
+        power, floor, over,
+    )  # fmt: skip
+    theirs = [
+        naive_control.least_floor(
+            step_s, power_w, needed, load, decoded_tok, 380, 0.0597, 0.01, 60.0
+        )
+        for load in loads
+    ]
+    assert power == pytest.approx([each[0] for each in theirs], rel=1e-9)
+    # Floors below what every likely batch needs draw the same to the last digit.
+    for g, load in enumerate(loads):
+        if floor[g] != theirs[g][1]:
+            at = [
+                naive_control.station(step_s, power_w, needed, load, decoded_tok, 380, 0.0597,
+                                      int(k), 60.0)[0]
+                for k in (floor[g], theirs[g][1])
+            ]  # fmt: skip
+            assert at[0] == pytest.approx(at[1], rel=1e-11)
+    assert over == pytest.approx([each[2] for each in theirs], rel=1e-6, abs=1e-9)
+    assert 0 < np.isinf(power).sum() < len(power)
+
+
+@given(
+    load=st.floats(0.1, 150.0), prompt=st.floats(20.0, 1000.0), cv=st.floats(0.0, 2.0),
+    ttft_s=st.floats(0.05, 1.0), governed=st.booleans(),
+)  # fmt: skip
+def test_prefill_curve_against_the_twin(load, prompt, cv, ttft_s, governed):
+    typical = prompt * np.array([0.3, 0.8, 1.0, 2.0])
+    power, row, late = np.empty(1), np.empty(1, np.int64), np.empty(1)
+    kernels.prefill_curve(
+        PROFILE.table, np.array([load]), prompt, cv * prompt, ttft_s, 60.0, 0.01, governed,
+        typical, power, row, late,
+    )  # fmt: skip
+    theirs = naive_control.prefill_least(
+        PROFILE.table, load, prompt, cv * prompt, ttft_s, 60.0, 0.01, governed, typical
+    )
+    assert power[0] == pytest.approx(theirs[0])
+    assert row[0] == theirs[1]
+    assert late[0] == pytest.approx(theirs[2])
+
+
+@given(size=st.integers(1, 40), at=st.integers(0, 16), seed=st.integers(0, 99))
+def test_loads_of_all_leaves(size, at, seed):
+    """Split by halves as the optimiser does; counted, not walked."""
+    rng = np.random.default_rng(seed)
+    leaf = Node(step=1.0, cost_w=np.ones(17))
+
+    def tree(n):
+        if n == 1:
+            return leaf
+        parts = rng.integers(0, 17, size=(2, 17))
+        return Node(step=1.0, cost_w=np.ones(17), left=tree(n - n // 2), right=tree(n // 2),
+                    left_at=parts[0], right_at=parts[1])  # fmt: skip
+
+    def walk(node, here):
+        parts = node.children(here)
+        return [load for part in parts for load in walk(*part)] if parts else [float(here)]
+
+    root = tree(size)
+    assert root.loads(at) == sorted(walk(root, at), reverse=True)
+    assert len(root.loads(at)) == size
 
 
 @given(
@@ -122,6 +229,58 @@ def test_equal_instances_may_change_places():
     one = TargetOptimiser(mixed, SLO).plan(load)
     other = TargetOptimiser(swapped, SLO).plan(load)
     assert one.route_frac[[0, 1, 3, 2]] == pytest.approx(other.route_frac, abs=0.01)
+
+
+@given(order=st.permutations(range(7)), rate=st.floats(5.0, 120.0))
+@settings(max_examples=25)
+def test_any_order_of_the_instances(order, rate):
+    """Power and price do not depend on how instances are numbered."""
+    plain = FleetSpec.parse("3P4D", PROFILE).instances
+    small = dataclasses.replace(plain[4], kv_capacity_tok=90_000, idle_w=45.0)
+    coarse = dataclasses.replace(plain[1], clocks_mhz=PROFILE.clocks_mhz[::4])
+    fleet = (plain[0], coarse, plain[2], plain[3], small, *plain[5:])
+    load = Load(arrival_req_s=rate, lengths=LENGTHS)
+    one = TargetOptimiser(FleetSpec(fleet), SLO).plan(load)
+    other = TargetOptimiser(FleetSpec(tuple(fleet[i] for i in order)), SLO).plan(load)
+    assert other.power_w.sum() == pytest.approx(one.power_w.sum(), rel=2e-3)
+    assert other.feasible == one.feasible
+    assert other.route_frac.sum() == pytest.approx(2.0)
+
+
+@given(rate=st.floats(2.0, 120.0), scale=st.floats(0.1, 10.0), governed=st.booleans())
+@settings(max_examples=25)
+def test_the_unit_of_time_does_not_matter(rate, scale, governed):
+    """All times and energies times a factor, rates over it: the same clocks and watts."""
+    table = PROFILE.table.copy()
+    for name in table.dtype.names:
+        if name.endswith(("_s", "_j")):
+            table[name] *= scale
+    slower = FleetSpec.parse("2P2D", dataclasses.replace(PROFILE, table=table))
+    slo = Slo(ttft_s=0.6 * scale, itl_s=0.06 * scale)
+    same = TargetOptimiser(FLEET, SLO, governed=governed)
+    scaled = TargetOptimiser(slower, slo, governed=governed, delay_s=0.025 * scale)
+    one = same.plan(Load(arrival_req_s=rate, lengths=LENGTHS))
+    other = scaled.plan(Load(arrival_req_s=rate / scale, lengths=LENGTHS))
+    assert other.feasible == one.feasible
+    # Splits that cost the same may differ, their sum may not.
+    assert other.power_w.sum() == pytest.approx(one.power_w.sum(), rel=1e-6)
+    loads = np.array([0.3, 0.5, 1.0]) * rate
+    for i in (0, 2):
+        first = same.curve(FLEET.instances[i], loads, LENGTHS)
+        second = scaled.curve(slower.instances[i], loads / scale, LENGTHS)
+        assert second.power_w == pytest.approx(first.power_w, rel=1e-9)
+        assert second.miss_frac == pytest.approx(first.miss_frac, rel=1e-6, abs=1e-11)
+
+
+@pytest.mark.parametrize("size", [8, 100, 400])
+def test_large_fleets_keep_their_grid(size):
+    """As many times the fleet and the load, as many times the power."""
+    small = TargetOptimiser(FleetSpec.parse("1P2D", PROFILE), SLO)
+    large = TargetOptimiser(FleetSpec.parse(f"{size}P{2 * size}D", PROFILE), SLO)
+    one = small.plan(Load(arrival_req_s=38.0, lengths=LENGTHS)).power_w.sum()
+    many = large.plan(Load(arrival_req_s=38.0 * size, lengths=LENGTHS)).power_w.sum()
+    # A whole fleet can also mix active sets, so it may do a little better.
+    assert 0.96 * size * one <= many <= 1.002 * size * one
 
 
 def test_active_set_is_kept_unless_a_change_pays():

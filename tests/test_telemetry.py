@@ -1,5 +1,6 @@
 """Running engines as a backend: sources merged, dead engines, GPUs beneath."""
 
+import re
 import time
 
 import numpy as np
@@ -212,3 +213,11 @@ def test_what_does_not_fit_is_refused(names, settings, words):
     endpoints = [Endpoint(instance=name, kind="vllm", url="http://x") for name in names]
     with pytest.raises(ConfigError, match=words):
         EngineBackend(fleet(), endpoints, **settings)
+
+
+def test_the_example_of_the_page_runs(root, capsys):
+    page = (root / "docs" / "serving-stacks.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    exec(blocks[0], {})
+    assert "[False False]" in capsys.readouterr().out

@@ -20,12 +20,14 @@ from voltana_ctrl.loop import ControlLoop
 from voltana_ctrl.policies import HEADLINE, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.profiles import load_profile
 from voltana_ctrl.report import Study, write_html, write_plot
+from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
 from voltana_ctrl.sim.clock import SimClock
 from voltana_ctrl.sim.detail import Recorder, RunDetail
 from voltana_ctrl.sim.engine import PlantSettings
-from voltana_ctrl.sim.meter import PowerMeter
-from voltana_ctrl.sim.metrics import run_figures, snapshot
+from voltana_ctrl.sim.faults import Fault, FaultSchedule, fault_rows
+from voltana_ctrl.sim.meter import PowerMeter, refuse_below_idle
+from voltana_ctrl.sim.metrics import fill_gap_closed, run_figures, snapshot
 from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import WORKLOADS, Workload, make_closed_loop, make_workload
 from voltana_ctrl.types import Decision, FleetSpec, PowerBudget, Profile, Slo
@@ -75,6 +77,10 @@ class Run:
         Actuation and noise.
     power_budget : PowerBudget, optional
         What the fleet may draw, from the start of the warm-up on.
+    arrivals : ArrivalProcess, optional
+        When requests of a generator arrive; as it has it if left out.
+    faults : tuple of Fault
+        What goes wrong, in time from the start of the warm-up.
     detail : bool
         Keep a :class:`~voltana_ctrl.sim.detail.RunDetail` under the key ``detail``.
 
@@ -101,6 +107,8 @@ class Run:
     tick_s: float = 0.1
     settings: PlantSettings = field(default_factory=PlantSettings)
     power_budget: PowerBudget | None = None
+    arrivals: ArrivalProcess | None = None
+    faults: tuple[Fault, ...] = ()
     detail: bool = False
 
     def simulate(self) -> dict[str, Any]:
@@ -131,7 +139,7 @@ class Run:
                 requests = min(requests, 2_000_000)
                 return make_closed_loop(self.workload, self.concurrency, requests, self.seed)
             return make_workload(
-                self.workload, rate_req_s=self.rate_req_s, duration_s=total_s, seed=self.seed
+                self.workload, self.rate_req_s, total_s, self.seed, arrivals=self.arrivals
             )
         trace = self.workload
         if self.concurrency is not None:
@@ -150,8 +158,9 @@ class Run:
     def _bound(self, workload: Workload) -> dict[str, Any]:
         if workload.concurrency is not None:
             return {"regime": "closed_loop"}
-        load = fluid_load(workload, self.warmup_s, self.warmup_s + self.duration_s)
-        power_w = fluid_bound_w(self.fleet, load, self.slo)
+        window_s = self.warmup_s, self.warmup_s + self.duration_s
+        power_w = fluid_bound_w(self.fleet, fluid_load(workload, *window_s), self.slo)
+        power_w -= FaultSchedule(self.fleet, self.faults).saved_w(*window_s)
         if not math.isfinite(power_w):
             return {"regime": "open_loop"}
         return {
@@ -179,6 +188,7 @@ class Run:
             prefill_router=parts.prefill_router,
             decode_router=parts.decode_router,
             judged_s=(from_s, until_s),
+            faults=self.faults,
         )
         plant = backend.plant
         plant.apply(parts.first or Decision.highest(self.fleet))
@@ -243,9 +253,10 @@ _RUN_KEYS = (
     "energy_per_token_j", "bound_gap_closed", "ttft_attainment", "itl_attainment",
     "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
     "requests_arrived", "requests_completed", "requests_in_flight", "requests_dropped",
-    "preemptions", "tokens_out", "mean_batch", "mean_freq_prefill_mhz",
-    "mean_freq_decode_mhz", "clock_changes", "active_decode_mean", "over_budget_frac",
-    "guard_interventions", "decide_p50_s", "decide_p99_s", "iterations", "sim_wall_s", "regime",
+    "preemptions", "retries", "tokens_out", "tokens_lost", "mean_batch",
+    "mean_freq_prefill_mhz", "mean_freq_decode_mhz", "clock_changes", "wakes",
+    "active_decode_mean", "over_budget_frac", "guard_interventions", "decide_p50_s",
+    "decide_p99_s", "iterations", "sim_wall_s", "regime",
 )  # fmt: skip
 
 
@@ -277,6 +288,10 @@ class Comparison:
         What attainment is judged by.
     power_budget : PowerBudget, optional
         What the fleet might draw.
+    arrivals : str, optional
+        Arrival process, where it was not the workload's own.
+    faults : tuple of Fault
+        What went wrong.
     runs : tuple of dict
         One per policy, rate and seed, in that order; keys as in the JSON.
     profiles : tuple of Profile
@@ -297,6 +312,8 @@ class Comparison:
     slo: Slo
     runs: tuple[dict[str, Any], ...]
     power_budget: PowerBudget | None = None
+    arrivals: str | None = None
+    faults: tuple[Fault, ...] = ()
     profiles: tuple[Profile, ...] = ()
     details: tuple[RunDetail | None, ...] = ()
 
@@ -314,6 +331,8 @@ class Comparison:
                 "itl_s": self.slo.itl_s,
                 "attainment": self.slo.attainment,
             },
+            "arrivals": self.arrivals,
+            "faults": fault_rows(self.faults),
             "power_budget_w": None if budget is None else [list(step) for step in budget.steps],
             "runs": list(self.runs),
         }
@@ -360,6 +379,8 @@ def compare(
     policies: Sequence[str] = HEADLINE,
     settings: PlantSettings | None = None,
     power_budget: PowerBudget | None = None,
+    arrivals: ArrivalProcess | None = None,
+    faults: Sequence[Fault] = (),
     executor: Executor | None = None,
     skip_bad_rows: bool = False,
     detail: bool = False,
@@ -394,6 +415,11 @@ def compare(
     power_budget : PowerBudget, optional
         What the fleet may draw, in time from the start of each run, warm-up included.
         Policies that know budgets honour it; `over_budget_frac` says how the others fare.
+    arrivals : ArrivalProcess, optional
+        Another arrival process than the generator's own, see :mod:`voltana_ctrl.sim.arrivals`.
+    faults : sequence of Fault
+        What goes wrong, in time from the start of each run, warm-up included; see
+        :mod:`voltana_ctrl.sim.faults`.
     executor : concurrent.futures.Executor, optional
         Where runs go; this process if left out. Processes, or the workers of a cluster such as
         Dask's through ``client.get_executor()``.
@@ -428,8 +454,14 @@ def compare(
     not_negative("warmup_s", warmup_s)
     positive("tick_s", tick_s)
     _refuse_endless(rates, duration_s + warmup_s, tick_s)
+    if arrivals is not None and (concurrency is not None or not isinstance(source, str)):
+        raise ConfigError(
+            "arrivals: expected a generator's requests in an open loop, got a trace or a closed"
+            " loop, which have their own; leave it out"
+        )
+    FaultSchedule(spec, faults)  # refuses what does not fit
     if power_budget is not None:
-        _refuse_below_idle(power_budget, spec)
+        refuse_below_idle(power_budget, spec)
     if isinstance(seeds, int):
         count("seeds", seeds)
         if seeds > _MAX_SEEDS:
@@ -451,6 +483,8 @@ def compare(
             tick_s=tick_s,
             settings=settings or PlantSettings(),
             power_budget=power_budget,
+            arrivals=arrivals,
+            faults=tuple(faults),
             detail=detail,
         )
         for policy in dict.fromkeys(policies)
@@ -461,13 +495,15 @@ def compare(
         # Refuse what does not fit before any run.
         find_policy(policy).build(spec, slo, PolicySetup(tick_s=tick_s, power_budget=power_budget))
     figures = _run_all(runs, executor, on_progress)
-    _fill_gap_closed(figures)
+    fill_gap_closed(figures)
     return Comparison(
         fleet=fleet_name,
         profile=profile_name,
         workload=name,
         slo=slo,
         power_budget=power_budget,
+        arrivals=None if arrivals is None else repr(arrivals),
+        faults=tuple(faults),
         details=tuple(run.pop("detail", None) for run in figures) if detail else (),
         runs=tuple(figures),
         profiles=tuple({i.profile.name: i.profile for i in spec.instances}.values()),
@@ -483,16 +519,6 @@ def _fleet(fleet: str | FleetSpec, profile: str) -> tuple[FleetSpec, str, str]:
         spec, name = FleetSpec.parse(str(fleet), load_profile(profile)), str(fleet)
     used = dict.fromkeys(instance.profile.name for instance in spec.instances)
     return spec, name, ", ".join(used)
-
-
-def _refuse_below_idle(power_budget: PowerBudget, fleet: FleetSpec) -> None:
-    idle_w = sum(one.idle_w for one in fleet.instances)
-    for from_s, limit_w in power_budget.steps:
-        if limit_w < idle_w:
-            raise ConfigError(
-                f"power budget: expected at least {idle_w:g} W, which the fleet draws idle, got"
-                f" {limit_w:g} W from {from_s:g} s; raise it or take instances out of the fleet"
-            )
 
 
 def _workload(workload: str | Path | Workload, skip_bad_rows: bool) -> tuple[str | Workload, str]:
@@ -567,16 +593,3 @@ def _run_all(
     finally:
         for future in futures:
             future.cancel()
-
-
-def _fill_gap_closed(figures: list[dict[str, Any]]) -> None:
-    """Share of the way from voltanallm to the bound; None where that is under 5 %."""
-    energy_j = {(run["policy"], run["rate_req_s"], run["seed"]): run["energy_j"] for run in figures}
-    for run in figures:
-        where = (run["rate_req_s"], run["seed"])
-        volta_j = energy_j.get(("voltanallm", *where))
-        bound_j = energy_j.get(("bound", *where))
-        if not volta_j or not bound_j or run["energy_j"] is None:
-            continue
-        if volta_j - bound_j >= 0.05 * volta_j:
-            run["bound_gap_closed"] = (volta_j - run["energy_j"]) / (volta_j - bound_j)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.physics import Lengths, at_clock
+from voltana_ctrl.physics import Lengths, at_clock, decode_tangent
 from voltana_ctrl.types import Profile
 from voltana_ctrl.types._check import F64, frozen_array, positive
 
@@ -271,6 +271,7 @@ def decode_steps(
     >>> decode_steps.__name__
     'decode_steps'
     """
+    rows, slopes = decode_tangent(rows, slopes, running_req)
     names = ("decode_base_s", "decode_req_s", "decode_kv_s")
     base, per_req, per_kv = (rows[name] for name in names)
     step_s = base + per_req * running_req + per_kv * kv_tok
@@ -355,7 +356,7 @@ def _slopes(profile: Profile, freq_mhz: F64) -> Any:
     above = np.clip(np.searchsorted(ladder, freq_mhz, side="right"), 1, len(ladder) - 1)
     slopes = np.zeros(len(freq_mhz), dtype=profile.table.dtype)
     span_mhz = ladder[above] - ladder[above - 1]
-    for name in ("decode_base_s", "decode_req_s", "decode_kv_s"):
+    for name in ("decode_base_s", "decode_req_s", "decode_kv_s", "decode_roof_s"):
         column = profile.table[name]
         slopes[name] = (column[above] - column[above - 1]) / span_mhz
     return slopes

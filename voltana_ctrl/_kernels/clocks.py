@@ -27,7 +27,7 @@ def accrue(one, rows, now_s):
         return
     one["last_s"] = now_s
     one["running_req_s"] += one["running_req"] * span_s
-    if one["active"] != 0:
+    if one["active"] != 0 and one["alive"] != 0:
         one["active_s"] += span_s
     if one["iterating"] != 0:
         energy_j = one["power_w"] * span_s
@@ -36,8 +36,8 @@ def accrue(one, rows, now_s):
         one["prefill_j"] += energy_j - decode_j
         one["busy_s"] += span_s
         one["busy_mhz_s"] += rows[one["run_k"]]["clock_mhz"] * span_s
-    elif one["alive"] != 0:
-        one["idle_j"] += one["idle_w"] * span_s
+    else:
+        one["idle_j"] += one["rest_w"] * span_s
 
 
 @njit(F8(INST, TABLES, I8_2), cache=True)
@@ -68,6 +68,16 @@ def price_iteration(one, tables, padded):
     return wall_s * slow
 
 
+@njit(types.void(INST, TABLES, I8_2, F8), cache=True)
+def repace(one, tables, padded, now_s):
+    """What is left of a running iteration goes on as things are now."""
+    if one["iterating"] != 0:
+        left_frac = (one["iter_end_s"] - now_s) / one["iter_wall_s"]
+        wall_s = price_iteration(one, tables, padded)
+        one["iter_wall_s"] = wall_s
+        one["iter_end_s"] = now_s + left_frac * wall_s
+
+
 @njit(types.void(INST, TABLES, I8_2, I8, F8, F8), cache=True)
 def set_pace(one, tables, padded, k, cap_w, now_s):
     """Clock and power cap take effect; what is left of an iteration goes on at the new pace."""
@@ -76,11 +86,7 @@ def set_pace(one, tables, padded, k, cap_w, now_s):
     accrue(one, tables[one["type"]], now_s)
     one["clock_k"] = k
     one["power_cap_w"] = cap_w
-    if one["iterating"] != 0:
-        left_frac = (one["iter_end_s"] - now_s) / one["iter_wall_s"]
-        wall_s = price_iteration(one, tables, padded)
-        one["iter_wall_s"] = wall_s
-        one["iter_end_s"] = now_s + left_frac * wall_s
+    repace(one, tables, padded, now_s)
 
 
 @njit(types.void(SIM, INST, F8_1, F8), cache=True)

@@ -19,10 +19,9 @@ def iteration_cost(row, padded_req, batch_req, kv_tok, chunk_tok, chunk_tok2):
     decode_j = 0.0
     prefill_s = 0.0
     if batch_req > 0.0:
-        decode_s = (
-            row["decode_base_s"] + row["decode_req_s"] * padded_req + row["decode_kv_s"] * kv_tok
-        )
-        decode_s = max(decode_s, row["decode_floor_s"])
+        decode_s = row["decode_base_s"] + row["decode_req_s"] * padded_req
+        decode_s = max(decode_s, row["decode_roof_s"] * padded_req)
+        decode_s = max(decode_s + row["decode_kv_s"] * kv_tok, row["decode_floor_s"])
         decode_j = (
             decode_s * row["decode_power_w"]
             + row["decode_iter_j"]
@@ -39,8 +38,9 @@ def iteration_cost(row, padded_req, batch_req, kv_tok, chunk_tok, chunk_tok2):
 @njit(F8(ROW, F8, F8), cache=True)
 def decode_s(row, padded_req, kv_tok):
     """Time of a decode iteration [s]."""
-    linear = row["decode_base_s"] + row["decode_req_s"] * padded_req + row["decode_kv_s"] * kv_tok
-    return max(linear, row["decode_floor_s"])
+    line = row["decode_base_s"] + row["decode_req_s"] * padded_req
+    bent = max(line, row["decode_roof_s"] * padded_req)
+    return max(bent + row["decode_kv_s"] * kv_tok, row["decode_floor_s"])
 
 
 @njit(F8(ROW, F8, F8), cache=True)

@@ -13,11 +13,12 @@ F8, I8 = np.float64, np.int64
 PROFILE_DTYPE = np.dtype(
     [
         ("clock_mhz", F8),
-        # decode: T = max(floor, base + req * n_padded + kv * kv_tok)
+        # decode: T = max(floor, max(base + req * n_padded, roof * n_padded) + kv * kv_tok)
         ("decode_base_s", F8),
         ("decode_req_s", F8),
         ("decode_kv_s", F8),
         ("decode_floor_s", F8),
+        ("decode_roof_s", F8),
         # decode: E = T * power + iter + req * n + kv * kv_tok
         ("decode_power_w", F8),
         ("decode_iter_j", F8),
@@ -45,6 +46,9 @@ INSTANCE_DTYPE = np.dtype(
         ("prefill_budget_tok", I8),
         ("max_prefill_req", I8),
         ("idle_w", F8),
+        ("asleep_w", F8),
+        ("wake_s", F8),
+        ("wake_j", F8),
         ("transfer_latency_s", F8),
         ("transfer_tok_s", F8),
         ("transfer_tok_j", F8),
@@ -54,6 +58,10 @@ INSTANCE_DTYPE = np.dtype(
         ("slow_frac", F8),  # iteration times are multiplied by it
         ("clamp_k", I8),  # a lock above this clock is silently ignored
         ("power_cap_w", F8),
+        # parked and empty it sleeps, where that makes a difference
+        ("sleeps", I8),
+        ("asleep", I8),
+        ("wake_end_s", F8),  # waking until then; NEVER when it is not
         # what it was told
         ("governed", I8),  # 0: the loop writes the clock, 1: compiled, 2: a Python governor
         ("idle_call_s", F8),  # governor is asked again after this long without work
@@ -98,6 +106,7 @@ INSTANCE_DTYPE = np.dtype(
         ("idle_since_s", F8),
         # energy and counts
         ("power_w", F8),
+        ("rest_w", F8),  # without an iteration: idle, asleep, waking, dead
         ("decode_power_frac", F8),
         ("last_s", F8),
         ("prefill_j", F8),
@@ -115,6 +124,8 @@ INSTANCE_DTYPE = np.dtype(
         ("decode_iterations", I8),
         ("clock_sets", I8),
         ("preemptions", I8),
+        ("lost_tok", I8),  # output tokens that were made and went with a failure
+        ("wakes", I8),
         ("arrived_req", I8),
         ("arrived_tok", I8),
         # ring of recent states, for routers that see an old one
@@ -145,6 +156,7 @@ REQUEST_DTYPE = np.dtype(
         ("older", I8),  # admitted before it, on the same instance
         ("newer", I8),
         ("preemptions", I8),
+        ("retries", I8),  # how often it began anew
     ],
     align=True,
 )
@@ -161,6 +173,8 @@ SIM_DTYPE = np.dtype(
         ("n_requests", I8),
         ("route_head", I8),
         ("route_tail", I8),
+        ("held_head", I8),  # to be routed once somebody lives who can take it
+        ("held_tail", I8),
         ("n_start", I8),
         ("n_moving", I8),
         ("n_done", I8),

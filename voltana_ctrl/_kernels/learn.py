@@ -9,6 +9,10 @@ the clock (x runs from -1 at the lowest ladder clock to 1 at the highest, in log
     decode energy  time x power, the rest
     prefill energy time x power
 
+An iteration that does both takes and costs the sum of a decode and a prefill without its base.
+Each of the two models then learns from what the other leaves, the less the more uncertain the
+other is: the Kalman update of both at once, without the correlation that it would create.
+
 Decode time is learned once per *tile*, a candidate for the staircase of executed batch sizes:
 0 is the profile's own, t > 0 rounds up to multiples of t.
 """
@@ -28,6 +32,7 @@ from voltana_ctrl._kernels.predict import (
     DECODE_POWER_W,
     DECODE_REQ_J,
     DECODE_REQ_S,
+    DECODE_ROOF_S,
     F8,
     F8_1,
     F8_2,
@@ -44,11 +49,20 @@ from voltana_ctrl._kernels.predict import (
     PREFILL_TOK_S,
     padded_size,
 )
+from voltana_ctrl._kernels.rls import (
+    LEAST_ERROR,
+    N_TERMS,
+    SCORE_FRAC2,
+    doubt,
+    learn_guarded,
+    learn_one,
+    note_alarm,
+    restart,
+    said,
+)
 
 F8_4, I8_1 = types.Array(F8, 4, "C"), types.Array(I8, 1, "C")
 
-#: Scale and tilt of up to three parts.
-N_TERMS = 6
 #: Candidate staircases: the profile's own, none, and fixed tiles.
 TILES_REQ = (0, 1, 8, 16, 32, 64, 128, 256)
 N_TILES = len(TILES_REQ)
@@ -56,138 +70,18 @@ N_TILES = len(TILES_REQ)
 PREFILL_TIME, DECODE_ENERGY, PREFILL_ENERGY = N_TILES, N_TILES + 1, N_TILES + 2
 N_MODELS = N_TILES + 3
 
-# What is noted per model
-(
-    ERROR_FRAC,  # discounted mean of the absolute error, one step ahead
-    SCORE_FRAC2,  # the same of its square
-    CUSUM_UP,  # drift detectors
-    CUSUM_DOWN,
-    SINCE,  # records since the last alarm (or the start)
-    ALARMS,
-) = range(6)
-N_NOTES = 6
-
 # What is counted per instance
 LEARNED, UNUSED, REFUSED, LAST_MHZ = range(4)
 N_COUNTS = 4
 
-#: Prior belief, as standard deviations of scales and tilts: what all parts share, and each.
-SHARED_SCALE, OWN_SCALE, SHARED_TILT, OWN_TILT = 0.5, 0.3, 0.15, 0.1
-#: Standard deviation of a record about the law, relative; covariances are in units of its square.
-NOISE = 0.01
-#: A physical coefficient is not further than this factor from the profile's; a tilt is at most
-#: this part of its scale.
-FARTHEST, STEEPEST = 12.0, 0.9
-#: An error counts as at most this many mean errors.
-GATE = 5.0
-#: Discount of the mean error, and its limits.
-ERROR_RATE, LEAST_ERROR, FIRST_ERROR = 0.05, 0.002, 0.05
-#: Discount of the squared errors by which tiles are compared, and how much smaller those of a
-#: new tile must be: over 100 records, a likelihood ratio of some e^12 for Gaussian errors.
-SCORE_RATE, BETTER = 0.01, 0.8
-#: Drift detector: mean errors of bias that are tolerated, and their sum that is an alarm.
-ALLOWANCE, ALARM = 1.0, 25.0
-#: Added to the diagonal at each update: keeps the covariance positive definite in floating point.
-RIPPLE = 1e-6
-#: Never less certain than the prior: its trace.
-MOST_TRACE = (
-    (SHARED_SCALE**2 + OWN_SCALE**2 + SHARED_TILT**2 + OWN_TILT**2) * (N_TERMS / 2) / NOISE**2
-)
+#: How much smaller the discounted squared errors of a new tile must be: over 100 records, a
+#: likelihood ratio of some e^12 for Gaussian errors.
+BETTER = 0.8
+#: Variance of an iteration that does both about the sum of its parts, in that of a record about
+#: the law: that the parts add up is a simplification, so such a record counts for less.
+MIXED = 9.0
 #: A record this many times off the prior is no measurement.
 ABSURD = 30.0
-
-
-@njit(types.void(F8_2), cache=True)
-def restart(cov):
-    """The prior: covariance of a fresh model; scales of parts move together."""
-    for a in range(N_TERMS):
-        for b in range(N_TERMS):
-            value = 0.0
-            if a % 2 == b % 2:
-                shared, own = SHARED_SCALE, OWN_SCALE
-                if a % 2 == 1:
-                    shared, own = SHARED_TILT, OWN_TILT
-                value = shared * shared
-                if a == b:
-                    value += own * own
-            cov[a, b] = value / (NOISE * NOISE)
-
-
-@njit(types.void(F8_1), cache=True)
-def keep_physical(theta):
-    """Scales within a factor of the profile, tilts that leave every coefficient positive."""
-    for a in range(0, N_TERMS, 2):
-        scale = min(max(theta[a], 1.0 / FARTHEST), FARTHEST)
-        theta[a] = scale
-        theta[a + 1] = min(max(theta[a + 1], -STEEPEST * scale), STEEPEST * scale)
-
-
-@njit(F8(F8_1, F8_2, F8_1, F8, F8, F8), cache=True)
-def rls_step(theta, cov, phi, target, forget, limit):
-    """One update in place; returns the error before it.
-
-    Recursive least squares with directional forgetting (Kulhavy; Bittanti, Bolzern & Campi,
-    Automatica 26 (1990)): old information is discounted only along `phi`, so that what a
-    record says nothing about is kept and the covariance cannot wind up. An error counts as at
-    most `limit` times the spread that the covariance allows for it.
-    """
-    gain = np.empty(N_TERMS)
-    spread = 0.0
-    error = target
-    for a in range(N_TERMS):
-        total = 0.0
-        for b in range(N_TERMS):
-            total += cov[a, b] * phi[b]
-        gain[a] = total
-        spread += phi[a] * total
-        error -= theta[a] * phi[a]
-    if not spread > 1e-9:
-        return error
-    counted = min(max(error, -limit), limit)
-    step = counted / (1.0 + spread)
-    # Positive definite: 1 - shrink * spread = forgotten / (1 + spread) > 0 in every case.
-    shrink = (forget - (1.0 - forget) / spread) / (forget * (1.0 + spread))
-    trace = 0.0
-    for a in range(N_TERMS):
-        theta[a] += gain[a] * step
-        for b in range(a):
-            value = cov[a, b] - shrink * gain[a] * gain[b]
-            cov[a, b] = value
-            cov[b, a] = value
-        cov[a, a] += RIPPLE - shrink * gain[a] * gain[a]
-        trace += cov[a, a]
-    if trace > MOST_TRACE:
-        for a in range(N_TERMS):
-            for b in range(N_TERMS):
-                cov[a, b] *= MOST_TRACE / trace
-    keep_physical(theta)
-    return error
-
-
-@njit(types.boolean(F8_1, F8_2, F8_1, F8_1, F8, F8), cache=True)
-def _learn_one(theta, cov, phi, notes, target, forget):
-    """Gate, update, and note the error; True if the error says that the machine drifted."""
-    predicted = 0.0
-    for a in range(N_TERMS):
-        predicted += theta[a] * phi[a]
-    scale = max(notes[ERROR_FRAC], LEAST_ERROR)
-    error = rls_step(theta, cov, phi, target, forget, GATE * scale * predicted) / predicted
-    off = min(abs(error), 1.0)
-    notes[SCORE_FRAC2] += SCORE_RATE * (off * off - notes[SCORE_FRAC2])
-    notes[ERROR_FRAC] += ERROR_RATE * (min(off, GATE * scale) - notes[ERROR_FRAC])
-    notes[SINCE] += 1.0
-    z = min(max(error / scale, -GATE), GATE)
-    notes[CUSUM_UP] = max(0.0, notes[CUSUM_UP] + z - ALLOWANCE)
-    notes[CUSUM_DOWN] = max(0.0, notes[CUSUM_DOWN] - z - ALLOWANCE)
-    return notes[CUSUM_UP] > ALARM or notes[CUSUM_DOWN] > ALARM
-
-
-@njit(types.void(F8_1), cache=True)
-def _note_alarm(notes):
-    notes[CUSUM_UP] = 0.0
-    notes[CUSUM_DOWN] = 0.0
-    notes[SINCE] = 0.0
-    notes[ALARMS] += 1.0
 
 
 @njit(F8(F8, F8, F8), cache=True)
@@ -233,6 +127,10 @@ def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
     base_s = table[i, k, DECODE_BASE_S]
     req_s = table[i, k, DECODE_REQ_S] * size_req
     kv_s = table[i, k, DECODE_KV_S] * kv_tok
+    if table[i, k, DECODE_ROOF_S] * size_req > base_s + req_s:
+        # Computing, which grows with the batch, takes longer than all else but KV.
+        base_s = 0.0
+        req_s = table[i, k, DECODE_ROOF_S] * size_req
     total_s = base_s + req_s + kv_s
     if total_s <= table[i, k, DECODE_FLOOR_S]:
         # A floor is a matter of launching, as the base is: they share a scale.
@@ -246,10 +144,10 @@ def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
     return total_s
 
 
-@njit(F8(IN_F8_3, I8, I8, F8, F8, F8_1), cache=True)
-def _prefill_parts(table, i, k, tilt, tok, phi):
-    """Prior time of a prefill iteration [s]; its parts' shares into `phi`."""
-    base_s = table[i, k, PREFILL_BASE_S]
+@njit(F8(IN_F8_3, I8, I8, F8, F8, F8, F8_1), cache=True)
+def _prefill_parts(table, i, k, tilt, tok, n_req, phi):
+    """Prior time of the prefill of an iteration [s]; its parts' shares into `phi`."""
+    base_s = table[i, k, PREFILL_BASE_S] if n_req == 0.0 else 0.0
     tok_s = table[i, k, PREFILL_TOK_S] * tok
     if not base_s + tok_s > 0.0:
         return 0.0
@@ -264,25 +162,64 @@ def _prefill_parts(table, i, k, tilt, tok, phi):
     cache=True,
 )
 def _expected_s(table, n_clocks, padded, i, freq_mhz, n_req, tok, kv_tok, theta, chosen, phi):
-    """Time of a pure iteration at a clock, as learned so far [s]."""
+    """Time of an iteration at a clock, as learned so far [s]."""
     k = _nearest(table, i, n_clocks[i], freq_mhz)
     tilt = tilt_of(freq_mhz, table[i, 0, CLOCK_MHZ], table[i, n_clocks[i] - 1, CLOCK_MHZ])
+    total_s = 0.0
     if n_req > 0.0:
         size_req = executed_size(padded, i, chosen[i], n_req)
         prior_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)
-        terms = theta[i, chosen[i]]
-    else:
-        prior_s = _prefill_parts(table, i, k, tilt, tok, phi)
-        terms = theta[i, PREFILL_TIME]
-    total = 0.0
-    for a in range(N_TERMS):
-        total += terms[a] * phi[a]
-    return prior_s * total
+        total_s = prior_s * said(theta[i, chosen[i]], phi)
+    if tok > 0.0:
+        prior_s = _prefill_parts(table, i, k, tilt, tok, n_req, phi)
+        total_s += prior_s * said(theta[i, PREFILL_TIME], phi)
+    return total_s
 
 
 @njit(types.boolean(F8, F8), cache=True)
 def _sane(value, prior):
     return prior > 0.0 and prior / ABSURD < value < prior * ABSURD
+
+
+@njit(
+    types.void(
+        IN_F8_3, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1
+    ),
+    cache=True,
+)  # fmt: skip
+def _learn_tiles(
+    table, padded, i, k, tilt, wall_s, n_req, kv_tok, beside_s, beside_sd_s,
+    theta, cov, notes, chosen, forget, phi,
+):  # fmt: skip
+    """Learn the decode time under each staircase, and choose one.
+
+    `beside_s` is what the rest of the iteration should take, `beside_sd_s` the spread of the
+    record about that, in units of NOISE; both are 0 where the iteration does nothing else.
+    """
+    alarm = False
+    best = chosen[i]
+    for tile in range(N_TILES):
+        size_req = executed_size(padded, i, tile, n_req)
+        unit_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)
+        if beside_sd_s > 0.0:
+            for a in range(N_TERMS):
+                phi[a] *= unit_s / beside_sd_s
+            unit_s = beside_sd_s
+        drifted = learn_one(
+            theta[i, tile], cov[i, tile], phi, notes[i, tile], wall_s / unit_s,
+            beside_s / unit_s, forget,
+        )  # fmt: skip
+        if tile == chosen[i]:
+            alarm = drifted
+        if notes[i, tile, SCORE_FRAC2] < notes[i, best, SCORE_FRAC2]:
+            best = tile
+    least = LEAST_ERROR * LEAST_ERROR  # below this nobody is better
+    if notes[i, best, SCORE_FRAC2] + least < BETTER * (notes[i, chosen[i], SCORE_FRAC2] + least):
+        chosen[i] = best
+    if alarm:
+        for tile in range(N_TILES):
+            restart(cov[i, tile])
+            note_alarm(notes[i, tile])
 
 
 @njit(
@@ -297,25 +234,10 @@ def _learn_decode(
     size_req = executed_size(padded, i, chosen[i], n_req)
     if not _sane(wall_s, _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)):
         return 0
-    alarm = False
-    best = chosen[i]
-    for tile in range(N_TILES):
-        size_req = executed_size(padded, i, tile, n_req)
-        prior_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)
-        drifted = _learn_one(
-            theta[i, tile], cov[i, tile], phi, notes[i, tile], wall_s / prior_s, forget
-        )
-        if tile == chosen[i]:
-            alarm = drifted
-        if notes[i, tile, SCORE_FRAC2] < notes[i, best, SCORE_FRAC2]:
-            best = tile
-    least = LEAST_ERROR * LEAST_ERROR  # below this nobody is better
-    if notes[i, best, SCORE_FRAC2] + least < BETTER * (notes[i, chosen[i], SCORE_FRAC2] + least):
-        chosen[i] = best
-    if alarm:
-        for tile in range(N_TILES):
-            restart(cov[i, tile])
-            _note_alarm(notes[i, tile])
+    _learn_tiles(
+        table, padded, i, k, tilt, wall_s, n_req, kv_tok, 0.0, 0.0, theta, cov, notes, chosen,
+        forget, phi,
+    )  # fmt: skip
     held_j = wall_s * table[i, k, DECODE_POWER_W]
     rest_j = (
         table[i, k, DECODE_ITER_J]
@@ -327,11 +249,9 @@ def _learn_decode(
         _part(phi, 0, held_j / (held_j + rest_j), tilt)
         _part(phi, 1, rest_j / (held_j + rest_j), tilt)
         m = DECODE_ENERGY
-        if _learn_one(
-            theta[i, m], cov[i, m], phi, notes[i, m], energy_j / (held_j + rest_j), forget
-        ):
-            restart(cov[i, m])
-            _note_alarm(notes[i, m])
+        learn_guarded(
+            theta[i, m], cov[i, m], phi, notes[i, m], energy_j / (held_j + rest_j), 0.0, forget
+        )
     return 1
 
 
@@ -341,21 +261,84 @@ def _learn_decode(
 )
 def _learn_prefill(table, i, k, tilt, wall_s, tok, energy_j, theta, cov, notes, forget, phi):
     """Learn from a pure prefill iteration; 0 if it is absurd."""
-    prior_s = _prefill_parts(table, i, k, tilt, tok, phi)
+    prior_s = _prefill_parts(table, i, k, tilt, tok, 0.0, phi)
     if not _sane(wall_s, prior_s):
         return 0
     m = PREFILL_TIME
-    if _learn_one(theta[i, m], cov[i, m], phi, notes[i, m], wall_s / prior_s, forget):
-        restart(cov[i, m])
-        _note_alarm(notes[i, m])
+    learn_guarded(theta[i, m], cov[i, m], phi, notes[i, m], wall_s / prior_s, 0.0, forget)
     prior_j = wall_s * table[i, k, PREFILL_POWER_W]
     if _sane(energy_j, prior_j):
         phi[:] = 0.0
         _part(phi, 0, 1.0, tilt)
         m = PREFILL_ENERGY
-        if _learn_one(theta[i, m], cov[i, m], phi, notes[i, m], energy_j / prior_j, forget):
-            restart(cov[i, m])
-            _note_alarm(notes[i, m])
+        learn_guarded(theta[i, m], cov[i, m], phi, notes[i, m], energy_j / prior_j, 0.0, forget)
+    return 1
+
+
+@njit(
+    I8(IN_F8_3, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1, F8_1),
+    cache=True,
+)
+def _learn_mixed(
+    table, padded, i, k, tilt, wall_s, n_req, tok, kv_tok, energy_j,
+    theta, cov, notes, chosen, forget, phi, other,
+):  # fmt: skip
+    """Learn from an iteration that decodes and prefills; 0 if it is absurd."""
+    size_req = executed_size(padded, i, chosen[i], n_req)
+    decode_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)
+    prefill_s = _prefill_parts(table, i, k, tilt, tok, n_req, other)
+    if not (decode_s > 0.0 and prefill_s > 0.0 and _sane(wall_s, decode_s + prefill_s)):
+        return 0
+    # What each says, and the variance of the record about it, before either learns.
+    c, m = chosen[i], PREFILL_TIME
+    noise_s2 = MIXED * (decode_s + prefill_s) ** 2
+    said_d_s, said_p_s = decode_s * said(theta[i, c], phi), prefill_s * said(theta[i, m], other)
+    about_d_s = math.sqrt(noise_s2 + decode_s**2 * doubt(cov[i, c], phi))
+    about_p_s = math.sqrt(noise_s2 + prefill_s**2 * doubt(cov[i, m], other))
+    other *= prefill_s / about_d_s
+    _learn_tiles(
+        table, padded, i, k, tilt, wall_s, n_req, kv_tok, said_p_s, about_p_s,
+        theta, cov, notes, chosen, forget, phi,
+    )  # fmt: skip
+    learn_guarded(
+        theta[i, m],
+        cov[i, m],
+        other,
+        notes[i, m],
+        wall_s / about_d_s,
+        said_d_s / about_d_s,
+        forget,
+    )
+    # Power: the time is shared as it was expected.
+    decode_frac = said_d_s / (said_d_s + said_p_s)
+    held_j = decode_frac * wall_s * table[i, k, DECODE_POWER_W]
+    rest_j = (
+        table[i, k, DECODE_ITER_J]
+        + table[i, k, DECODE_REQ_J] * n_req
+        + table[i, k, DECODE_KV_J] * kv_tok
+    )
+    prefill_j = (1.0 - decode_frac) * wall_s * table[i, k, PREFILL_POWER_W]
+    if not (prefill_j > 0.0 and _sane(energy_j, held_j + rest_j + prefill_j)):
+        return 1
+    d, m = DECODE_ENERGY, PREFILL_ENERGY
+    phi[:] = 0.0
+    _part(phi, 0, held_j, tilt)
+    _part(phi, 1, rest_j, tilt)
+    other[:] = 0.0
+    _part(other, 0, prefill_j, tilt)
+    noise_j2 = MIXED * (held_j + rest_j + prefill_j) ** 2
+    said_d_j, said_p_j = said(theta[i, d], phi), said(theta[i, m], other)
+    about_d_j = math.sqrt(noise_j2 + doubt(cov[i, d], phi))
+    about_p_j = math.sqrt(noise_j2 + doubt(cov[i, m], other))
+    phi /= about_p_j
+    other /= about_d_j
+    learn_guarded(
+        theta[i, d], cov[i, d], phi, notes[i, d], energy_j / about_p_j, said_p_j / about_p_j, forget
+    )
+    learn_guarded(
+        theta[i, m], cov[i, m], other, notes[i, m], energy_j / about_d_j, said_d_j / about_d_j,
+        forget,
+    )  # fmt: skip
     return 1
 
 
@@ -371,7 +354,7 @@ def learn(
     theta, cov, notes, chosen, counts, forget,
 ):  # fmt: skip
     """Learn from iteration records, in order, in place."""
-    phi = np.zeros(N_TERMS)
+    phi, other = np.zeros(N_TERMS), np.zeros(N_TERMS)
     for j in range(len(instance)):
         i = instance[j]
         if i < 0 or i >= len(n_clocks):
@@ -389,7 +372,7 @@ def learn(
             continue
         before_mhz, at_mhz = counts[i, LAST_MHZ], freq_mhz[j]
         counts[i, LAST_MHZ] = at_mhz
-        if (n_req > 0.0) == (tok > 0.0) or before_mhz == 0.0:
+        if (n_req == 0.0 and tok == 0.0) or before_mhz == 0.0:
             counts[i, UNUSED] += 1.0
             continue
         used_j = energy_j[j]
@@ -410,7 +393,12 @@ def learn(
             used_j = 0.0
         k = _nearest(table, i, n_clocks[i], at_mhz)
         tilt = tilt_of(at_mhz, table[i, 0, CLOCK_MHZ], table[i, n_clocks[i] - 1, CLOCK_MHZ])
-        if n_req > 0.0:
+        if n_req > 0.0 and tok > 0.0:
+            used = _learn_mixed(
+                table, padded, i, k, tilt, wall_s[j], n_req, tok, kv, used_j,
+                theta, cov, notes, chosen, forget, phi, other,
+            )  # fmt: skip
+        elif n_req > 0.0:
             used = _learn_decode(
                 table, padded, i, k, tilt, wall_s[j], n_req, kv, used_j,
                 theta, cov, notes, chosen, forget, phi,
@@ -444,6 +432,7 @@ def learned_table(table, n_clocks, theta, chosen, out):
             _scaled(table, i, k, DECODE_BASE_S, decode, 0, tilt, out)
             _scaled(table, i, k, DECODE_FLOOR_S, decode, 0, tilt, out)
             _scaled(table, i, k, DECODE_REQ_S, decode, 1, tilt, out)
+            _scaled(table, i, k, DECODE_ROOF_S, decode, 1, tilt, out)
             _scaled(table, i, k, DECODE_KV_S, decode, 2, tilt, out)
             _scaled(table, i, k, PREFILL_BASE_S, prefill, 0, tilt, out)
             _scaled(table, i, k, PREFILL_TOK_S, prefill, 1, tilt, out)
@@ -454,7 +443,7 @@ def learned_table(table, n_clocks, theta, chosen, out):
             _scaled(table, i, k, DECODE_KV_J, decode_power, 1, tilt, out)
             _scaled(table, i, k, PREFILL_POWER_W, prefill_power, 0, tilt, out)
         for k in range(last - 1, -1, -1):
-            for column in range(DECODE_BASE_S, DECODE_FLOOR_S + 1):
+            for column in range(DECODE_BASE_S, DECODE_ROOF_S + 1):
                 out[i, k, column] = max(out[i, k, column], out[i, k + 1, column])
             for column in range(PREFILL_BASE_S, PREFILL_TOK2_S + 1):
                 out[i, k, column] = max(out[i, k, column], out[i, k + 1, column])

@@ -39,6 +39,17 @@ from voltana_ctrl._kernels.clocks import (
     set_pace,
 )
 from voltana_ctrl._kernels.cost import quantise_up
+from voltana_ctrl._kernels.events import (
+    SEENS,
+    SIMS,
+    first,
+    pop_moving,
+    push_moving,
+    push_route,
+    push_start,
+    remember,
+    touch,
+)
 from voltana_ctrl._kernels.governors import GOVERNOR
 from voltana_ctrl._kernels.layout import (
     ASK_DECODE,
@@ -52,7 +63,6 @@ from voltana_ctrl._kernels.layout import (
     REACHED,
     ROUTING,
     SEEN,
-    SEEN_DTYPE,
     VIEW_ELIGIBLE,
     VIEW_FREQ_MHZ,
     VIEW_KV_CAPACITY_TOK,
@@ -63,10 +73,9 @@ from voltana_ctrl._kernels.layout import (
     VIEW_RUNNING_REQ,
     VIEW_TYPE,
 )
+from voltana_ctrl._kernels.rest import awake, doze, rouse
 from voltana_ctrl._kernels.routers import ROUTER
 
-SIMS = types.Array(SIM, 1, "C")
-SEENS = types.Array(from_dtype(SEEN_DTYPE), 2, "C")
 LOG = types.Array(from_dtype(ITERATION_DTYPE), 1, "C")
 
 
@@ -89,143 +98,34 @@ def _jitter(sim, sd_frac):
     return math.exp(sd_frac * normal - 0.5 * sd_frac * sd_frac)
 
 
-@njit(types.void(F8_1, I8, F8), cache=True)
-def _set_next(tree, i, t_s):
-    """Tournament tree: leaf i becomes `t_s`, parents their minimum."""
-    node = len(tree) // 2 + i
-    tree[node] = t_s
-    node //= 2
-    while node >= 1:
-        tree[node] = min(tree[2 * node], tree[2 * node + 1])
-        node //= 2
-
-
-@njit(I8(F8_1), cache=True)
-def _first(tree):
-    """Leaf that holds the minimum; the lowest index on a tie."""
-    half = len(tree) // 2
-    node = 1
-    while node < half:
-        node *= 2
-        if tree[node] > tree[node + 1]:
-            node += 1
-    return node - half
-
-
-@njit(types.void(INSTS, F8_2, F8_1, I8), cache=True)
-def touch(inst, pending_s, tree, i):
-    """Recompute when instance i needs attention next."""
-    one = inst[i]
-    t_s = one["call_end_s"]
-    if one["pending"] > 0:
-        t_s = min(t_s, pending_s[i, 0])
-    if one["iterating"] != 0:
-        t_s = min(t_s, one["iter_end_s"])
-    elif one["governed"] == 1:
-        t_s = min(t_s, one["idle_since_s"] + one["idle_call_s"])
-    _set_next(tree, i, t_s)
-
-
-@njit(types.void(SIM, F8_1, I8_1, F8, I8), cache=True)
-def _push_moving(sim, moving_s, moving_r, t_s, r):
-    k = sim["n_moving"]
-    sim["n_moving"] += 1
-    while k > 0:
-        parent = (k - 1) // 2
-        if moving_s[parent] < t_s or (moving_s[parent] == t_s and moving_r[parent] < r):
-            break
-        moving_s[k] = moving_s[parent]
-        moving_r[k] = moving_r[parent]
-        k = parent
-    moving_s[k] = t_s
-    moving_r[k] = r
-
-
-@njit(I8(SIM, F8_1, I8_1), cache=True)
-def _pop_moving(sim, moving_s, moving_r):
-    top = moving_r[0]
-    sim["n_moving"] -= 1
-    n = sim["n_moving"]
-    t_s = moving_s[n]
-    r = moving_r[n]
-    k = 0
-    while 2 * k + 1 < n:
-        child = 2 * k + 1
-        right = child + 1
-        if right < n and (
-            moving_s[right] < moving_s[child]
-            or (moving_s[right] == moving_s[child] and moving_r[right] < moving_r[child])
-        ):
-            child = right
-        if t_s < moving_s[child] or (t_s == moving_s[child] and r < moving_r[child]):
-            break
-        moving_s[k] = moving_s[child]
-        moving_r[k] = moving_r[child]
-        k = child
-    moving_s[k] = t_s
-    moving_r[k] = r
-    return top
-
-
-@njit(types.void(SIM, REQS, I8), cache=True)
-def _push_route(sim, req, r):
-    req[r]["next"] = -1
-    if sim["route_tail"] >= 0:
-        req[sim["route_tail"]]["next"] = r
-    else:
-        sim["route_head"] = r
-    sim["route_tail"] = r
-
-
-@njit(types.void(SIM, INSTS, I8_1, I8), cache=True)
-def _push_start(sim, inst, starts, i):
-    if inst[i]["iterating"] == 0 and inst[i]["listed"] == 0:
-        inst[i]["listed"] = 1
-        starts[sim["n_start"]] = i
-        sim["n_start"] += 1
-
-
-@njit(types.void(INSTS, TABLES, SEENS, I8, F8), cache=True)
-def _remember(inst, tables, seen, i, now_s):
-    """Note the state of instance i for routers that see an old one."""
-    one = inst[i]
-    row = seen[i, one["seen"] & (SEEN - 1)]
-    row["t_s"] = now_s
-    row["queue_tok"] = one["prefill_tok"] + one["wait_tok"]
-    row["queue_req"] = one["prefill_req"] + one["wait_req"]
-    row["running_req"] = one["running_req"]
-    row["kv_tok"] = one["kv_tok"]
-    k = one["run_k"] if one["iterating"] != 0 else min(one["clock_k"], one["clamp_k"])
-    row["freq_mhz"] = tables[one["type"], k]["clock_mhz"]
-    one["seen"] += 1
-
-
-@njit(types.boolean(INSTS, I8_1, I8), cache=True)
-def _can_hold(inst, members, need_tok):
-    """Whether any of `members` has a KV cache of this size."""
-    largest_tok = 0
+@njit(I8(INSTS, I8_1, I8), cache=True)
+def _who_can_hold(inst, members, need_tok):
+    """2 if somebody alive has a KV cache of this size, 1 if only the dead have, 0 if nobody."""
+    found = 0
     for j in members:
-        largest_tok = max(largest_tok, inst[j]["kv_capacity_tok"])
-    return largest_tok >= need_tok
+        if inst[j]["kv_capacity_tok"] >= need_tok:
+            found = max(found, 1 + inst[j]["alive"])
+    return found
+
+
+@njit(I8(INST), cache=True)
+def _rank(one):
+    """Alive before dead, active before parked, awake before asleep or waking."""
+    awake_now = 1 if one["asleep"] == 0 and one["wake_end_s"] >= NEVER else 0
+    return one["alive"] * (4 + 2 * one["active"] + awake_now)
 
 
 @njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8), cache=True)
 def _look(sim, inst, seen, view, members, need_tok):
-    """Fill the router's view of `members`.
-
-    Eligible are those that can hold `need_tok`, alive and active; failing that those alive;
-    failing that all.
-    """
+    """Fill the router's view of `members`; eligible are the best of those that can hold it."""
     best = 0
     for j in members:
-        one = inst[j]
-        if one["kv_capacity_tok"] >= need_tok:
-            best = max(best, 2 * one["alive"] + one["alive"] * one["active"])
+        if inst[j]["kv_capacity_tok"] >= need_tok:
+            best = max(best, _rank(inst[j]))
     then_s = sim["now_s"] - sim["view_age_s"]
     for j in members:
         one = inst[j]
-        rank = 2 * one["alive"] + one["alive"] * one["active"]
-        fits = one["kv_capacity_tok"] >= need_tok and rank == best
+        fits = one["kv_capacity_tok"] >= need_tok and _rank(one) == best
         view[VIEW_ELIGIBLE, j] = 1.0 if fits else 0.0
         newest = one["seen"] - 1
         oldest = max(0, one["seen"] - SEEN)
@@ -242,6 +142,25 @@ def _look(sim, inst, seen, view, members, need_tok):
         view[VIEW_KV_CAPACITY_TOK, j] = one["kv_capacity_tok"]
 
 
+@njit(types.void(SIM, REQS), cache=True)
+def _leave_route(sim, req):
+    """Take the first request off the list of those to be routed."""
+    sim["route_head"] = req[sim["route_head"]]["next"]
+    if sim["route_head"] < 0:
+        sim["route_tail"] = -1
+
+
+@njit(types.void(SIM, REQS, I8), cache=True)
+def _hold(sim, req, r):
+    """Keep a request until somebody lives who can take it; see faults.py."""
+    req[r]["next"] = -1
+    if sim["held_tail"] >= 0:
+        req[sim["held_tail"]]["next"] = r
+    else:
+        sim["held_head"] = r
+    sim["held_tail"] = r
+
+
 @njit(types.void(SIM, INSTS, TABLES, SEENS, REQS, F8_1, I8_1, I8_1, I8), cache=True)
 def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
     """Carry out a routing choice: into the prefill queue, or on the way to decode."""
@@ -251,8 +170,8 @@ def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
         one["arrived_req"] += 1
         one["arrived_tok"] += q["prompt_tok"]
         enqueue_prefill(one, req, r)
-        _remember(inst, tables, seen, q["prefill_at"], sim["now_s"])
-        _push_start(sim, inst, starts, q["prefill_at"])
+        remember(inst, tables, seen, q["prefill_at"], sim["now_s"])
+        push_start(sim, inst, starts, q["prefill_at"])
     else:
         source = inst[q["prefill_at"]]
         inst[q["decode_at"]]["arrived_req"] += 1
@@ -262,7 +181,7 @@ def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
         arrives_s = (
             sim["now_s"] + source["transfer_latency_s"] + q["prompt_tok"] * source["transfer_tok_s"]
         )
-        _push_moving(sim, moving_s, moving_r, arrives_s, r)
+        push_moving(sim, moving_s, moving_r, arrives_s, r)
 
 
 @njit(types.void(SIM, INSTS, REQS, I8_2, I8_1, I8_1, I8), cache=True)
@@ -288,7 +207,8 @@ def _end_chunks(sim, inst, req, finish, done, starts, i):
         q["made_tok"] = 1
         one["emitted_tok"] += 1
         stays = one["decodes"] != 0
-        if stays or one["first_token_decode"] == 0 or q["output_tok"] == 1:
+        tells = stays or one["first_token_decode"] == 0 or q["output_tok"] == 1
+        if tells and q["first_s"] < 0.0:  # it may have been told before a failure
             q["first_s"] = sim["now_s"]
         if q["output_tok"] == 1:
             one["kv_tok"] -= q["context_tok"]
@@ -300,7 +220,7 @@ def _end_chunks(sim, inst, req, finish, done, starts, i):
             join(one, req, finish, i, r)
         else:
             q["state"] = HANDOFF
-            _push_route(sim, req, r)
+            push_route(sim, req, r)
 
 
 @njit(types.void(SIM, REQS, I8), cache=True)
@@ -317,7 +237,7 @@ def _release(sim, req, count):
             sim["n_judged"] += 1
             sim["n_judged_left"] += 1
         q["state"] = ROUTING
-        _push_route(sim, req, r)
+        push_route(sim, req, r)
 
 
 @njit(types.void(SIM, REQS, I8), cache=True)
@@ -355,7 +275,7 @@ def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
         _end_chunks(sim, inst, req, finish, done, starts, i)
     if sim["closed_loop"] != 0:
         _release(sim, req, sim["n_done"] - before)
-    _push_start(sim, inst, starts, i)
+    push_start(sim, inst, starts, i)
 
 
 @njit(F8(SIM, INST, REQS, TABLES, I8_2, F8_1, F8_1, GOVERNOR), cache=True)
@@ -400,7 +320,7 @@ def order_clock(sims, inst, tables, padded, pending_s, tree, seen, node_free_s, 
     one = inst[i]
     k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
     request_clock(sims[0], one, tables, padded, node_free_s, k, sims[0]["now_s"])
-    _remember(inst, tables, seen, i, sims[0]["now_s"])
+    remember(inst, tables, seen, i, sims[0]["now_s"])
     touch(inst, pending_s, tree, i)
 
 
@@ -409,7 +329,7 @@ def order_cap(sims, inst, tables, padded, pending_s, tree, seen, i, cap_w):
     """The loop sets a power cap, which takes effect at once."""
     one = inst[i]
     set_pace(one, tables, padded, one["clock_k"], cap_w, sims[0]["now_s"])
-    _remember(inst, tables, seen, i, sims[0]["now_s"])
+    remember(inst, tables, seen, i, sims[0]["now_s"])
     touch(inst, pending_s, tree, i)
 
 
@@ -438,9 +358,17 @@ def advance(
             apart = inst[prefill[0]]["decodes"] == 0
             early = sim["decode_at_arrival"] != 0
             prefill_need_tok = q["prompt_tok"] if apart else need_tok
+            can_prefill = _who_can_hold(inst, prefill, prefill_need_tok)
+            can_decode = _who_can_hold(inst, decode, need_tok)
             # Refused before any work is spent on it.
-            able = _can_hold(inst, prefill, prefill_need_tok) and _can_hold(inst, decode, need_tok)
-            if able and q["state"] == ROUTING and q["prefill_at"] < 0:
+            able = can_prefill > 0 and can_decode > 0
+            to_prefill = able and q["state"] == ROUTING and q["prefill_at"] < 0
+            to_decode = able and apart and q["decode_at"] < 0 and (q["state"] == HANDOFF or early)
+            if (to_prefill and can_prefill == 1) or (to_decode and can_decode == 1):
+                _leave_route(sim, req)
+                _hold(sim, req, r)
+                continue
+            if to_prefill:
                 _look(sim, inst, seen, view, prefill, prefill_need_tok)
                 if sim["hosted_prefill"] == 0:
                     q["prefill_at"] = prefill_router(
@@ -454,7 +382,7 @@ def advance(
                     sim["ask"] = ASK_PREFILL
                     sim["ask_index"] = r
                     return ASK_PREFILL
-            if able and apart and q["decode_at"] < 0 and (q["state"] == HANDOFF or early):
+            if to_decode:
                 _look(sim, inst, seen, view, decode, need_tok)
                 if sim["hosted_decode"] == 0:
                     q["decode_at"] = decode_router(
@@ -468,9 +396,7 @@ def advance(
                     sim["ask"] = ASK_DECODE
                     sim["ask_index"] = r
                     return ASK_DECODE
-            sim["route_head"] = q["next"]
-            if q["next"] < 0:
-                sim["route_tail"] = -1
+            _leave_route(sim, req)
             if not able:
                 _drop(sim, req, r)
             else:
@@ -485,10 +411,17 @@ def advance(
                 one["listed"] = 0
                 if one["alive"] == 0:
                     continue
+                if one["asleep"] != 0 and one["prefill_req"] + one["wait_req"] > 0:
+                    rouse(one, tables[one["type"]], sim["now_s"])
+                    remember(inst, tables, seen, i, sim["now_s"])
+                    touch(inst, pending_s, tree, i)
+                if one["wake_end_s"] < NEVER:
+                    continue
                 accrue(one, tables[one["type"]], sim["now_s"])
                 if form_batch(sim, inst, req, finish, starts, i) == 0:
                     one["idle_since_s"] = sim["now_s"]
-                    _remember(inst, tables, seen, i, sim["now_s"])
+                    doze(one, tables[one["type"]], sim["now_s"])
+                    remember(inst, tables, seen, i, sim["now_s"])
                     touch(inst, pending_s, tree, i)
                     continue
                 one["prepared"] = 1
@@ -515,7 +448,7 @@ def advance(
             one["listed"] = 0
             sim["n_start"] -= 1
             _launch(sim, one, tables, padded)
-            _remember(inst, tables, seen, i, sim["now_s"])
+            remember(inst, tables, seen, i, sim["now_s"])
             touch(inst, pending_s, tree, i)
             continue
         if sim["stop_when_judged"] != 0 and sim["n_judged_left"] == 0:
@@ -535,24 +468,27 @@ def advance(
             return REACHED
         sim["now_s"] = t_s
         if kind == 1:
-            r = _pop_moving(sim, moving_s, moving_r)
+            r = pop_moving(sim, moving_s, moving_r)
             i = req[r]["decode_at"]
             enqueue_wait(inst[i], req, r)
-            _remember(inst, tables, seen, i, t_s)
-            _push_start(sim, inst, starts, i)
+            remember(inst, tables, seen, i, t_s)
+            push_start(sim, inst, starts, i)
         elif kind == 2:
             r = sim["next_arrival"]
             sim["next_arrival"] += 1
             req[r]["state"] = ROUTING
-            _push_route(sim, req, r)
+            push_route(sim, req, r)
         else:
-            i = _first(tree)
+            i = first(tree)
             one = inst[i]
             ended = False
             if one["call_end_s"] <= t_s:
                 call_returned(sim, inst, tables, padded, node_free_s, pending_s, pending_k, i, t_s)
             elif one["pending"] > 0 and pending_s[i, 0] <= t_s:
                 clock_settled(inst, tables, padded, pending_s, pending_k, i, t_s)
+            elif one["wake_end_s"] <= t_s:
+                awake(one, tables[one["type"]], t_s)
+                push_start(sim, inst, starts, i)
             elif one["iterating"] != 0:
                 _end_iteration(sim, inst, tables, req, finish, done, starts, log, i)
                 ended = True  # what it starts next is what routers see
@@ -566,5 +502,5 @@ def advance(
                 k = quantise_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
                 request_clock(sim, one, tables, padded, node_free_s, k, t_s)
             if not ended:
-                _remember(inst, tables, seen, i, t_s)
+                remember(inst, tables, seen, i, t_s)
             touch(inst, pending_s, tree, i)

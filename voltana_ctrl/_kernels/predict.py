@@ -13,7 +13,7 @@ from voltana_ctrl._kernels.layout import PROFILE_DTYPE
 F8, I8 = types.float64, types.int64
 F8_1, F8_2, F8_3 = (types.Array(F8, dimension, "C") for dimension in (1, 2, 3))
 # What is only read may be read-only: states and tables are frozen.
-IN_F8_1, IN_F8_3 = (types.Array(F8, dimension, "C", readonly=True) for dimension in (1, 3))
+IN_F8_1, IN_F8_2, IN_F8_3 = (types.Array(F8, d, "C", readonly=True) for d in (1, 2, 3))
 IN_I8_1, IN_I8_2 = (types.Array(I8, dimension, "C", readonly=True) for dimension in (1, 2))
 
 (
@@ -22,6 +22,7 @@ IN_I8_1, IN_I8_2 = (types.Array(I8, dimension, "C", readonly=True) for dimension
     DECODE_REQ_S,
     DECODE_KV_S,
     DECODE_FLOOR_S,
+    DECODE_ROOF_S,
     DECODE_POWER_W,
     DECODE_ITER_J,
     DECODE_REQ_J,
@@ -32,6 +33,8 @@ IN_I8_1, IN_I8_2 = (types.Array(I8, dimension, "C", readonly=True) for dimension
     PREFILL_POWER_W,
 ) = range(len(PROFILE_DTYPE.names or ()))
 
+#: Columns of what a decision must keep to.
+TTFT_S, ITL_S, BUDGET_TOK = range(3)
 #: Loads are clipped to [0, this], so that finite questions have finite answers.
 MOST = 1e12
 #: Ladders up to this length are searched from below, longer ones by bisection.
@@ -58,12 +61,9 @@ def padded_size(padded, i, running_req):
 @njit(F8(IN_F8_3, I8, I8, F8, F8), cache=True)
 def decode_time_s(table, i, k, size_req, kv_tok):
     """Time of a decode iteration at ladder clock k [s]."""
-    linear = (
-        table[i, k, DECODE_BASE_S]
-        + table[i, k, DECODE_REQ_S] * size_req
-        + table[i, k, DECODE_KV_S] * kv_tok
-    )
-    return max(linear, table[i, k, DECODE_FLOOR_S])
+    line = table[i, k, DECODE_BASE_S] + table[i, k, DECODE_REQ_S] * size_req
+    bent = max(line, table[i, k, DECODE_ROOF_S] * size_req)
+    return max(bent + table[i, k, DECODE_KV_S] * kv_tok, table[i, k, DECODE_FLOOR_S])
 
 
 @njit(F8(IN_F8_3, I8, I8, F8, F8), cache=True)
@@ -176,67 +176,50 @@ def _enough(table, i, k, running_req, size_req, kv_tok, batch_tok, left_s, itl_s
     return prefill_time_s(table, i, k, batch_tok, 0.0) <= left_s
 
 
-@njit(I8(IN_F8_3, IN_I8_2, IN_I8_2, IN_I8_1, I8, F8, F8, F8, F8, F8, F8, F8), cache=True)
-def needed_rung(
-    table, padded, ladder, n_ladder, i,
-    ttft_s, itl_s, running_req, kv_tok, waiting_tok, batch_tok, oldest_wait_s,
+@njit(F8(IN_F8_3, IN_I8_2, IN_F8_2, I8, F8, F8, F8, F8), cache=True)
+def lowest_clock(
+    rungs, padded, limits, i, running_req, kv_tok, waiting_tok, oldest_wait_s
 ):  # fmt: skip
-    """Ladder clock that the next iteration of instance i needs (EcoFreq's rules 3 to 6)."""
-    n = n_ladder[i]
+    """Clock that the next iteration of instance i needs [MHz] (EcoFreq's rules 3 to 6).
+
+    `rungs` are the rows of a table that may be chosen, short ladders filled up with their top
+    row; `limits` are TTFT [s], ITL [s] and prompt tokens per iteration, by instance.
+    """
+    top = rungs.shape[1] - 1
     n_req = load_of(running_req)
-    tok = load_of(batch_tok)
-    if load_of(waiting_tok) > tok:
-        return ladder[i, n - 1]
+    waiting = load_of(waiting_tok)
+    tok = min(waiting, limits[i, BUDGET_TOK])
+    if waiting > tok:
+        return rungs[i, top, CLOCK_MHZ]
     if n_req == 0.0 and tok == 0.0:
-        return ladder[i, 0]
+        return rungs[i, 0, CLOCK_MHZ]
     size_req = padded_size(padded, i, n_req)
     kv = load_of(kv_tok)
-    left_s = ttft_s - load_of(oldest_wait_s)
-    if n <= SHORT_LADDER:
-        for rung in range(n - 1):
-            k = ladder[i, rung]
-            if _enough(table, i, k, n_req, size_req, kv, tok, left_s, itl_s):
-                return k
-        return ladder[i, n - 1]
+    left_s = limits[i, TTFT_S] - load_of(oldest_wait_s)
+    itl_s = limits[i, ITL_S]
     low = 0
-    high = n - 1
+    high = top
+    if top < SHORT_LADDER:
+        while low < top and not _enough(rungs, i, low, n_req, size_req, kv, tok, left_s, itl_s):
+            low += 1
+        high = low
     while low < high:
         middle = (low + high) // 2
-        k = ladder[i, middle]
-        if _enough(table, i, k, n_req, size_req, kv, tok, left_s, itl_s):
+        if _enough(rungs, i, middle, n_req, size_req, kv, tok, left_s, itl_s):
             high = middle
         else:
             low = middle + 1
-    return ladder[i, low]
+    return rungs[i, low, CLOCK_MHZ]
 
 
-@njit(
-    F8(IN_F8_3, IN_I8_2, IN_I8_2, IN_I8_1, I8, F8, F8, F8, F8, F8, F8, F8, F8, F8),
-    cache=True,
-)
-def lowest_clock(
-    table, padded, ladder, n_ladder, i,
-    ttft_s, itl_s, running_req, kv_tok, waiting_tok, batch_tok, oldest_wait_s,
-    floor_mhz, ceiling_mhz,
-):  # fmt: skip
-    """Clock that instance i needs [MHz], within floor and ceiling; the ceiling wins."""
-    k = needed_rung(
-        table, padded, ladder, n_ladder, i,
-        ttft_s, itl_s, running_req, kv_tok, waiting_tok, batch_tok, oldest_wait_s,
-    )  # fmt: skip
-    return min(max(table[i, k, CLOCK_MHZ], floor_mhz), ceiling_mhz)
-
-
-@njit(types.void(IN_F8_3, IN_I8_2, IN_I8_2, IN_I8_1, *(IN_F8_1,) * 9, F8_1), cache=True)
+@njit(types.void(IN_F8_3, IN_I8_2, IN_F8_2, *(IN_F8_1,) * 6, F8_1), cache=True)
 def lowest_clocks(
-    table, padded, ladder, n_ladder,
-    ttft_s, itl_s, running_req, kv_tok, waiting_tok, batch_tok, oldest_wait_s,
-    floor_mhz, ceiling_mhz, out_mhz,
+    rungs, padded, limits, running_req, kv_tok, waiting_tok, oldest_wait_s, floor_mhz,
+    ceiling_mhz, out_mhz,
 ):  # fmt: skip
-    """`lowest_clock` for the whole fleet at once."""
+    """`lowest_clock` for the whole fleet at once, within floor and ceiling; the ceiling wins."""
     for i in range(len(out_mhz)):
-        out_mhz[i] = lowest_clock(
-            table, padded, ladder, n_ladder, i,
-            ttft_s[i], itl_s[i], running_req[i], kv_tok[i], waiting_tok[i], batch_tok[i],
-            oldest_wait_s[i], floor_mhz[i], ceiling_mhz[i],
-        )  # fmt: skip
+        needed_mhz = lowest_clock(
+            rungs, padded, limits, i, running_req[i], kv_tok[i], waiting_tok[i], oldest_wait_s[i]
+        )
+        out_mhz[i] = min(max(needed_mhz, floor_mhz[i]), ceiling_mhz[i])

@@ -4,7 +4,7 @@ Queues are balanced in proportion to the shares rather than requests dealt out b
 honour the shares, and the queue also answers to prompts that turned out long.
 """
 
-from numba import njit
+from numba import njit, types
 
 from voltana_ctrl._kernels.cost import decode_s
 from voltana_ctrl._kernels.layout import (
@@ -17,7 +17,7 @@ from voltana_ctrl._kernels.layout import (
     VIEW_RUNNING_REQ,
     VIEW_TYPE,
 )
-from voltana_ctrl._kernels.routers import ROUTER_SIGNATURE
+from voltana_ctrl._kernels.routers import F8, I8, ROUTER_SIGNATURE
 
 #: params
 ITL_S, KV_FULL_FRAC = range(2)
@@ -96,4 +96,26 @@ def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members
     for j in members:
         newest = max(newest, memory[j])
     memory[best] = newest + 1.0
+    return best
+
+
+@njit(
+    I8(
+        types.Array(F8, 2, "C"),
+        types.Array(I8, 1, "C"),
+        types.Array(F8, 1, "C", readonly=True),
+        types.Array(F8, 1, "C", readonly=True),
+        I8,
+    ),
+    cache=True,
+)
+def worth_more(view, members, score_j, price_j_req, picked):
+    """The eligible instance where a request is worth most, if that is more than where picked."""
+    best = picked
+    best_j = score_j[picked] - price_j_req[picked]
+    for j in members:
+        worth_j = score_j[j] - price_j_req[j]
+        if view[VIEW_ELIGIBLE, j] > 0.0 and worth_j > best_j:
+            best = j
+            best_j = worth_j
     return best

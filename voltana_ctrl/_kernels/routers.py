@@ -18,6 +18,7 @@ from voltana_ctrl._kernels.cost import ROW, decode_s
 from voltana_ctrl._kernels.layout import (
     VIEW_ELIGIBLE,
     VIEW_FREQ_MHZ,
+    VIEW_KV_CAPACITY_TOK,
     VIEW_KV_TOK,
     VIEW_QUEUE_REQ,
     VIEW_QUEUE_TOK,
@@ -44,6 +45,44 @@ TILE_REQ = 128.0
 
 # fadr's params
 FADR_SLO_S, FADR_N_LADDER, FADR_LADDER = range(3)
+
+
+_F8_1 = types.Array(F8, 1, "C", readonly=True)
+_BOOL_1 = types.Array(types.boolean, 1, "C", readonly=True)
+
+
+@njit(
+    types.void(
+        types.Array(F8, 2, "C"), types.Array(I8, 1, "C"), _BOOL_1, _BOOL_1,
+        _F8_1, _F8_1, _F8_1, _F8_1, _F8_1, F8,
+    ),
+    cache=True,
+)  # fmt: skip
+def look(
+    view, members, alive, active, queue_tok, queue_req, running_req, kv_used_tok, freq_mhz,
+    prompt_tok,
+):  # fmt: skip
+    """Copy the state of the members into the view, and mark who is eligible.
+
+    Those alive, active and with room for the prompt; if none, those alive with room; if none,
+    those alive; if none, all.
+    """
+    best = 0.0
+    for j in members:
+        view[VIEW_QUEUE_TOK, j] = queue_tok[j]
+        view[VIEW_QUEUE_REQ, j] = queue_req[j]
+        view[VIEW_RUNNING_REQ, j] = running_req[j]
+        view[VIEW_KV_TOK, j] = kv_used_tok[j]
+        view[VIEW_FREQ_MHZ, j] = freq_mhz[j]
+        rank = 0.0
+        if alive[j]:
+            rank = 1.0
+            if kv_used_tok[j] + prompt_tok <= view[VIEW_KV_CAPACITY_TOK, j]:
+                rank = 3.0 if active[j] else 2.0
+        view[VIEW_ELIGIBLE, j] = rank
+        best = max(best, rank)
+    for j in members:
+        view[VIEW_ELIGIBLE, j] = 1.0 if view[VIEW_ELIGIBLE, j] == best else 0.0
 
 
 @njit([ROUTER_SIGNATURE], cache=True)
@@ -146,11 +185,17 @@ def tile_aware(tables, padded, params, memory, uniform, prompt_tok, view, member
 def _fadr_level(rows, padded, params, running_req, kv_tok):
     n_ladder = int(params[FADR_N_LADDER])
     size = padded[min(int(running_req), len(padded) - 1)]
-    for level in range(n_ladder - 1):
-        row = rows[int(params[FADR_LADDER + level])]
+    # By bisection: iteration times never rise with the clock.
+    low = 0
+    high = n_ladder - 1
+    while low < high:
+        middle = (low + high) // 2
+        row = rows[int(params[FADR_LADDER + middle])]
         if decode_s(row, size, kv_tok) <= params[FADR_SLO_S]:
-            return level
-    return n_ladder - 1
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @njit([ROUTER_SIGNATURE], cache=True)

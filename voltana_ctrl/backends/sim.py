@@ -28,7 +28,7 @@ class SimBackend:
     settings : PlantSettings, optional
         Actuation, noise, iteration log.
     **plant_options
-        Passed to :class:`voltana_ctrl.sim.engine.Plant`: governors, routers, judged_s.
+        Passed to :class:`voltana_ctrl.sim.engine.Plant`: governors, routers, judged_s, faults.
 
     Examples
     --------

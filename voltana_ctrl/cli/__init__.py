@@ -1,4 +1,4 @@
-"""Command line: ``voltana-ctrl compare | fit | profile | doctor | agent | savings | ...``."""
+"""Command line: ``voltana-ctrl compare | profile | fit | agent | router``, and more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import voltana_ctrl
-from voltana_ctrl.cli import _agent, _compare, _identify, _lists, _node, _savings
+from voltana_ctrl.cli import _agent, _compare, _identify, _lists, _node, _router, _savings
 from voltana_ctrl.errors import VoltanaError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ for _command in (
     _identify.profile,
     _node.doctor,
     _agent.agent,
+    _router.router,
     _savings.savings,
     _lists.policies,
     _lists.profiles,

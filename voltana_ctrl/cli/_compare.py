@@ -48,6 +48,17 @@ def compare(
         str | None,
         typer.Option(help="Limit on the fleet: W, or steps s:W,... from the warm-up's start."),
     ] = None,
+    arrivals: Annotated[
+        str | None,
+        typer.Option(
+            help="poisson, gamma:cv=3, mmpp:high_s=5,low_s=15 or diurnal:period_s=600 in place"
+            " of the generator's own."
+        ),
+    ] = None,
+    faults: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of failures, slow-downs and clamped clocks."),
+    ] = None,
     actuation_ms: Annotated[float, typer.Option(help="Dead time of a clock set.")] = 5.0,
     settle_ms: Annotated[float, typer.Option(help="Then until the clock is there.")] = 20.0,
     jitter: Annotated[float, typer.Option(help="Spread of iteration times (ratio).")] = 0.0,
@@ -75,6 +86,8 @@ def compare(
     from voltana_ctrl import experiment
     from voltana_ctrl.policies import HEADLINE
     from voltana_ctrl.report import check_plot, print_table, write_html, write_plot
+    from voltana_ctrl.sim.arrivals import parse_arrivals
+    from voltana_ctrl.sim.faults import read_faults
     from voltana_ctrl.types import PowerBudget, Slo
 
     for option, value in (("duration", duration), ("tick-ms", tick_ms)):
@@ -98,6 +111,8 @@ def compare(
     names = [part.strip() for part in policies.split(",")] if policies else list(HEADLINE)
     promises = Slo.parse(slo)
     power_budget = None if power_budget_w is None else PowerBudget.parse(power_budget_w)
+    process = None if arrivals is None else parse_arrivals(arrivals)
+    wrong = () if faults is None else read_faults(faults)
     settings = _settings(actuation_ms, settle_ms, jitter)
     errors = Console(stderr=True)
     with errors.status("loading the simulator (compiled once per machine)"):
@@ -123,6 +138,8 @@ def compare(
             policies=names,
             settings=settings,
             power_budget=power_budget,
+            arrivals=process,
+            faults=wrong,
             executor=executor,
             skip_bad_rows=skip_bad_rows,
             detail=drawn,

@@ -67,6 +67,8 @@ def equal_groups(fleet: FleetSpec, members: I64) -> list[I64]:
             one.max_batch,
             one.kv_capacity_tok,
             one.idle_w,
+            one.parked_w,
+            one.wake_j,
             one.role,
         )
         groups.setdefault(key, []).append(int(i))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.physics import decode_tangent
 from voltana_ctrl.types import PROFILE_DTYPE, FleetSpec, InstanceSpec, Role
 from voltana_ctrl.types._check import F64, I64
 
@@ -110,7 +111,7 @@ class Slots:
 
     def rows(self, clock_mhz: F64) -> tuple[Any, Any]:
         """Coefficients at these clocks and their change per MHz."""
-        rows = np.empty((len(self), len(PROFILE_DTYPE)))
+        rows = np.empty((len(self), self._ladders[0][2].shape[1]))
         slopes = np.empty_like(rows)
         for slots, ladder, table in self._ladders:
             at = clock_mhz[slots]
@@ -132,7 +133,8 @@ class Slots:
 
         def at(rows: Any, batch: F64) -> F64:
             kv = batch * lengths.context_tok
-            step_s = rows["decode_base_s"] + rows["decode_req_s"] * batch + rows["decode_kv_s"] * kv
+            line, _ = decode_tangent(rows, rows, batch)
+            step_s = line["decode_base_s"] + line["decode_req_s"] * batch + line["decode_kv_s"] * kv
             per_step_j = (
                 rows["decode_iter_j"] + rows["decode_req_j"] * batch + rows["decode_kv_j"] * kv
             )

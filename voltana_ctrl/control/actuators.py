@@ -203,7 +203,6 @@ class ActuatorChooser(Controller):
             or memory.refused[i]
             or decision.status is not Status.OK
             or decision.limits is not None
-            or not decision.active[i]
         ):
             return -1
         saving_w = choice.saving_w(

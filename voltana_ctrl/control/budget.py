@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from voltana_ctrl.control.base import Controller
+from voltana_ctrl.physics import decode_s
 from voltana_ctrl.types import Decision, FleetSpec, InstanceSpec, Observation, PowerBudget
 from voltana_ctrl.types._check import F64, Bool, not_negative
 
@@ -42,12 +43,7 @@ def highest_power_w(instance: InstanceSpec) -> F64:
     if instance.role.decodes:
         running_req = np.arange(1.0, instance.max_batch + 1.0)
         for kv_tok in (running_req, float(instance.kv_capacity_tok)):
-            step_s = np.maximum(
-                rows["decode_floor_s"],
-                rows["decode_base_s"]
-                + rows["decode_req_s"] * running_req
-                + rows["decode_kv_s"] * kv_tok,
-            )
+            step_s = decode_s(rows, running_req, kv_tok)
             batch_j = (
                 rows["decode_iter_j"]
                 + rows["decode_req_j"] * running_req

@@ -24,6 +24,7 @@ from voltana_ctrl.control._slots import Slots
 from voltana_ctrl.control.target import Load, Target
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.model import decode_steps, zero_order_hold
+from voltana_ctrl.physics import decode_tangent
 from voltana_ctrl.types import FleetSpec, FleetState, Slo, Status
 from voltana_ctrl.types._check import F64, I64, count, positive
 
@@ -31,7 +32,7 @@ __all__ = ["Plan", "Planner"]
 
 #: Parameters per decode slot.
 _DECODE = (
-    "a_nn", "a_nm", "a_mn", "a_mm", "b_n", "b_m", "e_m", "c_n", "c_m", "step_n", "step_m",
+    "a_nn", "a_nm", "a_mn", "a_mm", "b_n", "b_m", "e_n", "e_m", "c_n", "c_m", "step_n", "step_m",
     "step_f", "step_rest_s", "power_n", "power_f", "power_rest_w", "size", "n0", "m0", "f0",
     "lam_goal", "n_goal", "f_goal", "lam_max", "kv_ktok",
 )  # fmt: skip
@@ -192,7 +193,7 @@ class Planner:
                 == cp.multiply(d["a_nn"], n[k])
                 + cp.multiply(d["a_nm"], m[k])
                 + cp.multiply(d["b_n"], clock)
-                + dt * lam[k]
+                + cp.multiply(d["e_n"], lam[k])
                 + d["c_n"],
                 m[k + 1]
                 == cp.multiply(d["a_mn"], n[k])
@@ -260,7 +261,7 @@ class Planner:
         if not self.problem.is_dpp():
             raise ConfigError("Planner: the problem is no longer DPP; every tick would recompile")
         self._d, self._p, self._arrivals, self._budget_w = d, p, arrivals, budget_w
-        self._f, self._lam, self._cap, self._rate = f, lam, cap, rate
+        self._f, self._lam, self._cap, self._mu, self._rate = f, lam, cap, mu, rate
         self._first = rules[:2]
 
     # A tick
@@ -336,7 +337,7 @@ class Planner:
         # Linearised between where the fleet is and where it goes, on a batch that is not empty.
         n_at = np.maximum(n, 1.0)
         m_at = np.maximum(m, n_at * lengths.prompt_tok)
-        rows, slopes = decode.rows(clock)
+        rows, slopes = decode_tangent(*decode.rows(clock), n_at)
         a, b, e, c = decode_steps(rows, slopes, clock, n_at, m_at, lengths)
         a, held = zero_order_hold(a, np.concatenate([b, e, c[:, :, None]], axis=2), dt)
         lam_goal = load.arrival_req_s * share
@@ -353,7 +354,8 @@ class Planner:
         values = {
             "a_nn": a[:, 0, 0], "a_nm": 1e3 * a[:, 0, 1], "a_mn": 1e-3 * a[:, 1, 0],
             "a_mm": a[:, 1, 1], "b_n": 1e3 * held[:, 0, 0], "b_m": held[:, 1, 0],
-            "e_m": 1e-3 * held[:, 1, 1], "c_n": held[:, 0, 2], "c_m": 1e-3 * held[:, 1, 2],
+            "e_n": held[:, 0, 1], "e_m": 1e-3 * held[:, 1, 1],
+            "c_n": held[:, 0, 2], "c_m": 1e-3 * held[:, 1, 2],
             "step_n": rows["decode_req_s"], "step_m": 1e3 * rows["decode_kv_s"],
             "step_f": step_f,
             "step_rest_s": np.where(
@@ -409,7 +411,7 @@ class Planner:
         compiled = self._compiled
         status, objective_j, iterations = compiled.solve(self.values)
         if status is Status.OK:
-            for variable in (self._f, self._lam, self._cap, self._rate):
+            for variable in (self._f, self._lam, self._cap, self._mu, self._rate):
                 variable.save_value(compiled.value(variable))
         prices = (
             compiled.first_multipliers(self._d["c_n"]),

@@ -107,7 +107,7 @@ class TargetOptimiser:
     grid : int
         Loads per instance and group at which power is evaluated.
     wake_j : float
-        Energy that a change of the active set costs per instance.
+        Energy that a change of the active set costs per instance, if its own is not more.
     hold_s : float
         Time over which a change must earn that back.
 
@@ -160,7 +160,8 @@ class TargetOptimiser:
         self.wake_j = wake_j
         self.hold_s = hold_s
         self._kernels = kernels
-        self._idle_w = np.array([one.idle_w for one in fleet.instances], dtype=np.float64)
+        self._parked_w = np.array([one.parked_w for one in fleet.instances], dtype=np.float64)
+        self._wake_j = np.array([one.wake_j for one in fleet.instances], dtype=np.float64)
         self._min_mhz = fleet.min_mhz
         phases = [fleet.decode] if fleet.colocated else [fleet.prefill, fleet.decode]
         self._phases = [
@@ -274,9 +275,10 @@ class TargetOptimiser:
             stay_w, kept = self._split(
                 load, [stay[k] for k in keep], [curves[k] for k in keep], [False] * len(keep)
             )
-            stay_w += sum(float(self._idle_w[group[~active[group]]].sum()) for group in groups)
-            changed = np.count_nonzero((free > 0.0)[members] != active[members])
-            if np.isfinite(stay_w) and stay_w - free_w <= self.wake_j * changed / self.hold_s:
+            stay_w += sum(float(self._parked_w[group[~active[group]]].sum()) for group in groups)
+            changed = members[(free > 0.0)[members] != active[members]]
+            change_j = float(np.maximum(self.wake_j, self._wake_j[changed]).sum())
+            if np.isfinite(stay_w) and stay_w - free_w <= change_j / self.hold_s:
                 chosen = kept
         return self._target(load, members, groups, curve_of, chosen)
 
@@ -310,8 +312,8 @@ class TargetOptimiser:
         loads_req_s = np.zeros(len(self.fleet))
         tables: list[Node] = []
         for group, (grid_req_s, power_w), park in zip(groups, curves, may_park, strict=True):
-            idle_w = self._idle_w[group[0]]
-            leaf_w = np.concatenate([[idle_w if park else power_w[0]], power_w])
+            parked_w = self._parked_w[group[0]]
+            leaf_w = np.concatenate([[parked_w if park else power_w[0]], power_w])
             leaf = Node(step=grid_req_s[0], cost_w=leaf_w)
             tables.append(self._power_of(leaf, group.size, load.arrival_req_s, {}))
         root = tables[0]
@@ -398,7 +400,7 @@ class TargetOptimiser:
             worst = 10.0 * known.max() if known.size else 1e3
             slope = np.where(np.isfinite(slope), slope, worst)
             on = distinct > 0.0
-            power = np.where(on, np.where(np.isfinite(here), here, 0.0), instance.idle_w)
+            power = np.where(on, np.where(np.isfinite(here), here, 0.0), instance.parked_w)
             clocks = np.where(
                 on, instance.clocks_mhz[at.floor_row[: distinct.size]], instance.clocks_mhz[0]
             )
@@ -420,7 +422,8 @@ class TargetOptimiser:
         row = instance.table[-1]
         if instance.role is Role.PREFILL:
             return float(1.0 / (row["prefill_tok_s"] * load.lengths.prompt_tok))
-        growth_s = row["decode_req_s"] + row["decode_kv_s"] * load.lengths.context_tok
+        per_req_s = max(row["decode_req_s"], row["decode_roof_s"])
+        growth_s = per_req_s + row["decode_kv_s"] * load.lengths.context_tok
         return float(1.0 / (growth_s * max(1.0, load.lengths.output_tok - 1.0)))
 
 

@@ -70,14 +70,27 @@ def kalman_step(
     """
     mean, covariance = state.mean, state.covariance
     if measured is not None:
-        spread = output @ covariance @ output.T + noise
-        gain = np.linalg.solve(spread, output @ covariance).T
+        crossed = output @ covariance
+        spread = crossed @ output.T + noise
+        gain = np.linalg.solve(spread, crossed).T
         mean = mean + gain @ (measured - output @ mean)
         kept = np.eye(len(mean)) - gain @ output
         covariance = kept @ covariance @ kept.T + gain @ noise @ gain.T
     mean = transition @ mean
     covariance = transition @ covariance @ transition.T + process
     return KalmanState(mean=mean, covariance=0.5 * (covariance + covariance.T))
+
+
+def _correct(mean: F64, covariance: F64, row: F64, value: float, noise: float) -> KalmanState:
+    """:func:`kalman_step` for one number measured of a state that stays: no system to solve."""
+    along = covariance @ row
+    gain = along / (float(row @ along) + noise)
+    kept = -gain[:, None] * row
+    kept.flat[:: len(gain) + 1] += 1.0
+    after = kept @ covariance @ kept.T + noise * (gain[:, None] * gain)
+    return KalmanState(
+        mean=mean + gain * (value - float(row @ mean)), covariance=0.5 * (after + after.T)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -254,25 +267,20 @@ class ArrivalEstimator:
         dt_s = t_s - state.t_s
         positive("ArrivalEstimator.update: t_s, less that of the last update", dt_s)
         # The state is the one of the last update; walk to now, then measure.
-        process = self._process(state, dt_s)
-        ahead = _ahead(state.rate, process)
-        output = self._output(t_s - 0.5 * dt_s)
-        expected = float((output @ ahead.mean)[0])
+        mean, covariance = state.rate.mean, state.rate.covariance + self._process(state, dt_s)
+        row = self._output(t_s - 0.5 * dt_s)
+        expected = float(row @ mean)
         per_count = max(expected, 1.0 / dt_s, 1e-9) / dt_s
         noise = state.dispersion_frac * per_count
         error = arrived_req / dt_s - expected
-        surprise = error / float(np.sqrt((output @ ahead.covariance @ output.T)[0, 0] + noise))
+        own = float(row @ covariance @ row)
+        surprise = error / (own + noise) ** 0.5
         burst = abs(surprise) > self.burst_sigma_frac
         if burst:
-            opened = ahead.covariance.copy()
-            opened[0, 0] += error**2
-            ahead = KalmanState(mean=ahead.mean, covariance=opened)
-        rate = kalman_step(
-            ahead, np.eye(self._size), np.zeros_like(process), output,
-            np.array([arrived_req / dt_s]), np.array([[noise]]),
-        )  # fmt: skip
+            covariance[0, 0] += error**2
+            own = float(row @ covariance @ row)
+        rate = _correct(mean, covariance, row, arrived_req / dt_s, noise)
         # Expected square of the error is noise plus the rate's own variance.
-        own = float((output @ ahead.covariance @ output.T)[0, 0])
         seen = min(max((error**2 - own) / per_count, 0.0), 100.0)
         weight = min(1.0, dt_s / 30.0)
         dispersion = max(1.0, state.dispersion_frac + weight * (seen - state.dispersion_frac))
@@ -289,7 +297,7 @@ class ArrivalEstimator:
     def rate_req_s(self, state: ArrivalState, *, t_s: float | None = None) -> float:
         """Arrival rate at a time, now by default; never negative."""
         at_s = state.t_s if t_s is None else t_s
-        return max(0.0, float((self._output(at_s) @ state.rate.mean)[0]))
+        return max(0.0, float(self._output(at_s) @ state.rate.mean))
 
     def lengths_tok(self, state: ArrivalState) -> tuple[float, float]:
         """Mean prompt and output length; at least one token."""
@@ -318,10 +326,10 @@ class ArrivalEstimator:
         fraction("forecast: coverage_frac", coverage_frac)
         middle_s = state.t_s + 0.5 * horizon_s
         output = self._output(middle_s)
-        mean = max(0.0, float((output @ state.rate.mean)[0]))
+        mean = max(0.0, float(output @ state.rate.mean))
         # The mean of a random walk over the horizon has a third of its variance at the end.
         drift = self._process(state, horizon_s) / 3.0
-        spread = float((output @ (state.rate.covariance + drift) @ output.T)[0, 0])
+        spread = float(output @ (state.rate.covariance + drift) @ output)
         spread += state.dispersion_frac * mean / horizon_s
         half = NormalDist().inv_cdf(0.5 + 0.5 * coverage_frac) * spread**0.5
         return Forecast(mean_req_s=mean, low_req_s=max(0.0, mean - half), high_req_s=mean + half)
@@ -336,25 +344,23 @@ class ArrivalEstimator:
         return process
 
     def _output(self, t_s: float) -> F64:
-        row = np.ones((1, self._size))
+        row = np.ones(self._size)
         if self.period_s is not None:
             angle = 2.0 * np.pi * t_s / self.period_s * np.arange(1, self.harmonics + 1)
-            row[0, 1::2] = np.cos(angle)
-            row[0, 2::2] = np.sin(angle)
+            row[1::2] = np.cos(angle)
+            row[2::2] = np.sin(angle)
         return row
 
     def _length(self, state: KalmanState, dt_s: float, n_req: float, n_tok: float) -> KalmanState:
-        mean = max(float(state.mean[0]), 1.0)
-        one = np.eye(1)
-        ahead = _ahead(state, (self.length_drift_frac * mean) ** 2 * dt_s * one)
-        if n_req == 0.0:
-            return ahead
-        noise = (self.length_spread_frac * mean) ** 2 / n_req * one
-        return kalman_step(ahead, one, 0.0 * one, one, np.array([n_tok / n_req]), noise)
-
-
-def _ahead(state: KalmanState, process: F64) -> KalmanState:
-    return KalmanState(mean=state.mean, covariance=state.covariance + process)
+        mean, variance = float(state.mean[0]), float(state.covariance[0, 0])
+        scale = max(mean, 1.0)
+        variance += (self.length_drift_frac * scale) ** 2 * dt_s
+        if n_req > 0.0:
+            noise = (self.length_spread_frac * scale) ** 2 / n_req
+            gain = variance / (variance + noise)
+            mean += gain * (n_tok / n_req - mean)
+            variance = (1.0 - gain) ** 2 * variance + gain**2 * noise
+        return KalmanState(mean=np.array([mean]), covariance=np.array([[variance]]))
 
 
 def _level(start: float) -> KalmanState:

@@ -1,10 +1,9 @@
 """Decode time against clock, batch and KV tokens.
 
-``T = max(floor, base(f) + req(f) n + kv(f) K)`` with ``n`` the executed batch: the *line*, and
-the form that a profile holds. The *roofline* adds what bends it: a share ``w`` of the base is
-the streaming of weights, and once computing takes longer than streaming the computing counts,
+``T = max(floor, base(f) + req(f) n + kv(f) K)`` with ``n`` the executed batch is the *line*.
+The *roofline* bends it: once computing takes longer than streaming weights, it counts instead,
 
-    T = max(floor, (1 - w) base + ((w base)^q + (G n / f)^q)^(1/q) + req n + kv K).
+    T = max(floor, max(base + req n, G n / f) + kv K).
 
 Coefficients are non-negative and fall with the clock by construction: each is a sum of
 non-negative increments from the highest clock down. Between clocks they are linear in ``1/f``.
@@ -21,13 +20,9 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.fit._robust import Estimate, estimate, falling, linear
 from voltana_ctrl.fit.staircase import pad
 from voltana_ctrl.fit.tables import IterationTable
-from voltana_ctrl.types._check import F64
+from voltana_ctrl.types._check import F64, Bool
 
 __all__ = ["DecodeTime", "fit_decode_time"]
-
-# Sharpness of the bend from streaming to computing: 5.8 +- 0.9 for the FFN of Qwen3-32B on
-# A800 between 1 and 256 requests, docs/identification.md.
-ROOFLINE_EXPONENT = 6.0
 
 Form = Literal["line", "line+floor", "roofline", "roofline+floor"]
 #: From simple to rich.
@@ -50,10 +45,8 @@ class DecodeTime:
         Their standard deviations.
     floor_s, floor_sd_s : float
         Least time of an iteration, where the host launches slower than the GPU computes.
-    compute_s : float
+    compute_s, compute_sd_s : float
         Computing time of one request at 1 MHz; 0 in the line.
-    stream_frac : float
-        Share of the base that streams weights.
 
     Examples
     --------
@@ -76,7 +69,7 @@ class DecodeTime:
     floor_s: float = 0.0
     floor_sd_s: float = 0.0
     compute_s: float = 0.0
-    stream_frac: float = 0.0
+    compute_sd_s: float = 0.0
 
     def at(self, freq_mhz: object) -> tuple[F64, F64, F64]:
         """Base, request and KV coefficients at any clock: linear in ``1/f``, level outside.
@@ -121,11 +114,8 @@ class DecodeTime:
         freq = np.asarray(freq_mhz, dtype=np.float64)
         size = np.asarray(padded_req, dtype=np.float64)
         base, req, kv = self.at(freq)
-        stream = self.stream_frac * base
-        compute = self.compute_s * size / freq
-        bent = _soft_max(stream, compute)[0] if self.compute_s > 0.0 else stream
-        affine = base - stream + bent + req * size + kv * np.asarray(kv_tok, dtype=np.float64)
-        time_s: F64 = np.maximum(self.floor_s, affine)
+        bent = np.maximum(base + req * size, self.compute_s * size / freq)
+        time_s: F64 = np.maximum(self.floor_s, bent + kv * np.asarray(kv_tok, dtype=np.float64))
         return time_s
 
 
@@ -216,16 +206,8 @@ def _check_supported(rows: IterationTable, *, known_kv: bool) -> None:
             )
 
 
-def _soft_max(left: F64, right: F64) -> tuple[F64, F64, F64]:
-    """Return the q-norm of two non-negative numbers, and its derivatives."""
-    q = ROOFLINE_EXPONENT
-    top = np.maximum(np.maximum(left, right), 1e-30)
-    norm = np.maximum(((left / top) ** q + (right / top) ** q) ** (1.0 / q), 1.0)
-    return top * norm, (left / top / norm) ** (q - 1.0), (right / top / norm) ** (q - 1.0)
-
-
 class _Problem:
-    """Parameters: increments of base, of req, of kv per clock, then compute, share, floor.
+    """Parameters: increments of base, of req, of kv per clock, then compute and floor.
 
     All are times of the order of the iteration: requests and tokens are counted in their
     largest measured number, the clock in its lowest.
@@ -249,52 +231,44 @@ class _Problem:
         self.period = self.clocks[0] / rows.freq_mhz
         self.wall_s = rows.wall_s
         m = self.m
-        self.lower = np.zeros(3 * m + 3)
-        self.upper = np.full(3 * m + 3, np.inf)
+        self.lower = np.zeros(3 * m + 2)
+        self.upper = np.full(3 * m + 2, np.inf)
         if kv_s is not None:
             known = np.zeros(m)
             known[-1] = kv_s * self.kv_ref
             self.lower[2 * m : 3 * m] = self.upper[2 * m : 3 * m] = known
         if not form.startswith("roofline"):
-            self.upper[3 * m : 3 * m + 2] = 0.0
-        else:
-            self.upper[3 * m + 1] = 1.0
+            self.upper[3 * m] = 0.0
         if not form.endswith("+floor"):
-            self.upper[3 * m + 2] = 0.0
+            self.upper[3 * m + 1] = 0.0
         # Cumulative sum from above: value[k] = sum of increments[k:].
         self.above = self.index[:, None] <= np.arange(m)[None, :]
 
-    def _parts(self, p: F64) -> tuple[F64, F64, F64, F64]:
+    def _parts(self, p: F64) -> tuple[F64, Bool]:
+        """Time without the floor, and which rows compute longer than they stream."""
         m, i = self.m, self.index
-        base = falling(p[:m])[i]
-        affine = falling(p[m : 2 * m])[i] * self.size + falling(p[2 * m : 3 * m])[i] * self.kv
-        stream = p[3 * m + 1] * base
+        line = falling(p[:m])[i] + falling(p[m : 2 * m])[i] * self.size
         compute = p[3 * m] * self.size * self.period
-        bent, by_stream, by_compute = stream, np.ones_like(base), np.zeros_like(base)
-        if p[3 * m] > 0.0:
-            bent, by_stream, by_compute = _soft_max(stream, compute)
-        return base, base - stream + bent + affine, by_stream, by_compute
+        bent: F64 = np.maximum(line, compute) + falling(p[2 * m : 3 * m])[i] * self.kv
+        return bent, compute > line
 
     def residual(self, p: F64) -> F64:
-        time_s: F64 = np.maximum(self._parts(p)[1], p[-1])
+        time_s: F64 = np.maximum(self._parts(p)[0], p[-1])
         return np.log(np.maximum(time_s, 1e-12) / self.wall_s)
 
     def jacobian(self, p: F64) -> F64:
         m = self.m
-        base, affine, by_stream, by_compute = self._parts(p)
-        share = p[3 * m + 1]
-        by_base = 1.0 - share + share * by_stream
-        jac = np.empty((len(base), 3 * m + 3))
-        jac[:, :m] = self.above * by_base[:, None]
-        jac[:, m : 2 * m] = self.above * self.size[:, None]
+        bent, computes = self._parts(p)
+        line = self.above * ~computes[:, None]
+        jac = np.zeros((len(bent), 3 * m + 2))
+        jac[:, :m] = line
+        jac[:, m : 2 * m] = line * self.size[:, None]
         jac[:, 2 * m : 3 * m] = self.above * self.kv[:, None]
-        jac[:, 3 * m] = by_compute * self.size * self.period
-        jac[:, 3 * m + 1] = base * (by_stream - 1.0)
-        jac[:, 3 * m + 2] = 0.0
-        on_floor = affine < p[-1]
+        jac[:, 3 * m] = computes * self.size * self.period
+        on_floor = bent < p[-1]
         jac[on_floor] = 0.0
         jac[on_floor, -1] = 1.0
-        jac /= np.maximum(np.maximum(affine, p[-1]), 1e-12)[:, None]
+        jac /= np.maximum(np.maximum(bent, p[-1]), 1e-12)[:, None]
         return jac
 
     def starts(self) -> list[F64]:
@@ -302,7 +276,7 @@ class _Problem:
         design = np.concatenate(
             [self.above, self.above * self.size[:, None], self.above * self.kv[:, None]], axis=1
         )
-        start = np.concatenate([linear(design, self.wall_s), np.zeros(3)])
+        start = np.concatenate([linear(design, self.wall_s), np.zeros(2)])
         # Off the bounds, where a trust-region step can begin.
         start[: 3 * m] = np.maximum(start[: 3 * m], 1e-4 * self.wall_s.min())
         starts = []
@@ -311,11 +285,11 @@ class _Problem:
             # A floor shows first at the highest clock; below all rows it would have no gradient.
             floors = np.quantile(self.wall_s[self.index == m - 1], (0.25, 0.75))
         roof = self.form.startswith("roofline")
-        bends = ((0.3, 0.8), (0.7, 0.5)) if roof else ((0.0, 0.0),)
+        # A roof that covers no row would have no gradient either.
         for floor in floors:
-            for share, part in bends:
+            for part in (0.9, 0.5) if roof else (0.0,):
                 each = start.copy()
-                each[3 * m :] = part * self.wall_s.max(), share, floor
+                each[3 * m :] = part * self.wall_s.max(), floor
                 if roof:
                     each[m : 2 * m] *= 0.2
                 starts.append(each)
@@ -328,7 +302,7 @@ class _Problem:
             for values in (base, req * self.size_ref, kv * self.kv_ref)
         ]
         compute = law.compute_s * self.size_ref / self.clocks[0]
-        return np.concatenate([*steps, [compute, law.stream_frac, law.floor_s]])
+        return np.concatenate([*steps, [compute, law.floor_s]])
 
     def law(self, found: Estimate) -> DecodeTime:
         m, p, covariance = self.m, found.values, found.covariance
@@ -351,11 +325,13 @@ class _Problem:
             base_sd_s=base_sd_s,
             req_sd_s=req_sd_s,
             kv_sd_s=kv_sd_s,
-            compute_s=float(p[3 * m] * self.clocks[0] / self.size_ref),
-            stream_frac=float(p[3 * m + 1]),
         )
-        on_floor = np.any(self._parts(p)[1] < p[-1])
-        if not on_floor:  # below every row: nothing says that it exists
-            return law
-        floor_sd_s = float(np.sqrt(max(covariance[-1, -1], 0.0)))
-        return replace(law, floor_s=float(p[-1]), floor_sd_s=floor_sd_s)
+        bent, computes = self._parts(p)
+        roof_sd, floor_sd = np.sqrt(np.maximum(np.diag(covariance)[-2:], 0.0))
+        # Below every row nothing says that they exist.
+        if np.any(computes):
+            per = self.clocks[0] / self.size_ref
+            law = replace(law, compute_s=float(p[-2] * per), compute_sd_s=float(roof_sd * per))
+        if np.any(bent < p[-1]):
+            law = replace(law, floor_s=float(p[-1]), floor_sd_s=float(floor_sd))
+        return law

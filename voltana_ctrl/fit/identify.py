@@ -95,20 +95,11 @@ def fit_table(
             )
     steps = batch_steps or ()
     by_form = _held_by_form(table, steps, fixed)
-    line, rich = _simplest(by_form, FORMS[:2]), _simplest(by_form, FORMS)
-    laws = fit_laws(table, form=line, batch_steps=steps, fixed=fixed)
+    laws = fit_laws(table, form=_simplest(by_form), batch_steps=steps, fixed=fixed)
     held: list[HeldOut] = []
     for phase in phases:
         for split in ("batch", "clock"):
             held += hold_out(table, laws, phase, split, fixed=fixed)
-    richer = None
-    if rich != line:
-        known_kv = (fixed or {}).get("decode_kv_s")
-        richer = fit_decode_time(table, rich, batch_steps=steps, kv_s=known_kv)
-        notes.append(
-            f"decode_time: the law {rich!r} errs {by_form[rich].mape_frac:.1%} on held-out"
-            f" batches, the form {line!r} of a profile {by_form[line].mape_frac:.1%}"
-        )
     if laws.power is None:
         notes.append("energy_j: no energy measured, times only")
     elif laws.power.rise_frac == 0.0:
@@ -118,9 +109,7 @@ def fit_table(
     return FitResult(
         table=table,
         laws=laws,
-        richer=richer,
         held_out=tuple(held),
-        richer_held_out=by_form[rich] if richer is not None else None,
         idle_w=idle_w,
         actuators=actuators,
         notes=tuple(notes),
@@ -161,10 +150,10 @@ def _held_by_form(
     return held
 
 
-def _simplest(held: Mapping[Form, HeldOut], forms: Sequence[Form]) -> Form:
+def _simplest(held: Mapping[Form, HeldOut]) -> Form:
     """First form that no later one beats clearly."""
-    best = forms[0]
-    for form in forms:
+    best = FORMS[0]
+    for form in FORMS:
         if form in held and _clearly_less(held[form].mape_frac, held[best].mape_frac):
             best = form
     return best

@@ -69,6 +69,7 @@ def profile_text(
             strict=True,
         )
     )
+    columns["decode_roof"] = 1.0 / ladder
     columns |= dict(
         zip(("prefill_base", "prefill_tok", "prefill_tok2"), prefill.at(ladder), strict=True)
     )
@@ -95,6 +96,7 @@ def profile_text(
             "req_s": [{"value": 1.0, "shape": "decode_req"}],
             "kv_s": [{"value": 1.0, "shape": "decode_kv"}],
             "floor_s": decode.floor_s,
+            "roof_s": [{"value": decode.compute_s, "shape": "decode_roof"}],
         },
         "decode_energy": {
             **provenance("decode", "energy"),

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.fit.decode import DecodeTime
 from voltana_ctrl.fit.heldout import HeldOut, Laws
 from voltana_ctrl.fit.profile_file import profile_text
 from voltana_ctrl.fit.tables import IterationTable
@@ -30,14 +29,9 @@ class FitResult:
     table : IterationTable
         What was measured.
     laws : Laws
-        In the form of a profile.
-    richer : DecodeTime or None
-        A law of the decode time that predicts held-out batches clearly better than the form of
-        a profile can; None if there is none.
+        As a profile holds them.
     held_out : tuple of HeldOut
         Cross-validation of `laws`.
-    richer_held_out : HeldOut or None
-        Leave-one-batch-out error of `richer`.
     idle_w : float or None
         Power of the idle rows, where the table has any.
     actuators : tuple of ActuatorPoint
@@ -59,8 +53,6 @@ class FitResult:
     table: IterationTable
     laws: Laws
     held_out: tuple[HeldOut, ...]
-    richer: DecodeTime | None = None
-    richer_held_out: HeldOut | None = None
     idle_w: float | None = None
     actuators: tuple[ActuatorPoint, ...] = ()
     notes: tuple[str, ...] = ()
@@ -109,11 +101,10 @@ class FitResult:
     def summary(self) -> str:
         """Coefficients with standard errors, held-out errors and notes, as lines of text."""
         lines = [*_coefficient_lines(self.laws)]
-        for held in (*self.held_out, *filter(None, [self.richer_held_out])):
+        for held in self.held_out:
             value, worst = held.worst
-            form = f" ({self.richer.form})" if held is self.richer_held_out and self.richer else ""
             lines.append(
-                f"{held.phase} {held.quantity}{form}, one {held.split} held out:"
+                f"{held.phase} {held.quantity}, one {held.split} held out:"
                 f" {held.mape_frac:.1%} mean, {worst:.1%} at {value:g} {held.unit},"
                 f" R2 {held.r2_frac:.4f}"
             )
@@ -193,6 +184,12 @@ def _coefficient_lines(laws: Laws) -> list[str]:
             lines.append(f"  {clock:g} MHz: " + ", ".join(cells))
     if laws.decode is not None and laws.decode.floor_s > 0.0:
         lines.append(f"decode_floor_s {laws.decode.floor_s:.4g} +- {laws.decode.floor_sd_s:.2g}")
+    if laws.decode is not None and laws.decode.compute_s > 0.0:
+        roof, clock = laws.decode, laws.decode.clock_mhz[-1]
+        lines.append(
+            f"decode_roof_s {roof.compute_s / clock:.4g} +- {roof.compute_sd_s / clock:.2g}"
+            f" at {clock:g} MHz, as 1/f"
+        )
     if laws.power is not None:
         power = laws.power
         for name, sd in power.sd.items():

@@ -22,6 +22,8 @@ MIN_PAIRS = 4
 MIN_EVIDENCE = 10.0
 # Two step sizes whose evidence differs by less are not told apart by the table.
 TIE = 2.0
+# Sizes, from small to large, at which the time is tried to bend upwards.
+N_BENDS = 12
 
 
 def pad(batch_req: Any, batch_steps: tuple[tuple[int, int], ...]) -> F64:
@@ -52,9 +54,10 @@ def pad(batch_req: Any, batch_steps: tuple[tuple[int, int], ...]) -> F64:
 def detect_batch_steps(table: IterationTable) -> tuple[tuple[int, int], ...] | None:
     """Find how batches are padded, from decode times alone.
 
-    At each clock the time is affine in the executed size and in KV tokens; the padding is the
-    one under which least is left over. Regimes with a step size of their own are added while
-    the Bayesian information criterion asks for one more.
+    At each clock the time is affine in the executed size and in KV tokens, or bends upwards at
+    one size; the padding is the one under which least is left over. Regimes with a step size
+    of their own, and the bends, are added while the Bayesian information criterion asks for
+    more.
 
     Parameters
     ----------
@@ -86,15 +89,20 @@ def detect_batch_steps(table: IterationTable) -> tuple[tuple[int, int], ...] | N
     sizes = np.unique(table.batch_req)
     if np.count_nonzero(np.diff(sizes) == 1.0) < MIN_PAIRS or np.any(sizes % 1.0):
         return None
-    search = _Search(table, sizes)
-    regimes: list[tuple[int, int]] = [(int(sizes[-1]), 1)]
-    evidence = search.evidence(regimes)
-    while True:
-        better = search.refine(regimes)
-        gained = search.evidence(better) - evidence
-        if not gained > MIN_EVIDENCE:
-            break
-        regimes, evidence = better, evidence + gained
+    found = []
+    for bends in (False, True):
+        search = _Search(table, sizes, bends=bends)
+        regimes: list[tuple[int, int]] = [(int(sizes[-1]), 1)]
+        evidence = search.evidence(regimes)
+        while True:
+            better = search.refine(regimes)
+            gained = search.evidence(better) - evidence
+            if not gained > MIN_EVIDENCE:
+                break
+            regimes, evidence = better, evidence + gained
+        found.append((evidence, search, regimes))
+    straight, bent = found
+    _, search, regimes = bent if bent[0] > straight[0] + MIN_EVIDENCE else straight
     search.check_unique(regimes)
     kept = _merge(regimes)
     return () if all(step == 1 for _, step in kept) else kept
@@ -123,9 +131,10 @@ def _merge(regimes: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 class _Search:
     """Leftover of the affine law for a padding: a projection per clock, then one column."""
 
-    def __init__(self, table: IterationTable, sizes: F64) -> None:
+    def __init__(self, table: IterationTable, sizes: F64, *, bends: bool) -> None:
         self.sizes = sizes.astype(np.int64)
         self.n_rows = len(table)
+        self.bends_req = np.geomspace(sizes[1], sizes[-2], N_BENDS) if bends else np.empty(0)
         self.blocks = []
         for clock in np.unique(table.freq_mhz):
             at = table.freq_mhz == clock
@@ -150,7 +159,20 @@ class _Search:
             size = np.einsum("ij,ij->j", columns, columns)
             good = size > 1e-16 * norm**2
             along = np.maximum(left @ columns, 0.0)
-            total += left @ left - np.where(good, along**2 / np.where(good, size, 1.0), 0.0)
+            gain = np.where(good, along**2 / np.where(good, size, 1.0), 0.0)
+            most = gain
+            for bend_req in self.bends_req:
+                beyond = np.maximum(padded - bend_req, 0.0)[which] / wall_s[:, None]
+                beyond -= basis @ (basis.T @ beyond)
+                # What the bend explains beside the straight line.
+                part = np.einsum("ij,ij->j", columns, beyond) / np.where(good, size, 1.0)
+                beyond -= part * columns
+                rest = np.einsum("ij,ij->j", beyond, beyond)
+                known = rest > 1e-16 * size
+                steeper = np.maximum(left @ beyond, 0.0)
+                more = np.where(known, steeper**2 / np.where(known, rest, 1.0), 0.0)
+                most = np.maximum(most, gain + more)
+            total += left @ left - most
         # Below a relative error of 1e-7 what is left is rounding of the difference.
         return np.maximum(total, self.n_rows * 1e-14)
 
@@ -161,6 +183,7 @@ class _Search:
     def _score(self, rss: Any, regimes: list[tuple[int, int]]) -> Any:
         # Each regime has a step; all but the last have an end.
         n_parameters = 2 * len(regimes) - 1 - (regimes == [(int(self.sizes[-1]), 1)])
+        n_parameters += 2 * len(self.blocks) * (len(self.bends_req) > 0)
         return -self.n_rows * np.log(rss) - n_parameters * np.log(self.n_rows)
 
     def refine(self, regimes: list[tuple[int, int]]) -> list[tuple[int, int]]:

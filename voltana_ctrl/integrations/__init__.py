@@ -1,4 +1,4 @@
-"""Work with serving engines: where they are, how to load and measure one. Lazily loaded."""
+"""Work with serving engines: what they tell, how to measure and to route. Lazily loaded."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -11,24 +11,32 @@ _HOME = {
     "ClaimRefused": "savings",
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
+    "EnergyBook": "proxy_energy",
     "Engine": "profiled_engine",
     "EngineBackend": "telemetry",
     "Exporter": "exporter",
     "FinishedRequest": "traffic",
+    "Flight": "proxy_ledger",
     "FpmReader": "fpm_reader",
     "GpuMeters": "gpu_meters",
     "HubBackend": "hub",
+    "InFlight": "proxy_ledger",
     "Interval": "savings",
     "LoadClient": "load_client",
     "ModelledGpus": "modelled_gpus",
     "NodeBackend": "node",
+    "PolicyRouters": "proxy_policy",
     "ProfileAborted": "profiled_engine",
     "ProfilePlan": "sweep",
     "ProfilePoint": "sweep",
     "ProfileRun": "profiled_engine",
+    "Proxy": "proxy",
+    "ProxyLimits": "proxy",
     "Reading": "reading",
+    "RequestEnergy": "proxy_energy",
     "Savings": "savings",
     "Scraper": "scrape",
+    "StateSource": "proxy_policy",
     "Sweep": "sweep",
     "SwitchbackController": "switchback",
     "TickLog": "ticklog",
@@ -39,9 +47,11 @@ _HOME = {
     "node_clocks": "node",
     "plan_profile": "sweep",
     "profile_engine": "profiler",
+    "proxy_server": "proxy_uvicorn",
     "read_blocks": "blocks",
     "savings_of_log": "savings",
     "spread_clocks": "sweep",
+    "write_limits": "clock_thread",
     "write_parquet": "ticklog",
 }
 
@@ -53,6 +63,7 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.blocks import Block as Block
     from voltana_ctrl.integrations.blocks import BlockMeter as BlockMeter
     from voltana_ctrl.integrations.blocks import read_blocks as read_blocks
+    from voltana_ctrl.integrations.clock_thread import write_limits as write_limits
     from voltana_ctrl.integrations.endpoints import ENGINES as ENGINES
     from voltana_ctrl.integrations.endpoints import Endpoint as Endpoint
     from voltana_ctrl.integrations.endpoints import load_endpoints as load_endpoints
@@ -69,6 +80,15 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.profiled_engine import ProfileAborted as ProfileAborted
     from voltana_ctrl.integrations.profiled_engine import ProfileRun as ProfileRun
     from voltana_ctrl.integrations.profiler import profile_engine as profile_engine
+    from voltana_ctrl.integrations.proxy import Proxy as Proxy
+    from voltana_ctrl.integrations.proxy import ProxyLimits as ProxyLimits
+    from voltana_ctrl.integrations.proxy_energy import EnergyBook as EnergyBook
+    from voltana_ctrl.integrations.proxy_energy import RequestEnergy as RequestEnergy
+    from voltana_ctrl.integrations.proxy_ledger import Flight as Flight
+    from voltana_ctrl.integrations.proxy_ledger import InFlight as InFlight
+    from voltana_ctrl.integrations.proxy_policy import PolicyRouters as PolicyRouters
+    from voltana_ctrl.integrations.proxy_policy import StateSource as StateSource
+    from voltana_ctrl.integrations.proxy_uvicorn import proxy_server as proxy_server
     from voltana_ctrl.integrations.reading import Reading as Reading
     from voltana_ctrl.integrations.savings import ClaimRefused as ClaimRefused
     from voltana_ctrl.integrations.savings import Interval as Interval

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = ["FpmCounts", "FpmReader", "dynamo_fpm_addresses"]
 _MAX_RANKS = 4096
 _MAX_FRAME_BYTES = 1 << 20
 _POLL_MS = 100
+_BURST = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +168,11 @@ class FpmReader:
             poller.register(socket, zmq.POLLIN)
         while not self._stopping.is_set():
             for socket, _ in poller.poll(_POLL_MS):
-                frames = socket.recv_multipart(zmq.NOBLOCK)
-                self._counts["dropped"] += len(self._inbox) == self._inbox.maxlen
-                self._inbox.append((self._now_s(), address_of[socket], frames))
+                # A burst of one engine must not keep the others waiting.
+                with suppress(zmq.ZMQError):
+                    for _ in range(_BURST):
+                        frames = socket.recv_multipart(zmq.NOBLOCK)
+                        self.take(address_of[socket], frames, self._now_s())
         context.destroy(linger=0)
 
     def take(self, address: str, frames: Sequence[bytes], t_s: float) -> None:

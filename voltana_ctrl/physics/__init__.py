@@ -7,7 +7,8 @@ Every function takes `rows`: one row or an array of rows of ``PROFILE_DTYPE``, s
 Open-loop arrivals set the tokens per second, a slower clock only grows the batch (Little's
 law). With an iteration time ``T = a0 + a1 n + a2 m`` affine in running requests ``n`` and KV
 tokens ``m = c n``, ``b = a1 + a2 c`` and ``rho = lam (L - 1) b``, the equilibrium is
-``T = a0 / (1 - rho)`` and the batch is negative binomial with ``r = a0 / b + 1``.
+``T = a0 / (1 - rho)`` and the batch is negative binomial with ``r = a0 / b + 1``. A roof, the
+slope to which computing bends ``T``, moves no equilibrium but bounds the load that has one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from voltana_ctrl.physics.iteration import (
     at_clock,
     decode_j,
     decode_s,
+    decode_tangent,
     highest_clock_under,
     kv_transfer_s,
     prefill_j,
@@ -49,6 +51,7 @@ __all__ = [
     "decode_j",
     "decode_s",
     "decode_stationary",
+    "decode_tangent",
     "highest_clock_under",
     "kv_quantile_tok",
     "kv_transfer_s",

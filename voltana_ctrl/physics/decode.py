@@ -21,7 +21,8 @@ class DecodeEquilibrium:
     Parameters
     ----------
     rho_frac : ndarray
-        Share of an iteration that grows with the batch; the load over what can be served.
+        The load over what can be served: without a roof, the share of an iteration that grows
+        with the batch.
     step_s : ndarray
         Iteration time, the ITL of every running request.
     running_req, kv_tok : ndarray
@@ -55,6 +56,10 @@ def decode_equilibrium(
     iteration time, without padding. Power at a fixed token rate is this function with
     ``output_tok=2``.
 
+    A roof moves no equilibrium, it ends them sooner: above the bend ``T`` is proportional to
+    the batch, which ``n = lam (L - 1) T`` meets at one load only. Below that load, at
+    ``rho < 1``, the line holds.
+
     Parameters
     ----------
     rows : ndarray, dtype PROFILE_DTYPE
@@ -75,9 +80,10 @@ def decode_equilibrium(
     (array([0.04  , 0.0132]), array([80.9, 26.6]), array([149.3, 293.9]))
     """
     rate_tok_s, context = _rate(arrival_req_s, output_tok, context_tok)
-    rho = rate_tok_s * (rows["decode_req_s"] + rows["decode_kv_s"] * context)
+    rho = rate_tok_s * _steepest_s(rows, context)
+    spare = 1.0 - rate_tok_s * (rows["decode_req_s"] + rows["decode_kv_s"] * context)
     with np.errstate(divide="ignore"):
-        affine_s = np.where(rho < 1.0, rows["decode_base_s"] / np.maximum(0.0, 1.0 - rho), np.inf)
+        affine_s = np.where(rho < 1.0, rows["decode_base_s"] / np.maximum(0.0, spare), np.inf)
     step_s = np.maximum(rows["decode_floor_s"], affine_s)
     running_req = rate_tok_s * step_s
     power_w = np.where(
@@ -99,10 +105,11 @@ def decode_equilibrium(
 def batch_moments_req(
     rows: Any, arrival_req_s: ArrayLike, output_tok: ArrayLike, context_tok: ArrayLike
 ) -> tuple[F64, F64]:
-    """Mean and variance of the decode batch under Poisson arrivals, without padding.
+    """Mean and variance of the decode batch under Poisson arrivals.
 
-    Negative binomial with ``r = a0 / b + 1``: mean ``r rho / (1 - rho)``, variance mean /
-    ``(1 - rho)``; inf where ``rho >= 1``. :func:`batch_pmf` is the distribution itself.
+    Without padding, floor and roof it is negative binomial with ``r = a0 / b + 1``: mean
+    ``r rho / (1 - rho)``, variance mean / ``(1 - rho)``; inf where ``rho >= 1``.
+    :func:`batch_pmf` is the distribution with all three.
 
     Parameters
     ----------
@@ -222,7 +229,7 @@ def decode_stationary(
         + iterations_s * rows["decode_iter_j"]
         + served_tok_s * (rows["decode_req_j"] + context * rows["decode_kv_j"])
     )
-    rho = rate_tok_s * (rows["decode_req_s"] + rows["decode_kv_s"] * context)
+    rho = rate_tok_s * _steepest_s(rows, context)
     mean_s = np.where(served_tok_s > 0.0, running_req / np.maximum(served_tok_s, 1e-300), 0.0)
     return DecodeEquilibrium(
         rho_frac=rho,
@@ -319,6 +326,13 @@ def _rate(
     decoded_tok = np.asarray(output_tok, dtype=np.float64) - 1.0
     rate_tok_s: F64 = np.asarray(arrival_req_s, dtype=np.float64) * decoded_tok
     return rate_tok_s, np.asarray(context_tok, dtype=np.float64)
+
+
+def _steepest_s(rows: Any, context_tok: F64) -> F64:
+    """Most that an iteration grows by per request: its inverse is what can be served."""
+    per_req = np.maximum(rows["decode_req_s"], rows["decode_roof_s"])
+    steepest: F64 = per_req + rows["decode_kv_s"] * context_tok
+    return steepest
 
 
 def _steps_s(rows: Any, context_tok: F64, padded: F64) -> F64:

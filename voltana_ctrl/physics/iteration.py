@@ -55,7 +55,10 @@ def at_clock(profile: Profile, freq_mhz: ArrayLike) -> Any:
 def decode_s(
     rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
 ) -> F64:
-    """Time of one decode iteration.
+    """Time of one decode iteration: ``max(floor, max(base + req n, roof n) + kv K)``.
+
+    Weights are streamed whatever the batch, and each request adds to that; once computing,
+    which grows with the batch from nothing, takes longer, it counts instead.
 
     Parameters
     ----------
@@ -73,14 +76,50 @@ def decode_s(
     >>> float(decode_s(profile.table[-1], 60, 60 * 434).round(5))
     0.01603
     """
-    size = running_req if padded_req is None else padded_req
-    affine = (
-        rows["decode_base_s"]
-        + rows["decode_req_s"] * np.asarray(size, dtype=np.float64)
-        + rows["decode_kv_s"] * np.asarray(kv_tok, dtype=np.float64)
-    )
-    step_s: F64 = np.maximum(rows["decode_floor_s"], affine)
+    size = np.asarray(running_req if padded_req is None else padded_req, dtype=np.float64)
+    line = rows["decode_base_s"] + rows["decode_req_s"] * size
+    bent = np.maximum(line, rows["decode_roof_s"] * size)
+    kv = rows["decode_kv_s"] * np.asarray(kv_tok, dtype=np.float64)
+    step_s: F64 = np.maximum(rows["decode_floor_s"], bent + kv)
     return step_s
+
+
+def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, Any]:
+    """Coefficients of the straight line that decode iterations follow around a batch.
+
+    Below the roof they are the profile's; above it there is no base, and a request takes
+    what the roof says.
+
+    Parameters
+    ----------
+    rows, slopes : ndarray, dtype PROFILE_DTYPE, shape (n,)
+        Coefficients, and their change per MHz.
+    size_req : array_like, shape (n,)
+        Executed size of the batch.
+
+    Returns
+    -------
+    rows, slopes : ndarray, dtype PROFILE_DTYPE, shape (n,)
+        The same where no batch is above its roof.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> rows = load_profile("a100-sxm-80gb/llama-3.1-8b").table[-1:].copy()
+    >>> rows["decode_roof_s"] = 1e-4
+    >>> line, _ = decode_tangent(rows, rows, [300])
+    >>> line["decode_base_s"].item(), line["decode_req_s"].item()
+    (0.0, 0.0001)
+    """
+    size = np.asarray(size_req, dtype=np.float64)
+    above = (rows["decode_roof_s"] - rows["decode_req_s"]) * size > rows["decode_base_s"]
+    if not above.any():
+        return rows, slopes
+    rows, slopes = rows.copy(), slopes.copy()
+    for each in (rows, slopes):
+        each["decode_base_s"][above] = 0.0
+        each["decode_req_s"][above] = each["decode_roof_s"][above]
+    return rows, slopes
 
 
 def decode_j(

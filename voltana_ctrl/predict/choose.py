@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -69,18 +68,18 @@ class ClockChooser:
             raise ShapeError(f"ClockChooser.tables: expected {n} instances, got {len(self.tables)}")
         for name, margin in zip(("ttft", "itl"), margin_frac, strict=True):
             positive(f"ClockChooser.margin_frac of {name}, plus one", 1.0 + margin)
-        rungs = [one.clock_rows(ladder_mhz) for one in fleet.instances]
-        ladder = np.zeros((n, max(map(len, rungs))), dtype=np.int64)
-        for i, row in enumerate(rungs):
-            ladder[i, : len(row)] = row
-        lengths = np.array([len(row) for row in rungs], dtype=np.int64)
-        self._head: tuple[Any, ...] = (
-            self.tables.table, self.tables.padded_req, ladder, lengths,
-        )  # fmt: skip
-        self._target_s = (slo.ttft_s / (1.0 + margin_frac[0]), slo.itl_s / (1.0 + margin_frac[1]))
-        self._targets = tuple(np.full(n, target_s) for target_s in self._target_s)
-        self._budgets_tok = [float(one.prefill_budget_tok) for one in fleet.instances]
-        self._budget_tok = np.array(self._budgets_tok)
+        ladders = [one.clock_rows(ladder_mhz) for one in fleet.instances]
+        longest = max(map(len, ladders))
+        # Rows that may be chosen, short ladders filled up with their top row.
+        self._rungs = np.stack(
+            [
+                self.tables.table[i, [*rows, *[rows[-1]] * (longest - len(rows))]]
+                for i, rows in enumerate(ladders)
+            ]
+        )
+        self._padded = self.tables.padded_req
+        targets_s = (slo.ttft_s / (1.0 + margin_frac[0]), slo.itl_s / (1.0 + margin_frac[1]))
+        self._limits = np.array([(*targets_s, one.prefill_budget_tok) for one in fleet.instances])
         self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
         self._one, self._many = lowest_clock, lowest_clocks
 
@@ -103,10 +102,9 @@ class ClockChooser:
         waiting_tok, oldest_wait_s : float
             Prompt tokens not prefilled yet, and how long the oldest has waited.
         """
-        batch_tok = min(waiting_tok, self._budgets_tok[instance])
         needed_mhz: float = self._one(
-            *self._head, instance, *self._target_s, running_req, kv_used_tok, waiting_tok,
-            batch_tok, oldest_wait_s, 0.0, np.inf,
+            self._rungs, self._padded, self._limits, instance, running_req, kv_used_tok,
+            waiting_tok, oldest_wait_s,
         )  # fmt: skip
         return needed_mhz
 
@@ -139,15 +137,14 @@ class ClockChooser:
         ShapeError
             If an array is not of shape (n,).
         """
-        waiting = self._per_instance("waiting_tok", waiting_tok)
-        out = np.empty(len(waiting))
+        out = np.empty_like(self._max_mhz)
         self._many(
-            *self._head,
-            *self._targets,
+            self._rungs,
+            self._padded,
+            self._limits,
             self._per_instance("running_req", running_req),
             self._per_instance("kv_used_tok", kv_used_tok),
-            waiting,
-            np.minimum(waiting, self._budget_tok),
+            self._per_instance("waiting_tok", waiting_tok),
             self._per_instance("oldest_wait_s", oldest_wait_s),
             self._per_instance("floor_mhz", self._min_mhz if floor_mhz is None else floor_mhz),
             self._per_instance(

@@ -57,9 +57,10 @@ class OnlineLearner:
 
     Each record is compared with the prior profile's prediction at its clock and load; scale
     and tilt of every part follow by recursive least squares with directional forgetting. The
-    guards: records that are not finite, or off by a factor of 30, are refused; those that mix
-    decode and prefill are not used, and those at whose end the clock was another than before
-    only where they took longer, or less, than expected at either; an error counts as at most
+    guards: records that are not finite, or off by a factor of 30, are refused; those at whose
+    end the clock was another than before are used only where they took longer, or less, than
+    expected at either. Of an iteration that mixes decode and prefill each phase learns from
+    what the other leaves, in the measure in which the other is certain. An error counts as at most
     five mean errors; coefficients stay within a factor of 12 of the prior and above zero; the
     covariance stays positive definite and below that of the prior. A cumulative sum of errors
     that leaves its band is a drift: the covariance starts afresh and :meth:`widening_frac`
@@ -109,16 +110,16 @@ class OnlineLearner:
 
     def init(self) -> Learned:
         """State before the first record: the prior, widely uncertain."""
-        from voltana_ctrl._kernels import learn
+        from voltana_ctrl._kernels import learn, rls
 
         n = len(self.prior)
-        terms = np.zeros((n, learn.N_MODELS, learn.N_TERMS))
+        terms = np.zeros((n, learn.N_MODELS, rls.N_TERMS))
         terms[:, :, ::2] = 1.0
-        one = np.empty((learn.N_TERMS, learn.N_TERMS))
-        learn.restart(one)
-        notes = np.zeros((n, learn.N_MODELS, learn.N_NOTES))
-        notes[:, :, learn.ERROR_FRAC] = learn.FIRST_ERROR
-        notes[:, :, learn.SCORE_FRAC2] = learn.FIRST_ERROR**2
+        one = np.empty((rls.N_TERMS, rls.N_TERMS))
+        rls.restart(one)
+        notes = np.zeros((n, learn.N_MODELS, rls.N_NOTES))
+        notes[:, :, rls.ERROR_FRAC] = rls.FIRST_ERROR
+        notes[:, :, rls.SCORE_FRAC2] = rls.FIRST_ERROR**2
         return Learned(
             terms_frac=terms,
             covariance=np.tile(one, (n, learn.N_MODELS, 1, 1)),
@@ -189,13 +190,13 @@ class OnlineLearner:
 
     def error_frac(self, state: Learned) -> F64:
         """Recent mean error one step ahead, of prefill and decode time, shape (n, 2)."""
-        from voltana_ctrl._kernels.learn import ERROR_FRAC
+        from voltana_ctrl._kernels.rls import ERROR_FRAC
 
         return self._time_notes(state, ERROR_FRAC)
 
     def alarms(self, state: Learned) -> F64:
         """Drift alarms so far, of prefill and decode time, shape (n, 2)."""
-        from voltana_ctrl._kernels.learn import ALARMS
+        from voltana_ctrl._kernels.rls import ALARMS
 
         return self._time_notes(state, ALARMS)
 
@@ -205,7 +206,7 @@ class OnlineLearner:
         Twice the recent mean error from the start or a drift alarm until `settle_records`
         later; 0 otherwise. Columns are prefill and decode.
         """
-        from voltana_ctrl._kernels.learn import SINCE
+        from voltana_ctrl._kernels.rls import SINCE
 
         unsettled = self._time_notes(state, SINCE) < self.settle_records
         widened: F64 = np.where(unsettled, 2.0 * self.error_frac(state), 0.0)

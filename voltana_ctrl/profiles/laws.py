@@ -33,13 +33,15 @@ from voltana_ctrl.types._check import F64, positive
 _PROVENANCE = ("status", "source", "error")
 _STATUS_BEST_FIRST = ("measured", "fitted", "scaled", "extrapolated")
 
-# Section -> its keys other than the provenance; every key is required.
+# Section -> its keys other than the provenance; every one is required.
 _LAWS = {
     "decode_time": ("base_s", "req_s", "kv_s", "floor_s"),
     "decode_energy": ("power_w", "iter_j", "req_j", "kv_j"),
     "prefill_time": ("base_s", "tok_s", "tok2_s"),
     "prefill_power": ("power_w",),
 }
+# Section -> keys that may be left out: 0.
+_OPTIONAL = {"decode_time": ("roof_s",)}
 _SETTINGS = {
     "memory": ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "batch_steps"),
     "power": ("idle_w", "power_cap_w"),
@@ -85,7 +87,8 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     _check_keys("", laws, _TOP, optional=(_ACTUATORS,))
     sources = {}
     for section, keys in (_LAWS | _SETTINGS).items():
-        table = _check_keys(section, laws[section], (*keys, *_PROVENANCE))
+        optional = _OPTIONAL.get(section, ())
+        table = _check_keys(section, laws[section], (*keys, *_PROVENANCE), optional=optional)
         sources[section] = {key: str(table[key]) for key in _PROVENANCE}
         if table["status"] not in _STATUS_BEST_FIRST:
             raise ConfigError(
@@ -101,8 +104,9 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     rows["clock_mhz"] = clocks_mhz
     for section, keys in _LAWS.items():
         phase = section.partition("_")[0]
-        for key in keys:
-            rows[f"{phase}_{key}"] = _coefficient(f"{section}.{key}", laws[section][key], shapes)
+        for key in (*keys, *_OPTIONAL.get(section, ())):
+            terms = laws[section].get(key, 0.0)
+            rows[f"{phase}_{key}"] = _coefficient(f"{section}.{key}", terms, shapes)
     power_cap_w = laws["power"]["power_cap_w"]
     positive("power.power_cap_w", power_cap_w)
     for column in ("decode_power_w", "prefill_power_w"):

@@ -90,6 +90,7 @@ def render(study: Study) -> str:
 {100 * slo["attainment"]:g} % of requests. {_count(len(study.loads), "load")},
 {_count(seeds, "seed")}. Every number on this page comes from a simulated fleet; none was
 measured on hardware.</p>
+{f"<p>{escape(study.conditions)}</p>" if study.conditions else ""}
 {_warnings(study)}
 </header>
 <main>

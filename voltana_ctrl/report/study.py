@@ -79,6 +79,23 @@ class Study:
         return self.comparison.get("power_budget_w") or []
 
     @property
+    def conditions(self) -> str:
+        """What was out of the ordinary, as sentences: arrivals, faults; empty most of the time."""
+        said = []
+        if self.comparison.get("arrivals"):
+            said.append(f"Arrivals: {self.comparison['arrivals']}.")
+        faults = self.comparison.get("faults") or []
+        if len(faults) > 4:
+            return " ".join([*said, f"{len(faults)} faults, named in the JSON."])
+        for row in faults:
+            how = f" by {row['slow_frac']:g}" if "slow_frac" in row else ""
+            how += f" to {row['clamp_mhz']:g} MHz" if "clamp_mhz" in row else ""
+            until = "" if row["until_s"] is None else f" to {row['until_s']:g} s"
+            name = row["fault"].replace("_", " ").capitalize()
+            said.append(f"{name} of {row['instance']}{how} from {row['from_s']:g} s{until}.")
+        return " ".join(said)
+
+    @property
     def target_frac(self) -> float:
         """Share of requests that must meet each objective."""
         return float(self.comparison["slo"]["attainment"])

@@ -47,6 +47,7 @@ def print_table(study: Study, console: Console) -> None:
             " Saving is against static-max; in a closed loop, per token."
             " Gap: way from voltanallm to the fluid bound."
             + (" Over: time above the power budget." if budgeted else "")
+            + (f" {study.conditions}" if study.conditions else "")
         ),
     )
     heads = ["req/s", "policy", "W", "saving", "J/tok", "TTFT ok", "ITL ok", "gap"]

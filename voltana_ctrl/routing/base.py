@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from voltana_ctrl._kernels import layout
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Request
 from voltana_ctrl.types._check import F64
 from voltana_ctrl.types._packed import instance_types
@@ -61,11 +61,15 @@ class CompiledRouter:
         *,
         seed: int = 0,
     ) -> None:
+        # Loads Numba, which `import voltana_ctrl` must not.
+        from voltana_ctrl._kernels.routers import look
+
         if phase not in ("prefill", "decode"):
             raise ConfigError(f"router phase: expected 'prefill' or 'decode', got {phase!r}")
         self.fleet = fleet
         self.phase = phase
         self.kernel = kernel
+        self._look = look
         self.params: F64 = np.array(params, dtype=np.float64)
         self.memory = np.zeros(len(fleet))
         # A copy, since a fleet's arrays are read-only and kernels take writable ones.
@@ -86,22 +90,29 @@ class CompiledRouter:
         """Index of the instance for this request.
 
         Dead, parked and KV-full instances are passed over as long as another is left.
+
+        Raises
+        ------
+        ShapeError
+            If the state is not that of this fleet.
         """
-        view = self._view
-        members = self._members
-        full = state.kv_used_tok + request.prompt_tok > view[layout.VIEW_KV_CAPACITY_TOK]
-        view[layout.VIEW_ELIGIBLE] = 0.0
-        for able in (state.alive & self._active & ~full, state.alive & ~full, state.alive):
-            if able[members].any():
-                view[layout.VIEW_ELIGIBLE, members] = able[members]
-                break
-        else:
-            view[layout.VIEW_ELIGIBLE, members] = 1.0
-        view[layout.VIEW_QUEUE_TOK] = state.queue_tok
-        view[layout.VIEW_QUEUE_REQ] = state.queue_req
-        view[layout.VIEW_RUNNING_REQ] = state.running_req
-        view[layout.VIEW_KV_TOK] = state.kv_used_tok
-        view[layout.VIEW_FREQ_MHZ] = state.freq_mhz
+        if len(state) != len(self.fleet):
+            raise ShapeError(
+                f"{type(self).__name__}.route: expected the state of {len(self.fleet)} instances,"
+                f" got {len(state)}"
+            )
+        self._look(
+            self._view,
+            self._members,
+            state.alive,
+            self._active,
+            state.queue_tok,
+            state.queue_req,
+            state.running_req,
+            state.kv_used_tok,
+            state.freq_mhz,
+            float(request.prompt_tok),
+        )
         return int(
             self.kernel(
                 self._tables,
@@ -110,7 +121,7 @@ class CompiledRouter:
                 self.memory,
                 self._random.random(),
                 float(request.prompt_tok),
-                view,
-                members,
+                self._view,
+                self._members,
             )
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from voltana_ctrl._kernels import layout
+from voltana_ctrl.errors import ShapeError
 from voltana_ctrl.routing.base import CompiledRouter, Phase
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Request, Slo
 from voltana_ctrl.types._check import F64
@@ -54,10 +54,11 @@ class PricedRouter(CompiledRouter):
         kv_full_frac: float = 0.97,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
-        from voltana_ctrl._kernels.priced import by_target, soonest
+        from voltana_ctrl._kernels.priced import by_target, soonest, worth_more
 
         kernel = soonest if phase == "prefill" and not fleet.colocated else by_target
         super().__init__(fleet, phase, kernel, [slo.itl_s, kv_full_frac])
+        self._worth_more = worth_more
         self._price_j_req: F64 = np.zeros(len(fleet))
 
     def update(self, decision: Decision) -> None:
@@ -74,11 +75,19 @@ class PricedRouter(CompiledRouter):
             With `host_score` in joules that serving it there saves, if the host knows.
         state : FleetState
             As fresh as it is at hand.
+
+        Raises
+        ------
+        ShapeError
+            If state or score are not of this fleet.
         """
         picked = super().route(request, state)
         if request.host_score is None:
             return picked
-        able = self._view[layout.VIEW_ELIGIBLE] > 0.0
-        worth_j = np.asarray(request.host_score, dtype=np.float64) - self._price_j_req
-        best = int(np.argmax(np.where(able, worth_j, -np.inf)))
-        return best if worth_j[best] > worth_j[picked] else picked
+        score_j = np.ascontiguousarray(request.host_score, dtype=np.float64)
+        if score_j.shape != self._price_j_req.shape:
+            raise ShapeError(
+                f"Request.host_score: expected one number per instance, shape"
+                f" {self._price_j_req.shape}, got {score_j.shape}"
+            )
+        return int(self._worth_more(self._view, self._members, score_j, self._price_j_req, picked))

@@ -9,16 +9,17 @@ draws on another clock, so loads are compared on common random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types._check import F64, not_negative, positive
 
-__all__ = ["ArrivalProcess", "Diurnal", "Gamma", "MarkovModulated", "Poisson"]
+__all__ = ["ArrivalProcess", "Diurnal", "Gamma", "MarkovModulated", "Poisson", "parse_arrivals"]
 
 _MAX_EVENTS = 50_000_000  # 400 MB of times: beyond this a typing error is likelier than intent
 _BLOCK = 4096
@@ -268,6 +269,59 @@ class Diurnal:
         keep = (1.0 + self.swing_frac * np.cos(phase)) / (1.0 + self.swing_frac)
         kept: F64 = times_s[thin_rng.random(times_s.size) < keep]
         return kept
+
+
+_SHAPES: Mapping[str, type[Any]] = MappingProxyType(
+    {"poisson": Poisson, "gamma": Gamma, "mmpp": MarkovModulated, "diurnal": Diurnal}
+)
+
+
+def parse_arrivals(text: str) -> ArrivalProcess:
+    """Arrival process from ``poisson``, ``gamma:cv=3``, ``mmpp:high_s=5,low_s=15`` or ``diurnal``.
+
+    Parameters
+    ----------
+    text : str
+        Name, and after a colon the parameters of :class:`Gamma`, :class:`MarkovModulated` or
+        :class:`Diurnal` with commas between; those with a default may be left out.
+
+    Raises
+    ------
+    ConfigError
+        Naming the part that does not fit.
+
+    Examples
+    --------
+    >>> parse_arrivals("gamma:cv=3")
+    Gamma(cv=3.0)
+    >>> parse_arrivals("mmpp:high_s=5,low_s=15,low_rate_frac=0.2")
+    MarkovModulated(high_s=5.0, low_s=15.0, low_rate_frac=0.2)
+    """
+    name, _, settings = text.partition(":")
+    if name not in _SHAPES:
+        raise ConfigError(
+            f"arrivals: expected one of {', '.join(_SHAPES)}, such as gamma:cv=3, got {text!r}"
+        )
+    fields = _SHAPES[name].__dataclass_fields__
+    values: dict[str, float] = {}
+    for part in settings.split(",") if settings else []:
+        key, _, number = part.partition("=")
+        try:
+            if key not in fields or key in values:
+                raise ValueError
+            values[key] = float(number)
+        except ValueError:
+            known = f"{', '.join(fields)}, each a number and once" if fields else "no parameters"
+            raise ConfigError(f"arrivals {name}: expected {known}, got {part!r}") from None
+    missing = [
+        key for key, field in fields.items() if key not in values and field.default is MISSING
+    ]
+    if missing:
+        raise ConfigError(
+            f"arrivals {name}: expected {missing[0]}, such as {name}:{missing[0]}=5, got {text!r}"
+        )
+    process: ArrivalProcess = _SHAPES[name](**values)
+    return process
 
 
 def _expected(rate_req_s: float, duration_s: float) -> float:

@@ -132,6 +132,7 @@ def _power_w(
     one: InstanceSpec, load: FluidLoad, prefill_share: F64, decode_share: F64, slo: Slo
 ) -> F64:
     """Least power of one instance at each share of the load; infinite where it cannot."""
+    rest_w = one.parked_w  # at most idle power: nobody rests for less
     rows: Any = one.table[:, None]
     busy_frac = prefill_share * (
         load.prefill_tok_s * rows["prefill_tok_s"] + load.prefill_tok2_s * rows["prefill_tok2_s"]
@@ -139,6 +140,9 @@ def _power_w(
     decode_tok_s = decode_share * load.decode_tok_s
     growth_s = rows["decode_req_s"] + rows["decode_kv_s"] * load.context_tok
     spare_frac = 1.0 - busy_frac - decode_tok_s * growth_s
+    # A roof makes no batch longer at a load that it can serve.
+    roof_s = rows["decode_roof_s"] + rows["decode_kv_s"] * load.context_tok
+    served = (spare_frac > 0.0) & (decode_tok_s * roof_s < 1.0 - busy_frac)
     with np.errstate(divide="ignore", invalid="ignore"):
         step_s = np.maximum(
             rows["decode_base_s"] / spare_frac, rows["decode_floor_s"] / (1.0 - busy_frac)
@@ -154,20 +158,20 @@ def _power_w(
         decode_w = (
             on_frac
             * (
-                (1.0 - busy_frac) * (rows["decode_power_w"] - one.idle_w)
+                (1.0 - busy_frac) * (rows["decode_power_w"] - rest_w)
                 + rows["decode_iter_j"] / on_step_s
             )
             + per_token_w
         )
-    prefill_w = busy_frac * (rows["prefill_power_w"] - one.idle_w)
+    prefill_w = busy_frac * (rows["prefill_power_w"] - rest_w)
     decodes = decode_tok_s > 0.0
     kv_limit = one.kv_capacity_tok / max(load.context_tok, 1e-9)
     possible = np.where(
         decodes,
-        (spare_frac > 0.0) & (step_s <= slo.itl_s) & (running_req <= min(one.max_batch, kv_limit)),
+        served & (step_s <= slo.itl_s) & (running_req <= min(one.max_batch, kv_limit)),
         busy_frac <= 1.0,
     )
-    power_w = one.idle_w + prefill_w + np.where(decodes, decode_w, 0.0)
+    power_w = rest_w + prefill_w + np.where(decodes, decode_w, 0.0)
     least: F64 = np.where(possible, power_w, np.inf).min(axis=0)
     return least
 

@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl._kernels import faults as fault_kernels
 from voltana_ctrl._kernels import layout, plant
+from voltana_ctrl._kernels.events import touch
 from voltana_ctrl._kernels.governors import N_MEMORY, hold_floor
+from voltana_ctrl._kernels.rest import order_rest
 from voltana_ctrl._kernels.routers import by_share
 from voltana_ctrl.control.governors import CompiledGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.ports import Governor, Router
 from voltana_ctrl.routing.base import CompiledRouter
+from voltana_ctrl.sim.faults import Fault, FaultSchedule
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import (
     Decision,
@@ -114,13 +118,15 @@ class Plant:
         ``padded``, ``params``), speaks for its instance from the next decision on.
     judged_s : tuple of float, optional
         Requests that arrive in ``[from, until)`` are judged; all by default.
+    faults : sequence of Fault
+        What goes wrong and when, see :mod:`voltana_ctrl.sim.faults`.
     seed : int
         Of random routing and noise.
 
     Raises
     ------
     ConfigError
-        If governors do not match the fleet.
+        If governors or faults do not match the fleet.
 
     Examples
     --------
@@ -144,6 +150,7 @@ class Plant:
         decode_router: Router | None = None,
         believed: FleetSpec | None = None,
         judged_s: tuple[float, float] = (0.0, np.inf),
+        faults: Sequence[Fault] = (),
         seed: int = 0,
     ) -> None:
         self.fleet = fleet
@@ -209,16 +216,21 @@ class Plant:
         self._told: list[tuple[Any, ...]] = []
         self._take_beliefs()
         for i in range(n):
-            plant.touch(self.instances, self._pending_s, self._tree, i)
+            touch(self.instances, self._pending_s, self._tree, i)
         self._read_done = 0
         self._read_logged = 0
         self._advance_hosted: Any = None
+        self._faults = FaultSchedule(fleet, faults)
+        self._struck = 0
+        if self._faults.edges_s[:1] == (0.0,):
+            self._strike()
 
     def _start_sim(self, judged_s: tuple[float, float], seed: int) -> None:
         sim = self._sim
         settings = self.settings
         sim["n_requests"] = sim["n_arrivals"] = len(self.workload)
-        sim["route_head"] = sim["route_tail"] = -1
+        for name in ("route_head", "route_tail", "held_head", "held_tail"):
+            sim[name] = -1
         # Any odd start will do; the multiplier spreads neighbouring seeds over the state.
         sim["rng"] = (2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64
         sim["actuation_s"] = settings.actuation_s
@@ -328,9 +340,29 @@ class Plant:
         if until_s < self.now_s:
             return
         self._sim["stop_when_judged"] = stop_when_judged
+        edges_s = self._faults.edges_s
+        while self._struck < len(edges_s) and edges_s[self._struck] <= until_s:
+            if self._run(edges_s[self._struck]) == layout.JUDGED:
+                return
+            self._strike()
+        self._run(until_s)
+
+    def _strike(self) -> None:
+        """Bring every instance into the state that the next edge of the faults leaves it in."""
+        alive, slow_frac, clamp_k = self._faults.at(self._faults.edges_s[self._struck])
+        self._struck += 1
+        inst, state = self.instances, self._arrays[: len(plant.STATE)]
+        for i in np.flatnonzero((inst["alive"] == 1) & ~alive):
+            fault_kernels.fail(*state, i)
+        for i in np.flatnonzero((inst["alive"] == 0) & alive):
+            fault_kernels.recover(*state, i)
+        for i in np.flatnonzero((inst["slow_frac"] != slow_frac) | (inst["clamp_k"] != clamp_k)):
+            fault_kernels.hinder(*state, i, slow_frac[i], clamp_k[i])
+
+    def _run(self, until_s: float) -> int:
+        """Run the kernel until `until_s`, and answer what it asks."""
         if not self._hosted:
-            plant.advance(*self._arrays, *self._functions, until_s)
-            return
+            return int(plant.advance(*self._arrays, *self._functions, until_s))
         run = self._hosted_kernel()
         arrays, sim, governors = self._arrays, self._sim[0], self._governors
         functions = () if run is not plant.advance else self._functions
@@ -341,6 +373,7 @@ class Plant:
             else:
                 sim["answer_instance"] = self._ask_router(code, asked)
             sim["answered"] = 1
+        return int(code)
 
     def _hosted_kernel(self) -> Any:
         """Entry without function arguments, unless a compiled router needs them."""
@@ -416,8 +449,10 @@ class Plant:
         caps_w = None if limits is None else limits.power_cap_w
         # Without a cap it is as found, which the profile holds already.
         caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
-        for i in np.flatnonzero(inst["power_cap_w"] != caps_w):
-            plant.order_cap(*clocks, i, float(caps_w[i]))
+        for capped in np.flatnonzero(inst["power_cap_w"] != caps_w):
+            plant.order_cap(*clocks, int(capped), float(caps_w[capped]))
+        for sleeper in np.flatnonzero(inst["sleeps"]):
+            order_rest(self._sim, inst, self._tables, self._pending_s, self._tree, sleeper)
         for router in self._routers.values():
             router.update(decision)
         if self._governors is not None:
@@ -434,7 +469,7 @@ class Plant:
         oldest_s = np.zeros(len(inst))
         oldest_s[waits] = now_s - self.requests["arrival_s"][head[waits]]
         iterates = inst["iterating"] == 1
-        power_w = np.where(iterates, inst["power_w"], inst["idle_w"] * inst["alive"])
+        power_w = np.where(iterates, inst["power_w"], inst["rest_w"])
         if self.settings.power_noise_sd_w > 0.0:
             noise_w = self._noise.normal(0.0, self.settings.power_noise_sd_w, len(inst))
             power_w = np.maximum(power_w + noise_w, 0.0)
@@ -503,7 +538,9 @@ def _instances(fleet: FleetSpec, kind: Any) -> Any:
         one["decodes"] = spec.role.decodes
         for name in ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "max_prefill_req"):
             one[name] = getattr(spec, name)
-        one["idle_w"] = spec.idle_w
+        one["idle_w"] = one["rest_w"] = spec.idle_w
+        one["asleep_w"], one["wake_s"], one["wake_j"] = spec.parked_w, spec.wake_s, spec.wake_j
+        one["sleeps"] = spec.parked_w < spec.idle_w or spec.wake_s > 0.0 or spec.wake_j > 0.0
         one["transfer_latency_s"] = profile.link_latency_s
         one["transfer_tok_s"] = profile.kv_bytes_per_tok / profile.link_bytes_s
         one["transfer_tok_j"] = profile.transfer_j_per_tok
@@ -515,7 +552,7 @@ def _instances(fleet: FleetSpec, kind: Any) -> Any:
         inst[name] = -1
     for name in ("alive", "active", "seen"):
         inst[name] = 1
-    for name in ("power_cap_w", "call_end_s", "idle_call_s"):
+    for name in ("power_cap_w", "call_end_s", "idle_call_s", "wake_end_s"):
         inst[name] = _NEVER
     inst["slow_frac"] = 1.0
     inst["jitter_frac"] = 1.0

@@ -6,11 +6,12 @@ from typing import Protocol
 
 import numpy as np
 
+from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.sim.engine import Plant
 from voltana_ctrl.sim.metrics import snapshot
-from voltana_ctrl.types import PowerBudget
+from voltana_ctrl.types import FleetSpec, PowerBudget
 
-__all__ = ["PowerMeter"]
+__all__ = ["PowerMeter", "refuse_below_idle"]
 
 #: Mean power is compared with the budget over samples of this length.
 SAMPLE_S = 0.1
@@ -92,3 +93,33 @@ class PowerMeter:
         limit_w = np.array([self._budget.at_w(float(t_s)) for t_s in middle_s])
         # A sum of joules is exact to its last digits only.
         return float(np.mean(power_w > limit_w * (1.0 + 1e-9)))
+
+
+def refuse_below_idle(budget: PowerBudget, fleet: FleetSpec) -> None:
+    """Refuse a budget that even an idle fleet exceeds.
+
+    Parameters
+    ----------
+    budget : PowerBudget
+        What the fleet may draw.
+    fleet : FleetSpec
+        The fleet.
+
+    Raises
+    ------
+    ConfigError
+        Naming the step.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> refuse_below_idle(PowerBudget.parse("500"), fleet)
+    """
+    idle_w = sum(one.idle_w for one in fleet.instances)
+    for from_s, limit_w in budget.steps:
+        if limit_w < idle_w:
+            raise ConfigError(
+                f"power budget: expected at least {idle_w:g} W, which the fleet draws idle, got"
+                f" {limit_w:g} W from {from_s:g} s; raise it or take instances out of the fleet"
+            )

@@ -10,7 +10,7 @@ from voltana_ctrl._kernels import layout, plant
 from voltana_ctrl.sim.engine import Plant
 from voltana_ctrl.types import Slo
 
-__all__ = ["judged_latencies", "run_figures", "snapshot"]
+__all__ = ["fill_gap_closed", "judged_latencies", "run_figures", "snapshot"]
 
 
 def snapshot(simulated: Plant) -> Any:
@@ -68,16 +68,46 @@ def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo:
     True
     """
     energy_j = _energy(before, after)
-    tokens_out = int(_gain(before, after, "emitted_tok").sum())
+    # What a failure has undone was not delivered, and is made once more.
+    tokens_lost = int(_gain(before, after, "lost_tok").sum())
+    tokens_out = int(_gain(before, after, "emitted_tok").sum()) - tokens_lost
     return {
         "window_s": window_s,
         **energy_j,
         "mean_power_w": energy_j["energy_j"] / window_s,
-        "energy_per_token_j": energy_j["energy_j"] / tokens_out if tokens_out else None,
+        "energy_per_token_j": energy_j["energy_j"] / tokens_out if tokens_out > 0 else None,
         **_latencies(simulated, slo),
         "tokens_out": tokens_out,
+        "tokens_lost": tokens_lost,
         **_activity(simulated, before, after, window_s),
     }
+
+
+def fill_gap_closed(figures: list[dict[str, Any]]) -> None:
+    """Share of the way from voltanallm to the bound; None where that is under 5 %.
+
+    Parameters
+    ----------
+    figures : list of dict
+        Runs of all policies; each one's ``bound_gap_closed`` is filled in.
+
+    Examples
+    --------
+    >>> runs = [{"policy": policy, "rate_req_s": 5.0, "seed": 0, "energy_j": energy_j}
+    ...         for policy, energy_j in (("voltanallm", 100.0), ("bound", 60.0), ("mine", 70.0))]
+    >>> fill_gap_closed(runs)
+    >>> runs[2]["bound_gap_closed"]
+    0.75
+    """
+    energy_j = {(run["policy"], run["rate_req_s"], run["seed"]): run["energy_j"] for run in figures}
+    for run in figures:
+        where = (run["rate_req_s"], run["seed"])
+        volta_j = energy_j.get(("voltanallm", *where))
+        bound_j = energy_j.get(("bound", *where))
+        if not volta_j or not bound_j or run["energy_j"] is None:
+            continue
+        if volta_j - bound_j >= 0.05 * volta_j:
+            run["bound_gap_closed"] = (volta_j - run["energy_j"]) / (volta_j - bound_j)
 
 
 def _gain(before: Any, after: Any, name: str) -> Any:
@@ -154,6 +184,7 @@ def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
         "requests_in_flight": int(len(rows) - done.sum() - dropped.sum()),
         "requests_dropped": int(dropped.sum()),
         "preemptions": int(rows["preemptions"].sum()),
+        "retries": int(rows["retries"].sum()),
     }
 
 
@@ -174,6 +205,7 @@ def _activity(simulated: Plant, before: Any, after: Any, window_s: float) -> dic
         "mean_batch": mean_batch,
         "mean_freq_prefill_mhz": _ratio(busy_mhz_s[fleet.prefill], busy_s[fleet.prefill]),
         "mean_freq_decode_mhz": _ratio(busy_mhz_s[fleet.decode], busy_s[fleet.decode]),
+        "wakes": int(_gain(before, after, "wakes").sum()),
         "clock_changes": int(_gain(before, after, "clock_sets").sum()),
         "active_decode_mean": float(_gain(before, after, "active_s")[fleet.decode].sum())
         / window_s,

@@ -398,8 +398,9 @@ def _likes(fleet: FleetSpec) -> list[list[int]]:
     """Indices of instances that nothing tells apart."""
     groups: dict[Any, list[int]] = {}
     for i, one in enumerate(fleet.instances):
-        limits = (one.kv_capacity_tok, one.max_batch, one.prefill_budget_tok, one.idle_w)
-        key = (one.role, id(one.profile), one.clocks_mhz.tobytes(), limits)
+        limits = (one.kv_capacity_tok, one.max_batch, one.prefill_budget_tok)
+        rest = (one.idle_w, one.parked_w, one.wake_s, one.wake_j)
+        key = (one.role, id(one.profile), one.clocks_mhz.tobytes(), limits, rest)
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.physics import decode_s
 from voltana_ctrl.profiles import list_profiles, load_profile
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.testing.search import st
@@ -108,6 +109,8 @@ def profiles(draw: Any, *, gpus: int | None = None) -> Profile:
             table[column] *= slower_frac
         if column.endswith(("_w", "_j")):
             table[column] *= hungrier_frac
+    bend_req = draw(st.sampled_from([np.inf, 16.0, 128.0]))
+    table["decode_roof_s"] = table["decode_req_s"] + table["decode_base_s"] / bend_req
     drawn: Profile = replace(
         base,
         name="drawn/" + base.name.replace("/", "-"),
@@ -329,9 +332,9 @@ def _iterations(draw: Any, fleet: FleetSpec, t_s: float) -> IterationBatch:
         batch_req = 1 + code % one.max_batch if one.role.decodes else 0
         new_tok = 1 + code % 4000 if one.role is Role.PREFILL else 0
         kv_tok = min(200.0 * batch_req, float(one.kv_capacity_tok))
-        decode_s = at["decode_base_s"] + at["decode_req_s"] * batch_req + at["decode_kv_s"] * kv_tok
+        step_s = decode_s(at, batch_req, kv_tok)
         prefill_s = at["prefill_base_s"] + at["prefill_tok_s"] * new_tok
-        wall_s = (1.0, 0.9, 1.2)[code % 3] * (prefill_s if new_tok else decode_s)
+        wall_s = (1.0, 0.9, 1.2)[code % 3] * (prefill_s if new_tok else step_s)
         power_w = at["prefill_power_w"] if new_tok else at["decode_power_w"]
         rows.append((i, t_s, wall_s, at["clock_mhz"], batch_req, new_tok, kv_tok, wall_s * power_w))
     if not rows:

@@ -65,6 +65,11 @@ class InstanceSpec:
         GPUs of the instance; must be what the profile was made for.
     idle_w : float, optional
         Power when nothing runs.
+    asleep_w : float, optional
+        Power while it is parked and empty; `idle_w` by default, which parking does not change.
+    wake_s, wake_j : float
+        Time until a parked and empty instance works again, and energy that this takes beyond
+        idle power.
     node : str
         Clock sets are serialised among instances of one node.
 
@@ -92,6 +97,9 @@ class InstanceSpec:
     max_prefill_req: int = 1_000_000
     gpus: int = None  # type: ignore[assignment]
     idle_w: float = None  # type: ignore[assignment]
+    asleep_w: float | None = None
+    wake_s: float = 0.0
+    wake_j: float = 0.0
     node: str = "node0"
 
     def __post_init__(self) -> None:
@@ -114,7 +122,15 @@ class InstanceSpec:
                 object.__setattr__(self, name, getattr(self.profile, name))
         for name in ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "max_prefill_req"):
             count(f"{label}.{name}", getattr(self, name))
-        not_negative(f"{label}.idle_w", self.idle_w)
+        for name in ("idle_w", "wake_s", "wake_j"):
+            not_negative(f"{label}.{name}", getattr(self, name))
+        if self.asleep_w is not None:
+            not_negative(f"{label}.asleep_w", self.asleep_w)
+            if self.asleep_w > self.idle_w:
+                raise ConfigError(
+                    f"{label}.asleep_w: expected at most {self.idle_w:g}, its idle_w, got"
+                    f" {self.asleep_w:g}"
+                )
         if self.gpus != self.profile.gpus:
             raise ConfigError(
                 f"{label}.gpus: expected {self.profile.gpus}, the tensor parallel degree of"
@@ -136,6 +152,11 @@ class InstanceSpec:
         clocks_mhz = np.unique(clocks_mhz)
         clocks_mhz.flags.writeable = False
         object.__setattr__(self, "clocks_mhz", clocks_mhz)
+
+    @property
+    def parked_w(self) -> float:
+        """Power while parked and empty."""
+        return self.idle_w if self.asleep_w is None else self.asleep_w
 
     @property
     def table(self) -> Any:
@@ -310,9 +331,9 @@ class FleetSpec:
 
         Keys of a table: `role`, `profile`, and optionally `id`, `count`, `gpus`, `node`,
         `clocks_mhz`, `kv_capacity_tok`, `max_batch`, `prefill_budget_tok`,
-        `max_prefill_req`, `idle_w`. A table `engine` says where the running engine of an
-        instance is; it is read by :func:`voltana_ctrl.integrations.load_endpoints` and means
-        nothing here.
+        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`. A table `engine` says where
+        the running engine of an instance is; it is read by
+        :func:`voltana_ctrl.integrations.load_endpoints` and means nothing here.
 
         Parameters
         ----------
@@ -381,6 +402,9 @@ _TOML_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "prefill_budget_tok": int,
     "max_prefill_req": int,
     "idle_w": (int, float),
+    "asleep_w": (int, float),
+    "wake_s": (int, float),
+    "wake_j": (int, float),
     "engine": dict,
 }
 

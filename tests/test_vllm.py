@@ -1,0 +1,243 @@
+"""Real vLLM on CPU with a tiny model: every iteration arrives, clocks are set before it runs.
+
+Build the environment with ``tests/vllm_env.sh FOLDER``, then
+``VOLTANA_VLLM_ENV=FOLDER pytest -m vllm``; takes three to six minutes. Where
+``VOLTANA_DYNAMO_ENV`` names a built environment of Dynamo, its instrumented scheduler runs
+under ours, and its messages are read, too.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from dynamo_stack import ROOT, free_ports
+from fake_gpus import machine, needs_compiler, seconds_until
+from test_in_engine import environment
+
+from voltana_ctrl import FleetSpec, load_profile
+from voltana_ctrl.integrations import Endpoint, FpmReader, Scraper
+
+pytestmark = pytest.mark.vllm
+
+FLEET = FleetSpec.parse("1C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+START_LIMIT_S = 240.0
+COUNTERS = ("iteration_tokens_total_count", "prompt_tokens_total", "generation_tokens_total")
+
+
+@pytest.fixture(scope="module")
+def venv():
+    folder = Path(os.environ.get("VOLTANA_VLLM_ENV", "no-such-folder"))
+    if not (folder / "complete").exists():
+        pytest.skip("needs the folder of tests/vllm_env.sh in VOLTANA_VLLM_ENV")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(venv, tmp_path_factory):
+    """Folder with this package and its entry points, as pip installs them."""
+    folder = tmp_path_factory.mktemp("site")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("voltana_ctrl", "pyproject.toml", "README.md", "LICENSE"):
+        source, to = ROOT / name, tree / name
+        if source.is_dir():
+            shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, to)
+    run = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*run, "--target", folder, tree], check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(venv, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    run = [venv / "bin" / "python", ROOT / "tests" / "tiny_model.py", folder]
+    subprocess.run(run, check=True, timeout=240, capture_output=True)
+    return folder
+
+
+@contextlib.contextmanager
+def served(venv, site, model, folder, *options, **variables):
+    (port,) = free_ports(1)
+    environ = {
+        **os.environ, "PYTHONPATH": str(site), "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1", **variables,
+    }  # fmt: skip
+    command = [
+        venv / "bin" / "vllm", "serve", model, "--load-format", "dummy", "--enforce-eager",
+        "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16",
+        "--num-gpu-blocks-override", "64", "--host", "127.0.0.1", "--port", port,
+        "--served-model-name", "tiny", "--enable-logging-iteration-details", *options,
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    log = folder / "vllm.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            env=environ,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+
+        def healthy():
+            assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+            with contextlib.suppress(httpx.HTTPError):
+                return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+            return False
+
+        seconds_until(healthy, limit_s=START_LIMIT_S)
+        yield url, process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+
+
+def counters(url):
+    told = dict.fromkeys(COUNTERS, 0.0)
+    for line in httpx.get(f"{url}/metrics", trust_env=False).text.splitlines():
+        name = line.partition("{")[0].removeprefix("vllm:")
+        if name in told:
+            told[name] += float(line.rpartition(" ")[2])
+    return told
+
+
+def load(url, requests=60, output_tok=12):
+    rng = np.random.default_rng(0)
+
+    async def all_of_them():
+        async with httpx.AsyncClient(timeout=60.0, trust_env=False) as client:
+
+            async def one(k):
+                await asyncio.sleep(0.03 * k)
+                prompt = rng.integers(3, 500, size=int(rng.integers(20, 200))).tolist()
+                body = {"model": "tiny", "prompt": prompt, "max_tokens": output_tok}
+                answer = await client.post(
+                    f"{url}/v1/completions", json={**body, "ignore_eos": True}
+                )
+                return answer.json()["usage"]["prompt_tokens"]
+
+            return await asyncio.gather(*(one(k) for k in range(requests)))
+
+    prompt_tok = sum(asyncio.run(all_of_them()))
+    time.sleep(0.5)
+    return prompt_tok
+
+
+@contextlib.contextmanager
+def listening(url, fpm):
+    engine = Endpoint(instance=FLEET.ids[0], kind="vllm", url=url, fpm=fpm)
+    reader = FpmReader(FLEET, [engine])
+    try:
+        seconds_until(lambda: np.isfinite(reader.read(time.monotonic())[0].age_s[0]))
+        yield engine, reader
+    finally:
+        reader.close()
+
+
+def test_the_stat_logger_is_loaded_by_its_entry_point_and_sees_every_iteration(
+    venv, site, model, tmp_path
+):
+    (port,) = free_ports(1)
+    fpm = f"tcp://127.0.0.1:{port}"
+    with (
+        served(venv, site, model, tmp_path, VOLTANA_CTRL_FPM=fpm) as (url, _),
+        listening(url, fpm) as (engine, reader),
+    ):
+        before = counters(url)
+        prompt_tok = load(url)
+        grown = {name: value - before[name] for name, value in counters(url).items()}
+        reading, rows = reader.read(time.monotonic())
+        assert reader.counts.lost == reader.counts.bad == 0
+        assert len(rows) == grown["iteration_tokens_total_count"]
+        assert rows.prefill_tok.sum() == grown["prompt_tokens_total"] == prompt_tok
+        # The first token of a request comes with its prefill.
+        assert rows.batch_req.sum() == grown["generation_tokens_total"] - 60
+        # Reports tell how many prompts wait, not how long they are.
+        assert reading.arrived_req[0] == pytest.approx(60, abs=4)
+        assert 1e-4 < np.median(rows.wall_s) < 1.0
+        scraper = Scraper(FLEET, [engine], period_s=0.1)
+        seconds_until(lambda: not scraper.problems)
+        state = scraper.read(time.monotonic())
+        assert (state.running_req[0], state.queue_req[0], state.kv_used_tok[0]) == (0, 0, 0)
+        scraper.close()
+
+
+@needs_compiler
+def test_the_scheduler_class_sets_clocks_and_hands_them_back(venv, site, model, tmp_path):
+    (port,) = free_ports(1)
+    fpm = f"tcp://127.0.0.1:{port}"
+    scheduler = "voltana_ctrl.integrations.vllm.GovernedScheduler"
+    with machine(tmp_path) as fake:
+        # Without the path of its library vLLM would take this machine for one with GPUs.
+        state = {k: v for k, v in fake.env.items() if k not in ("LD_LIBRARY_PATH", "PYTHONPATH")}
+        variables = {**state, **environment(fake, tmp_path, VOLTANA_CTRL_FPM=fpm)}
+        options = ("--scheduler-cls", scheduler)
+        with served(venv, site, model, tmp_path, *options, **variables) as (url, process):
+            with listening(url, fpm) as (_, reader):
+                before = counters(url)
+                prompt_tok = load(url)
+                grown = counters(url)["iteration_tokens_total_count"]
+                grown -= before["iteration_tokens_total_count"]
+                _, rows = reader.read(time.monotonic())
+                # The first batch after a pause has no time of its own.
+                assert 0.7 * grown <= len(rows) <= grown
+                assert rows.prefill_tok.sum() <= prompt_tok
+                assert reader.counts.lost == 0
+            assert fake.gpus[0].sets > 1
+            assert fake.gpus[0].locked
+            assert fake.gpus[0].unsupported_sets == 0
+            children = subprocess.run(
+                ["pgrep", "-g", str(process.pid), "-f", "EngineCore"],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            for pid in children.stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+            assert seconds_until(lambda: not fake.gpus[0].locked) < 5.0
+
+
+def test_messages_of_dynamos_scheduler_under_ours(venv, site, model, tmp_path):
+    dynamo = sorted(
+        Path(os.environ.get("VOLTANA_DYNAMO_ENV", "no-such-folder")).glob("lib/*/site-packages")
+    )
+    if not dynamo:
+        pytest.skip("needs the folder of tests/dynamo_env.sh in VOLTANA_DYNAMO_ENV")
+    only_dynamo = tmp_path / "dynamo-only"
+    only_dynamo.mkdir()
+    (only_dynamo / "dynamo").symlink_to(dynamo[0] / "dynamo")
+    (port,) = free_ports(1)
+    fpm = f"tcp://127.0.0.1:{port}"
+    variables = {
+        "PYTHONPATH": f"{site}{os.pathsep}{only_dynamo}",
+        "DYN_FORWARDPASS_METRIC_PORT": str(port),
+        "VOLTANA_CTRL_BASE": "dynamo.vllm.instrumented_scheduler.InstrumentedScheduler",
+    }
+    options = ("--scheduler-cls", "voltana_ctrl.integrations.vllm.GovernedScheduler")
+    with (
+        served(venv, site, model, tmp_path, *options, **variables) as (url, _),
+        listening(url, fpm) as (_, reader),
+    ):
+        before = counters(url)
+        prompt_tok = load(url)
+        grown = {name: value - before[name] for name, value in counters(url).items()}
+        reading, rows = reader.read(time.monotonic())
+        assert reader.counts.lost == reader.counts.bad == 0
+        assert len(rows) == grown["iteration_tokens_total_count"]
+        assert rows.prefill_tok.sum() == prompt_tok
+        assert rows.batch_req.sum() == grown["generation_tokens_total"] - 60
+        assert rows.kv_tok[rows.batch_req > 0].min() > 0
+        assert reading.arrived_req[0] == 60
