@@ -10,9 +10,13 @@ import json
 import threading
 import time
 
+import pytest
+
 from voltana_ctrl import FleetSpec, load_profile
 from voltana_ctrl.integrations import Endpoint
 from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
+
+pytest.importorskip("aiohttp", reason="the router needs aiohttp")
 
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 

@@ -27,7 +27,7 @@ __all__ = ["Answer", "Call", "Upstream", "UpstreamFailed"]
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-#: Of one connection alone, and what we say ourselves.
+#: Of one connection alone.
 _HOP_BY_HOP = frozenset(
     (
         b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
@@ -36,6 +36,7 @@ _HOP_BY_HOP = frozenset(
     )
 )  # fmt: skip
 #: Of a request, besides: the answer is read here, and the address is the engine's.
+_OURS = _HOP_BY_HOP | {b"x-request-id", b"x-voltana-energy"}
 _NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"expect", b"accept-encoding", b"x-request-id"}
 # Engines close idle connections after 5 s by default; one that we close first is never sent into.
 _KEEP_ALIVE_S = 3.0
@@ -473,9 +474,7 @@ class Upstream:
 
 def _passed_on(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     return [
-        (name.lower(), value)
-        for name, value in response.raw_headers
-        if name.lower() not in _HOP_BY_HOP
+        (name.lower(), value) for name, value in response.raw_headers if name.lower() not in _OURS
     ]
 
 
