@@ -398,6 +398,11 @@ engine = {{ kind = "vllm", url = "{engines.url}", gpus = ["{uuid}"] }}
     return path
 
 
+def alone(folder):
+    """Lock files of its own: fake GPUs of other tests have the same names."""
+    return "--lock-dir", folder
+
+
 class Command:
     def __init__(self, fake, root, *arguments, **environment):
         self.process = subprocess.Popen(
@@ -443,8 +448,9 @@ def test_command_observes_by_default(fake, tmp_path, root, engines):
 
 
 def test_command_acts_is_killed_by_signal_and_ends_by_sigterm(fake, tmp_path, root, engines):
-    with Command(fake, root, "--fleet", fleet_file(tmp_path, fake, engines), "--mode", "act",
-                 "--policy", "static-1005", "--canary", "decode-0") as command:  # fmt: skip
+    acting = ["--mode", "act", "--policy", "static-1005", "--canary", "decode-0"]
+    path = fleet_file(tmp_path, fake, engines)
+    with Command(fake, root, "--fleet", path, *acting, *alone(tmp_path)) as command:
         seconds_until(lambda: command.alive() and fake.gpus[1].lock_hi_mhz == 1005.0, 60.0)
         command.process.send_signal(signal.SIGUSR1)
         assert seconds_until(lambda: all_given_back(fake)) < 1.0
@@ -516,3 +522,24 @@ def test_command_prints_the_dashboard(monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["uid"] == "voltana-ctrl"
+
+
+def test_commands_of_a_controller_and_a_node(fake, tmp_path, root, engines):
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    common = ["--fleet", fleet_file(tmp_path, fake, engines), "--mode", "act", "--token-file",
+              token, "--policy", "voltanallm-full-ladder", *alone(tmp_path)]  # fmt: skip
+    with Command(fake, root, *common, "--serve", "127.0.0.1:0") as controller:
+        line = controller.process.stderr.readline()
+        port = line.rpartition(":")[2].strip()
+        assert port.isdigit(), line
+        with Command(fake, root, *common, "--controller", f"http://127.0.0.1:{port}") as node:
+            seconds_until(
+                lambda: node.alive() and all(0 < gpu.lock_hi_mhz < 1410 for gpu in fake.gpus), 60.0
+            )
+            controller.process.kill()
+            took_s = seconds_until(lambda: all(gpu.lock_hi_mhz == 1410 for gpu in fake.gpus))
+            assert took_s < 2.0
+            node.process.terminate()
+            code, _, errors = node.end()
+            assert code == 128 + signal.SIGTERM, errors

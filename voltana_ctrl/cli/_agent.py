@@ -77,6 +77,9 @@ def agent(
     ] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM, with --serve.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM, with --serve.")] = None,
+    lock_dir: Annotated[
+        Path | None, typer.Option(help="Of lock files, the same for all of a machine.")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Print the Grafana dashboard and end.")
@@ -141,7 +144,7 @@ def agent(
                 ending, spec, serve, _token(token_file), tls_certificate, tls_key, mode
             )
         else:
-            backend = _node(spec, own, chosen, mode, socket)
+            backend = _node(spec, own, chosen, mode, socket, lock_dir)
         decides = None
         if mode != "observe" and controller is not None:
             decides = _remote(
@@ -223,7 +226,9 @@ def _node(
     chosen: Mapping[str, tuple[str, ...]],
     mode: str,
     socket: Path | None,
+    lock_dir: Path | None,
 ) -> Switchable:
+    from voltana_ctrl.backends.lockfile import LOCK_DIR
     from voltana_ctrl.integrations.gpu_meters import GpuMeters
     from voltana_ctrl.integrations.node import NodeBackend, node_clocks
     from voltana_ctrl.integrations.telemetry import EngineBackend
@@ -237,7 +242,9 @@ def _node(
     try:
         if not chosen:
             raise ConfigError("agent: mode act: no instance has GPUs; give engine.gpus")
-        return NodeBackend(reads, node_clocks(fleet, chosen, setter=socket))
+        return NodeBackend(
+            reads, node_clocks(fleet, chosen, setter=socket, lock_dir=lock_dir or LOCK_DIR)
+        )
     except BaseException:
         reads.close()
         raise

@@ -96,12 +96,14 @@ class SwitchbackController(Controller):
     ----------
     inner : Controller
         The policy.
-    power_budget : PowerBudget, optional
-        What the fleet may draw in blocks at the highest clock, too.
     block_s : float
         Length of a block, of at least ten periods.
     seed : int
         Of the order within pairs.
+    power_budget : PowerBudget, optional
+        What the fleet may draw in blocks at the highest clock, too.
+    in_force : callable, optional
+        Whether decisions are carried out, now; ticks are not marked while they are not.
 
     Raises
     ------
