@@ -10,7 +10,8 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -130,20 +131,15 @@ class Scraper:
         async with httpx.AsyncClient(
             timeout=self._limit_s, trust_env=False, limits=httpx.Limits(max_connections=None)
         ) as client:
-            tasks = [
-                asyncio.create_task(self._repeat(lambda e=engine: self._fetch_engine(client, e)))  # type: ignore[misc]
-                for engine in self._engines.values()
-            ]
-            tasks += [
-                asyncio.create_task(self._repeat(lambda u=url: self._fetch_dcgm(client, u)))  # type: ignore[misc]
-                for url in self._dcgm_urls
-            ]
+            fetches = [partial(self._fetch_engine, client, one) for one in self._engines.values()]
+            fetches += [partial(self._fetch_dcgm, client, url) for url in self._dcgm_urls]
+            tasks = [asyncio.create_task(self._repeat(fetch)) for fetch in fetches]
             await self._stop.wait()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _repeat(self, fetch: Callable[[], Any]) -> None:
+    async def _repeat(self, fetch: Callable[[], Awaitable[None]]) -> None:
         while True:
             await fetch()
             await asyncio.sleep(self._period_s)
