@@ -6,9 +6,9 @@
 Mock engines, router and clients are processes of their own on this machine. Requests of 16 tokens,
 5 ms apart, go straight to a decode engine, through `voltana-ctrl router` (SGLang's hand-over), and
 through MiniLoadBalancer of `sglang-router`, which PYTHON must have installed; without --minilb that
-row is left out. Then so many streams run at once. What is added is the difference to the direct
-requests of the same round, and the least of the rounds: other work on the machine only adds. On a
-busy machine look at the CPU time per request.
+row is left out. Then so many streams run at once. Beside each latency is what it is above the
+direct requests of the same round; the last lines compare the least of all rounds, since other work
+on the machine only adds. On a busy machine look at the CPU time per request.
 """
 
 import argparse
@@ -219,9 +219,6 @@ def measure(name, port, rate, duration, process, base):
             added = f" (+{1e3 * (value - base[f'{key}_{q}']):.1f})" if base else ""
             shown.append(f"{1e3 * value:6.1f}{added}")
     print("  ".join(shown), flush=True)
-    if base:
-        for key in LATENCIES:
-            row[f"added_{key}"] = row[key] - base[key]
     return {"name": name, **row}
 
 
@@ -267,15 +264,21 @@ def main():
         rows, streams = [], []
         for _ in range(given.rounds):
             base = measure("direct", decode[0], *load, None, None)
-            rows.append(measure("router", ours, *load, router, base))
+            rows += [base, measure("router", ours, *load, router, base)]
             if minilb:
                 rows.append(measure("MiniLoadBalancer", theirs, *load, minilb, base))
         for name in dict.fromkeys(row["name"] for row in rows):
             mine = [row for row in rows if row["name"] == name]
-            least = [1e3 * min(row[f"added_{key}"] for row in mine) for key in LATENCIES]
+            if name == "direct":
+                alone = mine
+                continue
+            least = [
+                1e3 * (min(row[key] for row in mine) - min(row[key] for row in alone))
+                for key in LATENCIES
+            ]
             cpu_ms = min(row["cpu_ms_req"] for row in mine)
             print(
-                f"{name:16s} least added: TTFT p50 {least[0]:.1f}, p99 {least[1]:.1f}; total p50"
+                f"{name:16s} adds: TTFT p50 {least[0]:.1f}, p99 {least[1]:.1f}; total p50"
                 f" {least[2]:.1f}, p99 {least[3]:.1f} ms; CPU {cpu_ms:.2f} ms per request"
             )
         for name, process in (("router", router), ("MiniLoadBalancer", minilb)):
