@@ -115,6 +115,27 @@ def test_the_walk_would_see_what_can_set(fake, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["observe", "advise"])
+def test_the_command_builds_nothing_that_can_set(fake, tmp_path, engines, monkeypatch, mode):
+    from voltana_ctrl.cli import _agent
+    from voltana_ctrl.integrations import gpu_meters
+    from voltana_ctrl.integrations.endpoints import load_endpoints
+    from voltana_ctrl.integrations.telemetry import EngineBackend
+
+    monkeypatch.setattr(gpu_meters, "Nvml", lambda _=None: Nvml(fake.library))
+    spec, endpoints = load_endpoints(fleet_file(tmp_path, fake, engines))
+    chosen = {one.instance: one.gpus for one in endpoints}
+    backend = _agent._node(spec, endpoints, chosen, mode, None, tmp_path)
+    controller = node_policy(spec, SLO, "mpc") if mode == "advise" else None
+    with Agent(backend, controller, AgentSettings(mode=mode)) as agent:
+        agent.run(duration_s=0.5)
+        held = reachable(agent)
+        able = {(type(one).__name__, name) for one in held for name in SETS if hasattr(one, name)}
+        assert able == set()
+        assert {EngineBackend, GpuReader} <= {type(one) for one in held}
+    assert [gpu.sets for gpu in fake.gpus] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("mode", ["observe", "advise"])
 def test_every_call_that_sets_is_closed_in_observe(fake, mode, monkeypatch):
     import pynvml
 

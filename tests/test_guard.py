@@ -121,6 +121,19 @@ def test_a_plan_that_is_not_ok_is_held_then_replaced_under_the_last_ceiling():
     assert (shielded(failed).freq_mhz == 1410.0).all()
 
 
+def test_what_is_held_is_held_so_long_and_no_longer():
+    guard, last, clocks = Guard(FLEET, hold_s=1.0), None, []
+    for tick in range(40):
+        t_s = 0.1 * tick
+        wish = Decision.highest(FLEET, t_s=t_s, floor_mhz=np.full(N, 705.0))
+        if tick >= 10:  # readings stop
+            wish = dataclasses.replace(wish, status=Status.STALE)
+        last = guard.shield(wish, Observation(state=FleetState.idle(N, t_s=t_s)), last)
+        clocks.append(last.freq_mhz[0])
+    assert clocks[:19] == [705.0] * 19
+    assert clocks[21:] == [1410.0] * 19
+
+
 def test_a_ceiling_lowered_on_stale_readings_holds():
     last = Decision.highest(FLEET, t_s=9.5, ceiling_mhz=np.full(N, 1200.0))
     lowered = Decision.highest(FLEET, t_s=10.0, ceiling_mhz=np.full(N, 600.0))

@@ -127,7 +127,8 @@ class Guard:
             active=active,
             limits=base.limits if self.ranges is None else self.ranges.held(base.limits),
             status=status,
-            t_s=proposed.t_s,
+            # One that is held keeps its time, or it would be held for ever.
+            t_s=base.t_s,
         )
 
     def changes(self, proposed: Decision, applied: Decision) -> tuple[str, ...]:

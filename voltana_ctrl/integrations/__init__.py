@@ -8,7 +8,7 @@ _HOME = {
     "AgentSettings": "agent",
     "Block": "blocks",
     "BlockMeter": "blocks",
-    "ClaimRefused": "savings",
+    "ClaimRefused": "claim",
     "ENGINES": "endpoints",
     "Endpoint": "endpoints",
     "EnergyBook": "proxy_energy",
@@ -21,7 +21,7 @@ _HOME = {
     "GpuMeters": "gpu_meters",
     "HubBackend": "hub",
     "InFlight": "proxy_ledger",
-    "Interval": "savings",
+    "Interval": "claim",
     "LoadClient": "load_client",
     "ModelledGpus": "modelled_gpus",
     "NodeBackend": "node",
@@ -34,7 +34,7 @@ _HOME = {
     "ProxyLimits": "proxy",
     "Reading": "reading",
     "RequestEnergy": "proxy_energy",
-    "Savings": "savings",
+    "Savings": "claim",
     "Scraper": "scrape",
     "StateSource": "proxy_policy",
     "Sweep": "sweep",
@@ -63,6 +63,9 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.blocks import Block as Block
     from voltana_ctrl.integrations.blocks import BlockMeter as BlockMeter
     from voltana_ctrl.integrations.blocks import read_blocks as read_blocks
+    from voltana_ctrl.integrations.claim import ClaimRefused as ClaimRefused
+    from voltana_ctrl.integrations.claim import Interval as Interval
+    from voltana_ctrl.integrations.claim import Savings as Savings
     from voltana_ctrl.integrations.clock_thread import write_limits as write_limits
     from voltana_ctrl.integrations.endpoints import ENGINES as ENGINES
     from voltana_ctrl.integrations.endpoints import Endpoint as Endpoint
@@ -90,9 +93,6 @@ if TYPE_CHECKING:
     from voltana_ctrl.integrations.proxy_policy import StateSource as StateSource
     from voltana_ctrl.integrations.proxy_uvicorn import proxy_server as proxy_server
     from voltana_ctrl.integrations.reading import Reading as Reading
-    from voltana_ctrl.integrations.savings import ClaimRefused as ClaimRefused
-    from voltana_ctrl.integrations.savings import Interval as Interval
-    from voltana_ctrl.integrations.savings import Savings as Savings
     from voltana_ctrl.integrations.savings import estimate_savings as estimate_savings
     from voltana_ctrl.integrations.savings import savings_of_log as savings_of_log
     from voltana_ctrl.integrations.scrape import Scraper as Scraper
