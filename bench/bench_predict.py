@@ -134,7 +134,7 @@ def test_arrival_update(benchmark):
     counts = {"arrived_req": 4, "arrived_tok": 900, "finished_req": 3, "finished_tok": 500}
     state = estimator.update(estimator.init(), t_s=1.0, **counts)
     benchmark.pedantic(
-        estimator.update, args=(state,), kwargs={"t_s": 1.1, **counts}, rounds=100, iterations=100
+        estimator.update, args=(state,), kwargs={"t_s": 1.1, **counts}, rounds=1000, iterations=10
     )
     within(benchmark, 50.0)
 

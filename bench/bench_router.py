@@ -1,13 +1,14 @@
 """What the router adds: latency and CPU time per request, beside SGLang's MiniLoadBalancer.
 
     python bench/bench_router.py [--rate 200] [--duration 10] [--streams 1000]
-        [--minilb PYTHON] [--loop auto|asyncio]
+        [--rounds 3] [--minilb PYTHON] [--json FILE]
 
 Mock engines, router and clients are processes of their own on this machine. Requests of 16 tokens,
 5 ms apart, go straight to a decode engine, through `voltana-ctrl router` (SGLang's hand-over), and
 through MiniLoadBalancer of `sglang-router`, which PYTHON must have installed; without --minilb that
-row is left out. Then so many streams run at once. Latencies are differences of quantiles within
-one run; on a busy machine look at the CPU time per request.
+row is left out. Then so many streams run at once. Beside each latency is what it is above the
+direct requests of the same round; the last lines compare the least of all rounds, since other work
+on the machine only adds. On a busy machine look at the CPU time per request.
 """
 
 import argparse
@@ -27,6 +28,7 @@ EVENT = (
     b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"mock","choices":'
     b'[{"index":0,"text":" a","logprobs":null,"finish_reason":null}]}\n\n'
 )
+LATENCIES = ("first_s_p50", "first_s_p99", "total_s_p50", "total_s_p99")
 MINILB = """
 import sys
 from sglang_router.mini_lb import MiniLoadBalancer
@@ -217,7 +219,7 @@ def measure(name, port, rate, duration, process, base):
             added = f" (+{1e3 * (value - base[f'{key}_{q}']):.1f})" if base else ""
             shown.append(f"{1e3 * value:6.1f}{added}")
     print("  ".join(shown), flush=True)
-    return row
+    return {"name": name, **row}
 
 
 def main():
@@ -228,6 +230,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policy", default="cascade")
     parser.add_argument("--minilb", help="Python that has sglang-router")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
     given = parser.parse_args()
     ports = []
     holders = []
@@ -257,11 +260,27 @@ def main():
             running.append(minilb)
         print(f"{given.rate:g} req/s, {TOKENS} tokens {1e3 * GAP_S:g} ms apart; times in ms")
         print("                    n  err  CPU/req  TTFT p50  TTFT p99  total p50  total p99")
+        load = (given.rate, given.duration)
+        rows, streams = [], []
         for _ in range(given.rounds):
-            base = measure("direct", decode[0], given.rate, given.duration, None, None)
-            measure("router", ours, given.rate, given.duration, router, base)
+            base = measure("direct", decode[0], *load, None, None)
+            rows += [base, measure("router", ours, *load, router, base)]
             if minilb:
-                measure("MiniLoadBalancer", theirs, given.rate, given.duration, minilb, base)
+                rows.append(measure("MiniLoadBalancer", theirs, *load, minilb, base))
+        for name in dict.fromkeys(row["name"] for row in rows):
+            mine = [row for row in rows if row["name"] == name]
+            if name == "direct":
+                alone = mine
+                continue
+            least = [
+                1e3 * (min(row[key] for row in mine) - min(row[key] for row in alone))
+                for key in LATENCIES
+            ]
+            cpu_ms = min(row["cpu_ms_req"] for row in mine)
+            print(
+                f"{name:16s} adds: TTFT p50 {least[0]:.1f}, p99 {least[1]:.1f}; total p50"
+                f" {least[2]:.1f}, p99 {least[3]:.1f} ms; CPU {cpu_ms:.2f} ms per request"
+            )
         for name, process in (("router", router), ("MiniLoadBalancer", minilb)):
             if process is None:
                 continue
@@ -270,6 +289,8 @@ def main():
                 asked = client("_many", process.port, given.streams, 50, 0.1)
                 told = json.loads(asked.stdout.readline())
                 asked.wait()
+                grown_mb = process.memory_mb() - before_mb
+                streams.append({"name": name, "errors": told["errors"], "grown_mb": grown_mb})
                 print(
                     f"{name:16s} {given.streams} streams at once: {told['errors']} errors,"
                     f" {before_mb:.0f} -> {process.memory_mb():.0f} MB,"
@@ -277,6 +298,8 @@ def main():
                     " of 50 tokens",
                     flush=True,
                 )
+        if given.json:
+            given.json.write_text(json.dumps({"load": rows, "streams": streams}))
     finally:
         for process in reversed(running):
             process.end()

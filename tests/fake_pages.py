@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Pages:
-    """Text by path; settable while it serves."""
+    """Text by path; settable while it serves. ``@`` becomes the number of the fetch."""
 
     def __init__(self, **pages):
         self.pages = {f"/{path}": text for path, text in pages.items()}
@@ -20,7 +20,7 @@ class Pages:
                 outer.fetched += 1
                 time.sleep(outer.hang_s)
                 text = outer.pages.get(self.path)
-                body = (text or "not found").encode()
+                body = (text or "not found").replace("@", str(outer.fetched)).encode()
                 try:
                     self.send_response(outer.status if text is not None else 404)
                     self.send_header("Content-Length", str(len(body)))

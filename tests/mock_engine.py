@@ -10,9 +10,13 @@ import json
 import threading
 import time
 
+import pytest
+
 from voltana_ctrl import FleetSpec, load_profile
 from voltana_ctrl.integrations import Endpoint
 from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
+
+pytest.importorskip("aiohttp", reason="the router needs aiohttp")
 
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 
@@ -87,12 +91,21 @@ class MockEngine:
 
     async def _one(self, reader, writer, method, path, headers, content):
         if method == "GET":
-            pages = {"/v1/models": {"object": "list", "data": [{"id": "mock", "object": "model"}]}}
+            about = {"model_path": "mock", "served_model_name": "mock", "is_generation": True}
+            pages = {
+                "/v1/models": {"object": "list", "data": [{"id": "mock", "object": "model"}]},
+                # What SGLang's routers ask of a worker.
+                "/health": {},
+                "/server_info": about,
+                "/get_server_info": about,
+                "/model_info": about,
+                "/get_model_info": about,
+            }
             found = pages.get(path)
-            self._whole(writer, 200 if found else 404, found or {"error": "no"})
+            self._whole(writer, 404 if found is None else 200, found or {})
             await writer.drain()
             return True
-        body = json.loads(content)
+        body = json.loads(content) if content else {}
         with self._lock:
             self.seen.append((path, headers, body))
         trouble = self.fail.pop(0) if self.fail else None

@@ -21,6 +21,7 @@ from voltana_ctrl.sim.traces import read_trace
 
 HEAVY = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 few = settings(max_examples=70, suppress_health_check=HEAVY)
+some = settings(max_examples=300, suppress_health_check=HEAVY)
 many = settings(max_examples=800, suppress_health_check=HEAVY)
 
 
@@ -326,7 +327,7 @@ def test_bad_faults(data, here):
 
 
 @pytest.mark.slow
-@many
+@some
 @given(data=fault_files())
 def test_many_bad_faults(data, here):
     check_faults(data, here)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import nbinom
 
+from voltana_ctrl._kernels import cost
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.physics import (
     at_clock,
@@ -203,6 +204,17 @@ def test_equilibrium_with_a_floor() -> None:
     heavy = decode_equilibrium(row, 45.0, OUTPUT_TOK, CONTEXT_TOK)
     assert heavy.step_s == pytest.approx(decode_s(row, heavy.running_req, heavy.kv_tok))
     assert heavy.step_s[0] > 0.041
+
+
+@given(name=names, n=st.integers(0, 1024), kv_tok=st.floats(0.0, 450_000.0))
+def test_no_roof_is_the_line_to_the_last_bit(name: str, n: int, kv_tok: float) -> None:
+    rows = load_profile(name).table
+    assert not rows["decode_roof_s"].any()
+    line = rows["decode_base_s"] + rows["decode_req_s"] * n + rows["decode_kv_s"] * kv_tok
+    expected = np.maximum(line, rows["decode_floor_s"])
+    np.testing.assert_array_equal(decode_s(rows, n, kv_tok), expected)
+    compiled = [cost.decode_s(row, float(n), kv_tok) for row in rows]
+    np.testing.assert_array_equal(compiled, expected)
 
 
 @given(k=clocks, rate=st.floats(0.1, 60.0), context=contexts, bend_req=st.floats(4.0, 400.0))

@@ -148,6 +148,10 @@ def test_sglang_sends_the_same_to_both_and_tells_where_they_meet():
     with router("2P2D", kind="sglang") as (client, engines, _):
         for _ in range(8):
             client.post("/v1/chat/completions", json=CHAT)
+        # Decode does not wait for prefill here.
+        until_s = time.monotonic() + 5
+        while sum(e.answered for e in engines[:2]) < 8 and time.monotonic() < until_s:
+            time.sleep(0.01)
         made = [body for engine in engines[:2] for body in engine.bodies]
         opened = [body for engine in engines[2:] for body in engine.bodies]
     key = lambda body: body["bootstrap_room"]  # noqa: E731

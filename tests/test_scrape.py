@@ -35,7 +35,7 @@ vllm:cache_config_info{block_size="16",cache_dtype="auto",engine="1",num_gpu_blo
 # TYPE vllm:prompt_tokens_total counter
 vllm:prompt_tokens_total{engine="0",model_name="tiny"} 3000.0
 # TYPE vllm:generation_tokens_total counter
-vllm:generation_tokens_total{engine="0",model_name="tiny"} 900.0
+vllm:generation_tokens_total{engine="0",model_name="tiny"} 900@
 # TYPE vllm:request_success_total counter
 vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"} 4.0
 vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"} 6.0
@@ -101,7 +101,7 @@ DCGM_FI_DEV_SM_CLOCK{gpu="2",UUID="GPU-c",GPU_I_ID="1",GPU_I_PROFILE="1g.10gb"} 
 
 
 def test_vllm_ranks_are_added_up():
-    assert read_engine_page("vllm", VLLM) == {
+    assert read_engine_page("vllm", VLLM.replace("@", ".0")) == {
         "running_req": 12.0,
         "queue_req": 2.0,
         "kv_frac": 0.375,
@@ -143,7 +143,7 @@ def test_dynamo_worker_is_known_by_its_hexadecimal_id_and_shows_its_engine():
     told = read_engine_page("dynamo", WORKER, worker_id=0xBCCFE38F1457EB56)
     assert (told["running_req"], told["queue_req"], told["finished_req"]) == (6.0, 1.0, 30.0)
     assert "running_req" not in read_engine_page("dynamo", WORKER, worker_id=1)
-    assert read_engine_page("dynamo", WORKER + VLLM)["running_req"] == 12.0
+    assert read_engine_page("dynamo", WORKER + VLLM.replace("@", ".0"))["running_req"] == 12.0
 
 
 def test_dcgm_by_uuid_without_slices():
@@ -152,7 +152,7 @@ def test_dcgm_by_uuid_without_slices():
     assert sorted(gpus) == ["GPU-a", "GPU-b"]
 
 
-@pytest.mark.parametrize("text", ["", "<html>", "vllm:num_requests_running", "a{b 1", VLLM])
+@pytest.mark.parametrize("text", ["", "<html>", "vllm:num_requests_running", "a{b 1", FRONTEND])
 def test_a_page_of_something_else_is_refused(text):
     with pytest.raises(BadPage):
         read_engine_page("trtllm", text)
@@ -247,6 +247,19 @@ def test_an_engine_that_stops_grows_old_and_says_why():
         assert second.age_s[DECODE] >= first.age_s[DECODE] + 0.2
         assert second.running_req[DECODE] == 12
         assert "Connect" in made.problems["decode-0"]
+        made.close()
+
+
+def test_a_batch_that_does_not_move_is_a_hang_behind_a_server_that_answers():
+    with Pages(metrics=VLLM) as pages:
+        made = scraper(pages.url)
+        wait_for(lambda: not made.problems)
+        pages.pages["/metrics"] = VLLM.replace("@", ".0")
+        time.sleep(0.3)
+        assert made.read(time.monotonic()).age_s[DECODE] > 0.15
+        assert made.problems == {}
+        pages.pages["/metrics"] = VLLM
+        wait_for(lambda: made.read(time.monotonic()).age_s[DECODE] < 0.1)
         made.close()
 
 

@@ -43,11 +43,11 @@ LEAST = least_power(FLEET.instances[2])
 @pytest.mark.parametrize("arrival", [0.5, 10.0, 30.0, 45.0])
 @pytest.mark.parametrize("floor_k", [0, 40, 80])
 def test_station_against_the_naive_sum(arrival, floor_k):
-    step_s, power_w, needed, prompt_s, prompt_w = LEAST.station(LENGTHS)
-    ours = kernels.station(
-        step_s, power_w, needed, prompt_s, prompt_w, arrival, LENGTHS.output_tok - 1.0, 800,
-        0.0597, floor_k, 60.0,
-    )  # fmt: skip
+    one = LEAST.station(LENGTHS)
+    ours = kernels.station(one, arrival, LENGTHS.output_tok - 1.0, 800, 0.0597, floor_k, 60.0)
+    step_s, power_w, needed = naive_control.fill_station(
+        PROFILE.table, PROFILE.padded_batch(), LENGTHS.context_tok, 1.0, 0.06 / 1.035
+    )
     theirs = naive_control.station(
         step_s, power_w, needed, arrival, LENGTHS.output_tok - 1.0, 800, 0.0597, floor_k, 60.0
     )
@@ -68,12 +68,14 @@ def test_times_and_needed_rows_against_the_twin(steps, context, pace, target_s):
                   enumerate(steps))  # fmt: skip
     profile = dataclasses.replace(PROFILE, batch_steps=steps, max_batch=200)
     padded = profile.padded_batch()
-    step_s, power_w = np.empty((81, 201)), np.empty((81, 201))
-    needed = np.empty(201, np.int64)
-    kernels.fill_station(PROFILE.table, padded, context, pace, target_s, step_s, power_w, needed)
-    theirs = naive_control.fill_station(PROFILE.table, padded, context, pace, target_s)
-    for ours, other in zip((step_s, power_w, needed), theirs, strict=True):
-        np.testing.assert_allclose(ours, other, rtol=1e-12)
+    needed, step_s, power_w = np.empty(201, np.int64), np.empty(201), np.empty(201)
+    kernels.governed_batches(
+        PROFILE.table, padded, context, pace, target_s, needed, step_s, power_w
+    )
+    all_s, all_w, row = naive_control.fill_station(PROFILE.table, padded, context, pace, target_s)
+    np.testing.assert_array_equal(needed, row)
+    np.testing.assert_allclose(step_s, all_s[row, np.arange(201)], rtol=1e-12)
+    np.testing.assert_allclose(power_w, all_w[row, np.arange(201)], rtol=1e-12)
 
 
 @pytest.mark.parametrize("governed", [True, False])
@@ -84,15 +86,17 @@ def test_least_floor_against_every_floor(name, governed):
     rungs = profile.clocks_mhz[::6]
     decode = FleetSpec.parse("1P1D", profile).instances[1]
     least = least_power(dataclasses.replace(decode, clocks_mhz=rungs), governed)
-    step_s, power_w, needed, prompt_s, prompt_w = least.station(LENGTHS)
+    step_s, power_w, needed = naive_control.fill_station(
+        profile.table[::6], profile.padded_batch(), LENGTHS.context_tok, 1.0,
+        0.06 / 1.035 if governed else np.inf,
+    )  # fmt: skip
     loads = np.concatenate([np.linspace(1.0, 60.0, 12), [30.0, 5.0, 41.0]])
     power, floor = np.empty(15), np.empty(15, np.int64)
     over = np.empty(15)
     decoded_tok = LENGTHS.output_tok - 1.0
     kernels.decode_curve(
-        step_s, power_w, needed, prompt_s, prompt_w, loads, decoded_tok, 380, 0.0597, 0.01, 60.0,
-        power, floor, over,
-    )  # fmt: skip
+        least.station(LENGTHS), loads, decoded_tok, 380, 0.0597, 0.01, 60.0, power, floor, over
+    )
     theirs = [
         naive_control.least_floor(
             step_s, power_w, needed, load, decoded_tok, 380, 0.0597, 0.01, 60.0

@@ -123,6 +123,19 @@ def test_forward_passes_come_first_and_pages_fill_the_rest():
         backend.close()
 
 
+def test_a_long_iteration_is_seen_on_the_page():
+    with Pages(metrics=VLLM) as pages:
+        backend = open_engines(engines(pages.url), gpus=ModelledGpus(fleet()))
+        heard(backend)
+        backend._fpm._of_address = {"here": {PREFILL}}
+        backend._fpm.take("here", engine_frames(message(1)), time.monotonic())  # as if idle
+        assert backend.read().state.running_req[PREFILL] == 12
+        idle = VLLM.replace("} 5.0", "} 0.0").replace("} 7.0", "} 0.0").replace("} 2.0", "} 0.0")
+        pages.pages["/metrics"] = idle
+        wait_for(lambda: backend.read().state.running_req.tolist() == [0, 0])
+        backend.close()
+
+
 def test_without_gpus_a_decision_is_refused_or_by_choice_ignored():
     highest = Decision.highest(fleet())
     with open_engines([]) as backend, pytest.raises(ActuationDenied, match="without_gpus"):

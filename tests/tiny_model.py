@@ -6,13 +6,14 @@ no weights: engines draw them at random (``--load-format dummy``) or need none.
 
 import sys
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
-
 LINES = ["the clock of a card falls and its power falls faster", "many prompts wait in one queue"]
 
 
 def main(folder: str) -> None:
+    # Only where an engine is installed; pytest imports this file to look for doctests.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -9,27 +9,55 @@ from voltana_ctrl._kernels.cost import ROW, decode_s
 F8, I8 = types.float64, types.int64
 
 F8_1 = types.Array(F8, 1, "C", readonly=True)
-F8_2 = types.Array(F8, 2, "C", readonly=True)
 I8_1 = types.Array(I8, 1, "C", readonly=True)
 ROWS = types.Array(ROW, 1, "C", readonly=True)
+#: A decode station: coefficients, executed sizes, KV tokens per request, pace; of
+#: :func:`governed_batches` rows, times and powers; time and power of prompts per row.
+STATION = types.Tuple((ROWS, I8_1, F8, F8, I8_1, F8_1, F8_1, F8_1, F8_1))
 OUT_F8_1, OUT_I8_1 = types.Array(F8, 1, "C"), types.Array(I8, 1, "C")
-OUT_F8_2 = types.Array(F8, 2, "C")
 
 #: Weights are scaled down when they pass this, so that no batch overflows.
 _LARGE = 1e250
 
 
-@njit(types.UniTuple(F8, 3)(F8_2, F8_2, I8_1, F8_1, F8_1, F8, F8, I8, F8, I8, F8), cache=True)
+@njit(types.void(ROWS, I8_1, F8, F8, F8, OUT_I8_1, OUT_F8_1, OUT_F8_1), cache=True)
+def governed_batches(rows, padded, context_tok, pace_frac, target_s, needed_k, step_s, power_w):
+    """Row that a governor picks for each batch, time and power there.
+
+    A batch of n holds ``n * context_tok`` KV tokens. The row is the lowest within `target_s`,
+    the top where none is; it does not fall with the executed size, so one walk finds them all.
+    """
+    k = 0
+    for n in range(len(padded)):
+        if n > 0 and padded[n] < padded[n - 1]:
+            k = 0
+        size_req, kv_tok = float(padded[n]), n * context_tok
+        time_s = pace_frac * decode_s(rows[k], size_req, kv_tok)
+        while k < len(rows) - 1 and time_s > target_s:
+            k += 1
+            time_s = pace_frac * decode_s(rows[k], size_req, kv_tok)
+        row = rows[k]
+        batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
+        needed_k[n] = k
+        step_s[n] = time_s
+        power_w[n] = row["decode_power_w"] + batch_j / time_s
+
+
+@njit(
+    types.UniTuple(F8, 3)(STATION, F8, F8, I8, F8, I8, F8),
+    cache=True,
+)
 def station(
-    step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s, decoded_tok, batch_limit_req,
-    limit_s, floor_k, idle_w,
+    one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k, idle_w,
 ):  # fmt: skip
     """Stationary power [W], share of arrivals over the limits, and batch of one station.
 
     Detailed balance ``p(n) / p(n-1) = lam (L-1) T(n) / n`` with the governor inside: ``T(n)``
-    is the time at the higher of the floor and the clock that a batch of n needs. A colocated
-    instance spends the share ``u = lam * prompt_s`` of its time on prompts.
+    is the time at the higher of the floor and the clock that a batch of n needs
+    (:func:`governed_batches`). A colocated instance spends the share ``u = lam * prompt_s`` of
+    its time on prompts.
     """
+    rows, padded, context_tok, pace_frac, needed_k, governed_s, governed_w, prompt_s, prompt_w = one
     rate_tok_s = arrival_req_s * decoded_tok
     weight = 1.0
     total = 1.0
@@ -39,11 +67,18 @@ def station(
     if used >= 1.0:
         return math.inf, 1.0, math.inf
     energy = (1.0 - used) * idle_w + used * prompt_w[floor_k]
-    last = step_s.shape[1] - 1
-    for n in range(1, last + 1):
-        k = max(floor_k, needed_k[n])
-        time_s = step_s[k, n]
-        drawn_w = power_w[k, n]
+    row = rows[floor_k]
+    for n in range(1, len(padded)):
+        k = needed_k[n]
+        if k > floor_k:
+            time_s = governed_s[n]
+            drawn_w = governed_w[n]
+        else:
+            k = floor_k
+            kv_tok = n * context_tok
+            time_s = pace_frac * decode_s(row, float(padded[n]), kv_tok)
+            batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
+            drawn_w = row["decode_power_w"] + batch_j / time_s
         used = arrival_req_s * prompt_s[k]
         if used > 0.0:
             if used >= 1.0:
@@ -68,47 +103,17 @@ def station(
     return energy / total, over / total, batch / total
 
 
-@njit(types.void(ROWS, I8_1, F8, F8, F8, OUT_F8_2, OUT_F8_2, OUT_I8_1), cache=True)
-def fill_station(rows, padded, context_tok, pace_frac, target_s, step_s, power_w, needed_k):
-    """Time and power per clock and batch, and the row that a governor picks per batch.
-
-    A batch of n holds ``n * context_tok`` KV tokens. The row is the lowest within `target_s`,
-    the top where none is; it does not fall with the executed size, so one walk finds them all.
-    """
-    n_rows, n_sizes = step_s.shape
-    for k in range(n_rows):
-        row = rows[k]
-        for n in range(n_sizes):
-            kv_tok = n * context_tok
-            time_s = pace_frac * decode_s(row, float(padded[n]), kv_tok)
-            batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
-            step_s[k, n] = time_s
-            power_w[k, n] = row["decode_power_w"] + batch_j / time_s
-    k = 0
-    for n in range(n_sizes):
-        if n > 0 and padded[n] < padded[n - 1]:
-            k = 0
-        while k < n_rows - 1 and step_s[k, n] > target_s:
-            k += 1
-        needed_k[n] = k
-
-
 @njit(
-    types.Tuple((I8, F8, F8))(
-        F8_2, F8_2, I8_1, F8_1, F8_1, F8, F8, I8, F8, F8, F8, I8
-    ),
+    types.Tuple((I8, F8, F8))(STATION, F8, F8, I8, F8, F8, F8, I8),
     cache=True,
-)  # fmt: skip
-def _least_floor(
-    step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s, decoded_tok, batch_limit_req,
-    limit_s, allowed, idle_w, guess,
-):  # fmt: skip
+)
+def _least_floor(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, allowed, idle_w, guess):
     """Lowest floor with few enough arrivals over the limits, the top if none; its figures.
 
     A higher floor never misses more. The search leaves `guess` by doubling steps until the
     answer lies between two floors, then halves.
     """
-    top = step_s.shape[0] - 1
+    top = len(one[0]) - 1
     low, high = 0, top
     found_k = -1
     found_w = 0.0
@@ -117,9 +122,8 @@ def _least_floor(
     stride = 1
     while low < high:
         power, over, _ = station(
-            step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s, decoded_tok,
-            batch_limit_req, limit_s, at, idle_w,
-        )  # fmt: skip
+            one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, at, idle_w
+        )
         if over <= allowed:
             high = found_k = at
             found_w, found_over = power, over
@@ -134,51 +138,60 @@ def _least_floor(
         stride *= 2
     if found_k != low:
         found_w, found_over, _ = station(
-            step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s, decoded_tok,
-            batch_limit_req, limit_s, low, idle_w,
-        )  # fmt: skip
+            one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, low, idle_w
+        )
     return low, found_w, found_over
 
 
 @njit(
-    types.void(
-        F8_2, F8_2, I8_1, F8_1, F8_1, F8_1, F8, I8, F8, F8, F8, OUT_F8_1, OUT_I8_1, OUT_F8_1
-    ),
+    types.void(STATION, F8_1, F8, I8, F8, F8, F8, OUT_F8_1, OUT_I8_1, OUT_F8_1),
     cache=True,
 )
 def decode_curve(
-    step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s, decoded_tok, batch_limit_req,
-    limit_s, miss_frac, idle_w, least_w, floor_k, over_frac,
-):  # fmt: skip
+    one,
+    arrival_req_s,
+    decoded_tok,
+    batch_limit_req,
+    limit_s,
+    miss_frac,
+    idle_w,
+    least_w,
+    floor_k,
+    over_frac,
+):
     """Least power over floors at which few enough arrivals are over the limits, per load.
 
     Writes power (inf where none is), the row of the floor and the share over the limits. Where
     no floor will do it is the lowest that misses hardly more than the top.
     """
-    top = step_s.shape[0] - 1
+    top = len(one[0]) - 1
     guess = 0
     for g in range(len(arrival_req_s)):
         low, best_w, best_over = _least_floor(
-            step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s[g], decoded_tok,
-            batch_limit_req, limit_s, miss_frac, idle_w, guess,
-        )  # fmt: skip
+            one, arrival_req_s[g], decoded_tok, batch_limit_req, limit_s, miss_frac, idle_w, guess
+        )
         # The next load needs about the same.
         guess = low
         if miss_frac < best_over <= 10.0 * miss_frac:
             # Where even the top misses somewhat more, nothing is spent that buys no attainment.
             low, best_w, best_over = _least_floor(
-                step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s[g], decoded_tok,
-                batch_limit_req, limit_s, best_over + miss_frac, idle_w, low,
-            )  # fmt: skip
+                one,
+                arrival_req_s[g],
+                decoded_tok,
+                batch_limit_req,
+                limit_s,
+                best_over + miss_frac,
+                idle_w,
+                low,
+            )
         best_k = low
         # Power rises with the floor almost everywhere; where it does not, climb.
         for k in range(low + 1, top + 1):
             if best_over > miss_frac:
                 break
             above_w, above_over, _ = station(
-                step_s, power_w, needed_k, prompt_s, prompt_w, arrival_req_s[g], decoded_tok,
-                batch_limit_req, limit_s, k, idle_w,
-            )  # fmt: skip
+                one, arrival_req_s[g], decoded_tok, batch_limit_req, limit_s, k, idle_w
+            )
             if above_w >= best_w:
                 break
             best_w, best_over, best_k = above_w, above_over, k

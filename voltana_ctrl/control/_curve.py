@@ -85,6 +85,7 @@ class LeastPower:
         self.instance = instance
         self._rows: Any = np.ascontiguousarray(instance.table)
         self._padded = instance.profile.padded_batch(instance.max_batch)
+        self._prompt_w = self._rows["prefill_power_w"].copy()
         self._sizes = np.arange(1, instance.max_batch + 1)
         self._governed = governed
         self._miss_frac = 1.0 - slo.attainment
@@ -146,7 +147,7 @@ class LeastPower:
         def curve(loads_req_s: F64) -> Curve:
             power_w, row, over_frac = _empty(loads_req_s)
             self._kernels.decode_curve(
-                *station, loads_req_s, decoded_tok, limit_req, limit_s, self._miss_frac,
+                station, loads_req_s, decoded_tok, limit_req, limit_s, self._miss_frac,
                 self.instance.idle_w, power_w, row, over_frac,
             )  # fmt: skip
             return Curve(
@@ -156,35 +157,27 @@ class LeastPower:
         return curve
 
     def station(self, lengths: Lengths, pace_frac: float = 1.0) -> tuple[Any, ...]:
-        """Time and power per clock and batch, the row that a governor picks, and prompts.
+        """The decode station at these lengths, as its kernels take it.
 
         Parameters
         ----------
         lengths, pace_frac
             As of :meth:`at`.
-
-        Returns
-        -------
-        step_s, power_w : ndarray, shape (n_clocks, max_batch + 1)
-            Of a decode iteration of so many requests.
-        needed_row : ndarray of int, shape (max_batch + 1,)
-            Lowest row within the ITL promise, where a governor runs; else 0.
-        prompt_s, prompt_w : ndarray, shape (n_clocks,)
-            Time and power that a prompt takes on a colocated instance.
         """
-        rows = self._rows
-        step_s = np.empty((len(rows), len(self._padded)))
-        power_w = np.empty_like(step_s)
-        needed_row = np.empty(len(self._padded), dtype=np.int64)
-        self._kernels.fill_station(
+        rows, n = self._rows, len(self._padded)
+        needed_row, step_s, power_w = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
+        self._kernels.governed_batches(
             rows, self._padded, lengths.context_tok, pace_frac, self._aim_s,
-            step_s, power_w, needed_row,
+            needed_row, step_s, power_w,
         )  # fmt: skip
         prompt_s = np.zeros(len(rows))
         if self.instance.role is Role.COLOCATED:
             square = lengths.prompt_tok**2 + lengths.prompt_sd_tok**2
             prompt_s = rows["prefill_tok_s"] * lengths.prompt_tok + rows["prefill_tok2_s"] * square
-        return step_s, power_w, needed_row, prompt_s, rows["prefill_power_w"].copy()
+        return (
+            rows, self._padded, lengths.context_tok, pace_frac, needed_row, step_s, power_w,
+            prompt_s, self._prompt_w,
+        )  # fmt: skip
 
 
 def _empty(loads_req_s: F64) -> tuple[F64, I64, F64]:

@@ -127,19 +127,13 @@ class FpmReader:
         self._of_worker: dict[str, int] = {}
         self._of_address: dict[str, set[int]] = {address: set() for address in addresses}
         for endpoint in endpoints:
-            if endpoint.fpm is None:
-                continue
             i = fleet.ids.index(endpoint.instance)
             if endpoint.worker_id is not None:
                 self._of_worker[str(endpoint.worker_id)] = i
-            for address in endpoint.fpm.split(","):
+            for address in endpoint.fpm.split(",") if endpoint.fpm else ():
                 found = self._of_address.setdefault(address.strip(), set())
                 if endpoint.worker_id is None:
                     found.add(i)
-        for endpoint in endpoints:
-            if addresses and endpoint.worker_id is not None:
-                i = fleet.ids.index(endpoint.instance)
-                self._of_worker[str(endpoint.worker_id)] = i
         self._inbox: deque[tuple[float, str, list[bytes]]] = deque(maxlen=keep)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None

@@ -184,13 +184,15 @@ class Exchange:
     async def _answer(self, call: Call) -> None:
         deadline_s = asyncio.get_running_loop().time() + self._services.total_s
         answer = await self._begin(call, deadline_s)
+        is_told = False
         try:
             if answer.is_whole:
                 await self._tell(call, answer)
+                is_told = answer.status == 200
             else:
-                await self._stream(call, answer, deadline_s)
+                is_told = await self._stream(call, answer, deadline_s)
         finally:
-            answer.close()
+            answer.close(is_told=is_told)
 
     async def _begin(self, call: Call, deadline_s: float) -> Answer:
         """Send it until an engine begins to answer."""
@@ -251,12 +253,14 @@ class Exchange:
                 headers.append((_ENERGY, self._energy.header.encode()))
         await respond(self._send, answer.status, headers, answer.head)
 
-    async def _stream(self, call: Call, answer: Answer, deadline_s: float) -> None:
+    async def _stream(self, call: Call, answer: Answer, deadline_s: float) -> bool:
+        """Pass a stream on; False if it broke off."""
         send, counts, flight = self._send, self._services.counts, self._flight
         headers = [*answer.headers, self._id]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         wants_energy = header(call.headers, _ENERGY) == b"usage"
         tail = held = b""
+        is_whole = False
         try:
             async with asyncio.timeout_at(deadline_s):
                 async for chunk in _chain(answer):
@@ -268,6 +272,7 @@ class Exchange:
                     if passed:
                         message = {"type": "http.response.body", "body": passed, "more_body": True}
                         await send(message)
+            is_whole = True
         except UpstreamFailed as failed:
             # Its first token is out: sent again, the client would read it twice.
             _LOG.warning("request %s: %s", flight.id, failed)
@@ -282,6 +287,7 @@ class Exchange:
                 flight.output_tok = max(1, flight.output_tok - 1)
             self._end(usage_of(tail, stream=True))
         await send({"type": "http.response.body", "body": held})
+        return is_whole
 
     def _with_energy(self, content: bytes) -> tuple[bytes, bytes]:
         """Whole events, the energy added to the last usage, and what is left over."""

@@ -27,7 +27,7 @@ __all__ = ["Answer", "Call", "Upstream", "UpstreamFailed"]
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-#: Of one connection alone, and what we say ourselves.
+#: Of one connection alone.
 _HOP_BY_HOP = frozenset(
     (
         b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
@@ -35,10 +35,13 @@ _HOP_BY_HOP = frozenset(
         b"content-length", b"date", b"server",
     )
 )  # fmt: skip
+#: Of an answer, besides: what the router says itself.
+_OURS = _HOP_BY_HOP | {b"x-request-id", b"x-voltana-energy"}
 #: Of a request, besides: the answer is read here, and the address is the engine's.
 _NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"expect", b"accept-encoding", b"x-request-id"}
 # Engines close idle connections after 5 s by default; one that we close first is never sent into.
 _KEEP_ALIVE_S = 3.0
+_LINGER_S = 60.0
 
 
 class UpstreamFailed(BackendError):
@@ -173,11 +176,21 @@ class Answer:
                 f"the engine broke off ({type(error).__name__})", (self.instance,), down=True
             ) from error
 
-    def close(self) -> None:
-        """Hang up on whatever still speaks."""
+    def close(self, *, is_told: bool) -> None:
+        """Hang up on whatever still speaks.
+
+        Parameters
+        ----------
+        is_told : bool
+            Whether all of it was told; a prefill engine may then still be about to say so.
+        """
         if self.response is not None:
             self.response.close()
-        if self.companion is not None:
+        if self.companion is None or self.companion.done():
+            return
+        if is_told:
+            asyncio.get_running_loop().call_later(_LINGER_S, self.companion.cancel)
+        else:
             self.companion.cancel()
 
 
@@ -230,6 +243,7 @@ class Upstream:
         if api_key is not None or not pass_authorization:
             self._dropped = _NOT_FORWARDED | {b"authorization"}
         self._http: aiohttp.ClientSession | None = None
+        self._lingering: set[asyncio.Task[Answer]] = set()
 
     async def __aenter__(self) -> Upstream:
         try:
@@ -247,6 +261,8 @@ class Upstream:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        for task in self._lingering:
+            task.cancel()
         if self._http is not None:
             await self._http.close()
 
@@ -356,6 +372,9 @@ class Upstream:
             raise
         counts.leave_prefill(call.flight)
         answer.companion = made
+        # It says a little later than decode that it is done, or never.
+        self._lingering.add(made)
+        made.add_done_callback(self._lingering.discard)
         made.add_done_callback(_look_away)
         return answer
 
@@ -473,9 +492,7 @@ class Upstream:
 
 def _passed_on(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     return [
-        (name.lower(), value)
-        for name, value in response.raw_headers
-        if name.lower() not in _HOP_BY_HOP
+        (name.lower(), value) for name, value in response.raw_headers if name.lower() not in _OURS
     ]
 
 

@@ -10,7 +10,8 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -130,20 +131,15 @@ class Scraper:
         async with httpx.AsyncClient(
             timeout=self._limit_s, trust_env=False, limits=httpx.Limits(max_connections=None)
         ) as client:
-            tasks = [
-                asyncio.create_task(self._repeat(lambda e=engine: self._fetch_engine(client, e)))  # type: ignore[misc]
-                for engine in self._engines.values()
-            ]
-            tasks += [
-                asyncio.create_task(self._repeat(lambda u=url: self._fetch_dcgm(client, u)))  # type: ignore[misc]
-                for url in self._dcgm_urls
-            ]
+            fetches = [partial(self._fetch_engine, client, one) for one in self._engines.values()]
+            fetches += [partial(self._fetch_dcgm, client, url) for url in self._dcgm_urls]
+            tasks = [asyncio.create_task(self._repeat(fetch)) for fetch in fetches]
             await self._stop.wait()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _repeat(self, fetch: Callable[[], Any]) -> None:
+    async def _repeat(self, fetch: Callable[[], Awaitable[None]]) -> None:
         while True:
             await fetch()
             await asyncio.sleep(self._period_s)
@@ -272,13 +268,25 @@ class _Engine:
         self._energy: tuple[float, float, float] | None = None  # time, counter, power
 
     def take(self, told: dict[str, float], t_s: float) -> None:
-        before, self._last, self.seen_s = self._last, told, t_s
+        before, self._last = self._last, told
+        if not self._stuck(before, told):
+            self.seen_s = t_s
         arrived_req = 0.0
         if "finished_req" in told:
             if told["finished_req"] >= before.get("finished_req", np.inf):
                 arrived_req = max(0.0, _total_req(told) - _total_req(before))
             self._arrived_req += arrived_req
         self._line.follow(t_s, waiting_tok=told.get("queue_req", 0.0), arrived_tok=arrived_req)
+
+    def _stuck(self, before: dict[str, float], told: dict[str, float]) -> bool:
+        """Whether a batch runs and nothing came of it: the server answers, the engine hangs.
+
+        Of vLLM's alone counters move with every iteration.
+        """
+        if self.endpoint.kind != "vllm" or told.get("running_req", 0.0) == 0.0:
+            return False
+        moving = ("prompt_tok", "output_tok", "finished_req")
+        return "output_tok" in told and all(told.get(n) == before.get(n) for n in moving)
 
     def take_energy(self, energy_j: float | None, t_s: float) -> None:
         if energy_j is None:

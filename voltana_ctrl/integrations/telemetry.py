@@ -34,8 +34,8 @@ class EngineBackend:
     there is one.
 
     Where sources differ the fresher kind counts: forward-pass metrics tell of every iteration,
-    a page of the moment it was made. An instance is alive while something was heard of it
-    within `alive_s`; what it said last is kept.
+    a page of the moment it was made, and of a long iteration while it runs. An instance is
+    alive while something was heard of it within `alive_s`; what it said last is kept.
 
     Parameters
     ----------
@@ -165,6 +165,9 @@ class EngineBackend:
         told = passes.filled_from(page)
         # A page may be fresher than an engine whose forward-pass metrics have stopped.
         stopped = (passes.age_s > self._alive_s) & (page.age_s < passes.age_s)
+        # Engines beat as if idle during a long iteration, which their page shows.
+        quiet = (passes.running_req + passes.queue_req == 0.0) & (page.age_s <= self._alive_s)
+        stopped |= quiet & (page.running_req + page.queue_req > 0.0)
         told = _where(stopped, page.filled_from(passes), told)
         self._last = told.filled_from(self._last)
         self._count_energy(told.energy_j)
