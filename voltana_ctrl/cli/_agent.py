@@ -339,8 +339,8 @@ def _run(
         Agent(backend, controller, settings, observers=observers, period_s=period_s, say=_say)
     )
     ending.enter_context(agent.killed_by_signal())
-    _say(f"agent: mode {settings.mode}, {len(backend.spec)} instances; kill -USR1 {os.getpid()}"
-         " gives the hardware back")  # fmt: skip
+    hint = f"; kill -USR1 {os.getpid()} gives the hardware back" if settings.mode == "act" else ""
+    _say(f"agent: mode {settings.mode}, {len(backend.spec)} instances{hint}")
     agent.run(duration_s=float("inf") if duration is None else duration)
 
 

@@ -211,7 +211,7 @@ class Agent:
     def run(
         self, *, duration_s: float = float("inf"), stop: Callable[[], bool] = lambda: False
     ) -> None:
-        """Tick until `stop` says so, asked every second, or the time is over.
+        """Tick until `stop` says so, asked about every second, or the time is over.
 
         Parameters
         ----------
@@ -225,10 +225,12 @@ class Agent:
         VoltanaError
             What the backend raises; the hardware is given back when the agent is left.
         """
-        clock = self.loop.clock
+        clock, period_s = self.loop.clock, self.loop.period_s
+        # Whole periods, so that the ticks of one stretch follow on those of the last.
+        stretch_s = max(1, round(1.0 / period_s)) * period_s
         end_s = clock.now_s() + duration_s
         while not stop() and clock.now_s() < end_s:
-            self.loop.run(min(end_s, clock.now_s() + 1.0))
+            self.loop.run(min(end_s, clock.now_s() + stretch_s))
 
     @contextlib.contextmanager
     def killed_by_signal(self, number: int = signal.SIGUSR1) -> Iterator[None]:
