@@ -398,9 +398,20 @@ vllm:request_success_total{engine="0"} 10.0
 """
 
 
+class Working(dict):
+    """Pages of an engine that makes tokens: one that says the same for long counts as hung."""
+
+    made_tok = 0
+
+    def get(self, path, default=None):
+        self.made_tok += 50
+        return self[path].replace("2000.0", f"{2000.0 + self.made_tok}")
+
+
 @pytest.fixture
 def engines():
     with Pages(metrics=PAGE) as pages:
+        pages.pages = Working(pages.pages)
         yield pages
 
 
@@ -522,11 +533,11 @@ def test_command_refuses_in_one_line(fake, tmp_path, engines, monkeypatch, capsy
     if arguments and "--fleet" not in arguments:
         if "--serve" in arguments:
             monkeypatch.setenv("VOLTANA_CTRL_TOKEN", "0123456789abcdef")
-        arguments = ("--fleet", str(fleet_file(tmp_path, fake, engines)), *arguments)
+        arguments = ("--fleet", fleet_file(tmp_path, fake, engines), *arguments, *alone(tmp_path))
     from voltana_ctrl.integrations import gpu_meters
 
     monkeypatch.setattr(gpu_meters, "Nvml", lambda _=None: Nvml(fake.library))
-    monkeypatch.setattr(sys, "argv", ["voltana-ctrl", "agent", *arguments])
+    monkeypatch.setattr(sys, "argv", ["voltana-ctrl", "agent", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
