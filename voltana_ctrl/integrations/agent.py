@@ -35,8 +35,10 @@ class Switchable(Protocol):
 
     Examples
     --------
-    >>> from voltana_ctrl.integrations.node import NodeBackend
-    >>> issubclass(NodeBackend, Switchable)
+    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.integrations.hub import HubBackend
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> isinstance(HubBackend(fleet), Switchable)
     True
     """
 
