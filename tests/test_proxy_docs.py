@@ -189,3 +189,26 @@ def test_a_token_from_the_environment_guards_the_router(root):
         assert httpx.get(f"{url}/v1/models").status_code == 401
         good = httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer s3cret"})
         assert good.status_code == 200
+
+
+def test_with_telemetry_the_policy_decides(root):
+    with (
+        MockEngine("p") as prefill,
+        MockEngine("d") as decode,
+        command(
+            root,
+            "--prefill",
+            prefill.url,
+            "--decode",
+            decode.url,
+            "--telemetry",
+            "--policy",
+            "pack",
+        ) as (process, url),
+    ):
+        body = {"prompt": "x", "max_tokens": 4}
+        for _ in range(3):
+            assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+            time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)

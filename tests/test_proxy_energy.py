@@ -12,7 +12,7 @@ from test_proxy import BODY, CHAT, JSQ, STREAM, router
 
 from voltana_ctrl import Decision, FleetState, Request, Slo
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations import EnergyBook, Flight, InFlight, PolicyRouters
+from voltana_ctrl.integrations import EnergyBook, Flight, InFlight, PolicyRouters, Traffic
 from voltana_ctrl.integrations.proxy_body import usage_of
 from voltana_ctrl.physics.iteration import at_clock, decode_j, prefill_j
 from voltana_ctrl.types import IterationBatch, Observation, TickRecord
@@ -287,6 +287,36 @@ def test_telemetry_adds_what_others_send_and_old_telemetry_nothing():
     state = counts.state()
     assert state.running_req.tolist() == [0, 1]
     assert state.alive.all()
+
+
+def test_a_source_that_has_stopped_grows_old():
+    fleet, time = fleet_of("1P1D"), Time()
+    counts = InFlight(fleet, Slow(fleet, running_req=[0, 7]), clock=time)
+    assert counts.state().running_req.tolist() == [0, 7]
+    time.now_s = 1.5
+    assert counts.state().age_s.tolist() == [1.5, 1.5]
+    assert counts.state().running_req.tolist() == [0, 7]
+    time.now_s = 3.0
+    assert counts.state().running_req.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("shape", ["1P1D", "1C"])
+def test_telemetry_is_told_what_was_sent_and_what_ended_well(shape):
+    n = len(fleet_of(shape))
+    traffic = Traffic(n)
+    with router(shape, traffic=traffic) as (client, engines, _):
+        for _ in range(2):
+            client.post("/v1/completions", json=STREAM)
+        client.post("/v1/completions", json=BODY)
+        engines[-1].fail = ["die after two tokens"]
+        client.post("/v1/completions", json=STREAM)
+        arrived_req, arrived_tok, finished = traffic.read()
+    assert arrived_req.tolist() == [4.0] * n
+    assert arrived_tok.tolist() == [12.0] * n
+    assert finished.request.tolist() == [1, 2, 3]
+    assert finished.output_tok.tolist() == [4, 4, 4]
+    assert finished.decode_instance.tolist() == [n - 1] * 3
+    assert (finished.ttft_s > 0).all()
 
 
 def test_who_fails_rests_longer_each_time_and_is_trusted_after_a_success():

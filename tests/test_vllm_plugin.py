@@ -105,13 +105,14 @@ def test_what_a_version_does_not_have_counts_as_nothing(ours, missing):
     assert logger.hook.engine.errors == 0
 
 
-def test_a_report_of_another_world_never_reaches_the_engine(ours, caplog):
+def test_a_report_of_another_world_never_reaches_the_engine(ours):
     logger = ours.StatLogger(vllm_config(), 0)
+    engine = logger.hook.engine
     odd = SimpleNamespace(iteration_details=SimpleNamespace(elapsed_ms="soon"))
     for _ in range(20):
         logger.record(odd, None)
     assert logger.hook.engine is None  # switched off
-    assert "a hook failed" in caplog.text
+    assert engine.errors == 10
 
 
 def test_the_scheduler_passes_everything_through(ours):

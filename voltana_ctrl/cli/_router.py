@@ -37,6 +37,10 @@ def router(
         str, typer.Option(help="Whose routers choose; see `voltana-ctrl policies`.")
     ] = "cascade",
     slo: Annotated[str, typer.Option(help="Targets in seconds.")] = "ttft=0.6,itl=0.06",
+    telemetry: Annotated[
+        bool,
+        typer.Option("--telemetry", help="Let the policy decide from engines' metrics."),
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
     api_key_env: Annotated[
@@ -56,12 +60,15 @@ def router(
 ) -> None:
     """Serve completions from the engines of a fleet, each where the policy says."""
     from voltana_ctrl.integrations import (
+        EngineBackend,
         PolicyRouters,
         Proxy,
         ProxyLimits,
+        Traffic,
         load_endpoints,
         proxy_server,
     )
+    from voltana_ctrl.loop import ControlLoop
     from voltana_ctrl.types import Slo
 
     quick = [*(prefill or []), *(decode or []), *(both or [])]
@@ -81,10 +88,13 @@ def router(
         total_s=total,
         drain_s=drain,
     )
+    routers = PolicyRouters(spec, policy, Slo.parse(slo))
+    traffic = Traffic(len(spec)) if telemetry else None
     proxy = Proxy(
         spec,
         endpoints,
-        routers=PolicyRouters(spec, policy, Slo.parse(slo)),
+        routers=routers,
+        traffic=traffic,
         limits=limits,
         api_key=_secret(api_key_env),
         engine_api_key=_secret(engine_api_key_env),
@@ -92,7 +102,14 @@ def router(
     server = proxy_server(proxy, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key)
     scheme = "http" if tls_cert is None else "https"
     typer.echo(f"{policy} routes {len(spec)} instances on {scheme}://{host}:{port}", err=True)
-    server.run()
+    if traffic is None:
+        server.run()
+        return
+    backend = EngineBackend(spec, endpoints, without_gpus="ignore", traffic=traffic)
+    with ControlLoop(backend, routers.controller, router=routers, observers=[proxy.energy]) as loop:
+        proxy.watch(loop)
+        loop.start()
+        server.run()
 
 
 def _secret(variable: str | None) -> str | None:

@@ -33,6 +33,7 @@ from voltana_ctrl.integrations.proxy_exchange import Exchange, Services
 from voltana_ctrl.integrations.proxy_ledger import InFlight
 from voltana_ctrl.integrations.proxy_policy import PolicyRouters, StateSource
 from voltana_ctrl.integrations.proxy_upstream import Upstream, UpstreamFailed
+from voltana_ctrl.integrations.traffic import Traffic
 from voltana_ctrl.types import FleetSpec
 from voltana_ctrl.types._check import count, positive
 
@@ -116,6 +117,8 @@ class Proxy:
         In place of those of `policy`.
     state : StateSource, optional
         Telemetry or a control loop; without it the router goes by what it sent itself.
+    traffic : Traffic, optional
+        Told what was sent where and how it ended, for telemetry in this process.
     limits : ProxyLimits, optional
         Limits.
     api_key : str, optional
@@ -147,6 +150,7 @@ class Proxy:
         policy: str = "cascade",
         routers: PolicyRouters | None = None,
         state: StateSource | None = None,
+        traffic: Traffic | None = None,
         limits: ProxyLimits | None = None,
         api_key: str | None = None,
         engine_api_key: str | None = None,
@@ -158,7 +162,7 @@ class Proxy:
         self.fleet = fleet
         self.limits = limits or ProxyLimits()
         self.routers = routers or PolicyRouters(fleet, policy)
-        self.counts = InFlight(fleet, state)
+        self.counts = InFlight(fleet, state, traffic=traffic)
         self.energy = EnergyBook(fleet, state, keep_req=self.limits.keep_energy_req)
         self.is_draining = False
         self._key = None if api_key is None else hashlib.sha256(api_key.encode()).digest()

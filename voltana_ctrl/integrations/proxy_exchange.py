@@ -285,7 +285,7 @@ class Exchange:
         if not self._has_ended:
             if b"[DONE]" in tail:
                 flight.output_tok = max(1, flight.output_tok - 1)
-            self._end(usage_of(tail, stream=True))
+            self._end(usage_of(tail, stream=True) if is_whole else None)
         await send({"type": "http.response.body", "body": held})
         return is_whole
 
@@ -327,6 +327,8 @@ class Exchange:
             services.seen["output_tokens"] += flight.output_tok
             if not math.isnan(flight.first_s):
                 services.seen["ttft_seconds"] += flight.first_s - flight.begin_s
+        if usage is not None and flight.output_tok:
+            services.counts.ended_well(flight)
 
 
 async def _chain(answer: Answer) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from voltana_ctrl.integrations.proxy_policy import StateSource
+from voltana_ctrl.integrations.traffic import FinishedRequest, Traffic
 from voltana_ctrl.types import FleetSpec, FleetState
 from voltana_ctrl.types._check import F64
 
@@ -80,6 +81,8 @@ class InFlight:
         The fleet.
     source : StateSource, optional
         Telemetry, or the control loop.
+    traffic : Traffic, optional
+        Told what was sent where, for telemetry in this process.
     clock : callable, optional
         Seconds; monotonic time if left out.
 
@@ -107,14 +110,18 @@ class InFlight:
         fleet: FleetSpec,
         source: StateSource | None = None,
         *,
+        traffic: Traffic | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         n = len(fleet)
         self.fleet = fleet
         self.source = source
+        self.traffic = traffic
         self.total_req = 0
+        self._finished_req = 0
         self.clock = clock
         self._unknown = FleetState.idle(n)
+        self._told, self._told_s = self._unknown, clock()
         self._queue_req, self._queue_tok = [0] * n, [0] * n
         self._running_req, self._kv_tok = [0] * n, [0] * n
         self._waiting: list[OrderedDict[int, float]] = [OrderedDict() for _ in range(n)]
@@ -151,6 +158,8 @@ class InFlight:
         flight._queued_tok = flight.prompt_tok
         self._queue_tok[instance] += flight._queued_tok
         self._waiting[instance][id(flight)] = self.clock()
+        if self.traffic is not None:
+            self.traffic.routed(instance, prompt_tok=flight.prompt_tok)
 
     def leave_prefill(self, flight: Flight) -> None:
         """Count it as prefilled; `flight.prefill` stays."""
@@ -170,6 +179,8 @@ class InFlight:
         flight._held_tok = flight.prompt_tok
         self._running_req[instance] += 1
         self._kv_tok[instance] += flight.prompt_tok
+        if self.traffic is not None and instance != flight.prefill:
+            self.traffic.routed(instance, prompt_tok=flight.prompt_tok)
         one = self._integrals[instance]
         flight._marks = (one[0], one[1], one[2])
 
@@ -229,6 +240,25 @@ class InFlight:
         flight.idle_j = self._idle_share_j - flight._idle_mark_j
         self.total_req -= 1
 
+    def ended_well(self, flight: Flight) -> None:
+        """Tell telemetry of a request that was answered to its end."""
+        if self.traffic is None:
+            return
+        self._finished_req += 1
+        further_tok = flight.output_tok - 1
+        self.traffic.finished(
+            FinishedRequest(
+                request=self._finished_req,
+                request_class=0,
+                prompt_tok=flight.prompt_tok,
+                output_tok=flight.output_tok,
+                ttft_s=max(0.0, flight.first_s - flight.begin_s),
+                itl_s=(flight.last_s - flight.first_s) / further_tok if further_tok > 0 else 0.0,
+                prefill_instance=flight.prefill,
+                decode_instance=flight.decode,
+            )
+        )
+
     def failed(self, instance: int) -> None:
         """Pass over an instance for a while: 1 s, doubling up to 15 s while it fails."""
         self._failures[instance] += 1
@@ -254,7 +284,11 @@ class InFlight:
         n = len(self.fleet)
         told = None if self.source is None else self.source.state
         known = self._unknown if told is None or len(told) != n else told
-        fresh = known.age_s <= _FRESH_S if known is told else np.zeros(n, dtype=bool)
+        if known is not self._told:
+            self._told, self._told_s = known, now_s
+        # A source that has stopped gives the same state for ever.
+        age_s = known.age_s + (now_s - self._told_s)
+        fresh = age_s <= _FRESH_S if known is told else np.zeros(n, dtype=bool)
         up = np.array([not self.is_down(i) for i in range(n)])
 
         def most(ours: list[int], theirs: F64) -> F64:
@@ -274,7 +308,7 @@ class InFlight:
             freq_mhz=known.freq_mhz,
             power_w=known.power_w,
             energy_j=known.energy_j,
-            age_s=np.where(fresh, known.age_s, 0.0),
+            age_s=np.where(fresh, age_s, 0.0),
             arrived_req=known.arrived_req,
             arrived_tok=known.arrived_tok,
         )

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from voltana_ctrl.control import StaticController
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.ports import Router
@@ -39,7 +40,8 @@ class PolicyRouters:
     """Routers of a policy, for a server that sends the requests itself.
 
     It is a `Router` for decode and can be given to :class:`~voltana_ctrl.ControlLoop`, whose
-    decisions it hands to both routers. Not for use from several threads at once.
+    decisions it hands to both routers; `controller` is the one of the policy. Requests are to
+    be routed from one thread.
 
     Parameters
     ----------
@@ -70,6 +72,7 @@ class PolicyRouters:
     def __init__(self, fleet: FleetSpec, policy: str, slo: Slo | None = None) -> None:
         parts = find_policy(policy).build(fleet, slo or Slo(ttft_s=0.6, itl_s=0.06), PolicySetup())
         self.fleet = fleet
+        self.controller = parts.controller or StaticController(fleet)
         self.decode_at_arrival = parts.decode_at_arrival
         self._members: dict[str, list[int]] = {
             "prefill": fleet.prefill.tolist(),
