@@ -85,7 +85,9 @@ def test_openai_async_streams_at_once():
     engines = [MockEngine(name, gap_s=0.01) for name in "pdd"]
     with router("1P2D", engines=engines) as (http, engines, _):
         assert asyncio.run(main(http)) == [TEXT] * 60
-        assert [len(engine.seen) for engine in engines] == [60, 30, 30]
+        made, *shared = (len(engine.seen) for engine in engines)
+        assert made == sum(shared) == 60
+        assert min(shared) >= 20
 
 
 def test_openai_timeout_cancels_the_engine():
