@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voltana_ctrl import load_profile
-from voltana_ctrl._kernels import cost, layout, plant
+from voltana_ctrl._kernels import cost, events, layout, plant
 from voltana_ctrl.physics import decode_j, decode_s, prefill_s
 from voltana_ctrl.profiles import list_profiles
 
@@ -64,10 +64,10 @@ def test_tree_finds_the_earliest_and_the_lowest_index_on_a_tie(leaves, writes) -
     tree = np.full(2 * leaves, 1e300)
     times_s = [1e300] * leaves
     for i, t_s in writes:
-        plant._set_next(tree, i % leaves, t_s)
+        events._set_next(tree, i % leaves, t_s)
         times_s[i % leaves] = t_s
     assert tree[1] == min(times_s)
-    assert plant._first(tree) == times_s.index(min(times_s))
+    assert events.first(tree) == times_s.index(min(times_s))
 
 
 @given(st.lists(st.one_of(st.none(), st.sampled_from([1.0, 2.0, 3.0])), max_size=60))
@@ -77,12 +77,12 @@ def test_transfers_arrive_in_order_of_time_then_number(steps) -> None:
     inside: list[tuple[float, int]] = []
     for r, t_s in enumerate(steps):
         if t_s is not None:
-            plant._push_moving(sim[0], moving_s, moving_r, t_s, 60 - r)
+            events.push_moving(sim[0], moving_s, moving_r, t_s, 60 - r)
             inside.append((t_s, 60 - r))
         elif inside:
             first = min(inside)
             assert (moving_s[0], moving_r[0]) == first
-            assert plant._pop_moving(sim[0], moving_s, moving_r) == first[1]
+            assert events.pop_moving(sim[0], moving_s, moving_r) == first[1]
             inside.remove(first)
     assert sim[0]["n_moving"] == len(inside)
 
