@@ -457,6 +457,15 @@ class Command:
         assert self.process.poll() is None, self.process.communicate()[1]
         return True
 
+    def told(self, text):
+        """What it wrote on stderr until `text` came, or it ended."""
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if text in line:
+                break
+        return "".join(lines)
+
     def end(self):
         output, errors = self.process.communicate(timeout=60)
         return self.process.returncode, output, errors
@@ -464,7 +473,7 @@ class Command:
 
 def test_command_observes_by_default(fake, tmp_path, root, engines):
     log = tmp_path / "ticks.jsonl"
-    with Command(fake, root, "--fleet", fleet_file(tmp_path, fake, engines), "--duration", 2,
+    with Command(fake, root, "--fleet", fleet_file(tmp_path, fake, engines), "--duration", 4,
                  "--log", log, "--metrics", 0) as command:  # fmt: skip
         code, _, errors = command.end()
     assert code == 0, errors
@@ -498,9 +507,11 @@ def test_command_acts_is_killed_by_signal_and_ends_by_sigterm(fake, tmp_path, ro
 def test_command_advises(fake, tmp_path, root, engines, monkeypatch):
     with Command(fake, root, "--fleet", fleet_file(tmp_path, fake, engines), "--mode", "advise",
                  "--policy", "static-1005", "--gpu-power-limit", "300",
-                 "--duration", 8) as command:  # fmt: skip
-        code, _, errors = command.end()
-    assert code == 0, errors
+                 "--duration", 60) as command:  # fmt: skip
+        errors = command.told("decode-0 1305 -> 1005 MHz; expected")
+        command.process.terminate()
+        code, _, _ = command.end()
+    assert code == 128 + signal.SIGTERM
     assert "power limits per GPU in force: prefill-0 300 W, decode-0 300 W" in errors
     assert "decode-0 1305 -> 1005 MHz; expected" in errors
     assert [gpu.sets for gpu in fake.gpus] == [0.0, 0.0]
