@@ -87,11 +87,16 @@ GRAMMAR = st.one_of(
     case("no key", {401}, tokens.map(
         lambda t: request(body=good).replace(b"Bearer key", b"Bearer k" + t))),
     case("broken line", {400}, st.sampled_from([
-        b"POST  /v1/completions HTTP/1.1\r\n\r\n", b"POST /v1/completions\r\n\r\n",
-        b"POST /v1/completions HTTP/9.9.9\r\nhost: x\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
+        b"\x00\x01\x02\r\n\r\n",
         b"GET / FTP/1.1\r\nhost: x\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     ])),
+    # httptools reads some of what h11 does not; there is no key in them.
+    case("odd line", {None, 400, 401}, st.sampled_from([
+        b"POST  /v1/completions HTTP/1.1\r\nconnection: close\r\n\r\n",
+        b"POST /v1/completions\r\n\r\n",
+        b"POST /v1/completions HTTP/9.9.9\r\nconnection: close\r\n\r\n",
+    ]), ends=True),
     case("HTTP/2", {400, 404}, st.just(b"PRI * HTTP/2.0\r\nconnection: close\r\n\r\n"), ends=True),
     case("broken header", {400}, st.sampled_from([
         b"no colon", b"sp ace: 1", b": empty", b"nul: \x00", b"ba\x01d: 1", b"(x): 1",
