@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
@@ -315,6 +316,19 @@ def test_meters_read_what_the_driver_says_and_grow_old_where_it_hangs(fake):
         fake.gpus[0].hang_s, fake.gpus[0].hang_calls = 1.0, 1
         found.read()
         assert found.read().state.age_s[0] > 0.3
+
+
+def test_meters_leave_a_driver_that_hangs_only_when_it_has_answered(fake):
+    found = meters(fake)
+    left = threading.Event()
+    shutdown = found._nvml.close
+    found._nvml.close = lambda: (shutdown(), left.set())
+    fake.gpus[0].hang_s, fake.gpus[0].hang_calls = 1.5, 1
+    began_s = time.monotonic()
+    found.read()
+    found.close()
+    assert not left.is_set() and time.monotonic() - began_s < 1.4
+    assert left.wait(10.0) and time.monotonic() - began_s >= 1.5
 
 
 # Policies without engine's help

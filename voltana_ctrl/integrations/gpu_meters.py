@@ -175,9 +175,13 @@ class GpuMeters:
         if self._closed:
             return
         self._closed = True
-        self._worker.stop()
-        if self._nvml is not None:
-            self._nvml.close()
+        try:
+            # In the thread that reads: the library must not go away under a call that hangs.
+            if self._nvml is not None:
+                with suppress(TimeoutError):  # it is left as soon as the driver answers
+                    self._worker.run(self._nvml.close, limit_s=self._call_limit_s)
+        finally:
+            self._worker.stop()
 
     def __enter__(self) -> GpuMeters:
         return self

@@ -78,8 +78,7 @@ static int attach(const char *path) {
     void *p = mmap(NULL, sizeof(state_t), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
     if (p == MAP_FAILED) return LIBRARY_NOT_FOUND;
-    if (S) munmap(S, sizeof(state_t));
-    S = p;
+    S = p;                                  /* the old one stays: a thread may still be in a call */
     strcpy(mapped, path);
     return SUCCESS;
 }
