@@ -34,7 +34,7 @@ OPTIMISER = TargetOptimiser(FLEET, SLO)
 @pytest.mark.parametrize("arrival", [0.5, 10.0, 30.0, 45.0])
 @pytest.mark.parametrize("floor_k", [0, 40, 80])
 def test_station_against_the_naive_sum(arrival, floor_k):
-    step_s, power_w, needed, prompt_s, prompt_w = OPTIMISER._station(FLEET.instances[2], LENGTHS)
+    step_s, power_w, needed, prompt_s, prompt_w = OPTIMISER.station(FLEET.instances[2], LENGTHS)
     ours = kernels.station(
         step_s, power_w, needed, prompt_s, prompt_w, arrival, LENGTHS.output_tok - 1.0, 800,
         0.0597, floor_k, 60.0,

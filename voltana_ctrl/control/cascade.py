@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.control.base import Controller
+from voltana_ctrl.control.headroom import HeadroomFilter, HeadroomMemory, overload_frac
 from voltana_ctrl.control.load import LoadFilter, LoadMemory
 from voltana_ctrl.control.needs import (
     ceilings_mhz,
@@ -19,7 +20,6 @@ from voltana_ctrl.control.needs import (
 )
 from voltana_ctrl.control.regime import Regime, RegimeFilter, RegimeMemory
 from voltana_ctrl.control.target import Load, Target, TargetOptimiser
-from voltana_ctrl.margin import MarginState, MarginTracker
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Slo, Status
 from voltana_ctrl.types._check import F64, Bool, not_negative, positive
 
@@ -29,8 +29,6 @@ __all__ = ["CascadeController", "CascadeMemory", "MpcController"]
 #: iteration time from which on profiles are not believed.
 _PACE_MEMORY_S = 10.0
 _PACE_EXCESS_FRAC = 0.05
-#: Prefill misses come by whole batches; more than these on top of the promise are no chance.
-_RUN_OF_MISSES = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,7 +39,7 @@ class CascadeMemory:
     ----------
     load : LoadMemory
         Behind the estimate of arrivals and lengths.
-    margin : MarginState
+    margin : HeadroomMemory
         Margins on top of the governors' own.
     regime : RegimeMemory
         Behind the verdict on the regime.
@@ -57,6 +55,8 @@ class CascadeMemory:
         Smoothed prices.
     ceiling_mhz : ndarray, shape (n,), optional
         Ceilings of the last decision.
+    overload_frac : float
+        ITL margin that still pays where the target is not feasible.
     expected_tok, decoded_tok : float
         Tokens that profiles say were decoded, and that were; weighted.
 
@@ -67,7 +67,7 @@ class CascadeMemory:
     """
 
     load: LoadMemory
-    margin: MarginState
+    margin: HeadroomMemory
     regime: RegimeMemory
     target: Target | None = None
     planned_s: float = 0.0
@@ -75,6 +75,7 @@ class CascadeMemory:
     plan_s: float = -np.inf
     price_j_req: F64 | None = None
     ceiling_mhz: F64 | None = None
+    overload_frac: float = 0.0
     expected_tok: float = 0.0
     decoded_tok: float = 0.0
 
@@ -163,11 +164,7 @@ class CascadeController(Controller):
         )
         self._load = load or LoadFilter(fleet)
         self._regime = RegimeFilter(fleet)
-        # The governors hold the promise in the mean; this adds to them where the profile is
-        # wrong, and nothing where it is right.
-        self._margin = MarginTracker(
-            slo=slo, min_frac=0.0, start_frac=0.0, set_point_frac=slo.attainment
-        )
+        self._margin = HeadroomFilter(fleet, slo)
         self._idle_w = sum(one.idle_w for one in fleet.instances)
 
     def init(self) -> CascadeMemory:
@@ -205,20 +202,30 @@ class CascadeController(Controller):
         memory = replace(
             memory,
             load=self._load.update(observation, memory.load),
-            margin=self._margin.update(memory.margin, observation.finished),
+            margin=self._margin.update(
+                memory.margin,
+                observation.finished,
+                running_req=float(state.running_req.sum()),
+                feasible=memory.target is None or memory.target.feasible,
+            ),
             regime=self._regime.update(observation, memory.regime),
         )
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
         # Until a target period has been watched there is no rate to plan for.
         if memory.load.span_s < self.target_period_s or not due:
             return memory
+        load, pace_frac = self._load.load(memory.load), memory.slower_frac + 1.0
         target = self._target.plan(
-            self._load.load(memory.load),
-            active=None if memory.target is None else memory.target.active,
+            load,
+            # Everybody is at first: parking must pay.
+            active=np.ones(len(state), bool) if memory.target is None else memory.target.active,
             usable=state.alive,
-            pace_frac=memory.slower_frac + 1.0,
+            pace_frac=pace_frac,
         )
-        return replace(memory, target=target, planned_s=state.t_s)
+        overload = 0.0
+        if not target.feasible:
+            overload = overload_frac(self._target, load, target.route_frac, pace_frac)
+        return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload)
 
     def _pace(self, observation: Observation, memory: CascadeMemory) -> CascadeMemory:
         """Compare the tokens that were decoded since the last tick with what profiles say."""
@@ -314,14 +321,16 @@ class CascadeController(Controller):
     def _floors(self, state: FleetState, memory: CascadeMemory, load: Load, target: Target) -> F64:
         fleet = self.fleet
         floor = np.where(target.active, target.floor_mhz, fleet.min_mhz)
-        extra = self._margin.applied_frac(memory.margin)
-        # Single misses are the governors' business; a run of them says that the profile is wrong.
-        extra = np.where(extra > _RUN_OF_MISSES * self._margin.eta_frac, extra, 0.0)
+        extra = self._margin.extra_frac(memory.margin, self.margin_frac)
+        if not target.feasible:
+            # Beyond what can be served the batch sets the clock, not a floor.
+            floor[fleet.decode] = fleet.min_mhz[fleet.decode]
+            extra[1] = max(extra[1], memory.overload_frac)
         # The pace says so sooner than requests, which miss only when they are done.
         slower = memory.slower_frac
         if slower > 0.0:
             extra = np.array([max(extra[0], slower), (1.0 + self.margin_frac[1]) * slower])
-        if not self.governed or (target.feasible and extra.max() > 0.0):
+        if not self.governed or extra.max() > 0.0:
             needed = needed_mhz(
                 fleet, state, load, self.slo, target.route_frac,
                 margin_frac=(

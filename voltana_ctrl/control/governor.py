@@ -63,6 +63,9 @@ class IterationGovernor(CompiledGovernor):
         kept at the thrifty clock (:func:`thrifty_row`) and at the ceiling.
     memory_s : float
         Time constant of the arrival estimate behind it.
+    repay_tok : float
+        On colocated instances prompts stretch some iterations beyond the ITL target. The running
+        request that is furthest behind is back on target after so many tokens.
 
     Raises
     ------
@@ -93,6 +96,7 @@ class IterationGovernor(CompiledGovernor):
         reserve_sd: float = 3.0,
         urgent_sd: float = 0.5,
         memory_s: float = 5.0,
+        repay_tok: float = 32.0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl._kernels.needed import needed_clock
@@ -100,6 +104,7 @@ class IterationGovernor(CompiledGovernor):
         for name, value in (("delay_s", delay_s), ("dwell_s", dwell_s)):
             not_negative(f"IterationGovernor.{name}", value)
         positive("IterationGovernor.memory_s", memory_s)
+        positive("IterationGovernor.repay_tok", repay_tok)
         for value in margin_frac:
             if not -1.0 < value < np.inf:
                 raise ConfigError(
@@ -127,5 +132,6 @@ class IterationGovernor(CompiledGovernor):
                 urgent_sd,
                 memory_s,
                 float(instance.role.prefills),
+                repay_tok,
             ],
         )

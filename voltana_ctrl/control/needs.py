@@ -74,7 +74,12 @@ def needed_mhz(
                 + rows["decode_req_s"] * size
                 + rows["decode_kv_s"] * state.kv_used_tok[i],
             )
-            enough &= step_s <= itl_s
+            own_frac = 1.0
+            if one.role.prefills:
+                # Prompts of a colocated instance take their share of the time between tokens.
+                rate_tok_s = load.arrival_req_s * route_frac[i] * lengths.prompt_tok
+                own_frac = 1.0 - rate_tok_s * rows["prefill_tok_s"]
+            enough &= step_s <= itl_s * own_frac
         if one.role.prefills:
             rate_tok_s = load.arrival_req_s * route_frac[i] * lengths.prompt_tok
             queue_tok = state.queue_tok[i] + rate_tok_s * delay_s

@@ -22,7 +22,7 @@ from voltana_ctrl.physics import Lengths, mg1_wait_s
 from voltana_ctrl.types import FleetSpec, InstanceSpec, Role, Slo
 from voltana_ctrl.types._check import F64, I64, Bool, count, not_negative, positive
 
-__all__ = ["Curve", "Load", "Target", "TargetOptimiser"]
+__all__ = ["Curve", "Load", "Target", "TargetOptimiser", "batch_limit_req"]
 
 #: Prompt lengths at which the tail of the prefill wait is averaged.
 _NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
@@ -319,7 +319,7 @@ class TargetOptimiser:
     def _decode_curve(
         self, instance: InstanceSpec, loads_req_s: F64, lengths: Lengths, pace_frac: float
     ) -> Curve:
-        station = self._station(instance, lengths, pace_frac)
+        station = self.station(instance, lengths, pace_frac)
         limit_s = self.slo.itl_s / (1.0 + 1.0 / max(1.0, lengths.output_tok - 1.0))
         least_w = np.empty(len(loads_req_s))
         floor_row = np.empty(len(loads_req_s), dtype=np.int64)
@@ -328,7 +328,7 @@ class TargetOptimiser:
             *station,
             np.ascontiguousarray(loads_req_s, dtype=np.float64),
             lengths.output_tok - 1.0,
-            _batch_limit_req(instance, lengths),
+            batch_limit_req(instance, lengths),
             limit_s,
             self._miss_frac,
             instance.idle_w,
@@ -340,10 +340,21 @@ class TargetOptimiser:
             arrival_req_s=loads_req_s, power_w=least_w, floor_row=floor_row, miss_frac=over
         )
 
-    def _station(
+    def station(
         self, instance: InstanceSpec, lengths: Lengths, pace_frac: float = 1.0
     ) -> tuple[Any, ...]:
-        """Time and power per clock and batch, and the clock that the governor picks."""
+        """Time and power per clock and batch, the clock that the governor picks, and prompts.
+
+        Parameters
+        ----------
+        instance, lengths, pace_frac
+            As of :meth:`curve`.
+
+        Returns
+        -------
+        tuple
+            What :func:`voltana_ctrl._kernels.target.station` begins with.
+        """
         rows = instance.table[:, None]
         sizes = np.arange(instance.max_batch + 1, dtype=np.float64)
         padded = instance.profile.padded_batch(instance.max_batch)
@@ -553,8 +564,22 @@ class TargetOptimiser:
         return float(1.0 / (growth_s * max(1.0, load.lengths.output_tok - 1.0)))
 
 
-def _batch_limit_req(instance: InstanceSpec, lengths: Lengths) -> int:
-    """Largest batch whose KV tokens fit but for one time in a hundred."""
+def batch_limit_req(instance: InstanceSpec, lengths: Lengths) -> int:
+    """Largest batch whose KV tokens fit but for one time in a hundred.
+
+    Parameters
+    ----------
+    instance, lengths
+        As of :meth:`TargetOptimiser.curve`.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.physics import length_moments
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> batch_limit_req(fleet.instances[1], length_moments([4000, 4000], [801, 801]))
+    100
+    """
     sizes = np.arange(1, instance.max_batch + 1)
     kv_tok = sizes * lengths.context_tok + 2.33 * lengths.context_sd_tok * np.sqrt(sizes)
     return int(np.count_nonzero(kv_tok <= 0.99 * instance.kv_capacity_tok))
