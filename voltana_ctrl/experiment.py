@@ -77,6 +77,8 @@ class Run:
         What the fleet may draw, from the start of the warm-up on.
     detail : bool
         Keep a :class:`~voltana_ctrl.sim.detail.RunDetail` under the key ``detail``.
+    believed : FleetSpec, optional
+        What the policy takes the fleet for, where its profiles are wrong.
 
     Examples
     --------
@@ -102,6 +104,7 @@ class Run:
     settings: PlantSettings = field(default_factory=PlantSettings)
     power_budget: PowerBudget | None = None
     detail: bool = False
+    believed: FleetSpec | None = None
 
     def simulate(self) -> dict[str, Any]:
         """Run it; figures named as in the JSON of ``compare``."""
@@ -168,7 +171,8 @@ class Run:
             power_budget=self.power_budget,
             delay_s=self.settings.actuation_s + self.settings.settle_s,
         )
-        parts: PolicyParts = find_policy(self.policy).build(self.fleet, self.slo, setup)
+        believed = self.believed or self.fleet
+        parts: PolicyParts = find_policy(self.policy).build(believed, self.slo, setup)
         from_s, until_s = self.warmup_s, self.warmup_s + self.duration_s
         backend = SimBackend(
             self.fleet,
@@ -178,6 +182,7 @@ class Run:
             governors=parts.governors,
             prefill_router=parts.prefill_router,
             decode_router=parts.decode_router,
+            believed=believed,
             judged_s=(from_s, until_s),
         )
         plant = backend.plant

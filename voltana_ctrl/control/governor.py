@@ -95,7 +95,7 @@ class IterationGovernor(CompiledGovernor):
         dwell_s: float = 0.0,
         reserve_sd: float = 3.0,
         urgent_sd: float = 0.5,
-        memory_s: float = 5.0,
+        memory_s: float = 15.0,
         repay_tok: float = 32.0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
