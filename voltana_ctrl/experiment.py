@@ -170,6 +170,7 @@ class Run:
             tick_s=self.tick_s,
             power_budget=self.power_budget,
             delay_s=self.settings.actuation_s + self.settings.settle_s,
+            call_s=self.settings.actuation_s,
         )
         believed = self.believed or self.fleet
         parts: PolicyParts = find_policy(self.policy).build(believed, self.slo, setup)

@@ -73,6 +73,8 @@ class PolicySetup:
         What the fleet may draw. Policies that know budgets honour it, the others do not.
     delay_s : float
         From asking for a clock until it runs, as measured on the machine.
+    call_s : float
+        How long one call that sets a clock takes; calls of one node follow one another.
 
     Raises
     ------
@@ -89,10 +91,12 @@ class PolicySetup:
     tick_s: float = 0.1
     power_budget: PowerBudget | None = None
     delay_s: float = 0.025
+    call_s: float = 0.005
 
     def __post_init__(self) -> None:
         positive("PolicySetup.tick_s", self.tick_s)
         not_negative("PolicySetup.delay_s", self.delay_s)
+        not_negative("PolicySetup.call_s", self.call_s)
 
     def limit_w(self, t_s: float) -> float:
         """Power that a decision made now must obey until the next one has taken effect.
@@ -316,7 +320,14 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
         return PolicyParts(
             controller=controller,
             governors=[
-                IterationGovernor(one, slo, delay_s=setup.delay_s) for one in fleet.instances
+                IterationGovernor(
+                    one,
+                    slo,
+                    delay_s=setup.delay_s,
+                    # What lowers clocks must not keep the node busy when another has to raise.
+                    dwell_s=setup.call_s * sum(one.node == other.node for other in fleet.instances),
+                )
+                for one in fleet.instances
             ],
             prefill_router=PricedRouter(fleet, slo, "prefill"),
             decode_router=PricedRouter(fleet, slo),

@@ -142,7 +142,19 @@ def needed_clock(
                 batch_s(row, batch_tok, typical_tok),
                 delay_s,
             )
-            enough = oldest_wait_s + done_s <= params[TTFT_S]
+            # Of a prompt longer than an iteration only the first part is in this one.
+            head_tok = min(waiting_tok, max(batch_tok, typical_tok))
+            head_s = step_s + until_done_s(
+                batch_s(present, head_tok, typical_tok),
+                batch_s(row, head_tok, typical_tok),
+                delay_s,
+            )
+            enough = oldest_wait_s + head_s <= params[TTFT_S]
+            if enough and waiting_tok > batch_tok:
+                # What is behind this iteration may have waited as long.
+                behind = rows[max(k, thrifty)]
+                left_s = batch_s(behind, waiting_tok - batch_tok, typical_tok)
+                enough = oldest_wait_s + done_s + left_s <= params[TTFT_S]
             mean_tok = waiting_tok - batch_tok + rate_tok_s * done_s
             sd_tok = math.sqrt(spread_tok2_s * done_s)
             if enough:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from voltana_ctrl.control.base import Controller
+from voltana_ctrl.control.needs import ceilings_mhz
+from voltana_ctrl.control.target import Load, Target
 from voltana_ctrl.types import Decision, FleetSpec, InstanceSpec, Observation, PowerBudget
 from voltana_ctrl.types._check import F64, Bool, not_negative
 
-__all__ = ["StaticBudgetController", "UniformCeiling", "highest_power_w"]
+__all__ = [
+    "StaticBudgetController",
+    "UniformCeiling",
+    "decode_first_mhz",
+    "highest_power_w",
+    "target_within",
+]
 
 
 def highest_power_w(instance: InstanceSpec) -> F64:
@@ -173,3 +183,126 @@ class StaticBudgetController(Controller):
         return Decision.highest(
             self.fleet, t_s=t_s, floor_mhz=floor_mhz, ceiling_mhz=ceiling_mhz
         ), memory
+
+
+def target_within(
+    budget_w: float, load: Load, target: Target, plan: Callable[[Load], Target]
+) -> Target:
+    """Target for as much of the load as the budget can carry.
+
+    Parameters
+    ----------
+    budget_w : float
+        What the fleet may draw; infinite without a budget.
+    load : Load
+        All that arrives.
+    target : Target
+        Of all that arrives.
+    plan : callable
+        Plans for a part of it.
+
+    Returns
+    -------
+    Target
+        The one given, unless the budget binds.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.control import TargetOptimiser
+    >>> from voltana_ctrl.physics import length_moments
+    >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> load = Load(arrival_req_s=60.0, lengths=length_moments([240, 240], [200, 200]))
+    >>> whole = optimiser.plan(load)
+    >>> part = target_within(500.0, load, whole, optimiser.plan)
+    >>> bool(whole.power_w.sum() > 500.0 >= part.power_w.sum()), int(part.active[2:].sum())
+    (True, 1)
+    """
+
+    def kept(part: Target) -> bool:
+        return part.feasible and float(part.power_w.sum()) <= budget_w
+
+    if not np.isfinite(budget_w) or kept(target):
+        return target
+    low, high, best, binds = 0.0, 1.0, None, target.feasible
+    for _ in range(8):
+        middle = (low + high) / 2.0
+        part = plan(Load(arrival_req_s=middle * load.arrival_req_s, lengths=load.lengths))
+        if kept(part):
+            low, best = middle, part
+        else:
+            # Where capacity and not the budget sets the limit, nothing may be held back for it.
+            high, binds = middle, part.feasible
+    return best if best is not None and binds else target
+
+
+def decode_first_mhz(
+    fleet: FleetSpec, curves_w: list[F64], wanted_mhz: F64, budget_w: float
+) -> tuple[F64, bool]:
+    """Ceilings under a budget: decode has what its batch needs, prefill the rest.
+
+    What runs was promised; what waits is admitted as fast as power is left. The batch, and what
+    it needs, then settles where the budget carries it within its latency target, whereas equal
+    sharing would fill the batches of a decode side that is too slow for them.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet.
+    curves_w : list of ndarray
+        Most that each instance can draw per clock, not falling.
+    wanted_mhz : ndarray, shape (n,)
+        Clocks that the present batches need; of prefill, clocks to share in proportion to.
+    budget_w : float
+        Power that the fleet may draw.
+
+    Returns
+    -------
+    ceilings : ndarray, shape (n,)
+        The lowest clocks where even those may draw more.
+    kept : bool
+        Whether the budget is certain to be kept.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> curves = [one.table["prefill_power_w"] for one in fleet.instances]
+    >>> decode_first_mhz(fleet, curves, np.array([1000.0, 500.0]), 400.0)
+    (array([915., 510.]), True)
+    """
+    decodes = np.array([one.role.decodes for one in fleet.instances])
+    # The rung at or above what is wanted.
+    needed = np.array(
+        [
+            one.clocks_mhz[min(int(np.searchsorted(one.clocks_mhz, mhz)), len(one.clocks_mhz) - 1)]
+            for one, mhz in zip(fleet.instances, wanted_mhz, strict=True)
+        ]
+    )
+    first_mhz = np.where(decodes, needed, fleet.min_mhz)
+    first_w = [
+        float(curve[int(np.searchsorted(one.clocks_mhz, mhz))])
+        for one, curve, mhz in zip(fleet.instances, curves_w, first_mhz, strict=True)
+    ]
+    if sum(first_w) > budget_w:
+        lowest = [
+            curve if decode else np.full_like(curve, curve[0])
+            for curve, decode in zip(curves_w, decodes, strict=True)
+        ]
+        ceiling, kept = ceilings_mhz(fleet, lowest, wanted_mhz, budget_w)
+        return np.where(decodes, ceiling, fleet.min_mhz), kept
+    # Decode costs what it needs whatever its ceiling, so prefill shares what is left.
+    held = [
+        np.full_like(curve, drawn_w) if decode else curve
+        for curve, drawn_w, decode in zip(curves_w, first_w, decodes, strict=True)
+    ]
+    ceiling, _ = ceilings_mhz(fleet, held, wanted_mhz, budget_w)
+    ceiling = np.where(decodes, needed, ceiling)
+    # And if even the highest clocks leave something, decode may have that.
+    prefill = [
+        curve if decode else np.full_like(curve, curve[int(np.searchsorted(one.clocks_mhz, mhz))])
+        for one, curve, mhz, decode in zip(fleet.instances, curves_w, ceiling, decodes, strict=True)
+    ]
+    more, _ = ceilings_mhz(fleet, prefill, wanted_mhz, budget_w)
+    return np.where(decodes, np.maximum(ceiling, more), ceiling), True

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.control.base import Controller
+from voltana_ctrl.control.budget import decode_first_mhz, target_within
 from voltana_ctrl.control.headroom import HeadroomFilter, HeadroomMemory, overload_frac
 from voltana_ctrl.control.load import LoadFilter, LoadMemory
 from voltana_ctrl.control.needs import (
-    ceilings_mhz,
     decoding_tok_s,
     needed_mhz,
     thrifty_mhz,
@@ -29,6 +29,8 @@ __all__ = ["CascadeController", "CascadeMemory", "MpcController"]
 #: iteration time from which on profiles are not believed.
 _PACE_MEMORY_S = 10.0
 _PACE_EXCESS_FRAC = 0.05
+#: Time in which a backlog should be gone.
+_CATCH_UP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -212,16 +214,21 @@ class CascadeController(Controller):
         )
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
         # Until a target period has been watched there is no rate to plan for.
-        if memory.load.span_s < self.target_period_s or not due:
+        if memory.load.span_s < self.target_period_s or not due or not memory.load.arrived_req:
             return memory
         load, pace_frac = self._load.load(memory.load), memory.slower_frac + 1.0
-        target = self._target.plan(
-            load,
-            # Everybody is at first: parking must pay.
-            active=np.ones(len(state), bool) if memory.target is None else memory.target.active,
-            usable=state.alive,
-            pace_frac=pace_frac,
-        )
+        # What waits longer than was promised has to be served besides what arrives.
+        late_req = float(state.queue_req[self.fleet.prefill].sum())
+        late_req -= load.arrival_req_s * self.slo.ttft_s
+        if late_req > 0.0:
+            load = replace(load, arrival_req_s=load.arrival_req_s + late_req / _CATCH_UP_S)
+        # Everybody is active at first: parking must pay.
+        active = np.ones(len(state), bool) if memory.target is None else memory.target.active
+
+        def plan(part: Load) -> Target:
+            return self._target.plan(part, active=active, usable=state.alive, pace_frac=pace_frac)
+
+        target = target_within(self._budget_w(state.t_s), load, plan(load), plan)
         overload = 0.0
         if not target.feasible:
             overload = overload_frac(self._target, load, target.route_frac, pace_frac)
@@ -271,7 +278,7 @@ class CascadeController(Controller):
         budget_w = self._budget_w(state.t_s)
         ceiling, status = fleet.max_mhz, Status.OK
         if np.isfinite(budget_w):
-            ceiling = self._ceilings(state, memory, load, plan, route_frac, active, budget_w)
+            ceiling = self._ceilings(state, memory, load, route_frac, active, budget_w)
             if budget_w < self._idle_w:
                 status = Status.INFEASIBLE
         return Decision(
@@ -289,25 +296,18 @@ class CascadeController(Controller):
         state: FleetState,
         memory: CascadeMemory,
         load: Load,
-        plan: Any,
         route_frac: F64,
         active: Bool,
         budget_w: float,
     ) -> F64:
         """Ceilings under the budget; nobody rises before those that must fall have fallen."""
         fleet = self.fleet
-        # By load, not by the queue of the moment: a ceiling that moves to and fro is one that
-        # two instances hold at once.
-        none = np.zeros(len(fleet))
         wanted = needed_mhz(
-            fleet, replace(state, queue_tok=none, oldest_wait_s=none), load, self.slo, route_frac,
+            fleet, state, load, self.slo, route_frac,
             margin_frac=self.margin_frac, delay_s=self.delay_s,
         )  # fmt: skip
-        if plan is not None:
-            decode = np.asarray(fleet.decode)
-            wanted[decode] = np.maximum(wanted, plan.freq_mhz)[decode]
         curves = worst_power_w(fleet, state, load, active)
-        ceiling, _ = ceilings_mhz(fleet, curves, wanted, budget_w)
+        ceiling, _ = decode_first_mhz(fleet, curves, wanted, budget_w)
         before = fleet.max_mhz if memory.ceiling_mhz is None else memory.ceiling_mhz
         # What may still run: the clock that is seen, and one asked for a moment ago.
         running = np.maximum(state.freq_mhz, np.where(before > ceiling, 0.0, before))
@@ -320,7 +320,12 @@ class CascadeController(Controller):
 
     def _floors(self, state: FleetState, memory: CascadeMemory, load: Load, target: Target) -> F64:
         fleet = self.fleet
-        floor = np.where(target.active, target.floor_mhz, fleet.min_mhz)
+        floor = target.floor_mhz.copy()
+        if not target.active.all():
+            # What is parked rests when it is done, so what it has left costs least as if batch
+            # and not arrivals were given.
+            rest = thrifty_mhz(fleet, state, load, self.slo, rests=True)
+            floor[~target.active] = rest[~target.active]
         extra = self._margin.extra_frac(memory.margin, self.margin_frac)
         if not target.feasible:
             # Beyond what can be served the batch sets the clock, not a floor.
@@ -329,7 +334,8 @@ class CascadeController(Controller):
         # The pace says so sooner than requests, which miss only when they are done.
         slower = memory.slower_frac
         if slower > 0.0:
-            extra = np.array([max(extra[0], slower), (1.0 + self.margin_frac[1]) * slower])
+            extra[0] = max(extra[0], slower)
+            extra[1] += (1.0 + self.margin_frac[1] + extra[1]) * slower
         if not self.governed or extra.max() > 0.0:
             needed = needed_mhz(
                 fleet, state, load, self.slo, target.route_frac,
@@ -352,9 +358,8 @@ class CascadeController(Controller):
 class MpcController(CascadeController):
     """The whole cascade: target, model-predictive plan towards it, governors.
 
-    The plan shapes the shares through transients, prices requests, and says which clocks are
-    worth most under a power budget. A plan that is not optimal is not used: a budget that no
-    plan keeps falls back to the lowest ceilings, anything else to the target alone.
+    The plan shapes the shares through transients and prices requests. A plan that is not optimal
+    is not used: what is left is the target, and under a budget ceilings that need no solver.
 
     Parameters
     ----------

@@ -57,7 +57,8 @@ def needed_mhz(
     ...            np.ones(2), margin_frac=(0.02, 0.035), delay_s=0.1)
     array([345., 210.])
     """
-    ttft_s = slo.ttft_s / (1.0 + margin_frac[0])
+    # Of TTFT only what is still to come is a prediction.
+    ttft_s, unsure = slo.ttft_s, 1.0 + margin_frac[0]
     itl_s = slo.itl_s / (1.0 + margin_frac[1])
     lengths = load.lengths
     typical_tok = lengths.prompt_tok + lengths.prompt_sd_tok**2 / lengths.prompt_tok
@@ -83,12 +84,13 @@ def needed_mhz(
         if one.role.prefills:
             rate_tok_s = load.arrival_req_s * route_frac[i] * lengths.prompt_tok
             queue_tok = state.queue_tok[i] + rate_tok_s * delay_s
-            per_tok_s = rows["prefill_tok_s"] + rows["prefill_tok2_s"] * typical_tok
+            per_tok_s = unsure * (rows["prefill_tok_s"] + rows["prefill_tok2_s"] * typical_tok)
+            base_s = unsure * rows["prefill_base_s"]
             left_s = ttft_s - delay_s - state.oldest_wait_s[i]
             burst_tok = burst_sd_frac * np.sqrt(rate_tok_s * typical_tok * ttft_s / 2.0)
             cycle_tok = rate_tok_s * ttft_s / 2.0 + burst_tok
-            enough &= rows["prefill_base_s"] + per_tok_s * queue_tok <= left_s
-            enough &= rows["prefill_base_s"] + per_tok_s * cycle_tok <= ttft_s - delay_s
+            enough &= base_s + per_tok_s * queue_tok <= left_s
+            enough &= base_s + per_tok_s * cycle_tok <= ttft_s - delay_s
         clocks = one.clocks_mhz
         needed[i] = clocks[int(np.argmax(enough))] if enough.any() else clocks[-1]
     return needed
@@ -127,7 +129,9 @@ def decoding_tok_s(fleet: FleetSpec, state: FleetState) -> float:
     return total
 
 
-def thrifty_mhz(fleet: FleetSpec, state: FleetState, load: Load, slo: Slo) -> F64:
+def thrifty_mhz(
+    fleet: FleetSpec, state: FleetState, load: Load, slo: Slo, *, rests: bool = False
+) -> F64:
     """Clocks of least energy per token at the present batch: the U-shaped curve's minimum.
 
     The right floor where clients wait for their answers or the batch is capped, since there the
@@ -137,6 +141,8 @@ def thrifty_mhz(fleet: FleetSpec, state: FleetState, load: Load, slo: Slo) -> F6
     ----------
     fleet, state, load, slo
         As of :func:`needed_mhz`.
+    rests : bool
+        Whether it idles when it is done, so that only what it draws above idle power counts.
 
     Examples
     --------
@@ -151,7 +157,8 @@ def thrifty_mhz(fleet: FleetSpec, state: FleetState, load: Load, slo: Slo) -> F6
     for i, one in enumerate(fleet.instances):
         rows = one.table
         if one.role is Role.PREFILL:
-            per_tok_j = rows["prefill_power_w"] * rows["prefill_tok_s"]
+            sunk_w = one.idle_w if rests else 0.0
+            per_tok_j = (rows["prefill_power_w"] - sunk_w) * rows["prefill_tok_s"]
             best[i] = one.clocks_mhz[int(np.argmin(per_tok_j))]
             continue
         n = max(1.0, min(float(state.running_req[i]), float(one.max_batch)))
@@ -161,7 +168,8 @@ def thrifty_mhz(fleet: FleetSpec, state: FleetState, load: Load, slo: Slo) -> F6
             rows["decode_floor_s"],
             rows["decode_base_s"] + rows["decode_req_s"] * size + rows["decode_kv_s"] * kv_tok,
         )
-        per_step_j = step_s * rows["decode_power_w"] + rows["decode_iter_j"]
+        drawn_w = rows["decode_power_w"] - (one.idle_w if rests else 0.0)
+        per_step_j = step_s * drawn_w + rows["decode_iter_j"]
         per_step_j = per_step_j + rows["decode_req_j"] * n + rows["decode_kv_j"] * kv_tok
         allowed = np.where(step_s <= slo.itl_s, per_step_j, np.inf)
         row = int(np.argmin(allowed)) if np.isfinite(allowed).any() else len(rows) - 1

@@ -28,6 +28,12 @@ __all__ = ["Curve", "Load", "Target", "TargetOptimiser", "batch_limit_req"]
 _NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
 
 
+#: Part of the power of prefill that a change of its active set must save.
+_PREFILL_PAYS_FRAC = 0.05
+#: Least share of the load of an instance that stays active.
+_LEAST_FRAC = 1e-3
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What arrives.
@@ -308,11 +314,15 @@ class TargetOptimiser:
         feasible = np.isfinite(least_w)
         top = len(instance.clocks_mhz) - 1
         if self.governed:
-            row = np.zeros_like(row)
+            # Slower than what arrives is to postpone work, which only a clock that answers
+            # well within the promise makes up for.
+            late = 3.0 * self.delay_s / self.slo.ttft_s
+            row = np.count_nonzero(min(1.0, late) * rho >= 1.0, axis=0)
+            row = np.minimum(row, top)
         return Curve(
             arrival_req_s=loads_req_s,
             power_w=least_w,
-            floor_row=np.where(feasible, row, 0 if self.governed else top),
+            floor_row=row if self.governed else np.where(feasible, row, top),
             miss_frac=miss[row, column],
         )
 
@@ -343,17 +353,12 @@ class TargetOptimiser:
     def station(
         self, instance: InstanceSpec, lengths: Lengths, pace_frac: float = 1.0
     ) -> tuple[Any, ...]:
-        """Time and power per clock and batch, the clock that the governor picks, and prompts.
+        """What the kernel `station` begins with, of an instance.
 
         Parameters
         ----------
         instance, lengths, pace_frac
             As of :meth:`curve`.
-
-        Returns
-        -------
-        tuple
-            What :func:`voltana_ctrl._kernels.target.station` begins with.
         """
         rows = instance.table[:, None]
         sizes = np.arange(instance.max_batch + 1, dtype=np.float64)
@@ -417,8 +422,16 @@ class TargetOptimiser:
                 self.fleet.instances[i].idle_w for group in groups for i in group if not active[i]
             )
             changed = np.count_nonzero((free > 0.0)[members] != active[members])
-            if np.isfinite(stay_w) and stay_w - free_w <= self.wake_j * changed / self.hold_s:
+            pays_w = self.wake_j * changed / self.hold_s
+            if not self.fleet.instances[int(members[0])].role.decodes:
+                # Idle is idle, parked or not: it is the launches saved against longer queues.
+                pays_w += _PREFILL_PAYS_FRAC * stay_w
+            if np.isfinite(stay_w) and stay_w - free_w <= pays_w:
+                # Who stays active gets a share, be it small.
                 chosen = kept
+                for group in stay:
+                    chosen[group] = np.maximum(kept[group], _LEAST_FRAC * load.arrival_req_s)
+                chosen *= load.arrival_req_s / max(chosen.sum(), 1e-300)
         return self._target(load, members, groups, chosen, pace_frac)
 
     def _group_curve(self, group: I64, load: Load, pace_frac: float) -> tuple[F64, F64]:
