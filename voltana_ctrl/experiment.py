@@ -17,7 +17,7 @@ from voltana_ctrl import __version__
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.guard import Guard
 from voltana_ctrl.loop import ControlLoop
-from voltana_ctrl.policies import HEADLINE, PolicyParts, PolicySetup, find_policy
+from voltana_ctrl.policies import HEADLINE, Policy, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.profiles import load_profile
 from voltana_ctrl.report import Study, write_html, write_plot
 from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
@@ -55,8 +55,8 @@ class Run:
 
     Parameters
     ----------
-    policy : str
-        Name, see :func:`voltana_ctrl.policies.find_policy`.
+    policy : str or Policy
+        Name, see :func:`voltana_ctrl.policies.find_policy`, or one put together by hand.
     fleet : FleetSpec
         The fleet.
     slo : Slo
@@ -91,7 +91,7 @@ class Run:
     True
     """
 
-    policy: str
+    policy: str | Policy
     fleet: FleetSpec
     slo: Slo
     workload: str | Workload
@@ -111,7 +111,7 @@ class Run:
         workload = self._requests()
         figures: dict[str, Any] = dict.fromkeys(_RUN_KEYS)
         figures.update(
-            policy=self.policy,
+            policy=self.policy if isinstance(self.policy, str) else self.policy.name,
             rate_req_s=None if self.concurrency else _number(workload.rate_req_s),
             seed=self.seed,
             window_s=self.duration_s,
@@ -173,7 +173,8 @@ class Run:
             call_s=self.settings.actuation_s,
         )
         believed = self.believed or self.fleet
-        parts: PolicyParts = find_policy(self.policy).build(believed, self.slo, setup)
+        policy = find_policy(self.policy) if isinstance(self.policy, str) else self.policy
+        parts: PolicyParts = policy.build(believed, self.slo, setup)
         from_s, until_s = self.warmup_s, self.warmup_s + self.duration_s
         backend = SimBackend(
             self.fleet,
