@@ -97,7 +97,7 @@ def least_floor(step_s, power_w, needed_k, arrival_req_s, decoded_tok, limit_req
 
 
 def prefill_least(rows, load_req_s, prompt_tok, prompt_sd_tok, ttft_s, idle_w, miss_frac,
-                  governed, typical):  # fmt: skip
+                  governed, deaf_frac, typical):  # fmt: skip
     """Least power, row and late share over all clocks at once."""
     work_s = rows["prefill_tok_s"] * prompt_tok + rows["prefill_tok2_s"] * (
         prompt_tok**2 + prompt_sd_tok**2
@@ -114,26 +114,33 @@ def prefill_least(rows, load_req_s, prompt_tok, prompt_sd_tok, ttft_s, idle_w, m
         late[:] = late[-1]
     power_w = np.where(stable, idle_w + rho * (rows["prefill_power_w"] - idle_w), np.inf)
     allowed = np.where(late <= miss_frac, power_w, np.inf)
-    k = int(np.argmin(allowed))
+    k = int(np.argmin(allowed)) if np.isfinite(allowed).any() else len(rows) - 1
+    if governed:
+        floor = min(np.count_nonzero(deaf_frac * rho >= 1.0), len(rows) - 1)
+        return allowed[k], floor, late[k]
     return allowed[k], k, late[k]
 
 
 # What clocks must be, one instance at a time
 
 
-def needed_mhz(one, n, kv_tok, queue_tok, wait_s, rate_tok_s, typical_tok, ttft_s, itl_s, delay_s,
+def needed_mhz(one, n, kv_tok, queue_tok, wait_s, rate_tok_s, typical_tok, slo, margin_frac, delay_s,
                burst_sd_frac):  # fmt: skip
+    ttft_s, itl_s = slo.ttft_s, slo.itl_s / (1.0 + margin_frac[1])
+    unsure = 1.0 + margin_frac[0]
     burst_tok = burst_sd_frac * math.sqrt(rate_tok_s * typical_tok * ttft_s / 2.0)
     for row in one.table:
         if one.role.decodes and n > 0:
             size = one.profile.padded_batch(one.max_batch)[min(int(n), one.max_batch)]
-            if iteration_s(row, size, kv_tok) > itl_s:
+            prompts_frac = rate_tok_s * row["prefill_tok_s"] if one.role.prefills else 0.0
+            if iteration_s(row, size, kv_tok) > itl_s * (1.0 - prompts_frac):
                 continue
         if one.role.prefills:
             per_tok_s = row["prefill_tok_s"] + row["prefill_tok2_s"] * typical_tok
             queue_s = row["prefill_base_s"] + per_tok_s * (queue_tok + rate_tok_s * delay_s)
+            queue_s *= unsure
             cycle_tok = rate_tok_s * ttft_s / 2.0 + burst_tok
-            cycle_s = row["prefill_base_s"] + per_tok_s * cycle_tok
+            cycle_s = unsure * (row["prefill_base_s"] + per_tok_s * cycle_tok)
             if queue_s > ttft_s - delay_s - wait_s or cycle_s > ttft_s - delay_s:
                 continue
         return float(row["clock_mhz"])
@@ -148,9 +155,9 @@ def decoding_tok_s(one, n, kv_tok, freq_mhz):
     return n / iteration_s(rows[0], one.profile.padded_batch(one.max_batch)[n], kv_tok)
 
 
-def thrifty_mhz(one, n, kv_tok, prompt_tok, itl_s):
+def thrifty_mhz(one, n, kv_tok, prompt_tok, itl_s, sunk_w):
     if not one.role.decodes:
-        joules = one.table["prefill_power_w"] * one.table["prefill_tok_s"]
+        joules = (one.table["prefill_power_w"] - sunk_w) * one.table["prefill_tok_s"]
         return float(one.clocks_mhz[np.argmin(joules)])
     n = max(1.0, min(n, one.max_batch))
     kv_tok = max(kv_tok, n * prompt_tok)
@@ -158,7 +165,7 @@ def thrifty_mhz(one, n, kv_tok, prompt_tok, itl_s):
     for row in one.table:
         step_s = iteration_s(row, one.profile.padded_batch(one.max_batch)[int(n)], kv_tok)
         batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
-        step_j = step_s * row["decode_power_w"] + batch_j
+        step_j = step_s * (row["decode_power_w"] - sunk_w) + batch_j
         if step_s <= itl_s and step_j < best_j:
             best_j, best = step_j, float(row["clock_mhz"])
     return best

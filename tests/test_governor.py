@@ -77,6 +77,29 @@ def test_expected_arrivals_ask_for_a_higher_clock():
     assert busy.step(*late, t_s=20.1) > quiet.step(*late, t_s=20.1)
 
 
+def test_a_colocated_instance_makes_up_for_iterations_that_prompts_stretched():
+    mixed = FleetSpec.parse("1C", PROFILE).instances[0]
+    steps = {}
+    for name, repay_tok in (("patient", 1e9), ("prompt", 32.0)):
+        governor = fresh(mixed, repay_tok=repay_tok, memory_s=1e-3)
+        clock_of = [
+            # One iteration of 0.3 s among steps of 50 ms.
+            governor.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=t_s)
+            for t_s in (0.0, 0.05, 0.35, *np.arange(0.4, 3.0, 0.05))
+        ]
+        steps[name] = np.array(clock_of)
+    assert (steps["patient"] == steps["patient"][0]).all()
+    assert steps["prompt"][2] > steps["patient"][2]
+    # 0.24 s behind, 8 ms gained per token: made up within some 30 of them, and then no more.
+    assert (steps["prompt"][3:20] > steps["patient"][0]).all()
+    assert steps["prompt"][-1] == steps["patient"][0]
+    # A decode instance has no prompts, so a late call is nobody's delay.
+    decode = fresh(DECODE)
+    assert decode.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, t_s=0.0) == decode.step(
+        150, 6e4, 0.0, 0.0, 210.0, 1410.0, t_s=0.4
+    )
+
+
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match="margin_frac"):
         fresh(DECODE, margin_frac=(-2.0, 0.0))

@@ -66,21 +66,19 @@ def situations(draw):
 def test_needed_clocks_against_the_twin(at, delay_s, burst):
     name, state, load, share = at
     typical_tok = LENGTHS.prompt_tok + LENGTHS.prompt_sd_tok**2 / LENGTHS.prompt_tok
-    for queued in (True, False):
-        ours = NEEDS[name].clocks_mhz(
-            state, load, share, margin_frac=(0.02, 0.035), delay_s=delay_s, burst_sd_frac=burst,
-            queued=queued,
-        )  # fmt: skip
-        theirs = [
-            naive_control.needed_mhz(
-                one, state.running_req[i], state.kv_used_tok[i], queued * state.queue_tok[i],
-                queued * state.oldest_wait_s[i],
-                load.arrival_req_s * LENGTHS.prompt_tok * share[i], typical_tok, 0.6 / 1.02,
-                0.06 / 1.035, delay_s, burst,
-            )
-            for i, one in enumerate(FLEETS[name].instances)
-        ]  # fmt: skip
-        np.testing.assert_array_equal(ours, theirs)
+    margin_frac = (0.02, 0.035)
+    ours = NEEDS[name].clocks_mhz(
+        state, load, share, margin_frac=margin_frac, delay_s=delay_s, burst_sd_frac=burst
+    )
+    theirs = [
+        naive_control.needed_mhz(
+            one, state.running_req[i], state.kv_used_tok[i], state.queue_tok[i],
+            state.oldest_wait_s[i], load.arrival_req_s * LENGTHS.prompt_tok * share[i],
+            typical_tok, SLO, margin_frac, delay_s, burst,
+        )
+        for i, one in enumerate(FLEETS[name].instances)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @given(at=situations())
@@ -92,10 +90,12 @@ def test_token_rate_and_thrifty_clocks_against_twins(at):
     )  # fmt: skip
     rate = sum(naive_control.decoding_tok_s(*row) for row in rows)
     assert NEEDS[name].decoding_tok_s(state) == pytest.approx(rate)
-    np.testing.assert_array_equal(
-        NEEDS[name].thrifty_mhz(state, load),
-        [naive_control.thrifty_mhz(*row[:3], LENGTHS.prompt_tok, 0.06) for row in rows],
-    )
+    for rests in (False, True):
+        theirs = [
+            naive_control.thrifty_mhz(*row[:3], LENGTHS.prompt_tok, 0.06, rests * row[0].idle_w)
+            for row in rows
+        ]
+        np.testing.assert_array_equal(NEEDS[name].thrifty_mhz(state, load, rests=rests), theirs)
 
 
 @given(at=situations(), active=st.lists(st.booleans(), min_size=6, max_size=6))
@@ -140,3 +140,26 @@ def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
     assert kept == (best is not None)
     np.testing.assert_array_equal(ceiling, fleet.min_mhz if best is None else best)
     assert needs.drawn_w(worst_w, ceiling) == pytest.approx(drawn_w(ceiling))
+
+
+@given(at=situations(), budget_w=st.floats(100.0, 3000.0))
+def test_decode_comes_first_under_a_budget(at, budget_w):
+    name, state, load, wanted = at
+    fleet, needs = FLEETS[name], NEEDS[name]
+    wanted = 200.0 + 1200.0 * wanted
+    worst_w = needs.worst_power_w(state, load, np.ones(len(fleet), bool))
+    ceiling, kept = needs.decode_first_mhz(worst_w, wanted, budget_w)
+    drawn_w = needs.drawn_w(worst_w, ceiling)
+    assert kept == (needs.drawn_w(worst_w, fleet.min_mhz) <= budget_w)
+    assert drawn_w <= budget_w or np.array_equal(ceiling, fleet.min_mhz)
+    decodes = np.array([one.role.decodes for one in fleet.instances])
+    enough = np.minimum(wanted, fleet.max_mhz)
+    if needs.drawn_w(worst_w, np.where(decodes, wanted, fleet.min_mhz)) <= budget_w:
+        assert np.all(ceiling[decodes] >= enough[decodes] - 1e-9)
+    elif kept:
+        # Nothing for prefill before decode has what it needs.
+        assert np.array_equal(ceiling[~decodes], fleet.min_mhz[~decodes])
+    # As fair to all as can be gives decode no more where it needs all.
+    equal, _ = needs.ceilings_mhz(worst_w, wanted, budget_w)
+    if np.any(equal[decodes] < enough[decodes] - 1e-9):
+        assert np.all(ceiling[~decodes] <= equal[~decodes] + 1e-9)

@@ -119,17 +119,17 @@ def test_least_floor_against_every_floor(name, governed):
 
 @given(
     load=st.floats(0.1, 150.0), prompt=st.floats(20.0, 1000.0), cv=st.floats(0.0, 2.0),
-    ttft_s=st.floats(0.05, 1.0), governed=st.booleans(),
+    ttft_s=st.floats(0.05, 1.0), governed=st.booleans(), deaf_frac=st.floats(0.0, 1.0),
 )  # fmt: skip
-def test_prefill_curve_against_the_twin(load, prompt, cv, ttft_s, governed):
+def test_prefill_curve_against_the_twin(load, prompt, cv, ttft_s, governed, deaf_frac):
     typical = prompt * np.array([0.3, 0.8, 1.0, 2.0])
     power, row, late = np.empty(1), np.empty(1, np.int64), np.empty(1)
     kernels.prefill_curve(
         PROFILE.table, np.array([load]), prompt, cv * prompt, ttft_s, 60.0, 0.01, governed,
-        typical, power, row, late,
+        deaf_frac, typical, power, row, late,
     )  # fmt: skip
     theirs = naive_control.prefill_least(
-        PROFILE.table, load, prompt, cv * prompt, ttft_s, 60.0, 0.01, governed, typical
+        PROFILE.table, load, prompt, cv * prompt, ttft_s, 60.0, 0.01, governed, deaf_frac, typical
     )
     assert power[0] == pytest.approx(theirs[0])
     assert row[0] == theirs[1]

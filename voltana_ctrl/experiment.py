@@ -17,7 +17,7 @@ from voltana_ctrl import __version__
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.guard import Guard
 from voltana_ctrl.loop import ControlLoop
-from voltana_ctrl.policies import HEADLINE, PolicyParts, PolicySetup, find_policy
+from voltana_ctrl.policies import HEADLINE, Policy, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.profiles import load_profile
 from voltana_ctrl.report import Study, write_html, write_plot
 from voltana_ctrl.sim.arrivals import ArrivalProcess
@@ -57,8 +57,8 @@ class Run:
 
     Parameters
     ----------
-    policy : str
-        Name, see :func:`voltana_ctrl.policies.find_policy`.
+    policy : str or Policy
+        Name, see :func:`voltana_ctrl.policies.find_policy`, or one put together by hand.
     fleet : FleetSpec
         The fleet.
     slo : Slo
@@ -83,6 +83,8 @@ class Run:
         What goes wrong, in time from the start of the warm-up.
     detail : bool
         Keep a :class:`~voltana_ctrl.sim.detail.RunDetail` under the key ``detail``.
+    believed : FleetSpec, optional
+        What the policy takes the fleet for, where its profiles are wrong.
 
     Examples
     --------
@@ -95,7 +97,7 @@ class Run:
     True
     """
 
-    policy: str
+    policy: str | Policy
     fleet: FleetSpec
     slo: Slo
     workload: str | Workload
@@ -110,13 +112,14 @@ class Run:
     arrivals: ArrivalProcess | None = None
     faults: tuple[Fault, ...] = ()
     detail: bool = False
+    believed: FleetSpec | None = None
 
     def simulate(self) -> dict[str, Any]:
         """Run it; figures named as in the JSON of ``compare``."""
         workload = self._requests()
         figures: dict[str, Any] = dict.fromkeys(_RUN_KEYS)
         figures.update(
-            policy=self.policy,
+            policy=self.policy if isinstance(self.policy, str) else self.policy.name,
             rate_req_s=None if self.concurrency else _number(workload.rate_req_s),
             seed=self.seed,
             window_s=self.duration_s,
@@ -176,8 +179,11 @@ class Run:
             tick_s=self.tick_s,
             power_budget=self.power_budget,
             delay_s=self.settings.actuation_s + self.settings.settle_s,
+            call_s=self.settings.actuation_s,
         )
-        parts: PolicyParts = find_policy(self.policy).build(self.fleet, self.slo, setup)
+        believed = self.believed or self.fleet
+        policy = find_policy(self.policy) if isinstance(self.policy, str) else self.policy
+        parts: PolicyParts = policy.build(believed, self.slo, setup)
         from_s, until_s = self.warmup_s, self.warmup_s + self.duration_s
         backend = SimBackend(
             self.fleet,
@@ -187,6 +193,7 @@ class Run:
             governors=parts.governors,
             prefill_router=parts.prefill_router,
             decode_router=parts.decode_router,
+            believed=believed,
             judged_s=(from_s, until_s),
             faults=self.faults,
         )

@@ -76,6 +76,8 @@ class PolicySetup:
     governed : bool
         Whether something runs before every iteration of an engine; without, policies that can
         choose clocks by themselves bring no governors.
+    call_s : float
+        How long one call that sets a clock takes; calls of one node follow one another.
 
     Raises
     ------
@@ -93,10 +95,12 @@ class PolicySetup:
     power_budget: PowerBudget | None = None
     delay_s: float = 0.025
     governed: bool = True
+    call_s: float = 0.005
 
     def __post_init__(self) -> None:
         positive("PolicySetup.tick_s", self.tick_s)
         not_negative("PolicySetup.delay_s", self.delay_s)
+        not_negative("PolicySetup.call_s", self.call_s)
 
     def limit_w(self, t_s: float) -> float:
         """Power that a decision made now must obey until the next one has taken effect.
@@ -318,7 +322,16 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
             delay_s=setup.delay_s,
             power_budget_w=None if setup.power_budget is None else setup.limit_w,
         )
-        governors = [IterationGovernor(one, slo, delay_s=setup.delay_s) for one in fleet.instances]
+        governors = [
+            IterationGovernor(
+                one,
+                slo,
+                delay_s=setup.delay_s,
+                # What lowers clocks must not keep the node busy when another has to raise.
+                dwell_s=setup.call_s * sum(one.node == other.node for other in fleet.instances),
+            )
+            for one in fleet.instances
+        ]
         return PolicyParts(
             controller=controller,
             governors=governors if setup.governed else None,

@@ -22,7 +22,8 @@ from voltana_ctrl._kernels.governors import F8, GOVERNOR_SIGNATURE
     URGENT_SD,  # standard deviations of arrivals that the ceiling must still absorb
     MEMORY_S,  # time constant of the arrival estimate
     PREFILLS,  # 1 if prompts are prefilled here, 0 if they only wait for their KV
-) = range(9)
+    REPAY_TOK,  # decoded tokens within which a request that fell behind catches up
+) = range(10)
 
 #: memory
 (
@@ -33,7 +34,8 @@ from voltana_ctrl._kernels.governors import F8, GOVERNOR_SIGNATURE
     SPAN_S,  # time that the estimate rests on, forgetting included
     ARRIVED_TOK,  # prompt tokens in that time
     SPREAD_TOK2,  # squared surprise in that time
-) = range(7)
+    BEHIND_S,  # how far the request worst off is behind its latency target
+) = range(8)
 
 
 @njit(F8(ROW, F8, F8), cache=True)
@@ -54,8 +56,8 @@ def until_done_s(present_s, asked_s, delay_s):
     return delay_s + (1.0 - delay_s / present_s) * asked_s
 
 
-@njit(types.void(types.Array(F8, 1, "C"), types.Array(F8, 1, "C"), F8, F8, F8), cache=True)
-def _watch(params, memory, t_s, waiting_tok, batch_tok):
+@njit(types.void(types.Array(F8, 1, "C"), types.Array(F8, 1, "C"), F8, F8, F8, F8), cache=True)
+def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
     """Update the arrival estimate: rate, and its index of dispersion."""
     span_s = t_s - memory[CALLED_S]
     if memory[ASKED_K] > 0.0 and span_s > 0.0:
@@ -68,6 +70,14 @@ def _watch(params, memory, t_s, waiting_tok, batch_tok):
         memory[SPAN_S] = keep * memory[SPAN_S] + span_s
         memory[ARRIVED_TOK] = keep * memory[ARRIVED_TOK] + arrived_tok
         memory[SPREAD_TOK2] = keep * memory[SPREAD_TOK2] + surprise_tok * surprise_tok
+        if memory[BEHIND_S] >= 0.0:
+            # Of all that run, the one that began at the worst moment: Lindley's recursion.
+            memory[BEHIND_S] = max(0.0, memory[BEHIND_S] + span_s - params[ITL_S])
+    # Tells the next call that this iteration decodes.
+    if params[PREFILLS] == 0.0 or running_req == 0.0:
+        memory[BEHIND_S] = -1.0
+    elif memory[BEHIND_S] < 0.0:
+        memory[BEHIND_S] = 0.0
     memory[CALLED_S] = t_s
     memory[LEFT_TOK] = waiting_tok - batch_tok
 
@@ -95,7 +105,8 @@ def needed_clock(
     thrifty clock the same must hold of the thrifty clock and of a burst: below it a clock
     saves next to nothing per token, above it every token costs more. Actuation delay counts.
     """
-    _watch(params, memory, t_s, waiting_tok, batch_tok)
+    _watch(params, memory, t_s, running_req, waiting_tok, batch_tok)
+    behind_s = max(0.0, memory[BEHIND_S]) / params[REPAY_TOK]
     top = len(rows) - 1
     while top > 0 and rows[top]["clock_mhz"] > ceiling_mhz:
         top -= 1
@@ -124,14 +135,26 @@ def needed_clock(
             step_s = decode_s(row, size_req, kv_tok)
             # Prompts of a colocated instance take their share of the time between tokens.
             own_frac = 1.0 - params[PREFILLS] * rate_tok_s * row["prefill_tok_s"]
-            enough = step_s <= params[ITL_S] * own_frac
+            enough = step_s + behind_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
             done_s = step_s + until_done_s(
                 batch_s(present, batch_tok, typical_tok),
                 batch_s(row, batch_tok, typical_tok),
                 delay_s,
             )
-            enough = oldest_wait_s + done_s <= params[TTFT_S]
+            # Of a prompt longer than an iteration only the first part is in this one.
+            head_tok = min(waiting_tok, max(batch_tok, typical_tok))
+            head_s = step_s + until_done_s(
+                batch_s(present, head_tok, typical_tok),
+                batch_s(row, head_tok, typical_tok),
+                delay_s,
+            )
+            enough = oldest_wait_s + head_s <= params[TTFT_S]
+            if enough and waiting_tok > batch_tok:
+                # What is behind this iteration may have waited as long.
+                behind = rows[max(k, thrifty)]
+                left_s = batch_s(behind, waiting_tok - batch_tok, typical_tok)
+                enough = oldest_wait_s + done_s + left_s <= params[TTFT_S]
             mean_tok = waiting_tok - batch_tok + rate_tok_s * done_s
             sd_tok = math.sqrt(spread_tok2_s * done_s)
             if enough:

@@ -51,16 +51,19 @@ def _row_at_most(tables, kind, n_clocks, clock_mhz):
 @njit(
     types.void(
         TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, F8_1,
-        F8, F8, F8, F8, F8, F8, OUT_F8_1,
+        F8, F8, F8, F8, F8, F8, F8, OUT_F8_1,
     ),
     cache=True,
 )  # fmt: skip
 def needed(
     tables, padded, kind, n_clocks, prefills, decodes, max_batch, running_req, kv_used_tok,
-    queue_tok, oldest_wait_s, route_frac, arrival_tok_s, typical_tok, ttft_s, itl_s, delay_s,
-    burst_sd_frac, needed_mhz,
+    queue_tok, oldest_wait_s, route_frac, arrival_tok_s, typical_tok, ttft_s, unsure, itl_s,
+    delay_s, burst_sd_frac, needed_mhz,
 ):  # fmt: skip
-    """Lowest clock per instance that keeps the promises; the highest if none does."""
+    """Lowest clock per instance that keeps the promises; the highest if none does.
+
+    Of TTFT only what is still to come is a prediction, and taken `unsure` times.
+    """
     for i in range(len(kind)):
         top = n_clocks[i] - 1
         decoding = decodes[i] > 0 and running_req[i] > 0.0
@@ -75,13 +78,20 @@ def needed(
         best = top
         for k in range(top):
             row = tables[kind[i], k]
-            if decoding and decode_s(row, size_req, kv_used_tok[i]) > itl_s:
-                continue
-            if prefills[i] > 0:
-                per_tok_s = row["prefill_tok_s"] + row["prefill_tok2_s"] * typical_tok
-                if row["prefill_base_s"] + per_tok_s * waiting_tok > left_s:
+            if decoding:
+                # Prompts of a colocated instance take their share of the time between tokens.
+                own_frac = 1.0
+                if prefills[i] > 0:
+                    own_frac -= rate_tok_s * row["prefill_tok_s"]
+                if decode_s(row, size_req, kv_used_tok[i]) > itl_s * own_frac:
                     continue
-                if row["prefill_base_s"] + per_tok_s * cycle_tok > ttft_s - delay_s:
+            if prefills[i] > 0:
+                base_s = unsure * row["prefill_base_s"]
+                per_tok_s = row["prefill_tok_s"] + row["prefill_tok2_s"] * typical_tok
+                per_tok_s *= unsure
+                if base_s + per_tok_s * waiting_tok > left_s:
+                    continue
+                if base_s + per_tok_s * cycle_tok > ttft_s - delay_s:
                     continue
             best = k
             break
@@ -102,12 +112,18 @@ def decoding_tok_s(
     return total
 
 
-@njit(types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8, F8, OUT_F8_1), cache=True)
+@njit(
+    types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8, F8, OUT_F8_1),
+    cache=True,
+)
 def thrifty(
-    tables, padded, kind, n_clocks, decodes, max_batch, running_req, kv_used_tok, prompt_tok,
-    itl_s, thrifty_mhz,
+    tables, padded, kind, n_clocks, decodes, max_batch, sunk_w, running_req, kv_used_tok,
+    prompt_tok, itl_s, thrifty_mhz,
 ):  # fmt: skip
-    """Clock of least energy per token at the present batch; the highest if all miss ITL."""
+    """Clock of least energy per token at the present batch; the highest if all miss ITL.
+
+    `sunk_w` is drawn whether it works or not, and does not count.
+    """
     for i in range(len(kind)):
         n = max(1.0, min(running_req[i], float(max_batch[i])))
         size_req = float(padded[kind[i], int(n)])
@@ -120,10 +136,10 @@ def thrifty(
                 step_s = decode_s(row, size_req, kv_tok)
                 if step_s > itl_s:
                     continue
-                energy_j = step_s * row["decode_power_w"] + row["decode_iter_j"]
+                energy_j = step_s * (row["decode_power_w"] - sunk_w[i]) + row["decode_iter_j"]
                 energy_j = energy_j + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
             else:
-                energy_j = row["prefill_power_w"] * row["prefill_tok_s"]
+                energy_j = (row["prefill_power_w"] - sunk_w[i]) * row["prefill_tok_s"]
             if energy_j < least_j:
                 least_j = energy_j
                 best = k
@@ -158,13 +174,13 @@ def worst_power(
             power_w[i, k] = worst_w
 
 
-@njit(F8(TABLES, I8_1, I8_1, F8_2, F8_1), cache=True)
-def drawn(tables, kind, n_clocks, power_w, clock_mhz):
-    """Power of the fleet at these clocks, each raised to a supported one."""
-    total_w = 0.0
+@njit(types.void(TABLES, I8_1, I8_1, F8_2, F8_1, OUT_F8_1, OUT_F8_1), cache=True)
+def raised(tables, kind, n_clocks, power_w, clock_mhz, raised_mhz, drawn_w):
+    """Clocks raised to supported ones, and power there."""
     for i in range(len(kind)):
-        total_w += power_w[i, _row_at_least(tables, kind[i], n_clocks[i], clock_mhz[i])]
-    return total_w
+        k = _row_at_least(tables, kind[i], n_clocks[i], clock_mhz[i])
+        raised_mhz[i] = tables[kind[i], k]["clock_mhz"]
+        drawn_w[i] = power_w[i, k]
 
 
 @njit(F8(TABLES, I8_1, I8_1, F8_2, F8_1, F8, OUT_F8_1), cache=True)

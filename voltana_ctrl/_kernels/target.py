@@ -224,19 +224,22 @@ def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2
 
 
 @njit(
-    types.void(ROWS, F8_1, F8, F8, F8, F8, F8, types.boolean, F8_1, OUT_F8_1, OUT_I8_1, OUT_F8_1),
+    types.void(
+        ROWS, F8_1, F8, F8, F8, F8, F8, types.boolean, F8, F8_1, OUT_F8_1, OUT_I8_1, OUT_F8_1
+    ),
     cache=True,
 )
 def prefill_curve(
-    rows, arrival_req_s, prompt_tok, prompt_sd_tok, ttft_s, idle_w, miss_frac, governed, typical,
-    least_w, best_k, late_frac,
+    rows, arrival_req_s, prompt_tok, prompt_sd_tok, ttft_s, idle_w, miss_frac, governed, deaf_frac,
+    typical, least_w, best_k, late_frac,
 ):  # fmt: skip
     """Least power over clocks at which few enough prompts wait too long, per load.
 
     `typical` are prompt lengths, each as likely, over which the tail of the wait is averaged.
     Governed, the top clock is there when the queue asks for it, and its tail counts for all.
-    Writes power (inf where none is), the row of the clock and the share that is late; where no
-    clock will do, the first row.
+    Its floor is the lowest at which less than what arrives is postponed in the share `deaf_frac`
+    of the time. Writes power (inf where none is), the row of clock or floor and the share that
+    is late; where no clock will do, the top row.
     """
     square = prompt_tok * prompt_tok + prompt_sd_tok * prompt_sd_tok
     top = len(rows) - 1
@@ -266,6 +269,19 @@ def prefill_curve(
                 least_w[g] = power_w
                 best_k[g] = k
                 late_frac[g] = late
+        if governed:
+            best_k[g] = top
+            for k in range(top):
+                row = rows[k]
+                work_s = row["prefill_tok_s"] * prompt_tok + row["prefill_tok2_s"] * square
+                rho = load * work_s + cycles * row["prefill_base_s"]
+                if deaf_frac * rho < 1.0:
+                    best_k[g] = k
+                    break
+        elif math.isinf(least_w[g]):
+            best_k[g] = top
+            late_frac[g] = _late_frac(rows[top], load, cycles, prompt_tok, prompt_sd_tok, square,
+                                      ttft_s, typical)  # fmt: skip
 
 
 @njit(types.void(F8_1, F8, F8_1, F8, F8, OUT_F8_1, OUT_I8_1, OUT_I8_1), cache=True)

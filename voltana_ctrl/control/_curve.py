@@ -19,6 +19,10 @@ __all__ = ["Curve", "LeastPower"]
 #: Prompt lengths, in standard deviations, at which the tail of the prefill wait is averaged.
 _NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
 
+#: ITL margins tried where not all promises can be kept, and power that is not worth a word.
+_EXTRA_FRAC = np.linspace(0.0, 0.4, 17)
+_FREE_FRAC = 0.002
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Curve:
@@ -90,9 +94,10 @@ class LeastPower:
         self._governed = governed
         self._miss_frac = 1.0 - slo.attainment
         self._ttft_s = slo.ttft_s / (1.0 + margin_frac[0]) - delay_s
-        self._itl_s = slo.itl_s
-        # A governor aims at the promise less its margin; without one nobody does.
-        self._aim_s = slo.itl_s / (1.0 + margin_frac[1]) if governed else math.inf
+        # Slower than what arrives is to postpone work, which only a clock that answers well
+        # within the promise makes up for.
+        self._deaf_frac = min(1.0, 3.0 * delay_s / slo.ttft_s)
+        self._attainment, self._itl_s, self._margin_frac = slo.attainment, slo.itl_s, margin_frac[1]
 
     def at(self, lengths: Lengths, pace_frac: float = 1.0) -> Callable[[F64], Curve]:
         """Curve at these lengths: a function of loads [req/s], each > 0.
@@ -121,14 +126,9 @@ class LeastPower:
             power_w, row, late_frac = _empty(loads_req_s)
             self._kernels.prefill_curve(
                 self._rows, loads_req_s, lengths.prompt_tok, lengths.prompt_sd_tok, self._ttft_s,
-                self.instance.idle_w, self._miss_frac, self._governed, typical_tok,
-                power_w, row, late_frac,
+                self.instance.idle_w, self._miss_frac, self._governed, self._deaf_frac,
+                typical_tok, power_w, row, late_frac,
             )  # fmt: skip
-            if self._governed:
-                # The governor raises to the top when the queue asks for it.
-                row[:] = 0
-            else:
-                row[np.isinf(power_w)] = len(self._rows) - 1
             return Curve(
                 arrival_req_s=loads_req_s, power_w=power_w, floor_row=row, miss_frac=late_frac
             )
@@ -137,18 +137,13 @@ class LeastPower:
 
     def _decode(self, lengths: Lengths, pace_frac: float) -> Callable[[F64], Curve]:
         station = self.station(lengths, pace_frac)
-        decoded_tok = lengths.output_tok - 1.0
-        limit_s = self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
-        # Largest batch whose KV tokens fit but for one time in a hundred.
-        kv_tok = self._sizes * lengths.context_tok
-        kv_tok += 2.33 * lengths.context_sd_tok * np.sqrt(self._sizes)
-        limit_req = int(np.count_nonzero(kv_tok <= 0.99 * self.instance.kv_capacity_tok))
+        limits = self._limits(lengths)
 
         def curve(loads_req_s: F64) -> Curve:
             power_w, row, over_frac = _empty(loads_req_s)
             self._kernels.decode_curve(
-                station, loads_req_s, decoded_tok, limit_req, limit_s, self._miss_frac,
-                self.instance.idle_w, power_w, row, over_frac,
+                station, loads_req_s, *limits, self._miss_frac, self.instance.idle_w,
+                power_w, row, over_frac,
             )  # fmt: skip
             return Curve(
                 arrival_req_s=loads_req_s, power_w=power_w, floor_row=row, miss_frac=over_frac
@@ -156,18 +151,74 @@ class LeastPower:
 
         return curve
 
-    def station(self, lengths: Lengths, pace_frac: float = 1.0) -> tuple[Any, ...]:
+    def _limits(self, lengths: Lengths) -> tuple[float, int, float]:
+        """Tokens that a request decodes, largest batch, longest iteration."""
+        decoded_tok = lengths.output_tok - 1.0
+        # Largest batch whose KV tokens fit but for one time in a hundred.
+        kv_tok = self._sizes * lengths.context_tok
+        kv_tok += 2.33 * lengths.context_sd_tok * np.sqrt(self._sizes)
+        limit_req = int(np.count_nonzero(kv_tok <= 0.99 * self.instance.kv_capacity_tok))
+        return decoded_tok, limit_req, self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
+
+    def overload_frac(
+        self, arrival_req_s: float, lengths: Lengths, pace_frac: float = 1.0
+    ) -> float:
+        """ITL margin, on top of the governor's own, that pays where promises cannot be kept.
+
+        The least that serves in time as many of the requests, but for what the promise allows,
+        as any would, and more where that is all but free: nothing is spent that buys no
+        attainment. A margin, not a floor: it makes the clock rise with the batch, where a floor
+        is high while the batch is small.
+
+        Parameters
+        ----------
+        arrival_req_s : float
+            Load of this instance.
+        lengths, pace_frac
+            As of :meth:`at`.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import FleetSpec, load_profile
+        >>> from voltana_ctrl.physics import length_moments
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> least = LeastPower(fleet.instances[1], Slo(ttft_s=0.6, itl_s=0.06),
+        ...                    margin_frac=(0.02, 0.035), delay_s=0.025, governed=True)
+        >>> lengths = length_moments([240, 240], [200, 200])
+        >>> [round(least.overload_frac(load_req_s, lengths), 3) for load_req_s in (40.0, 49.0)]
+        [0.0, 0.1]
+        """
+        served_frac, power_w = np.empty((2, len(_EXTRA_FRAC)))
+        for k, extra_frac in enumerate(_EXTRA_FRAC):
+            aim_s = self._itl_s / (1.0 + self._margin_frac + extra_frac)
+            power_w[k], missed_frac, _ = self._kernels.station(
+                self.station(lengths, pace_frac, aim_s=aim_s), arrival_req_s,
+                *self._limits(lengths), 0, self.instance.idle_w,
+            )  # fmt: skip
+            served_frac[k] = 1.0 - missed_frac
+        least = int(np.argmax(served_frac >= self._attainment * served_frac.max()))
+        free = np.flatnonzero(power_w <= (1.0 + _FREE_FRAC) * power_w[least])[-1]
+        return float(_EXTRA_FRAC[max(free, least)])
+
+    def station(
+        self, lengths: Lengths, pace_frac: float = 1.0, *, aim_s: float | None = None
+    ) -> tuple[Any, ...]:
         """The decode station at these lengths, as its kernels take it.
 
         Parameters
         ----------
         lengths, pace_frac
             As of :meth:`at`.
+        aim_s : float, optional
+            Iteration time that the governor aims at; the promise less its margin by default.
         """
+        if aim_s is None:
+            # Without a governor nobody aims at anything.
+            aim_s = self._itl_s / (1.0 + self._margin_frac) if self._governed else math.inf
         rows, n = self._rows, len(self._padded)
         needed_row, step_s, power_w = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
         self._kernels.governed_batches(
-            rows, self._padded, lengths.context_tok, pace_frac, self._aim_s,
+            rows, self._padded, lengths.context_tok, pace_frac, aim_s,
             needed_row, step_s, power_w,
         )  # fmt: skip
         prompt_s = np.zeros(len(rows))

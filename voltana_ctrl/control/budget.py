@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from voltana_ctrl.control.base import Controller
+from voltana_ctrl.control.target import Load, Target
 from voltana_ctrl.physics import decode_s
 from voltana_ctrl.types import Decision, FleetSpec, InstanceSpec, Observation, PowerBudget
 from voltana_ctrl.types._check import F64, Bool, not_negative
 
-__all__ = ["StaticBudgetController", "UniformCeiling", "highest_power_w"]
+__all__ = [
+    "StaticBudgetController",
+    "UniformCeiling",
+    "highest_power_w",
+    "target_within",
+]
 
 
 def highest_power_w(instance: InstanceSpec) -> F64:
@@ -169,3 +177,55 @@ class StaticBudgetController(Controller):
         return Decision.highest(
             self.fleet, t_s=t_s, floor_mhz=floor_mhz, ceiling_mhz=ceiling_mhz
         ), memory
+
+
+def target_within(
+    budget_w: float, load: Load, target: Target, plan: Callable[[Load], Target]
+) -> Target:
+    """Target for as much of the load as the budget can carry.
+
+    Parameters
+    ----------
+    budget_w : float
+        What the fleet may draw; infinite without a budget.
+    load : Load
+        All that arrives.
+    target : Target
+        Of all that arrives.
+    plan : callable
+        Plans for a part of it.
+
+    Returns
+    -------
+    Target
+        The one given, unless the budget binds.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.control import TargetOptimiser
+    >>> from voltana_ctrl.physics import length_moments
+    >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> load = Load(arrival_req_s=60.0, lengths=length_moments([240, 240], [200, 200]))
+    >>> whole = optimiser.plan(load)
+    >>> part = target_within(500.0, load, whole, optimiser.plan)
+    >>> bool(whole.power_w.sum() > 500.0 >= part.power_w.sum()), int(part.active[2:].sum())
+    (True, 1)
+    """
+
+    def kept(part: Target) -> bool:
+        return part.feasible and float(part.power_w.sum()) <= budget_w
+
+    if not np.isfinite(budget_w) or kept(target):
+        return target
+    low, high, best, binds = 0.0, 1.0, None, target.feasible
+    for _ in range(8):
+        middle = (low + high) / 2.0
+        part = plan(Load(arrival_req_s=middle * load.arrival_req_s, lengths=load.lengths))
+        if kept(part):
+            low, best = middle, part
+        else:
+            # Where capacity and not the budget sets the limit, nothing may be held back for it.
+            high, binds = middle, part.feasible
+    return best if best is not None and binds else target

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.control.base import Controller
+from voltana_ctrl.control.budget import target_within
+from voltana_ctrl.control.headroom import HeadroomFilter, HeadroomMemory
 from voltana_ctrl.control.load import LoadFilter, LoadMemory
 from voltana_ctrl.control.needs import Needs
 from voltana_ctrl.control.regime import Regime, RegimeFilter, RegimeMemory
 from voltana_ctrl.control.target import Load, Target, TargetOptimiser
-from voltana_ctrl.margin import MarginState, MarginTracker
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Slo, Status
 from voltana_ctrl.types._check import F64, Bool, not_negative, positive
 
@@ -23,8 +24,8 @@ __all__ = ["CascadeController", "CascadeMemory", "MpcController"]
 #: iteration time from which on profiles are not believed.
 _PACE_MEMORY_S = 10.0
 _PACE_EXCESS_FRAC = 0.05
-#: Prefill misses come by whole batches; more than these on top of the promise are no chance.
-_RUN_OF_MISSES = 40
+#: Time in which a backlog should be gone.
+_CATCH_UP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,7 +36,7 @@ class CascadeMemory:
     ----------
     load : LoadMemory
         Behind the estimate of arrivals and lengths.
-    margin : MarginState
+    margin : HeadroomMemory
         Margins on top of the governors' own.
     regime : RegimeMemory
         Behind the verdict on the regime.
@@ -51,6 +52,8 @@ class CascadeMemory:
         Smoothed prices.
     ceiling_mhz : ndarray, shape (n,), optional
         Ceilings of the last decision.
+    overload_frac : float
+        ITL margin that still pays where the target is not feasible.
     expected_tok, decoded_tok : float
         Tokens that profiles say were decoded, and that were; weighted.
 
@@ -61,7 +64,7 @@ class CascadeMemory:
     """
 
     load: LoadMemory
-    margin: MarginState
+    margin: HeadroomMemory
     regime: RegimeMemory
     target: Target | None = None
     planned_s: float = 0.0
@@ -69,6 +72,7 @@ class CascadeMemory:
     plan_s: float = -np.inf
     price_j_req: F64 | None = None
     ceiling_mhz: F64 | None = None
+    overload_frac: float = 0.0
     expected_tok: float = 0.0
     decoded_tok: float = 0.0
 
@@ -157,11 +161,7 @@ class CascadeController(Controller):
         )
         self._load = load or LoadFilter(fleet)
         self._regime = RegimeFilter(fleet)
-        # The governors hold the promise in the mean; this adds to them where the profile is
-        # wrong, and nothing where it is right.
-        self._margin = MarginTracker(
-            slo=slo, min_frac=0.0, start_frac=0.0, set_point_frac=slo.attainment
-        )
+        self._margin = HeadroomFilter(fleet, slo)
         self._idle_w = sum(one.idle_w for one in fleet.instances)
         self._needs = Needs(fleet, slo)
         # Put together anew at every access; asked for at every tick.
@@ -193,7 +193,7 @@ class CascadeController(Controller):
         memory : CascadeMemory
             Of the last tick.
         """
-        ttft, itl = self._margin.applied_frac(memory.margin)
+        ttft, itl = self._margin.extra_frac(memory.margin, self.margin_frac)
         return {
             "margin_ttft_frac": self.margin_frac[0] + float(ttft),
             "margin_itl_frac": self.margin_frac[1] + float(itl),
@@ -219,20 +219,35 @@ class CascadeController(Controller):
         memory = replace(
             memory,
             load=self._load.update(observation, memory.load),
-            margin=self._margin.update(memory.margin, observation.finished),
+            margin=self._margin.update(
+                memory.margin,
+                observation.finished,
+                running_req=float(state.running_req.sum()),
+                feasible=memory.target is None or memory.target.feasible,
+            ),
             regime=self._regime.update(observation, memory.regime),
         )
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
         # Until a target period has been watched there is no rate to plan for.
-        if memory.load.span_s < self.target_period_s or not due:
+        if memory.load.span_s < self.target_period_s or not due or not memory.load.arrived_req:
             return memory
-        target = self._target.plan(
-            self._load.load(memory.load),
-            active=None if memory.target is None else memory.target.active,
-            usable=state.alive,
-            pace_frac=memory.slower_frac + 1.0,
-        )
-        return replace(memory, target=target, planned_s=state.t_s)
+        load, pace_frac = self._load.load(memory.load), memory.slower_frac + 1.0
+        # What waits longer than was promised has to be served besides what arrives.
+        late_req = float(state.queue_req[self._prefill].sum())
+        late_req -= load.arrival_req_s * self.slo.ttft_s
+        if late_req > 0.0:
+            load = replace(load, arrival_req_s=load.arrival_req_s + late_req / _CATCH_UP_S)
+        # Everybody is active at first: parking must pay.
+        active = np.ones(len(state), bool) if memory.target is None else memory.target.active
+
+        def plan(part: Load) -> Target:
+            return self._target.plan(part, active=active, usable=state.alive, pace_frac=pace_frac)
+
+        target = target_within(self._budget_w(state.t_s), load, plan(load), plan)
+        overload_frac = 0.0
+        if not target.feasible:
+            overload_frac = self._target.overload_frac(load, target.route_frac, pace_frac)
+        return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload_frac)
 
     def _pace(self, observation: Observation, memory: CascadeMemory) -> CascadeMemory:
         """Compare the tokens that were decoded since the last tick with what profiles say."""
@@ -278,7 +293,7 @@ class CascadeController(Controller):
         budget_w = self._budget_w(state.t_s)
         ceiling, status = self._max_mhz, Status.OK
         if np.isfinite(budget_w):
-            ceiling = self._ceilings(state, memory, load, plan, route_frac, active, budget_w)
+            ceiling = self._ceilings(state, memory, load, route_frac, active, budget_w)
             if budget_w < self._idle_w:
                 status = Status.INFEASIBLE
         return Decision(
@@ -296,23 +311,16 @@ class CascadeController(Controller):
         state: FleetState,
         memory: CascadeMemory,
         load: Load,
-        plan: Any,
         route_frac: F64,
         active: Bool,
         budget_w: float,
     ) -> F64:
         """Ceilings under the budget; nobody rises before those that must fall have fallen."""
-        # By load, not by the queue of the moment: a ceiling that moves to and fro is one that
-        # two instances hold at once.
         wanted = self._needs.clocks_mhz(
-            state, load, route_frac, margin_frac=self.margin_frac, delay_s=self.delay_s,
-            queued=False,
-        )  # fmt: skip
-        if plan is not None:
-            decode = self._decode
-            wanted[decode] = np.maximum(wanted, plan.freq_mhz)[decode]
+            state, load, route_frac, margin_frac=self.margin_frac, delay_s=self.delay_s
+        )
         worst_w = self._needs.worst_power_w(state, load, active)
-        ceiling, _ = self._needs.ceilings_mhz(worst_w, wanted, budget_w)
+        ceiling, _ = self._needs.decode_first_mhz(worst_w, wanted, budget_w)
         before = self._max_mhz if memory.ceiling_mhz is None else memory.ceiling_mhz
         # What may still run: the clock that is seen, and one asked for a moment ago.
         running = np.maximum(state.freq_mhz, np.where(before > ceiling, 0.0, before))
@@ -321,15 +329,24 @@ class CascadeController(Controller):
         return np.minimum(ceiling, before) if too_much else ceiling
 
     def _floors(self, state: FleetState, memory: CascadeMemory, load: Load, target: Target) -> F64:
-        floor = np.where(target.active, target.floor_mhz, self._min_mhz)
-        extra = self._margin.applied_frac(memory.margin)
-        # Single misses are the governors' business; a run of them says that the profile is wrong.
-        extra = np.where(extra > _RUN_OF_MISSES * self._margin.eta_frac, extra, 0.0)
+        floor = target.floor_mhz
+        if not target.active.all():
+            # What is parked rests when it is done, so what it has left costs least as if batch
+            # and not arrivals were given.
+            rest = self._needs.thrifty_mhz(state, load, rests=True)
+            floor = np.where(target.active, floor, rest)
+        extra = self._margin.extra_frac(memory.margin, self.margin_frac)
+        if not target.feasible:
+            # Beyond what can be served the batch sets the clock, not a floor.
+            floor = floor.copy()
+            floor[self._decode] = self._min_mhz[self._decode]
+            extra[1] = max(extra[1], memory.overload_frac)
         # The pace says so sooner than requests, which miss only when they are done.
         slower = memory.slower_frac
         if slower > 0.0:
-            extra = np.array([max(extra[0], slower), (1.0 + self.margin_frac[1]) * slower])
-        if not self.governed or (target.feasible and extra.max() > 0.0):
+            extra[0] = max(extra[0], slower)
+            extra[1] += (1.0 + self.margin_frac[1] + extra[1]) * slower
+        if not self.governed or extra.max() > 0.0:
             needed = self._needs.clocks_mhz(
                 state, load, target.route_frac,
                 margin_frac=(
@@ -351,9 +368,8 @@ class CascadeController(Controller):
 class MpcController(CascadeController):
     """The whole cascade: target, model-predictive plan towards it, governors.
 
-    The plan shapes the shares through transients, prices requests, and says which clocks are
-    worth most under a power budget. A plan that is not optimal is not used: a budget that no
-    plan keeps falls back to the lowest ceilings, anything else to the target alone.
+    The plan shapes the shares through transients and prices requests. A plan that is not optimal
+    is not used: what is left is the target, and under a budget ceilings that need no solver.
 
     Parameters
     ----------

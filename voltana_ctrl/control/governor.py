@@ -13,6 +13,10 @@ from voltana_ctrl.types._check import not_negative, positive
 __all__ = ["IterationGovernor", "thrifty_row"]
 
 
+#: Memory of arrivals in TTFT promises.
+_MEMORY_TTFT = 25.0
+
+
 def thrifty_row(profile_table: np.ndarray) -> int:
     """Row of least prefill energy per token while busy: the minimum of the U-shaped curve.
 
@@ -61,8 +65,12 @@ class IterationGovernor(CompiledGovernor):
     reserve_sd, urgent_sd : float
         Standard deviations of the arrivals during one prefill iteration for which room is
         kept at the thrifty clock (:func:`thrifty_row`) and at the ceiling.
-    memory_s : float
-        Time constant of the arrival estimate behind it.
+    memory_s : float, optional
+        Time constant of the arrival estimate behind it; 25 times the TTFT promise if left out, so
+        that what may arrive within one promise is known whatever the promise.
+    repay_tok : float
+        On colocated instances prompts stretch some iterations beyond the ITL target. The running
+        request that is furthest behind is back on target after so many tokens.
 
     Raises
     ------
@@ -92,14 +100,17 @@ class IterationGovernor(CompiledGovernor):
         dwell_s: float = 0.0,
         reserve_sd: float = 3.0,
         urgent_sd: float = 0.5,
-        memory_s: float = 5.0,
+        memory_s: float | None = None,
+        repay_tok: float = 32.0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl._kernels.needed import needed_clock
 
         for name, value in (("delay_s", delay_s), ("dwell_s", dwell_s)):
             not_negative(f"IterationGovernor.{name}", value)
+        memory_s = _MEMORY_TTFT * slo.ttft_s if memory_s is None else memory_s
         positive("IterationGovernor.memory_s", memory_s)
+        positive("IterationGovernor.repay_tok", repay_tok)
         for value in margin_frac:
             if not -1.0 < value < np.inf:
                 raise ConfigError(
@@ -127,5 +138,6 @@ class IterationGovernor(CompiledGovernor):
                 urgent_sd,
                 memory_s,
                 float(instance.role.prefills),
+                repay_tok,
             ],
         )

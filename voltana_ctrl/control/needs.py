@@ -51,6 +51,7 @@ class Needs:
         self._decodes = np.array([one.role.decodes for one in many], dtype=np.int64)
         self._max_batch = np.array([one.max_batch for one in many], dtype=np.int64)
         self._idle_w = np.array([one.idle_w for one in many], dtype=np.float64)
+        self._nothing_w = np.zeros(len(fleet))
         self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
 
     def clocks_mhz(
@@ -62,7 +63,6 @@ class Needs:
         margin_frac: tuple[float, float],
         delay_s: float,
         burst_sd_frac: float = 3.0,
-        queued: bool = True,
     ) -> F64:
         """Lowest clocks that keep the promises at this state, shape (n,); the highest if none.
 
@@ -84,11 +84,8 @@ class Needs:
             Until a clock decided now runs, and until the next can.
         burst_sd_frac : float
             Standard deviations of arrivals that prefill keeps room for.
-        queued : bool
-            Whether to look at the queue of the moment, or at the load alone.
         """
         lengths = load.lengths
-        nothing = np.zeros(len(state))
         needed_mhz = np.empty(len(state))
         self._kernels.needed(
             self._tables,
@@ -100,12 +97,13 @@ class Needs:
             self._max_batch,
             state.running_req,
             state.kv_used_tok,
-            state.queue_tok if queued else nothing,
-            state.oldest_wait_s if queued else nothing,
+            state.queue_tok,
+            state.oldest_wait_s,
             route_frac,
             load.arrival_req_s * lengths.prompt_tok,
             lengths.prompt_tok + lengths.prompt_sd_tok**2 / lengths.prompt_tok,
-            self._slo.ttft_s / (1.0 + margin_frac[0]),
+            self._slo.ttft_s,
+            1.0 + margin_frac[0],
             self._slo.itl_s / (1.0 + margin_frac[1]),
             delay_s,
             burst_sd_frac,
@@ -127,7 +125,7 @@ class Needs:
         )  # fmt: skip
         return total
 
-    def thrifty_mhz(self, state: FleetState, load: Load) -> F64:
+    def thrifty_mhz(self, state: FleetState, load: Load, *, rests: bool = False) -> F64:
         """Clocks of least energy per token at the present batch: the U-shaped curve's minimum.
 
         The right floor where clients wait for their answers or the batch is capped, since
@@ -137,6 +135,8 @@ class Needs:
         ----------
         state, load
             As of :meth:`clocks_mhz`.
+        rests : bool
+            Whether it idles when it is done, so that only what it draws above idle power counts.
 
         Examples
         --------
@@ -150,8 +150,8 @@ class Needs:
         thrifty_mhz = np.empty(len(state))
         self._kernels.thrifty(
             self._tables, self._padded, self._kind, self._n_clocks, self._decodes,
-            self._max_batch, state.running_req, state.kv_used_tok, load.lengths.prompt_tok,
-            self._slo.itl_s, thrifty_mhz,
+            self._max_batch, self._idle_w if rests else self._nothing_w, state.running_req,
+            state.kv_used_tok, load.lengths.prompt_tok, self._slo.itl_s, thrifty_mhz,
         )  # fmt: skip
         return thrifty_mhz
 
@@ -196,10 +196,7 @@ class Needs:
         clock_mhz : ndarray, shape (n,)
             Clocks.
         """
-        total: float = self._kernels.drawn(
-            self._tables, self._kind, self._n_clocks, worst_w, clock_mhz
-        )
-        return total
+        return float(self._raised(worst_w, clock_mhz)[1].sum())
 
     def ceilings_mhz(self, worst_w: F64, wanted_mhz: F64, budget_w: float) -> tuple[F64, bool]:
         """Highest clocks, in proportion to those wanted, that cannot draw more than the budget.
@@ -253,3 +250,55 @@ class Needs:
             else:
                 high = middle
         return clocks, True
+
+    def decode_first_mhz(self, worst_w: F64, wanted_mhz: F64, budget_w: float) -> tuple[F64, bool]:
+        """Ceilings under a budget: decode has what its batch needs, prefill the rest.
+
+        What runs was promised; what waits is admitted as fast as power is left. The batch, and
+        what it needs, then settles where the budget carries it within its latency target,
+        whereas equal sharing would fill the batches of a decode side that is too slow for them.
+
+        Parameters
+        ----------
+        worst_w, wanted_mhz, budget_w
+            As of :meth:`ceilings_mhz`; clocks wanted by prefill only say in which proportion.
+
+        Returns
+        -------
+        ceilings, kept
+            As of :meth:`ceilings_mhz`.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> worst_w = np.array([one.table["prefill_power_w"] for one in fleet.instances])
+        >>> needs = Needs(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> needs.decode_first_mhz(worst_w, np.array([1000.0, 500.0]), 400.0)
+        (array([915., 510.]), True)
+        """
+        decodes = self._decodes > 0
+        lowest_mhz = np.where(decodes, wanted_mhz, self._min_mhz)
+        first_mhz, first_w = self._raised(worst_w, lowest_mhz)
+        if first_w.sum() > budget_w:
+            # Not even that: decode shares what there is, prefill waits.
+            held = np.where(decodes[:, None], worst_w, worst_w[:, :1])
+            ceiling, kept = self.ceilings_mhz(held, wanted_mhz, budget_w)
+            return np.where(decodes, ceiling, self._min_mhz), kept
+        # Decode costs what it needs whatever its ceiling, so prefill shares what is left.
+        held = np.where(decodes[:, None], first_w[:, None], worst_w)
+        ceiling, _ = self.ceilings_mhz(held, wanted_mhz, budget_w)
+        ceiling = np.where(decodes, first_mhz, ceiling)
+        # And if even the highest clocks leave something, decode may have that.
+        _, drawn_w = self._raised(worst_w, ceiling)
+        held = np.where(decodes[:, None], worst_w, drawn_w[:, None])
+        more, _ = self.ceilings_mhz(held, wanted_mhz, budget_w)
+        return np.where(decodes, np.maximum(ceiling, more), ceiling), True
+
+    def _raised(self, worst_w: F64, clock_mhz: F64) -> tuple[F64, F64]:
+        """Clocks raised to supported ones, and what each may draw."""
+        raised_mhz, power_w = np.empty((2, len(clock_mhz)))
+        self._kernels.raised(
+            self._tables, self._kind, self._n_clocks, worst_w, clock_mhz, raised_mhz, power_w
+        )
+        return raised_mhz, power_w

@@ -25,6 +25,11 @@ __all__ = ["Curve", "Load", "Target", "TargetOptimiser"]
 
 _CurveOf = Callable[[F64], Curve]
 
+#: Part of the power of prefill that a change of its active set must save.
+_PREFILL_PAYS_FRAC = 0.05
+#: Least share of the load of an instance that stays active.
+_LEAST_FRAC = 1e-3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
@@ -241,6 +246,35 @@ class TargetOptimiser:
         least = self._least_power(instance)
         return least.at(lengths, pace_frac)(np.ascontiguousarray(loads_req_s, dtype=np.float64))
 
+    def overload_frac(self, load: Load, route_frac: F64, pace_frac: float = 1.0) -> float:
+        """ITL margin, on top of the governors' own, that pays where promises cannot be kept.
+
+        The most of any decode instance, see :meth:`LeastPower.overload_frac`.
+
+        Parameters
+        ----------
+        load, pace_frac
+            As of :meth:`plan`.
+        route_frac : ndarray, shape (n,)
+            Share of the arrivals.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+        >>> from voltana_ctrl.physics import length_moments
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> load = Load(arrival_req_s=40.0, lengths=length_moments([240, 240], [200, 200]))
+        >>> optimiser.overload_frac(load, np.ones(2))
+        0.0
+        """
+        return max(
+            least.overload_frac(
+                load.arrival_req_s * float(route_frac[group].max()), load.lengths, pace_frac
+            )
+            for group, least in self._phases[-1]
+        )
+
     def _least_power(self, instance: InstanceSpec) -> LeastPower:
         return LeastPower(
             instance,
@@ -278,8 +312,16 @@ class TargetOptimiser:
             stay_w += sum(float(self._parked_w[group[~active[group]]].sum()) for group in groups)
             changed = members[(free > 0.0)[members] != active[members]]
             change_j = float(np.maximum(self.wake_j, self._wake_j[changed]).sum())
-            if np.isfinite(stay_w) and stay_w - free_w <= change_j / self.hold_s:
+            pays_w = change_j / self.hold_s
+            if not self.fleet.instances[int(members[0])].role.decodes:
+                # Mostly the launches saved, at the price of longer queues.
+                pays_w += _PREFILL_PAYS_FRAC * stay_w
+            if np.isfinite(stay_w) and stay_w - free_w <= pays_w:
+                # Who stays active gets a share, be it small.
                 chosen = kept
+                for group in stay:
+                    chosen[group] = np.maximum(kept[group], _LEAST_FRAC * load.arrival_req_s)
+                chosen *= load.arrival_req_s / max(chosen.sum(), 1e-300)
         return self._target(load, members, groups, curve_of, chosen)
 
     def _grid_curve(self, curve: _CurveOf, load: Load) -> tuple[F64, F64]:

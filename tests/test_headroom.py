@@ -1,0 +1,94 @@
+"""Margins on top of the governors' own."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voltana_ctrl import FleetSpec, Slo, load_profile
+from voltana_ctrl.control.headroom import HeadroomFilter
+from voltana_ctrl.control.target import Load, TargetOptimiser
+from voltana_ctrl.physics import length_moments
+from voltana_ctrl.types import RequestBatch
+
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+FLEET = FleetSpec.parse("2P2D", PROFILE)
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+OWN = (0.02, 0.035)
+
+
+def finished(output_tok, ttft_s=0.1, itl_s=0.05):
+    n = len(output_tok)
+    return RequestBatch(
+        request=np.arange(n), request_class=np.zeros(n), prompt_tok=np.full(n, 100.0),
+        output_tok=np.asarray(output_tok, float), ttft_s=np.full(n, ttft_s),
+        itl_s=np.full(n, itl_s), prefill_instance=np.zeros(n), decode_instance=np.full(n, 2.0),
+    )  # fmt: skip
+
+
+def after(batches, fleet=FLEET, **known):
+    known = {"running_req": 100.0, "feasible": True} | known
+    headroom = HeadroomFilter(fleet, SLO)
+    memory = headroom.init()
+    for batch in batches:
+        memory = headroom.update(memory, batch, **known)
+    return headroom, memory
+
+
+@given(decoded=st.lists(st.integers(1, 60), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_the_hand_off_margin_lets_as_many_miss_as_promised(decoded, seed):
+    """Against the definition: T (1 + u/d) over the target for one request in a hundred."""
+    rng = np.random.default_rng(seed)
+    answers = rng.choice(decoded, 60_000)
+    headroom, memory = after([finished(part + 1.0) for part in np.split(answers, 60)])
+    margin_frac = headroom.hand_off_frac(memory)
+    itl_s = SLO.itl_s / (1.0 + margin_frac) * (1.0 + rng.random(answers.size) / answers)
+    assert np.mean(itl_s > SLO.itl_s) == pytest.approx(0.01, abs=0.002)
+
+
+def test_long_answers_and_colocated_fleets_need_no_hand_off_margin():
+    headroom, memory = after([finished(np.full(500, 200.0))] * 10)
+    assert headroom.hand_off_frac(memory) < OWN[1]
+    assert headroom.extra_frac(memory, OWN)[1] == 0.0
+    headroom, memory = after(
+        [finished(np.full(500, 5.0))] * 10, fleet=FleetSpec.parse("2C", PROFILE)
+    )
+    assert headroom.hand_off_frac(memory) == 0.0
+
+
+def test_single_late_prompts_are_no_reason_but_a_run_of_them_is():
+    late, fine = finished([200.0] * 40, ttft_s=0.7), finished([200.0] * 100)
+    headroom, memory = after([late])
+    assert headroom.extra_frac(memory, OWN)[0] == 0.0
+    headroom, memory = after([late, late, late])
+    first = headroom.extra_frac(memory, OWN)[0]
+    assert 0.0 < first < 0.5
+    calm = headroom.update(memory, fine, running_req=0.0, feasible=True)
+    assert headroom.extra_frac(calm, OWN)[0] < first
+
+
+def test_misses_that_no_margin_could_avoid_are_not_held_against_the_future():
+    missed = finished(np.full(500, 200.0), itl_s=0.1)
+    headroom, memory = after([missed] * 20, feasible=False)
+    assert headroom.extra_frac(memory, OWN)[1] == 0.0
+    headroom, memory = after([missed] * 20)
+    assert headroom.extra_frac(memory, OWN)[1] == 0.5
+    # As high as outcomes under way can have pushed it, no higher.
+    assert memory.tracked.raw_frac[1] == pytest.approx(0.5 + 0.004 * 101)
+
+
+def test_overload_is_paid_for_only_where_it_buys_attainment():
+    optimiser = TargetOptimiser(FLEET, SLO)
+    rng = np.random.default_rng(0)
+    lengths = length_moments(
+        np.clip(120 * np.exp(1.2 * rng.standard_normal(50_000)), 4, 3000),
+        np.clip(140 * np.exp(0.9 * rng.standard_normal(50_000)), 2, 1000),
+    )
+    halves = np.full(4, 0.5)
+    extra = [
+        optimiser.overload_frac(Load(arrival_req_s=rate, lengths=lengths), halves)
+        for rate in (60.0, 90.0, 120.0)
+    ]
+    assert extra[0] == 0.0  # the promise is kept without
+    assert 0.05 < extra[1] < 0.25  # some of the way
+    assert extra[2] == 0.4  # at the top anyway
