@@ -124,8 +124,8 @@ def prefill_least(rows, load_req_s, prompt_tok, prompt_sd_tok, ttft_s, idle_w, m
 # What clocks must be, one instance at a time
 
 
-def needed_mhz(one, n, kv_tok, queue_tok, wait_s, rate_tok_s, typical_tok, slo, margin_frac, delay_s,
-               burst_sd_frac):  # fmt: skip
+def needed_mhz(one, n, kv_tok, queue_tok, wait_s, rate_tok_s, typical_tok, slo, margin_frac,
+               delay_s, burst_sd_frac):  # fmt: skip
     ttft_s, itl_s = slo.ttft_s, slo.itl_s / (1.0 + margin_frac[1])
     unsure = 1.0 + margin_frac[0]
     burst_tok = burst_sd_frac * math.sqrt(rate_tok_s * typical_tok * ttft_s / 2.0)
