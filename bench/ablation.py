@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
-from voltana_ctrl.control import CascadeController, IterationGovernor, MpcController, Target
+from voltana_ctrl.control import CascadeController, MpcController, Target
 from voltana_ctrl.experiment import Run
 from voltana_ctrl.policies import Policy, PolicyParts, find_policy
 from voltana_ctrl.routing import PricedRouter
@@ -73,9 +73,7 @@ def policy(name, *, target=True, plan=True, governors=True, router=True):
         return PolicyParts(
             controller=controller,
             first=Decision.highest(fleet, floor_mhz=fleet.min_mhz if governors else None),
-            governors=[
-                IterationGovernor(one, slo, delay_s=setup.delay_s) for one in fleet.instances
-            ]
+            governors=find_policy("cascade").build(fleet, slo, setup).governors
             if governors
             else None,
             prefill_router=PricedRouter(fleet, slo, "prefill") if router else None,
@@ -111,6 +109,7 @@ def thinned(rate_of, peak_req_s, duration_s, seed):
         output_tok=load.output_tok[keep],
         cached_tok=load.cached_tok[keep],
         request_class=load.request_class[keep],
+        block_offset=load.block_offset[: np.count_nonzero(keep) + 1],  # there are no blocks
     )
 
 
@@ -118,7 +117,7 @@ def transients(duration_s, seed):
     """Loads that change, and a budget that does."""
     span_s = WARMUP_S + duration_s + 60.0
     cut = PowerBudget(
-        steps=((0.0, 5000.0), (WARMUP_S + 10.0, 526.0), (WARMUP_S + 0.5 * duration_s, 5000.0))
+        steps=((0.0, 5000.0), (WARMUP_S + duration_s / 6.0, 526.0), (WARMUP_S + 0.5 * duration_s, 5000.0))
     )
 
     def ramp(t_s):
