@@ -128,7 +128,8 @@ def test_calls_leave_nothing_behind(calls):
     blocks, pages = sys.getallocatedblocks(), resident_pages()
     run(calls)
     gc.collect()
-    assert sys.getallocatedblocks() - blocks < 200
+    # A block kept per call would be all of them; what else runs in this process keeps some.
+    assert sys.getallocatedblocks() - blocks < calls // 20
     # Memory that Python does not count, such as that of compiled code: under a megabyte.
     assert (resident_pages() - pages) * os.sysconf("SC_PAGE_SIZE") < 1e6
 
