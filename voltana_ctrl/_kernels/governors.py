@@ -28,7 +28,7 @@ GOVERNOR_SIGNATURE = F8(
 GOVERNOR = types.FunctionType(GOVERNOR_SIGNATURE)
 
 #: Length of a governor's memory.
-N_MEMORY = 8
+N_MEMORY = 10
 
 # EcoFreq's params
 ECO_PREFILL_SLO_S, ECO_DECODE_SLO_S, ECO_N_LADDER, ECO_LADDER = range(4)

@@ -8,7 +8,7 @@ import math
 
 from numba import njit, types
 
-from voltana_ctrl._kernels.cost import ROW, decode_s
+from voltana_ctrl._kernels.cost import ROW, decode_s, prefill_s
 from voltana_ctrl._kernels.governors import F8, GOVERNOR_SIGNATURE
 
 #: params
@@ -35,7 +35,9 @@ from voltana_ctrl._kernels.governors import F8, GOVERNOR_SIGNATURE
     ARRIVED_TOK,  # prompt tokens in that time
     SPREAD_TOK2,  # squared surprise in that time
     BEHIND_S,  # how far the request worst off is behind its latency target
-) = range(8)
+    LONG_TOK,  # prompt that takes more than one iteration; 0: none waits
+    AHEAD_TOK,  # tokens to prefill until it is done
+) = range(10)
 
 
 @njit(F8(ROW, F8, F8), cache=True)
@@ -46,6 +48,23 @@ def batch_s(row, tok, typical_tok):
         + row["prefill_tok_s"] * tok
         + row["prefill_tok2_s"] * tok * min(tok, typical_tok)
     )
+
+
+@njit(F8(F8, F8, F8, F8), cache=True)
+def squared_tok(waiting_tok, ahead_tok, long_tok, typical_tok):
+    """Squared context that is left to attend to: the coefficient of the quadratic time.
+
+    Of the prompts that wait, the first `ahead_tok` tokens end with one of `long_tok`, whose
+    last tokens cost most; the others have typical length.
+    """
+    ahead_tok = min(ahead_tok, waiting_tok)
+    total_tok2 = 0.0
+    if ahead_tok > 0.0:
+        own_tok = min(ahead_tok, long_tok)
+        total_tok2 = own_tok * (2.0 * long_tok - own_tok)
+    for tok in (max(0.0, ahead_tok - long_tok), waiting_tok - max(0.0, ahead_tok)):
+        total_tok2 += tok * min(tok, typical_tok)
+    return total_tok2
 
 
 @njit(F8(F8, F8, F8), cache=True)
@@ -60,8 +79,14 @@ def until_done_s(present_s, asked_s, delay_s):
 def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
     """Update the arrival estimate: rate, and its index of dispersion."""
     span_s = t_s - memory[CALLED_S]
+    arrived_tok = max(0.0, waiting_tok - memory[LEFT_TOK])
+    if memory[AHEAD_TOK] <= 0.0:
+        memory[LONG_TOK] = 0.0
+    if arrived_tok > max(batch_tok, memory[LONG_TOK]):
+        # One prompt, as far as can be seen.
+        memory[LONG_TOK] = arrived_tok
+        memory[AHEAD_TOK] = waiting_tok
     if memory[ASKED_K] > 0.0 and span_s > 0.0:
-        arrived_tok = max(0.0, waiting_tok - memory[LEFT_TOK])
         expected_tok = arrived_tok
         if memory[SPAN_S] > 0.0:
             expected_tok = span_s * memory[ARRIVED_TOK] / memory[SPAN_S]
@@ -80,6 +105,7 @@ def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
         memory[BEHIND_S] = 0.0
     memory[CALLED_S] = t_s
     memory[LEFT_TOK] = waiting_tok - batch_tok
+    memory[AHEAD_TOK] -= batch_tok
 
 
 @njit([GOVERNOR_SIGNATURE], cache=True)
@@ -100,7 +126,7 @@ def needed_clock(
     """Lowest clock between floor and ceiling at which this iteration keeps the targets.
 
     Decode: the iteration is within the ITL target. Prefill: the oldest prompt is done within
-    the TTFT target; and so is a prompt that arrives the moment this iteration starts, served
+    the TTFT target, and so is all that waits behind it; and so is a prompt that arrives the moment this iteration starts, served
     in the next one at the ceiling together with what is expected to arrive by then. Up to the
     thrifty clock the same must hold of the thrifty clock and of a burst: below it a clock
     saves next to nothing per token, above it every token costs more. Actuation delay counts.
@@ -124,6 +150,17 @@ def needed_clock(
         if rate_tok_s > 0.0:
             # Of a compound Poisson stream this is E[l^2] / E[l].
             typical_tok = spread_tok2_s / rate_tok_s
+    # Of a prompt longer than an iteration only a part is in this one, and the last parts take
+    # longest.
+    long_tok, ahead_tok = memory[LONG_TOK], memory[AHEAD_TOK] + batch_tok
+    left_tok2 = squared_tok(waiting_tok - batch_tok, ahead_tok - batch_tok, long_tok, typical_tok)
+    waiting_tok2 = squared_tok(waiting_tok, ahead_tok, long_tok, typical_tok)
+    head_tok = min(waiting_tok, max(batch_tok, typical_tok))
+    if ahead_tok <= long_tok:
+        head_tok = min(waiting_tok, max(head_tok, ahead_tok))
+    head_tok2 = waiting_tok2
+    head_tok2 -= squared_tok(waiting_tok - head_tok, ahead_tok - head_tok, long_tok, typical_tok)
+    batch_tok2 = waiting_tok2 - left_tok2
     thrifty = min(int(params[THRIFTY_K]), top)
     size_req = float(padded[int(running_req)])
     delay_s = params[DELAY_S]
@@ -138,22 +175,19 @@ def needed_clock(
             enough = step_s + behind_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
             done_s = step_s + until_done_s(
-                batch_s(present, batch_tok, typical_tok),
-                batch_s(row, batch_tok, typical_tok),
+                prefill_s(present, batch_tok, batch_tok2),
+                prefill_s(row, batch_tok, batch_tok2),
                 delay_s,
             )
-            # Of a prompt longer than an iteration only the first part is in this one.
-            head_tok = min(waiting_tok, max(batch_tok, typical_tok))
             head_s = step_s + until_done_s(
-                batch_s(present, head_tok, typical_tok),
-                batch_s(row, head_tok, typical_tok),
+                prefill_s(present, head_tok, head_tok2),
+                prefill_s(row, head_tok, head_tok2),
                 delay_s,
             )
             enough = oldest_wait_s + head_s <= params[TTFT_S]
             if enough and waiting_tok > batch_tok:
                 # What is behind this iteration may have waited as long.
-                behind = rows[max(k, thrifty)]
-                left_s = batch_s(behind, waiting_tok - batch_tok, typical_tok)
+                left_s = prefill_s(rows[max(k, thrifty)], waiting_tok - batch_tok, left_tok2)
                 enough = oldest_wait_s + done_s + left_s <= params[TTFT_S]
             mean_tok = waiting_tok - batch_tok + rate_tok_s * done_s
             sd_tok = math.sqrt(spread_tok2_s * done_s)

@@ -63,6 +63,9 @@ class CompiledGovernor:
         *,
         idle_call_s: float = np.inf,
     ) -> None:
+        # Loads Numba, which `import voltana_ctrl` must not.
+        from voltana_ctrl._kernels.governors import N_MEMORY
+
         known = np.isin(instance.clocks_mhz, profile.clocks_mhz)
         if not np.all(known):
             raise ConfigError(
@@ -77,7 +80,7 @@ class CompiledGovernor:
             profile.table[np.isin(profile.clocks_mhz, instance.clocks_mhz)]
         )
         self.padded = profile.padded_batch(instance.max_batch)
-        self.memory = np.zeros(8)
+        self.memory = np.zeros(N_MEMORY)
 
     def step(
         self,
