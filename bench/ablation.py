@@ -116,9 +116,8 @@ def thinned(rate_of, peak_req_s, duration_s, seed):
 def transients(duration_s, seed):
     """Loads that change, and a budget that does."""
     span_s = WARMUP_S + duration_s + 60.0
-    cut = PowerBudget(
-        steps=((0.0, 5000.0), (WARMUP_S + duration_s / 6.0, 526.0), (WARMUP_S + 0.5 * duration_s, 5000.0))
-    )
+    cut_s, lift_s = WARMUP_S + duration_s / 6.0, WARMUP_S + duration_s / 2.0
+    cut = PowerBudget(steps=((0.0, 5000.0), (cut_s, 526.0), (lift_s, 5000.0)))
 
     def ramp(t_s):
         return np.interp(t_s, [WARMUP_S, WARMUP_S + duration_s], [20.0, 80.0])

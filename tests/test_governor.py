@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from tests import naive_control
 from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
+from voltana_ctrl._kernels.needed import squared_tok
 from voltana_ctrl.control.governor import IterationGovernor
+from voltana_ctrl.physics import prefill_s
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 FLEET = FleetSpec.parse("1P1D", PROFILE)
@@ -98,6 +100,49 @@ def test_a_colocated_instance_makes_up_for_iterations_that_prompts_stretched():
     assert decode.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, t_s=0.0) == decode.step(
         150, 6e4, 0.0, 0.0, 210.0, 1410.0, t_s=0.4
     )
+
+
+@given(
+    before=st.integers(0, 50), behind=st.integers(0, 50), long_tok=st.integers(1, 200),
+    typical=st.integers(1, 60), done_frac=st.floats(0.0, 1.0),
+)  # fmt: skip
+def test_squared_context_against_the_sum_over_tokens(before, behind, long_tok, typical, done_frac):
+    done = int(done_frac * (before + long_tok + behind))
+    left, ahead = before + long_tok + behind - done, before + long_tok - done
+    own = sum(2 * at + 1 for at in range(min(long_tok, max(0, done - before)), long_tok))
+    others = [max(0, before - done), min(behind, left)]
+    expected = own + sum(tok * min(tok, typical) for tok in others)
+    assert squared_tok(left, ahead, long_tok, typical) == expected
+
+
+BIG = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3-70b-tp4")).instances[0]
+
+
+def serve(prompt_tok):
+    """Time and clocks of one prompt on an otherwise idle instance, part by part."""
+    governor = IterationGovernor(BIG, Slo(ttft_s=30.0, itl_s=0.1), delay_s=0.0)
+    done, t_s, clocks = 0.0, 0.0, []
+    while done < prompt_tok:
+        part = min(BIG.prefill_budget_tok, prompt_tok - done)
+        clocks.append(governor.step(0, 0, prompt_tok - done, t_s, 210.0, 1410.0, t_s=t_s))
+        row = BIG.table[np.searchsorted(BIG.clocks_mhz, clocks[-1])]
+        t_s += float(prefill_s(row, part, (done + part) ** 2 - done**2))
+        done += part
+    return t_s, np.array(clocks)
+
+
+@pytest.mark.parametrize("prompt_tok", [9_000, 30_000, 60_000, 75_000])
+def test_a_long_prompt_is_done_in_time_at_a_steady_clock(prompt_tok):
+    """The last parts of a long prompt take longest, which is known when it begins."""
+    took_s, clocks = serve(prompt_tok)
+    assert took_s <= 30.0
+    assert clocks.max() <= 1.1 * clocks[0]
+
+
+def test_a_prompt_that_no_clock_serves_in_time_takes_least_energy():
+    took_s, clocks = serve(150_000)
+    assert took_s > 30.0
+    assert (clocks == 1095.0).all()
 
 
 def test_settings_are_checked():

@@ -126,10 +126,11 @@ def needed_clock(
     """Lowest clock between floor and ceiling at which this iteration keeps the targets.
 
     Decode: the iteration is within the ITL target. Prefill: the oldest prompt is done within
-    the TTFT target, and so is all that waits behind it; and so is a prompt that arrives the moment this iteration starts, served
-    in the next one at the ceiling together with what is expected to arrive by then. Up to the
-    thrifty clock the same must hold of the thrifty clock and of a burst: below it a clock
-    saves next to nothing per token, above it every token costs more. Actuation delay counts.
+    the TTFT target, and so is all that waits behind it; and so is a prompt that arrives the
+    moment this iteration starts, served in the next one at the ceiling together with what is
+    expected to arrive by then. Up to the thrifty clock the same must hold of the thrifty clock
+    and of a burst: below it a clock saves next to nothing per token, above it every token costs
+    more. Actuation delay counts.
     """
     _watch(params, memory, t_s, running_req, waiting_tok, batch_tok)
     behind_s = max(0.0, memory[BEHIND_S]) / params[REPAY_TOK]
@@ -163,8 +164,14 @@ def needed_clock(
     batch_tok2 = waiting_tok2 - left_tok2
     thrifty = min(int(params[THRIFTY_K]), top)
     size_req = float(padded[int(running_req)])
+    # One that no clock serves in time is served at least energy per token.
+    doomed = False
+    if 0.0 < ahead_tok <= long_tok:
+        doomed = prefill_s(rows[top], long_tok, long_tok * long_tok) > params[TTFT_S]
     delay_s = params[DELAY_S]
     while k < top:
+        if doomed and k >= thrifty:
+            break
         row = rows[k]
         enough = True
         step_s = 0.0
@@ -198,13 +205,15 @@ def needed_clock(
                 )
                 enough = done_s + next_s <= params[TTFT_S]
             if enough and k < thrifty:
-                tok = mean_tok + params[RESERVE_SD] * sd_tok
+                # Nearly free, so it is kept for all that arrives until the head is done.
+                tok = waiting_tok - head_tok + rate_tok_s * head_s
+                tok += params[RESERVE_SD] * math.sqrt(spread_tok2_s * head_s)
                 next_s = until_done_s(
                     batch_s(row, tok, typical_tok),
                     batch_s(rows[thrifty], tok, typical_tok),
                     delay_s,
                 )
-                enough = done_s + next_s <= params[TTFT_S]
+                enough = head_s + next_s <= params[TTFT_S]
         if enough:
             break
         k += 1
