@@ -69,7 +69,8 @@ class Run:
     --------
     >>> from voltana_ctrl import load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    >>> run = Run(policy="static-max", fleet=fleet, slo=DEFAULT_SLO, workload="sharegpt",
+    >>> slo = Slo(ttft_s=0.6, itl_s=0.06)
+    >>> run = Run(policy="static-max", fleet=fleet, slo=slo, workload="sharegpt",
     ...           rate_req_s=4.0, duration_s=20.0, warmup_s=2.0)
     >>> figures = run.simulate()
     >>> figures["requests_completed"] == figures["requests_arrived"]

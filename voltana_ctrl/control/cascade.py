@@ -228,8 +228,9 @@ class CascadeController(Controller):
             regime=self._regime.update(observation, memory.regime),
         )
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
-        # Until a target period has been watched there is no rate to plan for.
-        if memory.load.span_s < self.target_period_s or not due or not memory.load.arrived_req:
+        # Until a target period has been watched, and work has come, there is nothing to plan for.
+        seen = memory.load.arrived_req > 0.0 or bool(state.running_req.any())
+        if memory.load.span_s < self.target_period_s or not due or not seen:
             return memory
         load, pace_frac = self._load.load(memory.load), memory.slower_frac + 1.0
         # What waits longer than was promised has to be served besides what arrives.
