@@ -140,7 +140,7 @@ def test_a_long_prompt_is_done_in_time_at_a_steady_clock(prompt_tok):
 
 
 def test_a_prompt_that_no_clock_serves_in_time_takes_least_energy():
-    took_s, clocks = serve(150_000)
+    took_s, clocks = serve(120_000)
     assert took_s > 30.0
     assert (clocks == 1095.0).all()
 

@@ -164,14 +164,16 @@ def needed_clock(
     batch_tok2 = waiting_tok2 - left_tok2
     thrifty = min(int(params[THRIFTY_K]), top)
     size_req = float(padded[int(running_req)])
-    # One that no clock serves in time is served at least energy per token.
+    # One that no clock serves in time any more is served at least energy per token, unless what
+    # arrives behind it needs more.
     doomed = False
     if 0.0 < ahead_tok <= long_tok:
-        doomed = prefill_s(rows[top], long_tok, long_tok * long_tok) > params[TTFT_S]
+        rest_s = prefill_s(rows[top], head_tok, head_tok2)
+        doomed = oldest_wait_s + rest_s > params[TTFT_S]
+    if doomed:
+        k = max(k, thrifty)
     delay_s = params[DELAY_S]
     while k < top:
-        if doomed and k >= thrifty:
-            break
         row = rows[k]
         enough = True
         step_s = 0.0
@@ -191,8 +193,8 @@ def needed_clock(
                 prefill_s(row, head_tok, head_tok2),
                 delay_s,
             )
-            enough = oldest_wait_s + head_s <= params[TTFT_S]
-            if enough and waiting_tok > batch_tok:
+            enough = doomed or oldest_wait_s + head_s <= params[TTFT_S]
+            if enough and not doomed and waiting_tok > batch_tok:
                 # What is behind this iteration may have waited as long.
                 left_s = prefill_s(rows[max(k, thrifty)], waiting_tok - batch_tok, left_tok2)
                 enough = oldest_wait_s + done_s + left_s <= params[TTFT_S]
