@@ -39,6 +39,9 @@ from voltana_ctrl._kernels.governors import F8, GOVERNOR_SIGNATURE
     AHEAD_TOK,  # tokens to prefill until it is done
 ) = range(10)
 
+#: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
+_SURELY_ONE = 4.0
+
 
 @njit(F8(ROW, F8, F8), cache=True)
 def batch_s(row, tok, typical_tok):
@@ -165,9 +168,9 @@ def needed_clock(
     thrifty = min(int(params[THRIFTY_K]), top)
     size_req = float(padded[int(running_req)])
     # One that no clock serves in time any more is served at least energy per token, unless what
-    # arrives behind it needs more.
+    # arrives behind it needs more. Fewer parts may be a burst of short prompts, some in time.
     doomed = False
-    if 0.0 < ahead_tok <= long_tok:
+    if 0.0 < ahead_tok <= long_tok and long_tok > _SURELY_ONE * batch_tok:
         rest_s = prefill_s(rows[top], head_tok, head_tok2)
         doomed = oldest_wait_s + rest_s > params[TTFT_S]
     if doomed:
