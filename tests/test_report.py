@@ -585,3 +585,19 @@ def test_readme_shows_a_figure_and_names_its_command(root):
     (command,) = re.findall(rf"^    voltana-ctrl (compare .*--plot {shown} .*)$", text, re.M)
     names = command.split("--figures ")[1].split(",")
     check_plot(shown, names)
+
+
+def test_the_table_says_how_well_the_profile_is_known_and_where_nobody_keeps_the_slo():
+    from rich.console import Console
+
+    from voltana_ctrl import compare
+    from voltana_ctrl.report import print_table
+
+    result = compare(
+        rates_req_s=[5.0, 400.0], duration_s=10.0, warmup_s=2.0, policies=["static-max", "bound"]
+    )
+    console = Console(width=100)
+    with console.capture() as captured:
+        print_table(result.to_study(), console)
+    assert "a100-sxm-80gb/llama-3.1-8b (scaled)" in captured.get()
+    assert "No policy keeps the SLO at 400 req/s:" in captured.get()

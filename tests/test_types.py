@@ -39,7 +39,15 @@ def test_slo_refuses_an_attainment_that_is_no_fraction(attainment):
         Slo(ttft_s=1.0, itl_s=1.0, attainment=attainment)
 
 
-@given(ttft_s=st.floats(1e-3, 1e3), itl_s=st.floats(1e-3, 1e3), share=st.floats(0.01, 0.999))
+def test_slo_in_milliseconds_is_refused():
+    """Taken as seconds it would let the clocks fall to the floor."""
+    with pytest.raises(ConfigError, match=r"itl_s: expected seconds.*say 0\.06"):
+        Slo.parse("ttft=600,itl=60")
+    with pytest.raises(ConfigError, match=r"ttft_s: expected seconds.*say 0\.8"):
+        Slo(ttft_s=800.0, itl_s=0.06)
+
+
+@given(ttft_s=st.floats(1e-3, 600.0), itl_s=st.floats(1e-3, 5.0), share=st.floats(0.01, 0.999))
 def test_slo_text_round_trip(ttft_s, itl_s, share):
     slo = Slo(ttft_s=ttft_s, itl_s=itl_s, attainment=share)
     assert Slo.parse(f"ttft={ttft_s!r}, itl={itl_s!r},attainment={share!r}") == slo

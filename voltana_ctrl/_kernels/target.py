@@ -4,7 +4,7 @@ import math
 
 from numba import njit, types
 
-from voltana_ctrl._kernels.cost import ROW, decode_s
+from voltana_ctrl._kernels.cost import ROW, decode_s, prefill_s
 
 F8, I8 = types.float64, types.int64
 
@@ -215,7 +215,7 @@ def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2
     )  # fmt: skip
     late = 0.0
     for tok in typical:
-        left_s = ttft_s - row["prefill_base_s"] - row["prefill_tok_s"] * tok
+        left_s = ttft_s - prefill_s(row, tok, tok * tok)
         if left_s > 0.0 and wait_s > 0.0:
             late += rho * math.exp(-rho * left_s / wait_s)
         elif left_s <= 0.0:

@@ -39,8 +39,8 @@ def print_table(study: Study, console: Console) -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=0,
-        title="  ".join(study.comparison[key] for key in ("fleet", "profile", "workload"))
-        + "  (simulated)",
+        title=f"{study.comparison['fleet']}  {_profile(study)}  {study.comparison['workload']}"
+        "  (simulated)",
         caption=(
             f"SLO: TTFT {slo['ttft_s']:g} s, ITL {slo['itl_s']:g} s, each met by"
             f" {slo['attainment']:.1%} of requests; * misses it."
@@ -73,6 +73,27 @@ def print_table(study: Study, console: Console) -> None:
                 end_section=policy == ran[-1],
             )
     console.print(table)
+    lost = [rate for rate in study.loads if not _kept(study, rate)]
+    if lost:
+        loads = ", ".join("this load" if rate is None else f"{rate:.4g} req/s" for rate in lost)
+        console.print(
+            f"No policy keeps the SLO at {loads}: more instances, a lower load or another SLO"
+            " would be needed. Without a policy that does there is no gap to close."
+        )
+
+
+def _profile(study: Study) -> str:
+    """Its name, and how well it is known."""
+    status = ", ".join(dict.fromkeys(profile.status for profile in study.profiles))
+    return study.comparison["profile"] + (f" ({status})" if status else "")
+
+
+def _kept(study: Study, rate_req_s: float | None) -> bool:
+    """Whether a policy that was run keeps the SLO; the bound is none."""
+    verdicts = [
+        study.meets_slo(policy, rate_req_s) for policy in study.policies if policy != "bound"
+    ]
+    return True in verdicts or set(verdicts) <= {None}
 
 
 def _over(study: Study, policy: str, rate_req_s: float | None) -> str:

@@ -38,16 +38,17 @@ class Slo:
     Parameters
     ----------
     ttft_s : float
-        Time to first token that counts as met.
+        Time to first token that counts as met; at most 600.
     itl_s : float
-        Mean inter-token latency of a request that counts as met.
+        Mean inter-token latency of a request that counts as met; at most 5.
     attainment : float
         Fraction of requests that must meet each.
 
     Raises
     ------
     ConfigError
-        If a value is not positive or the attainment not between 0 and 1.
+        If a value is not positive, or so large that it must be milliseconds, or the attainment
+        not between 0 and 1.
 
     Examples
     --------
@@ -64,6 +65,12 @@ class Slo:
     def __post_init__(self) -> None:
         positive("Slo.ttft_s", self.ttft_s)
         positive("Slo.itl_s", self.itl_s)
+        for name, value_s, most_s in (("ttft", self.ttft_s, 600.0), ("itl", self.itl_s, 5.0)):
+            if value_s > most_s:
+                raise ConfigError(
+                    f"Slo.{name}_s: expected seconds, at most {most_s:g}, got {value_s:g}; if that"
+                    f" is milliseconds, say {value_s / 1e3:g}"
+                )
         fraction("Slo.attainment", self.attainment)
 
     @classmethod
