@@ -29,6 +29,7 @@ class MockEngine:
         self.seen = []  # (path, headers, body)
         self.answered = self.cancelled = self.streaming = 0
         self.fail = []  # what the next requests meet, see `_trouble`
+        self.cached_tok = None  # told as found in the prefix cache
         self.port = 0
         self._lock = threading.Lock()
 
@@ -164,6 +165,15 @@ class MockEngine:
                     return False
                 if trouble == "die after two tokens" and k == 2:
                     return False
+                if trouble == "die in an event" and k == 2:
+                    self._chunk(writer, event[:20])
+                    await writer.drain()
+                    return False
+                if trouble == "error after two tokens" and k == 2:
+                    # As vLLM says when its engine dies behind its server.
+                    self._chunk(writer, b'data: {"error": {"message": "died", "code": 500}}\n\n')
+                    self._chunk(writer, b"data: [DONE]\n\n")
+                    break
                 if k and not await self._wait(left, self.gap_s):
                     self.cancelled += 1
                     return False
@@ -199,7 +209,7 @@ class MockEngine:
             "created": 1,
             "model": "mock",
             "choices": [choice],
-            "usage": {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n},
+            "usage": self.usage(n),
         }
         if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
             made["kv_transfer_params"] = {
@@ -211,6 +221,12 @@ class MockEngine:
                 "remote_port": 5600,
             }
         return made
+
+    def usage(self, n):
+        usage = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n}
+        if self.cached_tok is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tok}
+        return usage
 
     def events(self, path, body, headers, n):
         base = {
@@ -227,8 +243,7 @@ class MockEngine:
             reason = "length" if k == n - 1 else None
             yield _event({**base, "choices": [{"index": 0, **token, "finish_reason": reason}]})
         if (body.get("stream_options") or {}).get("include_usage"):
-            usage = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n}
-            yield _event({**base, "choices": [], "usage": usage})
+            yield _event({**base, "choices": [], "usage": self.usage(n)})
         yield b"data: [DONE]\n\n"
 
 

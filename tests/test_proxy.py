@@ -13,9 +13,10 @@ import pytest
 from mock_engine import MockEngine, endpoints_of, fleet_of, serving
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations import Endpoint
+from voltana_ctrl.integrations import Endpoint, PolicyRouters, Traffic
 from voltana_ctrl.integrations.proxy import Proxy, ProxyLimits
 from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
+from voltana_ctrl.types import Slo
 
 JSQ = "static-max+least-queue/jsq"
 BODY = {"model": "mock", "prompt": [1, 2, 3], "max_tokens": 4}
@@ -282,11 +283,14 @@ def test_each_attempt_has_an_id_of_its_own():
     assert ids == ["r1", "r1-1"]
 
 
+@pytest.mark.parametrize("trouble", ["die after two tokens", "die in an event"])
 @pytest.mark.parametrize(("shape", "broken"), [("2C", 0), ("1P2D", 1)])
-def test_after_the_first_token_a_request_is_never_sent_again(shape, broken):
+def test_after_the_first_token_a_request_is_never_sent_again(shape, broken, trouble):
     with router(shape, policy="static-max") as (client, engines, _):
-        engines[broken].fail = ["die after two tokens"]
+        engines[broken].fail = [trouble]
         got = client.post("/v1/completions", json=STREAM)
+        # Whole events alone, and the error is one of them.
+        assert got.content.count(b"\n\n") == got.content.count(b"data: ") == 3
         assert text_of(got.content) == " 0 1"
         last = got.content.decode().strip().splitlines()[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == 502
@@ -296,6 +300,25 @@ def test_after_the_first_token_a_request_is_never_sent_again(shape, broken):
         page = client.get("/metrics").text
         assert "voltana_router_broken_streams_total 1.0" in page
         assert "voltana_router_retries_total 0.0" in page
+
+
+@pytest.mark.parametrize(("shape", "broken"), [("2C", 0), ("1P2D", 1)])
+def test_an_engine_that_tells_of_its_death_in_the_stream_has_broken_it(shape, broken):
+    traffic = Traffic(len(fleet_of(shape)))
+    with router(shape, policy="static-max", traffic=traffic) as (client, engines, proxy):
+        engines[broken].fail = ["error after two tokens"]
+        got = client.post("/v1/completions", json=STREAM, headers={"x-request-id": "r1"})
+        # As the engine said it, and not asked of another.
+        assert text_of(got.content) == " 0 1"
+        assert got.content.count(b'"error"') == 1
+        assert got.content.endswith(b"data: [DONE]\n\n")
+        assert len([engine for engine in engines[broken:] if engine.seen]) == 1
+        page = client.get("/metrics").text
+        assert "voltana_router_broken_streams_total 1.0" in page
+        assert "voltana_router_retries_total 0.0" in page
+        # Two tokens were made and are paid for; it did not end well.
+        assert proxy.energy.find("r1").output_tok == 2
+        assert len(traffic.read()[2]) == 0
 
 
 def test_attempts_are_bounded_and_the_engines_last_word_is_passed_on():
@@ -347,6 +370,36 @@ def test_engines_killed_one_after_the_other_lose_no_request_that_had_not_begun()
         # Broken off after their first token, told so, and never begun anew.
         assert all(" 0 1 2 3".startswith(text) and text for _, text, _ in begun)
         assert all(status == 200 for status, _, _ in begun)
+
+
+def test_streams_are_held_to_the_objectives_by_class_of_prompt_length():
+    engines = [MockEngine("e", tokens=5)]
+    routers = PolicyRouters(fleet_of("1C"), "static-max", Slo(ttft_s=0.2, itl_s=0.05))
+
+    def told(client):
+        lines = [one for one in client.get("/metrics").text.splitlines() if "router_streams" in one]
+        pairs = [one.removeprefix("voltana_router_streams_").rpartition(" ") for one in lines]
+        return {name: float(value) for name, mark, value in pairs if mark and "TYPE" not in name}
+
+    with router("1C", engines=engines, routers=routers) as (client, _, _):
+        client.post("/v1/completions", json=BODY)
+        assert told(client) == {}
+        asks = [(0.0, 0.0, 10), (0.4, 0.0, 10), (0.0, 0.15, 10), (0.0, 0.0, 100)]
+        for engines[0].first_s, engines[0].gap_s, prompt_tok in asks:
+            client.post("/v1/completions", json={**STREAM, "prompt": [7] * prompt_tok})
+        engines[0].first_s = engines[0].gap_s = 0.0
+        engines[0].fail = ["error after two tokens"]
+        client.post("/v1/completions", json=STREAM)
+        assert told(client) == {
+            'total{request_class="0-63"}': 3.0,
+            'total{request_class="64-255"}': 1.0,
+            'met_total{objective="both",request_class="0-63"}': 1.0,
+            'met_total{objective="both",request_class="64-255"}': 1.0,
+            'met_total{objective="itl",request_class="0-63"}': 2.0,
+            'met_total{objective="itl",request_class="64-255"}': 1.0,
+            'met_total{objective="ttft",request_class="0-63"}': 2.0,
+            'met_total{objective="ttft",request_class="64-255"}': 1.0,
+        }
 
 
 # Time, patience, back-pressure

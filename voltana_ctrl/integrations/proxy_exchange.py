@@ -8,10 +8,11 @@ import logging
 import math
 import re
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from voltana_ctrl.estimate import RequestClasses
 from voltana_ctrl.integrations._proxy_asgi import (
     RETRY_AFTER,
     ClientGone,
@@ -25,8 +26,9 @@ from voltana_ctrl.integrations._proxy_asgi import (
     respond,
 )
 from voltana_ctrl.integrations.proxy_body import BadBody, PromptLengths, parse_body, usage_of
+from voltana_ctrl.integrations.proxy_dialects import tells_failure
 from voltana_ctrl.integrations.proxy_energy import EnergyBook, RequestEnergy
-from voltana_ctrl.integrations.proxy_ledger import InFlight
+from voltana_ctrl.integrations.proxy_ledger import Flight, InFlight
 from voltana_ctrl.integrations.proxy_policy import PolicyRouters
 from voltana_ctrl.integrations.proxy_upstream import Answer, Call, Upstream, UpstreamFailed
 from voltana_ctrl.types import Request
@@ -70,6 +72,10 @@ class Services:
         Guesses the lengths of prompts.
     seen : dict of str to float
         Events, for the metrics.
+    judged : Counter
+        Streams that ended well, by objective that they met (``any``: all of them) and class.
+    classes : RequestClasses
+        Of prompt lengths.
 
     Examples
     --------
@@ -88,6 +94,25 @@ class Services:
     total_s: float
     lengths: PromptLengths = field(default_factory=PromptLengths)
     seen: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    judged: Counter[tuple[str, str]] = field(default_factory=Counter)
+    classes: RequestClasses = field(default_factory=RequestClasses)
+
+    def judge(self, flight: Flight) -> None:
+        """Hold a stream that ended well to the objectives; only of streams both are seen.
+
+        Parameters
+        ----------
+        flight : Flight
+            With its times and lengths.
+        """
+        slo = self.routers.slo
+        further_tok = flight.output_tok - 1
+        itl_s = (flight.last_s - flight.first_s) / further_tok if further_tok > 0 else 0.0
+        met = {"ttft": flight.first_s - flight.begin_s <= slo.ttft_s, "itl": itl_s <= slo.itl_s}
+        kind = int(self.classes.of(request_class=[0], prompt_tok=[flight.prompt_tok])[0])
+        name = self.classes.names[kind]
+        for objective, is_met in {"any": True, **met, "both": all(met.values())}.items():
+            self.judged[objective, name] += is_met
 
 
 class Exchange:
@@ -264,12 +289,12 @@ class Exchange:
         try:
             async with asyncio.timeout_at(deadline_s):
                 async for chunk in _chain(answer):
-                    counts.token(flight, _events(chunk))
                     tail = (tail + chunk)[-_TAIL_BYTES:]
-                    passed = chunk
-                    if wants_energy:
-                        passed, held = self._with_energy(held + chunk)
+                    passed, held = _whole_events(held + chunk)
                     if passed:
+                        counts.token(flight, _count_events(passed))
+                        if wants_energy:
+                            passed = self._with_energy(passed)
                         message = {"type": "http.response.body", "body": passed, "more_body": True}
                         await send(message)
             is_whole = True
@@ -279,25 +304,28 @@ class Exchange:
             self._services.seen["broken_streams"] += 1
             if failed.down:
                 counts.failed(answer.instance)
-            held += b"data: " + error_json(502, "server_error", str(failed)) + b"\n\n"
+            # Half an event would spoil the error.
+            held = b"data: " + error_json(502, "server_error", str(failed)) + b"\n\n"
         except TimeoutError:
-            held += b"data: " + error_json(504, "server_error", "it took too long") + b"\n\n"
+            held = b"data: " + error_json(504, "server_error", "it took too long") + b"\n\n"
+        has_failed = tells_failure(tail)
+        if has_failed:
+            _LOG.warning("request %s: the engine failed in the stream", flight.id)
+            self._services.seen["broken_streams"] += 1
+            is_whole = False
         if not self._has_ended:
-            if b"[DONE]" in tail:
-                flight.output_tok = max(1, flight.output_tok - 1)
+            # Neither is a token.
+            ends = (b"[DONE]" in tail) + has_failed
+            flight.output_tok = max(1, flight.output_tok - ends)
             self._end(usage_of(tail, stream=True) if is_whole else None)
         await send({"type": "http.response.body", "body": held})
         return is_whole
 
-    def _with_energy(self, content: bytes) -> tuple[bytes, bytes]:
-        """Whole events, the energy added to the last usage, and what is left over."""
-        end = max(content.rfind(b"\n\n") + 2, content.rfind(b"\r\n\r\n") + 4)
-        if end < 4:
-            return b"", content
-        whole, left = content[:end], content[end:]
-        if b'"usage"' not in whole:
-            return whole, left
-        lines = whole.split(b"\n")
+    def _with_energy(self, events: bytes) -> bytes:
+        """Events with the energy added to the last usage."""
+        if b'"usage"' not in events:
+            return events
+        lines = events.split(b"\n")
         for k, line in enumerate(lines):
             told = _last_usage(line)
             if told is not None:
@@ -306,7 +334,7 @@ class Exchange:
                     told["usage"]["energy"] = self._energy.usage()
                     ending = b"\r" if line.endswith(b"\r") else b""
                     lines[k] = b"data: " + json.dumps(told).encode() + ending
-        return b"\n".join(lines), left
+        return b"\n".join(lines)
 
     def _end(self, usage: dict[str, int] | None = None) -> None:
         """Take it off the books, once."""
@@ -323,12 +351,17 @@ class Exchange:
         )
         services.counts.end(flight)
         if flight.output_tok:
-            self._energy = services.energy.charge(flight, cached_tok=told.get("cached_tokens", 0))
+            cached_tok = flight.cached_tok
+            if cached_tok is None:
+                cached_tok = told.get("cached_tokens", 0)
+            self._energy = services.energy.charge(flight, cached_tok=cached_tok)
             services.seen["output_tokens"] += flight.output_tok
             if not math.isnan(flight.first_s):
                 services.seen["ttft_seconds"] += flight.first_s - flight.begin_s
         if usage is not None and flight.output_tok:
             services.counts.ended_well(flight)
+            if self._body.get("stream"):
+                services.judge(flight)
 
 
 async def _chain(answer: Answer) -> Any:
@@ -337,9 +370,15 @@ async def _chain(answer: Answer) -> Any:
         yield chunk
 
 
-def _events(chunk: bytes) -> int:
-    """Events that end in a chunk: text in JSON holds no bare line ends."""
-    return chunk.count(b"\n\n") or chunk.count(b"\r\n\r\n")
+def _whole_events(content: bytes) -> tuple[bytes, bytes]:
+    """Whole events, and the beginning of the next."""
+    end = max(content.rfind(b"\n\n") + 2, content.rfind(b"\r\n\r\n") + 4)
+    return (b"", content) if end < 4 else (content[:end], content[end:])
+
+
+def _count_events(content: bytes) -> int:
+    """Number of whole events: text in JSON holds no bare line ends."""
+    return content.count(b"\n\n") or content.count(b"\r\n\r\n")
 
 
 def _last_usage(line: bytes) -> dict[str, Any] | None:
