@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +237,8 @@ class Advice:
         Told a line every `every_s`.
     every_s : float
         Time between two lines.
+    unread : collection of str
+        Ids of instances whose clock nobody reads; the line says that it is assumed.
 
     Raises
     ------
@@ -250,9 +252,15 @@ class Advice:
     """
 
     def __init__(
-        self, fleet: FleetSpec, say: Callable[[str], None], *, every_s: float = 5.0
+        self,
+        fleet: FleetSpec,
+        say: Callable[[str], None],
+        *,
+        every_s: float = 5.0,
+        unread: Collection[str] = (),
     ) -> None:
         positive("Advice.every_s", every_s)
+        self._unread = frozenset(unread)
         self._fleet, self._say, self._every_s = fleet, say, every_s
         self._tables = FleetTables.of(fleet)
         self._sums = _Sums(since_s=-np.inf)
@@ -272,17 +280,19 @@ class Advice:
             return
         now_w, then_w = sums.now_w / sums.ticks, sums.then_w / sums.ticks
         moves = ", ".join(
-            f"{one.id} {seen:.0f} -> {asked:.0f} MHz"
+            f"{one.id} {seen:.0f}{' (assumed)' if one.id in self._unread else ''}"
+            f" -> {asked:.0f} MHz"
             for one, seen, asked, alive in zip(
                 self._fleet.instances, state.freq_mhz, record.applied.freq_mhz, state.alive,
                 strict=True,
             )
             if alive
         )  # fmt: skip
+        guess = " and the assumed clocks" if "(assumed)" in moves else ""
         share = 0.0 if now_w <= 0.0 else 1.0 - then_w / now_w
         self._say(
             f"advice: {moves or 'no instance answers'}; expected {now_w:.0f} W -> {then_w:.0f} W"
-            f" ({100.0 * share:+.1f} % saved, by the profile)"
+            f" ({100.0 * share:+.1f} % saved, by the profile{guess})"
         )
         self._sums = _Sums(since_s=state.t_s)
 

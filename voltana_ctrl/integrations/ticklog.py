@@ -12,6 +12,7 @@ import queue
 import re
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ class TickLog:
         What attainment is judged by, for the header.
     mode : str, optional
         Mode of the agent, for the header.
+    unread : sequence of str
+        Ids of instances whose GPUs nobody reads, for the header: their clock is assumed, and
+        their power and energy are 0.
     max_bytes : int
         A file that would grow beyond is put aside.
     keep : int
@@ -95,6 +99,7 @@ class TickLog:
         *,
         slo: Slo | None = None,
         mode: str | None = None,
+        unread: Sequence[str] = (),
         max_bytes: int = 64 * 2**20,
         keep: int = 32,
         parquet: bool = False,
@@ -107,7 +112,7 @@ class TickLog:
         self.dropped = 0
         self.failure: str | None = None
         self._path = Path(path)
-        told = {"slo": None if slo is None else asdict(slo), "mode": mode}
+        told = {"slo": None if slo is None else asdict(slo), "mode": mode, "unread": list(unread)}
         self._header = _line(log_header(fleet, **told))
         self._max_bytes, self._keep, self._parquet = max_bytes, keep, parquet
         self._file: BinaryIO | None = None

@@ -1,0 +1,109 @@
+"""What an agent tells people, its log and its metrics: what was read and set, and no more."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_gpus import fleet
+from fake_pages import Pages
+
+pytest.importorskip("prometheus_client", reason="needs the server extra")
+
+from voltana_ctrl import Decision, FleetState, IterationBatch, Observation, TickRecord, cli
+from voltana_ctrl.integrations import Exporter
+from voltana_ctrl.integrations.nodecontrol import Advice
+
+PAGE = """vllm:num_requests_running{engine="0"} 4.0
+vllm:num_requests_waiting{engine="0"} 0.0
+vllm:kv_cache_usage_perc{engine="0"} 0.01
+"""
+
+
+def record(t_s=0.0, **changes):
+    """A tick in which decode-0 made 8 tokens."""
+    state = replace(FleetState.idle(2, t_s=t_s, freq_mhz=1410.0), energy_j=np.full(2, 300.0 * t_s))
+    one = np.ones(1)
+    made = IterationBatch(
+        instance=np.ones(1, np.int64), t_s=t_s * one, wall_s=0.02 * one, freq_mhz=1410.0 * one,
+        batch_req=8.0 * one, prefill_tok=0.0 * one, kv_tok=4000.0 * one, energy_j=0.0 * one,
+    )  # fmt: skip
+    wish = Decision.highest(fleet(), floor_mhz=[705.0, 705.0])
+    seen = Observation(state=state, iterations=made)
+    return TickRecord(number=0, observation=seen, proposed=wish, applied=wish, **changes)
+
+
+def working(tick):
+    """The same with 8 requests that generate."""
+    state = replace(
+        tick.observation.state,
+        running_req=np.array([0.0, 8.0]),
+        kv_used_tok=np.array([0.0, 4000.0]),
+    )
+    return replace(tick, observation=replace(tick.observation, state=state))
+
+
+def samples(exporter):
+    lines = exporter.page().decode().splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+
+
+@pytest.fixture
+def agent(tmp_path, monkeypatch, capsys):
+    """Run `voltana-ctrl agent` on engines without GPUs; gives what it said and its log."""
+    log = tmp_path / "ticks.jsonl"
+
+    def run(url, *arguments):
+        text = "".join(
+            f'[[instance]]\nid = "{role}-0"\nrole = "{role}"\n'
+            'profile = "a100-sxm-80gb/llama-3.1-8b"\n'
+            f'engine = {{ kind = "vllm", url = "{url}" }}\n'
+            for role in ("prefill", "decode")
+        )
+        (tmp_path / "fleet.toml").write_text(text)
+        given = ["--fleet", tmp_path / "fleet.toml", "--log", log, "--duration", 1, *arguments]
+        monkeypatch.setattr(sys, "argv", ["voltana-ctrl", "agent", *map(str, given)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 0, said
+        return said, [json.loads(line) for line in log.read_text().splitlines()]
+
+    return run
+
+
+def test_instances_without_gpus_are_named_at_the_start_and_in_the_log(agent):
+    with Pages(metrics=PAGE) as pages:
+        said, (header, *_) = agent(pages.url)
+    warned = [line for line in said.splitlines() if "warning" in line]
+    assert len(warned) == 1
+    assert "no GPUs named for prefill-0, decode-0: clock assumed" in warned[0]
+    assert "power unknown" in warned[0]
+    assert header["unread"] == ["prefill-0", "decode-0"]
+
+
+def test_what_is_not_read_is_not_exported():
+    told = []
+    for unread in ((), ("decode-0",)):
+        exporter = Exporter(fleet(), unread=unread)
+        exporter.on_tick(record(0.0))
+        exporter.on_tick(record(1.0))
+        told.append(shown := samples(exporter))
+    assert told[0]["voltana_ctrl_energy_per_output_token_joules"] == f"{600.0 / 16.0}"
+    for name in ("sm_clock_hertz", "power_watts", "energy_joules_total"):
+        there = [key for key in shown if key.startswith(f"voltana_ctrl_{name}")]
+        assert len(there) == 1
+        assert "prefill-0" in there[0]
+    assert shown["voltana_ctrl_energy_per_output_token_joules"] == "NaN"
+
+
+@pytest.mark.parametrize("unread", [(), ("decode-0",)])
+def test_advice_marks_clocks_that_are_assumed(unread):
+    said = []
+    advice = Advice(fleet(), said.append, every_s=1e-9, unread=unread)
+    for t_s in (0.0, 1.0):
+        advice.on_tick(working(record(t_s)))
+    assert "prefill-0 1410 -> 705 MHz" in said[-1]
+    assert ("decode-0 1410 (assumed) -> 705 MHz" in said[-1]) == bool(unread)
+    assert ("and the assumed clocks" in said[-1]) == bool(unread)
