@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,9 +12,20 @@ from fake_pages import Pages
 
 pytest.importorskip("prometheus_client", reason="needs the server extra")
 
-from voltana_ctrl import Decision, FleetState, IterationBatch, Observation, TickRecord, cli
-from voltana_ctrl.integrations import Exporter
-from voltana_ctrl.integrations.nodecontrol import Advice
+from voltana_ctrl import (
+    ControlLoop,
+    Decision,
+    FleetState,
+    IterationBatch,
+    Observation,
+    Slo,
+    TickRecord,
+    cli,
+)
+from voltana_ctrl.backends import ReplayBackend
+from voltana_ctrl.backends.logfile import log_lines
+from voltana_ctrl.integrations import Exporter, TickLog, write_parquet
+from voltana_ctrl.integrations.nodecontrol import Advice, node_policy
 
 PAGE = """vllm:num_requests_running{engine="0"} 4.0
 vllm:num_requests_waiting{engine="0"} 0.0
@@ -96,6 +108,51 @@ def test_what_is_not_read_is_not_exported():
         assert len(there) == 1
         assert "prefill-0" in there[0]
     assert shown["voltana_ctrl_energy_per_output_token_joules"] == "NaN"
+
+
+def test_what_is_not_set_is_advised_and_not_applied(agent, tmp_path):
+    with Pages(metrics=PAGE) as pages:
+        _, (_, *ticks) = agent(pages.url, "--mode", "advise", "--policy", "static-705")
+    assert len(ticks) > 3
+    for tick in ticks:
+        assert tick["applied"] is None
+        assert tick["advised"]["freq_mhz"] == [705.0, 705.0]
+    replay = ReplayBackend(tmp_path / "ticks.jsonl")
+    policy = node_policy(replay.spec, Slo(ttft_s=0.6, itl_s=0.06), "static-705")
+    with ControlLoop(replay, policy) as loop:
+        for _ in range(len(replay)):
+            loop.tick()
+    assert replay.mismatches == ()
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is None, reason="needs pyarrow")
+def test_parquet_knows_advised_from_applied(tmp_path):
+    path = tmp_path / "ticks.jsonl"
+    with TickLog(path, fleet()) as log:
+        log.on_tick(record(in_force=False))
+        log.on_tick(record())
+    write_parquet(path, tmp_path / "ticks.parquet")
+    for file in (path, tmp_path / "ticks.parquet"):
+        _, advised, applied = (values for _, values in log_lines(file))
+        assert advised["applied"] is None
+        assert advised["advised"]["freq_mhz"] == [705.0, 705.0]
+        assert applied.get("advised") is None
+        assert applied["applied"]["freq_mhz"] == [705.0, 705.0]
+        assert len(ReplayBackend(file)) == 2
+
+
+def test_metrics_know_advised_from_applied():
+    exporter = Exporter(fleet())
+    floor = 'sm_clock_floor_hertz{instance="decode-0",role="decode"}'
+    for in_force in (False, True, False):
+        exporter.on_tick(record(in_force=in_force))
+        shown = samples(exporter)
+        assert (f"voltana_ctrl_{floor}" in shown) == in_force
+        assert (f"voltana_ctrl_advised_{floor}" in shown) != in_force
+    assert shown[f"voltana_ctrl_advised_{floor}"] == "7.05e+08"
+    watching = Exporter(fleet(), decides=False)
+    watching.on_tick(record(in_force=False))
+    assert not any("sm_clock_floor" in name for name in samples(watching))
 
 
 @pytest.mark.parametrize("unread", [(), ("decode-0",)])

@@ -35,6 +35,7 @@ from voltana_ctrl.types import (
 
 __all__ = [
     "PARQUET_KEY",
+    "log_applied",
     "log_decision",
     "log_fleet",
     "log_header",
@@ -101,6 +102,8 @@ def log_header(fleet: FleetSpec, **more: Any) -> dict[str, Any]:
 def log_tick(record: TickRecord) -> dict[str, Any]:
     """One tick as plain values of JSON.
 
+    A decision that nobody carried out is not `applied`, which is null, but `advised`.
+
     Parameters
     ----------
     record : TickRecord
@@ -116,7 +119,9 @@ def log_tick(record: TickRecord) -> dict[str, Any]:
     >>> log_tick(record)["applied"]["freq_mhz"]
     [1410.0, 1410.0]
     """
-    return {field.name: plain(getattr(record, field.name)) for field in fields(record)}
+    values = {field.name: plain(getattr(record, field.name)) for field in fields(record)}
+    in_force = values.pop("in_force")
+    return values if in_force else {**values, "applied": None, "advised": values["applied"]}
 
 
 def log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -243,6 +248,31 @@ def log_observation(values: Mapping[str, Any]) -> Observation:
         iterations=IterationBatch(**values["iterations"]),
         finished=RequestBatch(**values["finished"]),
     )
+
+
+def log_applied(values: Mapping[str, Any]) -> Decision:
+    """Decision of a tick: the one that was applied, or advised where nothing is set.
+
+    Parameters
+    ----------
+    values : mapping
+        The tick, as :func:`log_lines` gives it.
+
+    Raises
+    ------
+    ConfigError, ShapeError, KeyError, TypeError
+        If it holds none.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> told = {"applied": None, "advised": plain(Decision.highest(fleet))}
+    >>> log_applied(told).freq_mhz
+    array([1410., 1410.])
+    """
+    applied = values["applied"]
+    return log_decision(values["advised"] if applied is None else applied)
 
 
 def log_decision(values: Mapping[str, Any]) -> Decision:

@@ -344,7 +344,9 @@ def _run(
         ending.callback(ticks.close)
         observers.append(ticks)
     if metrics is not None:
-        exporter = Exporter(backend.spec, slo=slo, unread=settings.unread)
+        exporter = Exporter(
+            backend.spec, slo=slo, unread=settings.unread, decides=settings.mode != "observe"
+        )
         host, port = _address("metrics", metrics)
         _say(f"metrics on {host}:{exporter.serve(port, host)}")
         ending.callback(exporter.close)

@@ -32,6 +32,7 @@ _KINDS = (
 )  # fmt: skip
 _MOST_NOTES = 32
 # Gauges per instance: name, what it is, field of the state or the applied decision, factor.
+# What is decided and not carried out has names of its own, with "advised_" before.
 _STATE = (
     ("power_watts", "Power drawn.", "power_w", 1.0),
     ("sm_clock_hertz", "SM clock as read.", "freq_mhz", _HZ_PER_MHZ),
@@ -73,6 +74,8 @@ class Exporter:
     unread : collection of str
         Ids of instances whose GPUs nobody reads. There is no series of their clock, power and
         energy, and no energy per token while one of them is up.
+    decides : bool
+        False where nobody decides anything: there are no series of decisions per instance.
 
     Raises
     ------
@@ -105,6 +108,7 @@ class Exporter:
         classes: RequestClasses | None = None,
         window_s: float = 60.0,
         unread: Collection[str] = (),
+        decides: bool = True,
     ) -> None:
         try:
             import prometheus_client
@@ -125,6 +129,7 @@ class Exporter:
         self._before: FleetState | None = None
         self._server: Any = None
         self._labels = [(one.id, one.role.value) for one in fleet.instances]
+        self._decides = decides
         self._unread = np.array([name in unread for name in fleet.ids])
         self._notes: dict[str, Any] = {}
         self._make()
@@ -134,8 +139,11 @@ class Exporter:
         gauge, counter = self._gauge, self._counter
         self._state = [(field, factor, gauge(name, text, by_instance))
                        for name, text, field, factor in _STATE]  # fmt: skip
-        self._applied = [(field, factor, gauge(name, text, by_instance))
-                         for name, text, field, factor in _APPLIED]  # fmt: skip
+        self._applied = {
+            in_force: [(field, factor, gauge(prefix + name, text, by_instance))
+                       for name, text, field, factor in _APPLIED]
+            for in_force, prefix in ((True, ""), (False, "advised_"))
+        }  # fmt: skip
         self._energy = counter("energy_joules", "Energy drawn.", by_instance)
         self._per_tok = gauge("energy_per_output_token_joules", "Energy per output token.")
         self._output = counter("output_tokens", "Tokens generated.", ("request_class",))
@@ -185,8 +193,8 @@ class Exporter:
         for field, factor, gauge in self._state:
             hidden = self._unread if field in _OF_GPUS else None
             _set(gauge, self._labels, getattr(state, field), factor, hidden)
-        for field, factor, gauge in self._applied:
-            _set(gauge, self._labels, getattr(record.applied, field), factor)
+        if self._decides:
+            self._take_decision(record)
         grown_j = np.zeros(len(state))
         if before is not None and before.t_s <= state.t_s:
             grown_j = np.maximum(0.0, state.energy_j - before.energy_j)
@@ -196,6 +204,12 @@ class Exporter:
                 self._energy.labels(*labels).inc(float(energy_j))
         self._take_requests(record, grown_j)
         self._take_control(record)
+
+    def _take_decision(self, record: TickRecord) -> None:
+        for _, _, gauge in self._applied[not record.in_force]:
+            gauge.clear()
+        for field, factor, gauge in self._applied[record.in_force]:
+            _set(gauge, self._labels, getattr(record.applied, field), factor)
 
     def _take_requests(self, record: TickRecord, grown_j: F64) -> None:
         finished, t_s = record.observation.finished, record.observation.state.t_s

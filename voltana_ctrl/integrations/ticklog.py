@@ -297,9 +297,9 @@ def _schema(arrow: Any) -> Any:
         applied=decision,
         interventions=("",),
     )
-    return arrow.schema(
-        [(field.name, _type(arrow, getattr(record, field.name))) for field in fields(record)]
-    )
+    columns = {field.name: _type(arrow, getattr(record, field.name)) for field in fields(record)}
+    del columns["in_force"]  # told by which of both is there
+    return arrow.schema({**columns, "advised": columns["applied"]}.items())
 
 
 def _type(arrow: Any, value: Any) -> Any:
