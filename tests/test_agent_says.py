@@ -1,6 +1,7 @@
 """What an agent tells people, its log and its metrics: what was read and set, and no more."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from voltana_ctrl import (
 from voltana_ctrl.backends import ReplayBackend
 from voltana_ctrl.backends.logfile import log_lines
 from voltana_ctrl.integrations import Exporter, TickLog, write_parquet
+from voltana_ctrl.integrations.endpoints import load_endpoints
 from voltana_ctrl.integrations.nodecontrol import Advice, node_policy
 
 PAGE = """vllm:num_requests_running{engine="0"} 4.0
@@ -83,6 +85,17 @@ def agent(tmp_path, monkeypatch, capsys):
         return said, [json.loads(line) for line in log.read_text().splitlines()]
 
     return run
+
+
+def test_the_fleet_file_of_the_documentation_is_a_fleet_with_gpus(root, tmp_path):
+    page = (root / "docs" / "agent.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "fleet.toml"
+    path.write_text(shown)
+    spec, endpoints = load_endpoints(path)
+    assert spec.ids == ("prefill-0", "decode-0")
+    assert all(one.gpus and one.fpm for one in endpoints)
+    assert {one.node for one in spec.instances} == {"node0", "node1"}
 
 
 def test_instances_without_gpus_are_named_at_the_start_and_in_the_log(agent):
