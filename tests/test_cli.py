@@ -5,9 +5,11 @@ import sys
 from unittest.mock import patch
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import voltana_ctrl
-from voltana_ctrl.cli import main
+from voltana_ctrl.cli import app, main
 
 TIMING = ("sim_wall_s", "decide_p50_s", "decide_p99_s")
 SHORT = ["--duration", "10", "--warmup", "2", "--rate", "10"]
@@ -158,6 +160,22 @@ def test_help_names_the_commands(environment):
         shown = run(*arguments, **environment)
         assert shown.returncode in (0, 2)
         assert "compare" in shown.stdout + shown.stderr
+
+
+def test_help_shows_every_bracket():
+    """Rich takes [words] for markup, and leaves them out, unless they are escaped."""
+    commands = typer.main.get_command(app).commands
+    assert len(commands) > 5
+    bracketed = 0
+    for name, one in commands.items():
+        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+        words = " ".join(shown.replace("│", " ").split())
+        assert "[]" not in words
+        for option in one.params:
+            if "[" in (getattr(option, "help", None) or ""):
+                bracketed += 1
+                assert option.help in words, name
+    assert bracketed > 10
 
 
 def test_the_version_is_that_of_the_package(environment):
