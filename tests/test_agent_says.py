@@ -177,3 +177,41 @@ def test_advice_marks_clocks_that_are_assumed(unread):
     assert "prefill-0 1410 -> 705 MHz" in said[-1]
     assert ("decode-0 1410 (assumed) -> 705 MHz" in said[-1]) == bool(unread)
     assert ("and the assumed clocks" in said[-1]) == bool(unread)
+
+
+def test_advice_without_load_says_so_and_expects_nothing():
+    said = []
+    advice = Advice(fleet(), said.append, every_s=0.5)
+    for t_s, tick in enumerate([record(0.0), record(1.0), working(record(2.0)), record(3.0)]):
+        advice.on_tick(replace(tick, observation=at(tick.observation, float(t_s))))
+    assert ["no load seen yet" in line for line in said] == [True, False, False]
+    assert ["% saved" in line for line in said] == [False, True, False]
+    assert said[-1].endswith("no load now")
+
+
+def at(observation, t_s):
+    return replace(observation, state=replace(observation.state, t_s=t_s))
+
+
+def test_advice_names_who_does_not_answer_and_why():
+    said = []
+    why = {"decode-0": "http://10.0.0.2:8000/metrics: connection refused"}
+    advice = Advice(fleet(), said.append, every_s=0.5, problems=lambda: why)
+    for t_s, alive in ((0.0, [1, 0]), (1.0, [1, 0]), (2.0, [0, 0])):
+        tick = working(record(t_s))
+        state = replace(tick.observation.state, alive=np.array(alive, bool))
+        advice.on_tick(replace(tick, observation=replace(tick.observation, state=state)))
+    gone = f"decode-0 does not answer ({why['decode-0']})"
+    assert "prefill-0 1410 -> 705 MHz" in said[0]
+    assert all(gone in line for line in said)
+    assert said[-1] == f"advice: prefill-0 does not answer (nothing heard of it); {gone}"
+
+
+def test_agent_tells_the_address_and_the_error_of_an_engine_that_is_down(agent, monkeypatch):
+    monkeypatch.setattr(Advice.__init__, "__kwdefaults__", {**Advice.__init__.__kwdefaults__,
+                                                            "every_s": 0.4})  # fmt: skip
+    said, _ = agent("http://127.0.0.1:9", "--mode", "advise", "--policy", "static-705")
+    line = [line for line in said.splitlines() if "advice:" in line][-1]
+    assert "prefill-0 does not answer (http://127.0.0.1:9" in line
+    assert "refused" in line or "connect" in line.lower()
+    assert " W" not in line

@@ -182,7 +182,11 @@ class Agent:
                 power_budget=settings.power_budget,
                 in_force=lambda: backend.acts,
             )
-        advice = (Advice(fleet, say, unread=settings.unread),) if settings.mode == "advise" else ()
+        advice = []
+        if settings.mode == "advise":
+            # A backend that reads engines itself knows why one does not answer.
+            problems = getattr(backend, "problems", dict)
+            advice = [Advice(fleet, say, unread=settings.unread, problems=problems)]
         ceiling_mhz = settings.ceiling_mhz
         self._backend = backend
         self._kill: KillSwitch | None = None
