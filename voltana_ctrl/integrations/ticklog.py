@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import queue
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from voltana_ctrl.backends.logfile import PARQUET_KEY, log_header, log_lines, log_tick
+from voltana_ctrl.backends.logfile import PARQUET_KEY, log_header, log_lines, log_tick, put_aside
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.ports import Observer
 from voltana_ctrl.types import (
@@ -202,16 +201,10 @@ class TickLog:
         with suppress(OSError):  # what a full disk would not take is refused once more
             self._shut()
 
-    def _aside(self) -> list[Path]:
-        """Files put aside, oldest first."""
-        form = re.compile(re.escape(self._path.stem) + r"-(\d{6,})\.(jsonl|parquet)")
-        found = [one for one in self._path.parent.iterdir() if form.fullmatch(one.name)]
-        return sorted(found, key=lambda one: int(one.stem.rpartition("-")[2]))
-
     def _put_aside(self) -> None:
         if not self._path.exists():
             return
-        aside = self._aside()
+        aside = put_aside(self._path)
         number = int(aside[-1].stem.rpartition("-")[2]) + 1 if aside else 1
         target = self._path.with_name(f"{self._path.stem}-{number:06d}.jsonl")
         self._path.rename(target)
@@ -222,7 +215,7 @@ class TickLog:
                 self.failure = f"{error}; kept as it is"
             else:
                 target.unlink()
-        for old in self._aside()[: -self._keep]:
+        for old in put_aside(self._path)[: -self._keep]:
             old.unlink()
 
 
