@@ -1,13 +1,19 @@
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from unittest.mock import patch
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import voltana_ctrl
-from voltana_ctrl.cli import main
+from voltana_ctrl import BackendError
+from voltana_ctrl.backends.nvml import Nvml
+from voltana_ctrl.cli import app, main
 
 TIMING = ("sim_wall_s", "decide_p50_s", "decide_p99_s")
 SHORT = ["--duration", "10", "--warmup", "2", "--rate", "10"]
@@ -105,7 +111,9 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["fit", "none.csv", "--like", "a100"], "profile: expected one of"),
         (["agent"], "--setter"),
         (["agent", "--setter"], "--gpu"),
-        (["profile", "http://127.0.0.1:9"], "expected either gpus"),
+        (["profile", "http://127.0.0.1:9"], "profile: expected either --gpu, whose clock"),
+        (["profile", "http://127.0.0.1:9", "--no-clock", "--dry-run"], "or --freq-mhz"),
+        (["profile", "http://127.0.0.1:9", "--freq-mhz", "9", "--steady", "0"], "--steady: exp"),
         (["nothing"], "nothing"),
     ],
 )
@@ -153,11 +161,51 @@ def test_doctor_says_in_one_line_what_the_machine_can_do(environment):
     assert json.loads(done.stdout)["schema"] == "voltana-ctrl/doctor/1"
 
 
+def test_a_dry_run_plans_without_a_driver(tmp_path, environment):
+    with suppress(BackendError), Nvml():
+        pytest.skip("a driver answers here")
+    given = ["profile", "http://127.0.0.1:9", "--dry-run"]
+    done = run(*given, "--gpu", "GPU-1", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "no NVIDIA driver here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout.startswith("161 points to measure")
+    assert len(re.findall(r"^\d+ MHz: ", done.stdout, re.MULTILINE)) == 7
+    done = run(*given, "--no-clock", "--freq-mhz", "1410", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "22 points" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_limits_of_profiling_are_told_by_options_there_are(root):
+    page = (root / "docs" / "profiling.md").read_text(encoding="utf-8")
+    commands = typer.main.get_command(app).commands
+    there = {name for of in ("profile", "fit") for one in commands[of].params for name in one.opts}
+    named = set(re.findall(r"`[^`\n]*?(--[\w-]+)", page))
+    assert {"--max-c", "--cool-c", "--max-ttft", "--max-itl", "--no-clock"} <= named <= there
+
+
 def test_help_names_the_commands(environment):
     for arguments in (["--help"], []):
         shown = run(*arguments, **environment)
         assert shown.returncode in (0, 2)
         assert "compare" in shown.stdout + shown.stderr
+
+
+def test_help_shows_every_bracket():
+    """Rich takes [words] for markup, and leaves them out, unless they are escaped."""
+    commands = typer.main.get_command(app).commands
+    assert len(commands) > 5
+    bracketed = 0
+    for name, one in commands.items():
+        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+        words = " ".join(shown.replace("│", " ").split())
+        assert "[]" not in words
+        for option in one.params:
+            if "[" in (getattr(option, "help", None) or ""):
+                bracketed += 1
+                assert option.help in words, name
+    assert bracketed > 10
 
 
 def test_the_version_is_that_of_the_package(environment):

@@ -211,7 +211,9 @@ def test_bad_window_is_refused():
 
 def test_dashboard_asks_only_for_what_is_exported(ran):
     exporter, _ = ran
-    page = exporter.page().decode()
+    watching = Exporter(fleet())
+    watching.on_tick(record(in_force=False))
+    page = exporter.page().decode() + watching.page().decode()
     exported = set(re.findall(r"^(voltana_ctrl_\w+?)(?:\{| )", page, re.MULTILINE))
     text = files("voltana_ctrl.integrations").joinpath("dashboard.json").read_text("utf-8")
     dashboard = json.loads(text)

@@ -209,6 +209,31 @@ def test_parts_and_parquet_say_the_same(log, tmp_path):
     assert savings_of_log(tmp_path / "c.parquet") == whole
 
 
+def test_a_log_is_found_by_its_name_or_its_folder(log, tmp_path):
+    path = tmp_path / "ticks.jsonl"
+    header, *lines = log.read_text().splitlines(keepends=True)
+    third = len(lines) // 3
+    parts = (lines[:third], lines[third : 2 * third], lines[2 * third :])
+    names = ("ticks-000009.jsonl", "ticks-000010.jsonl", "ticks.jsonl")
+    for name, part in zip(names, parts, strict=True):
+        (tmp_path / name).write_text(header + "".join(part))
+    whole = savings_of_log(log)
+    for logs in (path, tmp_path, [tmp_path / name for name in names]):
+        assert savings_of_log(logs) == whole
+    path.rename(tmp_path / "ticks-000011.jsonl")  # as an agent that writes Parquet leaves it
+    assert savings_of_log(path) == whole
+    assert savings_of_log(tmp_path) == whole
+    (tmp_path / "other.jsonl").write_text(header)
+    with pytest.raises(ConfigError, match=r"one log, got other\.jsonl, ticks\.jsonl"):
+        savings_of_log(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match="got none"):
+        savings_of_log(empty)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        savings_of_log(empty / "no-such" / "ticks.jsonl")
+
+
 def test_energy_of_some_instances(log):
     decode = savings_of_log(log, instances=["decode-0"])
     whole = savings_of_log(log)

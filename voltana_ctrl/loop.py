@@ -141,6 +141,8 @@ class ControlLoop:
         applied = self.guard.shield(proposed, observation, self._applied)
         said = self.guard.changes(proposed, applied)
         self.backend.apply(applied)
+        # A backend that may only watch says so, by its own `acts` where it has one.
+        in_force = bool(getattr(self.backend, "acts", True))
         if self.router is not None:
             self.router.update(applied)
         # Only now, so that a tick that failed half-way can be repeated.
@@ -153,6 +155,7 @@ class ControlLoop:
             observation=observation,
             proposed=proposed,
             applied=applied,
+            in_force=in_force,
             interventions=said,
             decide_s=decide_s,
             tick_s=time.perf_counter() - begin_s,

@@ -7,6 +7,7 @@ come back to the last bit; or the same as Parquet, a row per tick.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -35,16 +36,21 @@ from voltana_ctrl.types import (
 
 __all__ = [
     "PARQUET_KEY",
+    "log_applied",
     "log_decision",
+    "log_files",
     "log_fleet",
     "log_header",
     "log_lines",
     "log_observation",
     "log_tick",
     "plain",
+    "put_aside",
 ]
 
 _SCHEMA = "voltana-ctrl/log/1"
+# Between the stem of a log and the suffix of a file that was put aside.
+_ASIDE = r"-\d{6,}"
 #: Key of the header in the metadata of a Parquet file.
 PARQUET_KEY = b"voltana-ctrl"
 
@@ -101,6 +107,8 @@ def log_header(fleet: FleetSpec, **more: Any) -> dict[str, Any]:
 def log_tick(record: TickRecord) -> dict[str, Any]:
     """One tick as plain values of JSON.
 
+    A decision that nobody carried out is not `applied`, which is null, but `advised`.
+
     Parameters
     ----------
     record : TickRecord
@@ -116,7 +124,9 @@ def log_tick(record: TickRecord) -> dict[str, Any]:
     >>> log_tick(record)["applied"]["freq_mhz"]
     [1410.0, 1410.0]
     """
-    return {field.name: plain(getattr(record, field.name)) for field in fields(record)}
+    values = {field.name: plain(getattr(record, field.name)) for field in fields(record)}
+    in_force = values.pop("in_force")
+    return values if in_force else {**values, "applied": None, "advised": values["applied"]}
 
 
 def log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -153,6 +163,68 @@ def log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ConfigError(
             f"log {path}: line {number + 1}: not of a log of ticks: {error}"
         ) from error
+
+
+def log_files(path: Path) -> list[Path]:
+    """Files of a log in the order in which they were written, those put aside among them.
+
+    Parameters
+    ----------
+    path : Path
+        The log's name, such as ``ticks.jsonl``, or the folder of one log. A file that was put
+        aside stands for itself.
+
+    Raises
+    ------
+    ConfigError
+        If a folder holds no log, or several, or cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("ticks.jsonl", "ticks-000002.jsonl", "ticks-000001.parquet"):
+    ...         Path(folder, name).touch()
+    ...     [one.name for one in log_files(Path(folder))]
+    ['ticks-000001.parquet', 'ticks-000002.jsonl', 'ticks.jsonl']
+    """
+    path = Path(path)
+    try:
+        if not path.is_dir():
+            return [*put_aside(path), path] if path.exists() else put_aside(path) or [path]
+        logs = [one for one in path.iterdir() if one.suffix in (".jsonl", ".parquet")]
+    except OSError as error:
+        raise ConfigError(f"log {path}: cannot be read: {error.strerror or error}") from error
+    names = sorted({re.sub(rf"{_ASIDE}$", "", one.stem) for one in logs})
+    if len(names) != 1:
+        raise ConfigError(
+            f"log {path}: expected a folder with one log, got"
+            f" {', '.join(f'{name}.jsonl' for name in names) or 'none'}; name the log"
+        )
+    return log_files(path / f"{names[0]}.jsonl")
+
+
+def put_aside(path: Path) -> list[Path]:
+    """Files that a log put aside when they were full, oldest first.
+
+    Parameters
+    ----------
+    path : Path
+        The log's name.
+
+    Raises
+    ------
+    OSError
+        If its folder cannot be read.
+
+    Examples
+    --------
+    >>> put_aside(Path("no-such.jsonl"))
+    []
+    """
+    form = re.compile(re.escape(path.stem) + _ASIDE + r"\.(jsonl|parquet)")
+    found = [one for one in path.parent.iterdir() if form.fullmatch(one.name)]
+    return sorted(found, key=lambda one: int(one.stem.rpartition("-")[2]))
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -243,6 +315,31 @@ def log_observation(values: Mapping[str, Any]) -> Observation:
         iterations=IterationBatch(**values["iterations"]),
         finished=RequestBatch(**values["finished"]),
     )
+
+
+def log_applied(values: Mapping[str, Any]) -> Decision:
+    """Decision of a tick: the one that was applied, or advised where nothing is set.
+
+    Parameters
+    ----------
+    values : mapping
+        The tick, as :func:`log_lines` gives it.
+
+    Raises
+    ------
+    ConfigError, ShapeError, KeyError, TypeError
+        If it holds none.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> told = {"applied": None, "advised": plain(Decision.highest(fleet))}
+    >>> log_applied(told).freq_mhz
+    array([1410., 1410.])
+    """
+    applied = values["applied"]
+    return log_decision(values["advised"] if applied is None else applied)
 
 
 def log_decision(values: Mapping[str, Any]) -> Decision:

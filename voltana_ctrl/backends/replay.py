@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from voltana_ctrl.backends.logfile import (
-    log_decision,
+    log_applied,
     log_fleet,
     log_header,
     log_lines,
@@ -264,9 +264,7 @@ def _parse(path: Path) -> tuple[FleetSpec, list[tuple[Observation, Decision]]]:
             if fleet is None:
                 fleet = log_fleet(values)
             else:
-                ticks.append(
-                    (log_observation(values["observation"]), log_decision(values["applied"]))
-                )
+                ticks.append((log_observation(values["observation"]), log_applied(values)))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"log {path}: line {number}: not of a log of ticks: {error}"

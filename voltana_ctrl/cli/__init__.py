@@ -5,13 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import voltana_ctrl
 from voltana_ctrl.cli import _agent, _compare, _identify, _lists, _node, _router, _savings
 from voltana_ctrl.errors import VoltanaError
+
+
+class _Command(TyperCommand):
+    """A command whose help shows square brackets as they are written, not as Rich's markup."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rich.markup import escape
+
+        for option in self.params:
+            text = getattr(option, "help", None)
+            if text:
+                option.help = escape(text)  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
 
 app = typer.Typer(
     add_completion=False,
@@ -30,7 +45,7 @@ for _command in (
     _lists.policies,
     _lists.profiles,
 ):
-    app.command()(_command)
+    app.command(cls=_Command)(_command)
 
 
 @app.callback(invoke_without_command=True)

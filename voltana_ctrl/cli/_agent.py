@@ -138,6 +138,7 @@ def agent(
             seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
             power_budget=budget,
             ceiling_mhz=_ceilings(spec, limits_w),
+            unread=_unread(spec, own),
         )
         if serve is not None:
             backend: Switchable = _serve(
@@ -208,6 +209,18 @@ def _canary(canary: str | None, own: Sequence[Endpoint]) -> dict[str, tuple[str,
     if not names:
         raise ConfigError("canary: expected at least one instance, got none")
     return {name: known[name] for name in names}
+
+
+def _unread(fleet: FleetSpec, own: Sequence[Endpoint]) -> tuple[str, ...]:
+    """Instances whose GPUs are not read here; says so of those that are looked after here."""
+    dark = [endpoint.instance for endpoint in own if not endpoint.gpus]
+    if dark:
+        _say(
+            f"warning: no GPUs named for {', '.join(dark)}: clock assumed to be the highest, power"
+            " unknown; give engine.gpus in the fleet file"
+        )
+    read = {endpoint.instance for endpoint in own if endpoint.gpus}
+    return tuple(name for name in fleet.ids if name not in read)
 
 
 def _ceilings(fleet: FleetSpec, limits_w: Mapping[str, float]) -> Any:
@@ -326,11 +339,14 @@ def _run(
     ending.enter_context(end_on_sigterm())
     observers: list[Any] = []
     if log is not None:
-        ticks = TickLog(log, backend.spec, slo=slo, mode=settings.mode, parquet=parquet)
+        ticks = TickLog(log, backend.spec, slo=slo, mode=settings.mode, unread=settings.unread,
+                        parquet=parquet)  # fmt: skip
         ending.callback(ticks.close)
         observers.append(ticks)
     if metrics is not None:
-        exporter = Exporter(backend.spec, slo=slo)
+        exporter = Exporter(
+            backend.spec, slo=slo, unread=settings.unread, decides=settings.mode != "observe"
+        )
         host, port = _address("metrics", metrics)
         _say(f"metrics on {host}:{exporter.serve(port, host)}")
         ending.callback(exporter.close)

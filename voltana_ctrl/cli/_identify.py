@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from voltana_ctrl.cli._options import check_outputs, ladder_mhz, number, pairs, progress, whole
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.errors import BackendError, ConfigError
+
+#: Options of profile whose names differ from those of :class:`Engine` and :class:`Sweep`.
+_FLAGS = {
+    "gpus": "gpu",
+    "prefill_gpus": "prefill-gpu",
+    "decode_gpus": "decode-gpu",
+    "freq_mhz": "freq-mhz",
+    "clocks_mhz": "clocks",
+    "batches_req": "batches",
+    "contexts_tok": "contexts",
+    "prompts_tok": "prompts",
+    "prefill_batches_req": "prefill-batches",
+    "caps_w": "caps",
+    "mem_clocks_mhz": "mem-clocks",
+    "output_tok": "output-tok",
+    "steady_s": "steady",
+    "pause_s": "pause",
+    "cool_c": "cool-c",
+    "temperature_limit_c": "max-c",
+    "ttft_limit_s": "max-ttft",
+    "itl_limit_s": "max-itl",
+}
 
 
 def fit(
@@ -116,7 +141,6 @@ def profile(
     from rich.console import Console
 
     from voltana_ctrl.backends.lease import end_on_sigterm
-    from voltana_ctrl.backends.nvml import Nvml
     from voltana_ctrl.integrations import (
         Engine,
         Sweep,
@@ -126,41 +150,41 @@ def profile(
     )
 
     check_outputs({"out": out})
-    engine = Engine(
-        url=url,
-        gpus=tuple(gpu or ()),
-        prefill_url=prefill_url,
-        decode_url=decode_url,
-        prefill_gpus=tuple(prefill_gpu or ()),
-        decode_gpus=tuple(decode_gpu or ()),
-        model=model,
-        words=words,
-        api_key=os.environ.get("OPENAI_API_KEY"),
-        freq_mhz=freq_mhz,
-    )
-    chosen = whole("clocks", clocks)
-    if no_clock and chosen:
-        raise ConfigError("profile: --no-clock sets nothing; leave --clocks out")
-    if not (no_clock or chosen or freq_mhz is not None):
-        with Nvml() as nvml:
-            chosen = spread_clocks(nvml.gpu(engine.of("decode")[1][0]).clocks_mhz)
-    sweep = Sweep(
-        clocks_mhz=chosen,
-        batches_req=whole("batches", batches),
-        contexts_tok=whole("contexts", contexts),
-        prompts_tok=whole("prompts", prompts),
-        prefill_batches_req=whole("prefill-batches", prefill_batches),
-        idle=freq_mhz is None,
-        caps_w=whole("caps", caps),
-        mem_clocks_mhz=whole("mem-clocks", mem_clocks),
-        output_tok=output_tok,
-        steady_s=steady,
-        pause_s=pause,
-        cool_c=cool_c,
-        temperature_limit_c=max_c,
-        ttft_limit_s=max_ttft,
-        itl_limit_s=max_itl,
-    )
+    with _named_by_flags():
+        engine = Engine(
+            url=url,
+            gpus=tuple(gpu or ()),
+            prefill_url=prefill_url,
+            decode_url=decode_url,
+            prefill_gpus=tuple(prefill_gpu or ()),
+            decode_gpus=tuple(decode_gpu or ()),
+            model=model,
+            words=words,
+            api_key=os.environ.get("OPENAI_API_KEY"),
+            freq_mhz=freq_mhz,
+        )
+        chosen = whole("clocks", clocks)
+        if no_clock and chosen:
+            raise ConfigError("profile: --no-clock sets nothing; leave --clocks out")
+        if not (no_clock or chosen or freq_mhz is not None):
+            chosen = spread_clocks(_ladder(engine.of("decode")[1][0], dry_run))
+        sweep = Sweep(
+            clocks_mhz=chosen,
+            batches_req=whole("batches", batches),
+            contexts_tok=whole("contexts", contexts),
+            prompts_tok=whole("prompts", prompts),
+            prefill_batches_req=whole("prefill-batches", prefill_batches),
+            idle=freq_mhz is None,
+            caps_w=whole("caps", caps),
+            mem_clocks_mhz=whole("mem-clocks", mem_clocks),
+            output_tok=output_tok,
+            steady_s=steady,
+            pause_s=pause,
+            cool_c=cool_c,
+            temperature_limit_c=max_c,
+            ttft_limit_s=max_ttft,
+            itl_limit_s=max_itl,
+        )
     if dry_run:
         typer.echo(plan_profile(sweep, out).text())
         return
@@ -179,3 +203,33 @@ def profile(
             on_progress=lambda done, total, _what: on_progress(done, total),
         )
     typer.echo(run.text())
+
+
+@contextmanager
+def _named_by_flags() -> Iterator[None]:
+    """What is refused is told by the names of the options."""
+    try:
+        yield
+    except ConfigError as error:
+        told = re.sub(r"\b(?:Engine|Sweep):", "profile:", str(error))
+        for name, flag in _FLAGS.items():
+            told = re.sub(rf"\b(?:(?:Engine|Sweep)\.)?{name}\b", f"--{flag}", told)
+        raise ConfigError(told) from error
+
+
+def _ladder(uuid: str, dry_run: bool) -> Sequence[int]:
+    """Clocks of a GPU; a plan made where there is no driver takes those of an A100."""
+    from voltana_ctrl.backends.nvml import Nvml
+
+    try:
+        with Nvml() as nvml:
+            return nvml.gpu(uuid).clocks_mhz
+    except BackendError:
+        if not dry_run:
+            raise
+    typer.echo(
+        "no NVIDIA driver here, so that the GPU's clocks are not known: planned with those of an"
+        " A100; give --clocks, or plan where the engine runs",
+        err=True,
+    )
+    return range(210, 1411, 15)

@@ -11,7 +11,8 @@ import typer
 
 def savings(
     logs: Annotated[
-        list[Path], typer.Argument(help="Logs of ticks, in the order in which they were written.")
+        list[Path],
+        typer.Argument(help="Log, as `agent --log` named it, or its folder; or files in order."),
     ],
     slo: Annotated[
         str | None,

@@ -82,6 +82,8 @@ class AgentSettings:
     ceiling_mhz : ndarray, shape (n,), optional
         Clocks that are never passed, see
         :func:`~voltana_ctrl.integrations.node.power_ceilings_mhz`.
+    unread : tuple of str
+        Ids of instances whose GPUs nobody reads; advice says that their clock is assumed.
 
     Raises
     ------
@@ -100,6 +102,7 @@ class AgentSettings:
     seed: int = 0
     power_budget: PowerBudget | None = None
     ceiling_mhz: F64 | None = None
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -179,7 +182,11 @@ class Agent:
                 power_budget=settings.power_budget,
                 in_force=lambda: backend.acts,
             )
-        advice = (Advice(fleet, say),) if settings.mode == "advise" else ()
+        advice = []
+        if settings.mode == "advise":
+            # A backend that reads engines itself knows why one does not answer.
+            problems = getattr(backend, "problems", dict)
+            advice = [Advice(fleet, say, unread=settings.unread, problems=problems)]
         ceiling_mhz = settings.ceiling_mhz
         self._backend = backend
         self._kill: KillSwitch | None = None

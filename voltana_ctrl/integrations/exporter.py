@@ -8,6 +8,7 @@ classes of requests, statuses, and kinds of interventions of the guard.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.estimate import EnergyLedger, RequestClasses
 from voltana_ctrl.ports import Observer
 from voltana_ctrl.types import FleetSpec, FleetState, IterationBatch, Slo, Status, TickRecord
-from voltana_ctrl.types._check import F64, positive
+from voltana_ctrl.types._check import F64, Bool, positive
 
 __all__ = ["Exporter"]
 
@@ -30,6 +31,7 @@ _KINDS = (
 )  # fmt: skip
 _MOST_NOTES = 32
 # Gauges per instance: name, what it is, field of the state or the applied decision, factor.
+# What is decided and not carried out has names of its own, with "advised_" before.
 _STATE = (
     ("power_watts", "Power drawn.", "power_w", 1.0),
     ("sm_clock_hertz", "SM clock as read.", "freq_mhz", _HZ_PER_MHZ),
@@ -41,6 +43,7 @@ _STATE = (
     ("reading_age_seconds", "Age of the readings.", "age_s", 1.0),
     ("up", "1 while the instance answers.", "alive", 1.0),
 )
+_OF_GPUS = ("power_w", "freq_mhz")
 _APPLIED = (
     ("sm_clock_floor_hertz", "Lowest SM clock asked for.", "freq_mhz", _HZ_PER_MHZ),
     ("sm_clock_ceiling_hertz", "Highest SM clock allowed.", "freq_max_mhz", _HZ_PER_MHZ),
@@ -67,6 +70,11 @@ class Exporter:
         Classes of requests; by prompt length if left out.
     window_s : float
         Time over which energy per token and attainment are taken.
+    unread : collection of str
+        Ids of instances whose GPUs nobody reads. There is no series of their clock, power and
+        energy, and no energy per token while one of them is up.
+    decides : bool
+        False where nobody decides anything: there are no series of decisions per instance.
 
     Raises
     ------
@@ -98,6 +106,8 @@ class Exporter:
         slo: Slo | None = None,
         classes: RequestClasses | None = None,
         window_s: float = 60.0,
+        unread: Collection[str] = (),
+        decides: bool = True,
     ) -> None:
         try:
             import prometheus_client
@@ -118,6 +128,8 @@ class Exporter:
         self._before: FleetState | None = None
         self._server: Any = None
         self._labels = [(one.id, one.role.value) for one in fleet.instances]
+        self._decides = decides
+        self._unread = np.array([name in unread for name in fleet.ids])
         self._notes: dict[str, Any] = {}
         self._make()
 
@@ -126,8 +138,11 @@ class Exporter:
         gauge, counter = self._gauge, self._counter
         self._state = [(field, factor, gauge(name, text, by_instance))
                        for name, text, field, factor in _STATE]  # fmt: skip
-        self._applied = [(field, factor, gauge(name, text, by_instance))
-                         for name, text, field, factor in _APPLIED]  # fmt: skip
+        self._applied = {
+            in_force: [(field, factor, gauge(prefix + name, text, by_instance))
+                       for name, text, field, factor in _APPLIED]
+            for in_force, prefix in ((True, ""), (False, "advised_"))
+        }  # fmt: skip
         self._energy = counter("energy_joules", "Energy drawn.", by_instance)
         self._per_tok = gauge("energy_per_output_token_joules", "Energy per output token.")
         self._output = counter("output_tokens", "Tokens generated.", ("request_class",))
@@ -175,17 +190,25 @@ class Exporter:
         """Take one tick."""
         state, before = record.observation.state, self._before
         for field, factor, gauge in self._state:
-            _set(gauge, self._labels, getattr(state, field), factor)
-        for field, factor, gauge in self._applied:
-            _set(gauge, self._labels, getattr(record.applied, field), factor)
+            hidden = self._unread if field in _OF_GPUS else None
+            _set(gauge, self._labels, getattr(state, field), factor, hidden)
+        if self._decides:
+            self._take_decision(record)
         grown_j = np.zeros(len(state))
         if before is not None and before.t_s <= state.t_s:
             grown_j = np.maximum(0.0, state.energy_j - before.energy_j)
         self._before = state
-        for labels, energy_j in zip(self._labels, grown_j, strict=True):
-            self._energy.labels(*labels).inc(float(energy_j))
+        for labels, energy_j, unread in zip(self._labels, grown_j, self._unread, strict=True):
+            if not unread:
+                self._energy.labels(*labels).inc(float(energy_j))
         self._take_requests(record, grown_j)
         self._take_control(record)
+
+    def _take_decision(self, record: TickRecord) -> None:
+        for _, _, gauge in self._applied[not record.in_force]:
+            gauge.clear()
+        for field, factor, gauge in self._applied[record.in_force]:
+            _set(gauge, self._labels, getattr(record.applied, field), factor)
 
     def _take_requests(self, record: TickRecord, grown_j: F64) -> None:
         finished, t_s = record.observation.finished, record.observation.state.t_s
@@ -207,7 +230,10 @@ class Exporter:
             for objective, value in zip(("ttft", "itl", "both"), judged[1:], strict=True):
                 self._met.labels(objective).inc(float(value))
         window = self._window
-        window.append((t_s, float(grown_j.sum()), made_tok, judged))
+        # What an instance drew that nobody reads is missing in the sum.
+        missing = np.any(self._unread & record.observation.state.alive)
+        spent_j = np.nan if missing else float(grown_j.sum())
+        window.append((t_s, spent_j, made_tok, judged))
         while window and not t_s - self._window_s <= window[0][0] <= t_s:
             window.popleft()
         finished_tok, decoded_tok = sum((entry[2] for entry in window), np.zeros(2))
@@ -298,9 +324,16 @@ class Exporter:
             server.server_close()
 
 
-def _set(gauge: Any, labels: list[tuple[str, str]], values: Any, factor: float) -> None:
-    for names, value in zip(labels, values, strict=True):
-        gauge.labels(*names).set(float(value) * factor)
+def _set(
+    gauge: Any,
+    labels: list[tuple[str, str]],
+    values: Any,
+    factor: float,
+    hidden: Bool | None = None,
+) -> None:
+    for i, (names, value) in enumerate(zip(labels, values, strict=True)):
+        if hidden is None or not hidden[i]:
+            gauge.labels(*names).set(float(value) * factor)
 
 
 def _with_energy(iterations: IterationBatch, grown_j: F64) -> IterationBatch:

@@ -191,6 +191,10 @@ class NodeBackend:
         """Whether anything can be set, now."""
         return self._sets is not None and not self._released
 
+    def problems(self) -> dict[str, str]:
+        """Why instances do not answer, by id, as far as `reads` knows."""
+        return dict(getattr(self._reads, "problems", {}))
+
     def read(self) -> Observation:
         """What `reads` tells."""
         if self._sets is not None:

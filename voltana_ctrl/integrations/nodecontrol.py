@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,15 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.ports import Governor, Observer
 from voltana_ctrl.predict import FleetTables, predict_decode, predict_prefill
-from voltana_ctrl.types import Decision, FleetSpec, Observation, PowerBudget, Slo, TickRecord
+from voltana_ctrl.types import (
+    Decision,
+    FleetSpec,
+    FleetState,
+    Observation,
+    PowerBudget,
+    Slo,
+    TickRecord,
+)
 from voltana_ctrl.types._check import F64, positive
 
 __all__ = ["Advice", "PolicyController", "WatchController", "node_policy"]
@@ -219,6 +227,7 @@ class _Sums:
     ticks: int = 0
     now_w: float = 0.0
     then_w: float = 0.0
+    loaded: bool = False
 
 
 class Advice:
@@ -237,6 +246,10 @@ class Advice:
         Told a line every `every_s`.
     every_s : float
         Time between two lines.
+    unread : collection of str
+        Ids of instances whose clock nobody reads; the line says that it is assumed.
+    problems : callable
+        Why instances do not answer, by id.
 
     Raises
     ------
@@ -250,9 +263,18 @@ class Advice:
     """
 
     def __init__(
-        self, fleet: FleetSpec, say: Callable[[str], None], *, every_s: float = 5.0
+        self,
+        fleet: FleetSpec,
+        say: Callable[[str], None],
+        *,
+        every_s: float = 5.0,
+        unread: Collection[str] = (),
+        problems: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         positive("Advice.every_s", every_s)
+        self._problems = problems
+        self._loaded = False
+        self._unread = frozenset(unread)
         self._fleet, self._say, self._every_s = fleet, say, every_s
         self._tables = FleetTables.of(fleet)
         self._sums = _Sums(since_s=-np.inf)
@@ -266,25 +288,46 @@ class Advice:
         elif sums.since_s == -np.inf:
             sums.since_s = state.t_s
         sums.ticks += 1
+        sums.loaded |= bool(np.any(state.alive & (state.running_req + state.queue_req > 0.0)))
         sums.now_w += float(self.power_w(record.observation, state.freq_mhz).sum())
         sums.then_w += float(self.power_w(record.observation, record.applied.freq_mhz).sum())
         if state.t_s - sums.since_s < self._every_s:
             return
-        now_w, then_w = sums.now_w / sums.ticks, sums.then_w / sums.ticks
+        self._loaded |= sums.loaded
+        self._say(f"advice: {'; '.join([*self._expected(record, sums), *self._silent(state)])}")
+        self._sums = _Sums(since_s=state.t_s)
+
+    def _silent(self, state: FleetState) -> list[str]:
+        """Who does not answer, and why."""
+        problems = self._problems()
+        return [
+            f"{name} does not answer ({problems.get(name, 'nothing heard of it')})"
+            for name, alive in zip(self._fleet.ids, state.alive, strict=True)
+            if not alive
+        ]
+
+    def _expected(self, record: TickRecord, sums: _Sums) -> list[str]:
+        state = record.observation.state
         moves = ", ".join(
-            f"{one.id} {seen:.0f} -> {asked:.0f} MHz"
+            f"{one.id} {seen:.0f}{' (assumed)' if one.id in self._unread else ''}"
+            f" -> {asked:.0f} MHz"
             for one, seen, asked, alive in zip(
                 self._fleet.instances, state.freq_mhz, record.applied.freq_mhz, state.alive,
                 strict=True,
             )
             if alive
         )  # fmt: skip
-        share = 0.0 if now_w <= 0.0 else 1.0 - then_w / now_w
-        self._say(
-            f"advice: {moves or 'no instance answers'}; expected {now_w:.0f} W -> {then_w:.0f} W"
-            f" ({100.0 * share:+.1f} % saved, by the profile)"
-        )
-        self._sums = _Sums(since_s=state.t_s)
+        guess = " and the assumed clocks" if "(assumed)" in moves else ""
+        now_w, then_w = sums.now_w / sums.ticks, sums.then_w / sums.ticks
+        if not moves or now_w <= 0.0:
+            return [moves] if moves else []
+        if not sums.loaded:
+            return [moves, "no load now" if self._loaded else "no load seen yet"]
+        return [
+            moves,
+            f"expected {now_w:.0f} W -> {then_w:.0f} W ({100.0 * (1.0 - then_w / now_w):+.1f} %"
+            f" saved, by the profile{guess})",
+        ]
 
     def power_w(self, observation: Observation, freq_mhz: F64) -> F64:
         """Power of every instance at its present load at these clocks, shape (n,).

@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.backends.logfile import log_files
 from voltana_ctrl.integrations.blocks import Block, BlockMeter, read_blocks
 from voltana_ctrl.integrations.claim import ClaimRefused, Interval, Savings
 from voltana_ctrl.types import Slo
@@ -76,7 +77,8 @@ def savings_of_log(
     Parameters
     ----------
     paths : Path or sequence of Path
-        In the order in which they were written.
+        Logs by their names, such as ``ticks.jsonl``, with what they put aside; folders of one
+        log; or single files, in the order in which they were written.
     slo : Slo, optional
         What attainment is judged by; that of the log, where it has one, by default.
     washout_s : float, optional
@@ -100,7 +102,9 @@ def savings_of_log(
     ...
     voltana_ctrl.errors.ConfigError: log no-such.jsonl: cannot be read: No such file or directory
     """
-    found = [paths] if isinstance(paths, str | Path) else list(paths)
+    given = [paths] if isinstance(paths, str | Path) else paths
+    # A file that is named, and belongs to a log that is named, counts once.
+    found = list(dict.fromkeys(file for path in given for file in log_files(Path(path))))
     meter = read_blocks(found, slo=slo, washout_s=washout_s, instances=instances)
     return estimate_savings(meter, price_kwh=price_kwh, co2_g_kwh=co2_g_kwh)
 

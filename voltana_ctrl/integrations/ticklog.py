@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import queue
-import re
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from voltana_ctrl.backends.logfile import PARQUET_KEY, log_header, log_lines, log_tick
+from voltana_ctrl.backends.logfile import PARQUET_KEY, log_header, log_lines, log_tick, put_aside
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.ports import Observer
 from voltana_ctrl.types import (
@@ -58,6 +58,9 @@ class TickLog:
         What attainment is judged by, for the header.
     mode : str, optional
         Mode of the agent, for the header.
+    unread : sequence of str
+        Ids of instances whose GPUs nobody reads, for the header: their clock is assumed, and
+        their power and energy are 0.
     max_bytes : int
         A file that would grow beyond is put aside.
     keep : int
@@ -95,6 +98,7 @@ class TickLog:
         *,
         slo: Slo | None = None,
         mode: str | None = None,
+        unread: Sequence[str] = (),
         max_bytes: int = 64 * 2**20,
         keep: int = 32,
         parquet: bool = False,
@@ -107,7 +111,7 @@ class TickLog:
         self.dropped = 0
         self.failure: str | None = None
         self._path = Path(path)
-        told = {"slo": None if slo is None else asdict(slo), "mode": mode}
+        told = {"slo": None if slo is None else asdict(slo), "mode": mode, "unread": list(unread)}
         self._header = _line(log_header(fleet, **told))
         self._max_bytes, self._keep, self._parquet = max_bytes, keep, parquet
         self._file: BinaryIO | None = None
@@ -197,16 +201,10 @@ class TickLog:
         with suppress(OSError):  # what a full disk would not take is refused once more
             self._shut()
 
-    def _aside(self) -> list[Path]:
-        """Files put aside, oldest first."""
-        form = re.compile(re.escape(self._path.stem) + r"-(\d{6,})\.(jsonl|parquet)")
-        found = [one for one in self._path.parent.iterdir() if form.fullmatch(one.name)]
-        return sorted(found, key=lambda one: int(one.stem.rpartition("-")[2]))
-
     def _put_aside(self) -> None:
         if not self._path.exists():
             return
-        aside = self._aside()
+        aside = put_aside(self._path)
         number = int(aside[-1].stem.rpartition("-")[2]) + 1 if aside else 1
         target = self._path.with_name(f"{self._path.stem}-{number:06d}.jsonl")
         self._path.rename(target)
@@ -217,7 +215,7 @@ class TickLog:
                 self.failure = f"{error}; kept as it is"
             else:
                 target.unlink()
-        for old in self._aside()[: -self._keep]:
+        for old in put_aside(self._path)[: -self._keep]:
             old.unlink()
 
 
@@ -292,9 +290,9 @@ def _schema(arrow: Any) -> Any:
         applied=decision,
         interventions=("",),
     )
-    return arrow.schema(
-        [(field.name, _type(arrow, getattr(record, field.name))) for field in fields(record)]
-    )
+    columns = {field.name: _type(arrow, getattr(record, field.name)) for field in fields(record)}
+    del columns["in_force"]  # told by which of both is there
+    return arrow.schema({**columns, "advised": columns["applied"]}.items())
 
 
 def _type(arrow: Any, value: Any) -> Any:

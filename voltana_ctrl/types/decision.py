@@ -216,6 +216,8 @@ class TickRecord:
         What was read.
     proposed, applied : Decision
         What the controller asked for, and what the guard let through.
+    in_force : bool
+        Whether the backend carried `applied` out; False where it only watches, or was released.
     interventions : tuple of str
         What the guard changed, in words.
     decide_s, tick_s : float
@@ -235,6 +237,7 @@ class TickRecord:
     observation: Observation
     proposed: Decision
     applied: Decision
+    in_force: bool = True
     interventions: tuple[str, ...] = ()
     decide_s: float = 0.0
     tick_s: float = 0.0
