@@ -169,6 +169,10 @@ def test_sglang_sends_the_same_to_both_and_tells_where_they_meet():
 def test_sglang_gives_each_prompt_of_a_batch_a_room_of_its_own():
     with router("1P1D", kind="sglang") as (client, engines, _):
         client.post("/v1/completions", json={**BODY, "prompt": ["one", "two", "three"]})
+        # Decode does not wait for prefill here.
+        until_s = time.monotonic() + 5
+        while not engines[0].bodies and time.monotonic() < until_s:
+            time.sleep(0.01)
         body = engines[0].bodies[0]
     assert body["bootstrap_host"] == ["127.0.0.1"] * 3
     assert body["bootstrap_port"] == [8998] * 3

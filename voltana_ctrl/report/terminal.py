@@ -85,7 +85,7 @@ def print_table(study: Study, console: Console) -> None:
 def _profile(study: Study) -> str:
     """Its name, and how well it is known."""
     status = ", ".join(dict.fromkeys(profile.status for profile in study.profiles))
-    return study.comparison["profile"] + (f" ({status})" if status else "")
+    return f"{study.comparison['profile']}" + (f" ({status})" if status else "")
 
 
 def _kept(study: Study, rate_req_s: float | None) -> bool:
