@@ -164,6 +164,11 @@ class MockEngine:
                     return False
                 if trouble == "die after two tokens" and k == 2:
                     return False
+                if trouble == "error after two tokens" and k == 2:
+                    # As vLLM says when its engine dies behind its server.
+                    self._chunk(writer, b'data: {"error": {"message": "died", "code": 500}}\n\n')
+                    self._chunk(writer, b"data: [DONE]\n\n")
+                    break
                 if k and not await self._wait(left, self.gap_s):
                     self.cancelled += 1
                     return False

@@ -13,7 +13,7 @@ import pytest
 from mock_engine import MockEngine, endpoints_of, fleet_of, serving
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations import Endpoint
+from voltana_ctrl.integrations import Endpoint, Traffic
 from voltana_ctrl.integrations.proxy import Proxy, ProxyLimits
 from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
 
@@ -296,6 +296,25 @@ def test_after_the_first_token_a_request_is_never_sent_again(shape, broken):
         page = client.get("/metrics").text
         assert "voltana_router_broken_streams_total 1.0" in page
         assert "voltana_router_retries_total 0.0" in page
+
+
+@pytest.mark.parametrize(("shape", "broken"), [("2C", 0), ("1P2D", 1)])
+def test_an_engine_that_tells_of_its_death_in_the_stream_has_broken_it(shape, broken):
+    traffic = Traffic(len(fleet_of(shape)))
+    with router(shape, policy="static-max", traffic=traffic) as (client, engines, proxy):
+        engines[broken].fail = ["error after two tokens"]
+        got = client.post("/v1/completions", json=STREAM, headers={"x-request-id": "r1"})
+        # As the engine said it, and not asked of another.
+        assert text_of(got.content) == " 0 1"
+        assert got.content.count(b'"error"') == 1
+        assert got.content.endswith(b"data: [DONE]\n\n")
+        assert len([engine for engine in engines[broken:] if engine.seen]) == 1
+        page = client.get("/metrics").text
+        assert "voltana_router_broken_streams_total 1.0" in page
+        assert "voltana_router_retries_total 0.0" in page
+        # Two tokens were made and are paid for; it did not end well.
+        assert proxy.energy.find("r1").output_tok == 2
+        assert len(traffic.read()[2]) == 0
 
 
 def test_attempts_are_bounded_and_the_engines_last_word_is_passed_on():

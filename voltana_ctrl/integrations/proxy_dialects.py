@@ -11,7 +11,14 @@ from urllib.parse import urlsplit
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.integrations.endpoints import Endpoint
 
-__all__ = ["dialect_of", "dynamo_pinned", "has_begun", "sglang_pair", "vllm_prefill"]
+__all__ = [
+    "dialect_of",
+    "dynamo_pinned",
+    "has_begun",
+    "sglang_pair",
+    "tells_failure",
+    "vllm_prefill",
+]
 
 # What the prefill engine must not be asked for: it makes one token.
 _DECODE_ONLY = ("stream_options", "min_tokens")
@@ -207,6 +214,32 @@ def has_begun(head: bytes) -> bool | None:
             return None
         if not _is_prologue(told):
             return True
+    return False
+
+
+def tells_failure(tail: bytes) -> bool:
+    r"""Whether the end of a stream tells that the engine failed, as vLLM's does when it dies.
+
+    Parameters
+    ----------
+    tail : bytes
+        The last events, the first of them perhaps cut.
+
+    Examples
+    --------
+    >>> tells_failure(b'data: {"error": {"message": "engine died"}}\n\ndata: [DONE]\n\n')
+    True
+    >>> tells_failure(b'data: {"choices": [{"text": "\\"error\\""}]}\n\ndata: [DONE]\n\n')
+    False
+    """
+    for line in tail.splitlines():
+        if line.startswith(b"data:") and b'"error"' in line:
+            try:
+                told = json.loads(line[5:])
+            except ValueError:
+                continue
+            if isinstance(told, dict) and told.get("error"):
+                return True
     return False
 
 

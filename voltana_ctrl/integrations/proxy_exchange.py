@@ -25,6 +25,7 @@ from voltana_ctrl.integrations._proxy_asgi import (
     respond,
 )
 from voltana_ctrl.integrations.proxy_body import BadBody, PromptLengths, parse_body, usage_of
+from voltana_ctrl.integrations.proxy_dialects import tells_failure
 from voltana_ctrl.integrations.proxy_energy import EnergyBook, RequestEnergy
 from voltana_ctrl.integrations.proxy_ledger import InFlight
 from voltana_ctrl.integrations.proxy_policy import PolicyRouters
@@ -282,9 +283,15 @@ class Exchange:
             held += b"data: " + error_json(502, "server_error", str(failed)) + b"\n\n"
         except TimeoutError:
             held += b"data: " + error_json(504, "server_error", "it took too long") + b"\n\n"
+        has_failed = tells_failure(tail)
+        if has_failed:
+            _LOG.warning("request %s: the engine failed in the stream", flight.id)
+            self._services.seen["broken_streams"] += 1
+            is_whole = False
         if not self._has_ended:
-            if b"[DONE]" in tail:
-                flight.output_tok = max(1, flight.output_tok - 1)
+            # Neither is a token.
+            ends = (b"[DONE]" in tail) + has_failed
+            flight.output_tok = max(1, flight.output_tok - ends)
             self._end(usage_of(tail, stream=True) if is_whole else None)
         await send({"type": "http.response.body", "body": held})
         return is_whole
