@@ -74,6 +74,8 @@ def test_the_first_blocks_run_and_sigterm_lets_requests_end(root, blocks, capsys
             printed = capsys.readouterr().out
             assert printed.startswith(" 0 1 2")
             assert "source=modelled" in printed
+            decode.fail = [500]
+            assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 200
             decode.gap_s = 0.02
             body = {"prompt": "x", "max_tokens": 30, "stream": True}
             with httpx.stream("POST", f"{url}/v1/completions", json=body) as got:
@@ -83,6 +85,8 @@ def test_the_first_blocks_run_and_sigterm_lets_requests_end(root, blocks, capsys
                 whole = begin + b"".join(chunks)
             assert whole.endswith(b"data: [DONE]\n\n")
             assert process.wait(20) in (0, -signal.SIGTERM)  # uvicorn raises it anew at the end
+            # What went wrong with an engine is told where the command runs.
+            assert "decode-0: status 500" in process.stderr.read()
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"{url}/health")
 
