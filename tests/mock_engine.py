@@ -164,6 +164,10 @@ class MockEngine:
                     return False
                 if trouble == "die after two tokens" and k == 2:
                     return False
+                if trouble == "die in an event" and k == 2:
+                    self._chunk(writer, event[:20])
+                    await writer.drain()
+                    return False
                 if trouble == "error after two tokens" and k == 2:
                     # As vLLM says when its engine dies behind its server.
                     self._chunk(writer, b'data: {"error": {"message": "died", "code": 500}}\n\n')

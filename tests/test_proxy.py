@@ -282,11 +282,14 @@ def test_each_attempt_has_an_id_of_its_own():
     assert ids == ["r1", "r1-1"]
 
 
+@pytest.mark.parametrize("trouble", ["die after two tokens", "die in an event"])
 @pytest.mark.parametrize(("shape", "broken"), [("2C", 0), ("1P2D", 1)])
-def test_after_the_first_token_a_request_is_never_sent_again(shape, broken):
+def test_after_the_first_token_a_request_is_never_sent_again(shape, broken, trouble):
     with router(shape, policy="static-max") as (client, engines, _):
-        engines[broken].fail = ["die after two tokens"]
+        engines[broken].fail = [trouble]
         got = client.post("/v1/completions", json=STREAM)
+        # Whole events alone, and the error is one of them.
+        assert got.content.count(b"\n\n") == got.content.count(b"data: ") == 3
         assert text_of(got.content) == " 0 1"
         last = got.content.decode().strip().splitlines()[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == 502

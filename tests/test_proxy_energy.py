@@ -72,7 +72,7 @@ def test_a_stream_is_the_engines_own_unless_energy_is_asked_for(shape):
 
 
 def test_chunks_that_break_anywhere_give_the_same_stream_with_energy():
-    from voltana_ctrl.integrations.proxy_exchange import Exchange
+    from voltana_ctrl.integrations.proxy_exchange import Exchange, _whole_events
 
     events = b"".join(MockEngine().events("chat", USAGE, {}, 3))
     whole = None
@@ -81,8 +81,8 @@ def test_chunks_that_break_anywhere_give_the_same_stream_with_energy():
         exchange._has_ended, exchange._energy = True, None
         passed, held = b"", b""
         for start in range(0, len(events), width):
-            more, held = exchange._with_energy(held + events[start : start + width])
-            passed += more
+            whole_events, held = _whole_events(held + events[start : start + width])
+            passed += exchange._with_energy(whole_events)
         whole = whole or passed + held
         assert passed + held == whole == events
 

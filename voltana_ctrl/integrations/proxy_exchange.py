@@ -265,12 +265,12 @@ class Exchange:
         try:
             async with asyncio.timeout_at(deadline_s):
                 async for chunk in _chain(answer):
-                    counts.token(flight, _events(chunk))
                     tail = (tail + chunk)[-_TAIL_BYTES:]
-                    passed = chunk
-                    if wants_energy:
-                        passed, held = self._with_energy(held + chunk)
+                    passed, held = _whole_events(held + chunk)
                     if passed:
+                        counts.token(flight, _count_events(passed))
+                        if wants_energy:
+                            passed = self._with_energy(passed)
                         message = {"type": "http.response.body", "body": passed, "more_body": True}
                         await send(message)
             is_whole = True
@@ -280,9 +280,10 @@ class Exchange:
             self._services.seen["broken_streams"] += 1
             if failed.down:
                 counts.failed(answer.instance)
-            held += b"data: " + error_json(502, "server_error", str(failed)) + b"\n\n"
+            # Half an event would spoil the error.
+            held = b"data: " + error_json(502, "server_error", str(failed)) + b"\n\n"
         except TimeoutError:
-            held += b"data: " + error_json(504, "server_error", "it took too long") + b"\n\n"
+            held = b"data: " + error_json(504, "server_error", "it took too long") + b"\n\n"
         has_failed = tells_failure(tail)
         if has_failed:
             _LOG.warning("request %s: the engine failed in the stream", flight.id)
@@ -296,15 +297,11 @@ class Exchange:
         await send({"type": "http.response.body", "body": held})
         return is_whole
 
-    def _with_energy(self, content: bytes) -> tuple[bytes, bytes]:
-        """Whole events, the energy added to the last usage, and what is left over."""
-        end = max(content.rfind(b"\n\n") + 2, content.rfind(b"\r\n\r\n") + 4)
-        if end < 4:
-            return b"", content
-        whole, left = content[:end], content[end:]
-        if b'"usage"' not in whole:
-            return whole, left
-        lines = whole.split(b"\n")
+    def _with_energy(self, events: bytes) -> bytes:
+        """Events with the energy added to the last usage."""
+        if b'"usage"' not in events:
+            return events
+        lines = events.split(b"\n")
         for k, line in enumerate(lines):
             told = _last_usage(line)
             if told is not None:
@@ -313,7 +310,7 @@ class Exchange:
                     told["usage"]["energy"] = self._energy.usage()
                     ending = b"\r" if line.endswith(b"\r") else b""
                     lines[k] = b"data: " + json.dumps(told).encode() + ending
-        return b"\n".join(lines), left
+        return b"\n".join(lines)
 
     def _end(self, usage: dict[str, int] | None = None) -> None:
         """Take it off the books, once."""
@@ -344,9 +341,15 @@ async def _chain(answer: Answer) -> Any:
         yield chunk
 
 
-def _events(chunk: bytes) -> int:
-    """Events that end in a chunk: text in JSON holds no bare line ends."""
-    return chunk.count(b"\n\n") or chunk.count(b"\r\n\r\n")
+def _whole_events(content: bytes) -> tuple[bytes, bytes]:
+    """Whole events, and the beginning of the next."""
+    end = max(content.rfind(b"\n\n") + 2, content.rfind(b"\r\n\r\n") + 4)
+    return (b"", content) if end < 4 else (content[:end], content[end:])
+
+
+def _count_events(content: bytes) -> int:
+    """Number of whole events: text in JSON holds no bare line ends."""
+    return content.count(b"\n\n") or content.count(b"\r\n\r\n")
 
 
 def _last_usage(line: bytes) -> dict[str, Any] | None:
