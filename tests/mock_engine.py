@@ -29,6 +29,7 @@ class MockEngine:
         self.seen = []  # (path, headers, body)
         self.answered = self.cancelled = self.streaming = 0
         self.fail = []  # what the next requests meet, see `_trouble`
+        self.cached_tok = None  # told as found in the prefix cache
         self.port = 0
         self._lock = threading.Lock()
 
@@ -208,7 +209,7 @@ class MockEngine:
             "created": 1,
             "model": "mock",
             "choices": [choice],
-            "usage": {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n},
+            "usage": self.usage(n),
         }
         if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
             made["kv_transfer_params"] = {
@@ -220,6 +221,12 @@ class MockEngine:
                 "remote_port": 5600,
             }
         return made
+
+    def usage(self, n):
+        usage = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n}
+        if self.cached_tok is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tok}
+        return usage
 
     def events(self, path, body, headers, n):
         base = {
@@ -236,8 +243,7 @@ class MockEngine:
             reason = "length" if k == n - 1 else None
             yield _event({**base, "choices": [{"index": 0, **token, "finish_reason": reason}]})
         if (body.get("stream_options") or {}).get("include_usage"):
-            usage = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": 7 + n}
-            yield _event({**base, "choices": [], "usage": usage})
+            yield _event({**base, "choices": [], "usage": self.usage(n)})
         yield b"data: [DONE]\n\n"
 
 

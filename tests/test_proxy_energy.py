@@ -71,6 +71,25 @@ def test_a_stream_is_the_engines_own_unless_energy_is_asked_for(shape):
         assert client.get("/v1/energy/r2").json()["output_tok"] == 4
 
 
+@pytest.mark.parametrize("shape", ["1C", "1P1D"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_kv_cache_that_was_handed_over_was_not_found_in_a_cache(shape, stream):
+    engines = [MockEngine(name) for name in fleet_of(shape).ids]
+    body = USAGE if stream else BODY
+    with router(shape, engines=engines) as (client, _, _):
+
+        def prefill_j(name):
+            client.post("/v1/completions", json=body, headers={"x-request-id": name})
+            return client.get(f"/v1/energy/{name}").json()["prefill_j"]
+
+        cold_j = prefill_j("cold")
+        # vLLM's decode engine counts what came over the network as cached.
+        engines[-1].cached_tok = 7
+        assert (prefill_j("decode") < cold_j) is (shape == "1C")
+        engines[0].cached_tok = 7
+        assert prefill_j("prefill") < cold_j
+
+
 def test_chunks_that_break_anywhere_give_the_same_stream_with_energy():
     from voltana_ctrl.integrations.proxy_exchange import Exchange, _whole_events
 

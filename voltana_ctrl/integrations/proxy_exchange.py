@@ -327,7 +327,10 @@ class Exchange:
         )
         services.counts.end(flight)
         if flight.output_tok:
-            self._energy = services.energy.charge(flight, cached_tok=told.get("cached_tokens", 0))
+            cached_tok = flight.cached_tok
+            if cached_tok is None:
+                cached_tok = told.get("cached_tokens", 0)
+            self._energy = services.energy.charge(flight, cached_tok=cached_tok)
             services.seen["output_tokens"] += flight.output_tok
             if not math.isnan(flight.first_s):
                 services.seen["ttft_seconds"] += flight.first_s - flight.begin_s

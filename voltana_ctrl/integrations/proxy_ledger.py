@@ -41,6 +41,9 @@ class Flight:
         one, the first is that of the end of its prefill.
     output_tok : int
         Tokens so far.
+    cached_tok : int or None
+        Prompt tokens that the prefill engine found in its prefix cache; None where the answer
+        to the client is what tells.
     batch_req, kv_tok : float
         Mean load of the decode instance meanwhile, once it has ended.
     idle_j : float
@@ -60,6 +63,7 @@ class Flight:
     first_s: float = math.nan
     last_s: float = math.nan
     output_tok: int = 0
+    cached_tok: int | None = None
     batch_req: float = 1.0
     kv_tok: float = 0.0
     idle_j: float = 0.0
@@ -231,6 +235,7 @@ class InFlight:
         self.leave_prefill(flight)
         self.leave_decode(flight)
         flight.prefill = flight.decode = -1
+        flight.cached_tok = None
 
     def end(self, flight: Flight) -> None:
         """Count it as gone, however it ended; once per :meth:`begin`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.integrations.endpoints import Endpoint
+from voltana_ctrl.integrations.proxy_body import usage_of
 from voltana_ctrl.integrations.proxy_dialects import (
     dialect_of,
     dynamo_pinned,
@@ -346,6 +347,8 @@ class Upstream:
         content = call.content
         if params is not None:
             content = encoded({**call.body, "kv_transfer_params": params})
+            # What was handed over is in the cache of the decode engine, which says so.
+            call.flight.cached_tok = usage_of(made.head, stream=False).get("cached_tokens", 0)
         return await self._open(decode, call, content)
 
     async def _sglang(
