@@ -13,9 +13,10 @@ import pytest
 from mock_engine import MockEngine, endpoints_of, fleet_of, serving
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations import Endpoint, Traffic
+from voltana_ctrl.integrations import Endpoint, PolicyRouters, Traffic
 from voltana_ctrl.integrations.proxy import Proxy, ProxyLimits
 from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
+from voltana_ctrl.types import Slo
 
 JSQ = "static-max+least-queue/jsq"
 BODY = {"model": "mock", "prompt": [1, 2, 3], "max_tokens": 4}
@@ -369,6 +370,36 @@ def test_engines_killed_one_after_the_other_lose_no_request_that_had_not_begun()
         # Broken off after their first token, told so, and never begun anew.
         assert all(" 0 1 2 3".startswith(text) and text for _, text, _ in begun)
         assert all(status == 200 for status, _, _ in begun)
+
+
+def test_streams_are_held_to_the_objectives_by_class_of_prompt_length():
+    engines = [MockEngine("e", tokens=5)]
+    routers = PolicyRouters(fleet_of("1C"), "static-max", Slo(ttft_s=0.2, itl_s=0.05))
+
+    def told(client):
+        lines = [one for one in client.get("/metrics").text.splitlines() if "router_streams" in one]
+        pairs = [one.removeprefix("voltana_router_streams_").rpartition(" ") for one in lines]
+        return {name: float(value) for name, mark, value in pairs if mark and "TYPE" not in name}
+
+    with router("1C", engines=engines, routers=routers) as (client, _, _):
+        client.post("/v1/completions", json=BODY)
+        assert told(client) == {}
+        asks = [(0.0, 0.0, 10), (0.4, 0.0, 10), (0.0, 0.15, 10), (0.0, 0.0, 100)]
+        for engines[0].first_s, engines[0].gap_s, prompt_tok in asks:
+            client.post("/v1/completions", json={**STREAM, "prompt": [7] * prompt_tok})
+        engines[0].first_s = engines[0].gap_s = 0.0
+        engines[0].fail = ["error after two tokens"]
+        client.post("/v1/completions", json=STREAM)
+        assert told(client) == {
+            'total{request_class="0-63"}': 3.0,
+            'total{request_class="64-255"}': 1.0,
+            'met_total{objective="both",request_class="0-63"}': 1.0,
+            'met_total{objective="both",request_class="64-255"}': 1.0,
+            'met_total{objective="itl",request_class="0-63"}': 2.0,
+            'met_total{objective="itl",request_class="64-255"}': 1.0,
+            'met_total{objective="ttft",request_class="0-63"}': 2.0,
+            'met_total{objective="ttft",request_class="64-255"}': 1.0,
+        }
 
 
 # Time, patience, back-pressure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,6 +39,8 @@ class RequestClasses:
     --------
     >>> RequestClasses().of(request_class=[0, 0], prompt_tok=[30, 3000])
     array([0, 4])
+    >>> RequestClasses(prompt_edges_tok=(64, 256)).names
+    ['0-63', '64-255', '256-']
     >>> RequestClasses(host_classes=2).of(request_class=[1, 7], prompt_tok=[30, 3000])
     array([1, 1])
     """
@@ -54,6 +57,14 @@ class RequestClasses:
 
     def __len__(self) -> int:
         return self.host_classes or len(self.prompt_edges_tok) + 1
+
+    @property
+    def names(self) -> list[str]:
+        """What the classes are called: keys of the host, or ranges of prompt lengths."""
+        if self.host_classes:
+            return [str(key) for key in range(self.host_classes)]
+        edges = (0, *self.prompt_edges_tok)
+        return [*(f"{low}-{high - 1}" for low, high in pairwise(edges)), f"{edges[-1]}-"]
 
     def of(self, *, request_class: Keys, prompt_tok: ArrayLike) -> I64:
         """Class of each request.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,7 +110,7 @@ class Exporter:
         self.registry = prometheus_client.CollectorRegistry()
         self._slo = slo
         self._classes = classes or RequestClasses()
-        self._class_names = _class_names(self._classes)
+        self._class_names = self._classes.names
         self._ledger = EnergyLedger(instances=len(fleet), classes=self._classes)
         self._ledger_state: Any = None
         self._window_s = window_s
@@ -312,14 +311,6 @@ def _with_energy(iterations: IterationBatch, grown_j: F64) -> IterationBatch:
     np.add.at(total_s, iterations.instance, iterations.wall_s)
     share = iterations.wall_s / np.maximum(total_s[iterations.instance], 1e-12)
     return replace(iterations, energy_j=share * grown_j[iterations.instance])
-
-
-def _class_names(classes: RequestClasses) -> list[str]:
-    if classes.host_classes:
-        return [str(key) for key in range(len(classes))]
-    edges = (0, *classes.prompt_edges_tok)
-    names = [f"{low}-{high - 1}" for low, high in pairwise(edges)]
-    return [*names, f"{edges[-1]}-"]
 
 
 if TYPE_CHECKING:

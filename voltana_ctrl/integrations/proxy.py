@@ -323,6 +323,15 @@ class Proxy:
             ],
             "down": [(f'instance="{name}"', counts.is_down(i)) for i, name in enumerate(ids)],
         }
+        judged = sorted(self._services.judged.items())
+        families["streams_total"] = [
+            (f'request_class="{name}"', n) for (objective, name), n in judged if objective == "any"
+        ]
+        families["streams_met_total"] = [
+            (f'objective="{objective}",request_class="{name}"', n)
+            for (objective, name), n in judged
+            if objective != "any"
+        ]
         for name in _EVENTS:
             families[f"{name}_total"] = [("", seen[name])]
         lines = []

@@ -8,10 +8,11 @@ import logging
 import math
 import re
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from voltana_ctrl.estimate import RequestClasses
 from voltana_ctrl.integrations._proxy_asgi import (
     RETRY_AFTER,
     ClientGone,
@@ -27,7 +28,7 @@ from voltana_ctrl.integrations._proxy_asgi import (
 from voltana_ctrl.integrations.proxy_body import BadBody, PromptLengths, parse_body, usage_of
 from voltana_ctrl.integrations.proxy_dialects import tells_failure
 from voltana_ctrl.integrations.proxy_energy import EnergyBook, RequestEnergy
-from voltana_ctrl.integrations.proxy_ledger import InFlight
+from voltana_ctrl.integrations.proxy_ledger import Flight, InFlight
 from voltana_ctrl.integrations.proxy_policy import PolicyRouters
 from voltana_ctrl.integrations.proxy_upstream import Answer, Call, Upstream, UpstreamFailed
 from voltana_ctrl.types import Request
@@ -71,6 +72,10 @@ class Services:
         Guesses the lengths of prompts.
     seen : dict of str to float
         Events, for the metrics.
+    judged : Counter
+        Streams that ended well, by objective that they met (``any``: all of them) and class.
+    classes : RequestClasses
+        Of prompt lengths.
 
     Examples
     --------
@@ -89,6 +94,25 @@ class Services:
     total_s: float
     lengths: PromptLengths = field(default_factory=PromptLengths)
     seen: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    judged: Counter[tuple[str, str]] = field(default_factory=Counter)
+    classes: RequestClasses = field(default_factory=RequestClasses)
+
+    def judge(self, flight: Flight) -> None:
+        """Hold a stream that ended well to the objectives; only of streams both are seen.
+
+        Parameters
+        ----------
+        flight : Flight
+            With its times and lengths.
+        """
+        slo = self.routers.slo
+        further_tok = flight.output_tok - 1
+        itl_s = (flight.last_s - flight.first_s) / further_tok if further_tok > 0 else 0.0
+        met = {"ttft": flight.first_s - flight.begin_s <= slo.ttft_s, "itl": itl_s <= slo.itl_s}
+        kind = int(self.classes.of(request_class=[0], prompt_tok=[flight.prompt_tok])[0])
+        name = self.classes.names[kind]
+        for objective, is_met in {"any": True, **met, "both": all(met.values())}.items():
+            self.judged[objective, name] += is_met
 
 
 class Exchange:
@@ -336,6 +360,8 @@ class Exchange:
                 services.seen["ttft_seconds"] += flight.first_s - flight.begin_s
         if usage is not None and flight.output_tok:
             services.counts.ended_well(flight)
+            if self._body.get("stream"):
+                services.judge(flight)
 
 
 async def _chain(answer: Answer) -> Any:

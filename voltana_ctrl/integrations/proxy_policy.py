@@ -40,7 +40,8 @@ class PolicyRouters:
     """Routers of a policy, for a server that sends the requests itself.
 
     It is a `Router` for decode and can be given to :class:`~voltana_ctrl.ControlLoop`, whose
-    decisions it hands to both routers; `controller` is the one of the policy. Requests are to
+    decisions it hands to both routers; `controller` is the one of the policy, `slo` what it was
+    built for. Requests are to
     be routed from one thread.
 
     Parameters
@@ -70,7 +71,8 @@ class PolicyRouters:
     """
 
     def __init__(self, fleet: FleetSpec, policy: str, slo: Slo | None = None) -> None:
-        parts = find_policy(policy).build(fleet, slo or Slo(ttft_s=0.6, itl_s=0.06), PolicySetup())
+        self.slo = slo or Slo(ttft_s=0.6, itl_s=0.06)
+        parts = find_policy(policy).build(fleet, self.slo, PolicySetup())
         self.fleet = fleet
         self.controller = parts.controller or StaticController(fleet)
         self.decode_at_arrival = parts.decode_at_arrival
