@@ -1,4 +1,4 @@
-"""NVIDIA Dynamo on this machine: a frontend, two prefill and two decode mock engines."""
+"""NVIDIA Dynamo on this machine: a frontend and mock engines, apart or colocated."""
 
 import contextlib
 import json
@@ -42,10 +42,16 @@ def free_ports(n):
 
 
 class DynamoStack:
-    """Started by ``with``; `fleet` and `endpoints` describe it to us."""
+    """Started by ``with``; `fleet` and `endpoints` describe it to us.
 
-    def __init__(self, folder: Path, python: Path) -> None:
-        self.folder, self.python = folder, python
+    It is 2P2D, two prefill and two decode engines, or 2C, two that do both.
+    """
+
+    def __init__(
+        self, folder: Path, python: Path, *, shape: str = "2P2D", model: Path | None = None
+    ) -> None:
+        self.folder, self.python, self.shape = folder, python, shape
+        self.model = folder / "tiny" if model is None else model
         self.discovery = folder / "discovery"
         self.processes: list[subprocess.Popen] = []
         self.port, self.prefill_port, self.decode_port, *self.bootstrap = free_ports(5)
@@ -60,19 +66,19 @@ class DynamoStack:
         return self
 
     def _start(self):
-        model = self.folder / "tiny"
-        run = [self.python, ROOT / "tests" / "tiny_model.py", model]
-        subprocess.run(run, check=True, timeout=120, capture_output=True)
+        if not self.model.exists():
+            run = [self.python, ROOT / "tests" / "tiny_model.py", self.model]
+            subprocess.run(run, check=True, timeout=120, capture_output=True)
         self.discovery.mkdir()
-        mock = ["-m", "dynamo.mocker", "--model-path", model, "--model-name", "tiny"]
-        ports = ",".join(map(str, self.bootstrap))
-        self._launch(
-            "prefill", self.prefill_port,
-            [*mock, "--disaggregation-mode", "prefill", "--num-workers", "2",
-             "--bootstrap-ports", ports],
-        )  # fmt: skip
-        decode = [*mock, "--disaggregation-mode", "decode", "--num-workers", "2"]
-        self._launch("decode", self.decode_port, decode)
+        mock = ["-m", "dynamo.mocker", "--model-path", self.model, "--model-name", "tiny"]
+        mock += ["--num-workers", "2", "--disaggregation-mode"]
+        if self.shape == "2C":
+            self._launch("both", self.decode_port, [*mock, "agg"])
+        else:
+            ports = ",".join(map(str, self.bootstrap))
+            prefill = [*mock, "prefill", "--bootstrap-ports", ports]
+            self._launch("prefill", self.prefill_port, prefill)
+            self._launch("decode", self.decode_port, [*mock, "decode"])
         front = ["-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", self.port]
         self._launch("frontend", None, [*front, "--router-mode", "kv"])
         until_s = time.monotonic() + START_LIMIT_S
@@ -110,9 +116,9 @@ class DynamoStack:
                 served = json.load(answer)["data"]
         except OSError:
             return False
-        workers = self.workers()
-        both = all(len(workers[name]) == 2 for name in ("prefill", "backend"))
-        if not (served and both and len(dynamo_fpm_addresses(self.discovery)) == 4):
+        n = len(self.fleet)
+        met = sum(map(len, self.workers().values())) == n
+        if not (served and met and len(dynamo_fpm_addresses(self.discovery)) == n):
             return False
         try:  # the frontend may not have met all of them yet
             return self.complete([5, 6, 7], 2) is not None
@@ -141,7 +147,7 @@ class DynamoStack:
 
     @property
     def fleet(self):
-        return FleetSpec.parse("2P2D", load_profile(PROFILE))
+        return FleetSpec.parse(self.shape, load_profile(PROFILE))
 
     @property
     def endpoints(self):

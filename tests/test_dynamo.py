@@ -6,6 +6,8 @@ minute more.
 """
 
 import asyncio
+import contextlib
+import json
 import time
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from dynamo_stack import DynamoStack, environment_python, random_prompt
+from mock_engine import serving
 
 from voltana_ctrl import ControlLoop, Slo
 from voltana_ctrl.control import MpcController
@@ -20,6 +23,7 @@ from voltana_ctrl.integrations import (
     EngineBackend,
     FpmReader,
     ModelledGpus,
+    Proxy,
     Scraper,
     dynamo_fpm_addresses,
 )
@@ -38,12 +42,25 @@ def stack(tmp_path_factory):
         yield made
 
 
-@pytest.fixture
-def reader(stack):
+@pytest.fixture(scope="module")
+def colocated(stack, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("colocated")
+    with DynamoStack(folder, stack.python, shape="2C", model=stack.model) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def listening(stack):
     made = FpmReader(stack.fleet, stack.endpoints, addresses=dynamo_fpm_addresses(stack.discovery))
     wait_until(lambda: np.isfinite(made.read(time.monotonic())[0].age_s).all())
     yield made
     made.close()
+
+
+@pytest.fixture
+def reader(stack):
+    with listening(stack) as made:
+        yield made
 
 
 def wait_until(condition, limit_s=20.0):
@@ -161,6 +178,85 @@ def test_pins_of_our_router_are_obeyed(stack):
     answers = asyncio.run(send_all(stack, bodies, 60.0))
     served = [one["nvext"]["worker_id"] for one in answers]
     assert [(one["prefill_worker_id"], one["decode_worker_id"]) for one in served] == wanted
+
+
+def ask_the_router(stack, policy, prompts, lengths):
+    """Events of the answers, every other one streamed; energies, with places; the metrics page."""
+    proxy = Proxy(stack.fleet, stack.endpoints, policy=policy)
+
+    async def run(url):
+        async with httpx.AsyncClient(base_url=url, timeout=30.0, trust_env=False) as client:
+
+            async def one(k):
+                await asyncio.sleep(k / 60.0)
+                asked = body(prompts[k], int(lengths[k]))
+                if k % 2:
+                    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+                headers = {"x-request-id": f"r{k}"}
+                got = await client.post("/v1/completions", json=asked, headers=headers)
+                assert got.status_code == 200, got.text
+                if not k % 2:
+                    return [got.json()]
+                *events, done, rest = got.text.split("\n\n")
+                assert (done, rest) == ("data: [DONE]", "")
+                return [json.loads(event.removeprefix("data: ")) for event in events]
+
+            answers = await asyncio.gather(*map(one, range(len(prompts))))
+            spent = [(await client.get(f"/v1/energy/r{k}")).json() for k in range(len(prompts))]
+            return answers, spent, (await client.get("/metrics")).text
+
+    with serving(proxy) as server:
+        return asyncio.run(run(server.url))
+
+
+@pytest.mark.parametrize("shape", ["2P2D", "2C"])
+def test_our_router_answers_once_from_the_workers_it_pinned(shape, stack, request):
+    if shape == "2C":
+        stack = request.getfixturevalue("colocated")
+    rng = np.random.default_rng(6)
+    n = 200
+    prompts = [random_prompt(rng, 8, 200) for _ in range(n)]
+    lengths = rng.integers(2, 16, size=n)
+    with listening(stack) as reader:
+        drained(reader)
+        before = stack.counters()
+        policy = "static-max" if shape == "2C" else "static-max+least-queue/jsq"
+        answers, spent, page = ask_the_router(stack, policy, prompts, lengths)
+        rows = drained(reader)
+        counted = {name: value - before[name] for name, value in stack.counters().items()}
+        assert reader.counts.lost == 0
+    # Once each, as far as client, router and Dynamo can tell.
+    assert len({events[0]["id"] for events in answers}) == n
+    assert counted["requests"] == n
+    assert counted["output_tok"] == lengths.sum()
+    assert counted["prompt_tok"] == sum(map(len, prompts))
+    usages = [events[-1]["usage"] for events in answers]
+    assert [usage["prompt_tokens"] for usage in usages] == [len(prompt) for prompt in prompts]
+    assert [usage["completion_tokens"] for usage in usages] == lengths.tolist()
+    assert 'requests_total{path="/v1/completions",status="200"} 200.0' in page
+    for name in ("retries", "broken_streams", "cancelled"):
+        assert f"voltana_router_{name}_total 0.0" in page
+    # A stream is one: its tokens come one by one.
+    assert all(len(answers[k]) > lengths[k] for k in range(1, n, 2))
+    # Where the router wanted each, as the frontend says ...
+    index = {name: i for i, name in enumerate(stack.fleet.ids)}
+    wanted = {
+        phase: np.array([index[one[f"{phase}_instance"]] for one in spent])
+        for phase in ("prefill", "decode")
+    }
+    for phase, places in wanted.items():
+        served = [events[0]["nvext"]["worker_id"][f"{phase}_worker_id"] for events in answers]
+        assert served == [stack.endpoints[i].worker_id for i in places]
+    # ... and as the workers' own messages say.
+    sizes = np.array([len(prompt) for prompt in prompts])
+    for i in range(len(stack.fleet)):
+        mine = rows["instance"] == i
+        prompt_tok = sizes[wanted["prefill"] == i].sum()
+        assert rows["prefill_tok"][mine].sum() == prompt_tok
+        # Where a worker does both, the first token comes with its prefill.
+        output_tok = (lengths - (shape == "2C"))[wanted["decode"] == i].sum()
+        assert rows["batch_req"][mine].sum() == output_tok
+        assert prompt_tok + output_tok > 0
 
 
 def test_the_controller_consolidates_and_the_router_follows(stack):
