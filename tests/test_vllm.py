@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 from dynamo_stack import ROOT, free_ports
 from fake_gpus import machine, needs_compiler, seconds_until
 from test_in_engine import environment
+from vllm_stack import VllmServer, environment_folder, make_model
 
 from voltana_ctrl import FleetSpec, load_profile
 from voltana_ctrl.integrations import Endpoint, FpmReader, Scraper
@@ -28,16 +28,12 @@ from voltana_ctrl.integrations import Endpoint, FpmReader, Scraper
 pytestmark = pytest.mark.vllm
 
 FLEET = FleetSpec.parse("1C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-START_LIMIT_S = 240.0
 COUNTERS = ("iteration_tokens_total_count", "prompt_tokens_total", "generation_tokens_total")
 
 
 @pytest.fixture(scope="module")
 def venv():
-    folder = Path(os.environ.get("VOLTANA_VLLM_ENV", "no-such-folder"))
-    if not (folder / "complete").exists():
-        pytest.skip("needs the folder of tests/vllm_env.sh in VOLTANA_VLLM_ENV")
-    return folder
+    return environment_folder()
 
 
 @pytest.fixture(scope="module")
@@ -58,62 +54,16 @@ def site(venv, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(venv, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    run = [venv / "bin" / "python", ROOT / "tests" / "tiny_model.py", folder]
-    subprocess.run(run, check=True, timeout=240, capture_output=True)
-    return folder
+    return make_model(venv, tmp_path_factory.mktemp("model") / "tiny")
 
 
 @contextlib.contextmanager
 def served(venv, site, model, folder, *options, **variables):
-    (port,) = free_ports(1)
-    environ = {
-        **os.environ, "PYTHONPATH": str(site), "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1", **variables,
-    }  # fmt: skip
-    command = [
-        venv / "bin" / "vllm", "serve", model, "--load-format", "dummy", "--enforce-eager",
-        "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16",
-        "--num-gpu-blocks-override", "64", "--host", "127.0.0.1", "--port", port,
-        "--served-model-name", "tiny", "--enable-logging-iteration-details", *options,
-    ]  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    log = folder / "vllm.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            env=environ,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-
-        def healthy():
-            assert process.poll() is None, log.read_text(errors="replace")[-3000:]
-            with contextlib.suppress(httpx.HTTPError):
-                return httpx.get(f"{url}/health", trust_env=False).status_code == 200
-            return False
-
-        seconds_until(healthy, limit_s=START_LIMIT_S)
-        yield url, process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
-
-
-def counters(url):
-    told = dict.fromkeys(COUNTERS, 0.0)
-    for line in httpx.get(f"{url}/metrics", trust_env=False).text.splitlines():
-        name = line.partition("{")[0].removeprefix("vllm:")
-        if name in told:
-            told[name] += float(line.rpartition(" ")[2])
-    return told
+    variables = {"PYTHONPATH": str(site), **variables}
+    options = ("--enable-logging-iteration-details", *options)
+    with VllmServer(venv, model, folder / "vllm.log", *options, **variables) as server:
+        server.wait()
+        yield server
 
 
 def load(url, requests=60, output_tok=12):
@@ -155,12 +105,12 @@ def test_the_stat_logger_is_loaded_by_its_entry_point_and_sees_every_iteration(
     (port,) = free_ports(1)
     fpm = f"tcp://127.0.0.1:{port}"
     with (
-        served(venv, site, model, tmp_path, VOLTANA_CTRL_FPM=fpm) as (url, _),
-        listening(url, fpm) as (engine, reader),
+        served(venv, site, model, tmp_path, VOLTANA_CTRL_FPM=fpm) as server,
+        listening(server.url, fpm) as (engine, reader),
     ):
-        before = counters(url)
-        prompt_tok = load(url)
-        grown = {name: value - before[name] for name, value in counters(url).items()}
+        before = server.counters(*COUNTERS)
+        prompt_tok = load(server.url)
+        grown = {name: value - before[name] for name, value in server.counters(*COUNTERS).items()}
         reading, rows = reader.read(time.monotonic())
         assert reader.counts.lost == reader.counts.bad == 0
         assert len(rows) == grown["iteration_tokens_total_count"]
@@ -187,11 +137,11 @@ def test_the_scheduler_class_sets_clocks_and_hands_them_back(venv, site, model, 
         state = {k: v for k, v in fake.env.items() if k not in ("LD_LIBRARY_PATH", "PYTHONPATH")}
         variables = {**state, **environment(fake, tmp_path, VOLTANA_CTRL_FPM=fpm)}
         options = ("--scheduler-cls", scheduler)
-        with served(venv, site, model, tmp_path, *options, **variables) as (url, process):
-            with listening(url, fpm) as (_, reader):
-                before = counters(url)
-                prompt_tok = load(url)
-                grown = counters(url)["iteration_tokens_total_count"]
+        with served(venv, site, model, tmp_path, *options, **variables) as server:
+            with listening(server.url, fpm) as (_, reader):
+                before = server.counters(*COUNTERS)
+                prompt_tok = load(server.url)
+                grown = server.counters(*COUNTERS)["iteration_tokens_total_count"]
                 grown -= before["iteration_tokens_total_count"]
                 _, rows = reader.read(time.monotonic())
                 # The first batch after a pause has no time of its own.
@@ -201,12 +151,7 @@ def test_the_scheduler_class_sets_clocks_and_hands_them_back(venv, site, model, 
             assert fake.gpus[0].sets > 1
             assert fake.gpus[0].locked
             assert fake.gpus[0].unsupported_sets == 0
-            children = subprocess.run(
-                ["pgrep", "-g", str(process.pid), "-f", "EngineCore"],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-            for pid in children.stdout.split():
-                os.kill(int(pid), signal.SIGKILL)
+            server.kill_engine_core()
             assert seconds_until(lambda: not fake.gpus[0].locked) < 5.0
 
 
@@ -228,12 +173,12 @@ def test_messages_of_dynamos_scheduler_under_ours(venv, site, model, tmp_path):
     }
     options = ("--scheduler-cls", "voltana_ctrl.integrations.vllm.GovernedScheduler")
     with (
-        served(venv, site, model, tmp_path, *options, **variables) as (url, _),
-        listening(url, fpm) as (_, reader),
+        served(venv, site, model, tmp_path, *options, **variables) as server,
+        listening(server.url, fpm) as (_, reader),
     ):
-        before = counters(url)
-        prompt_tok = load(url)
-        grown = {name: value - before[name] for name, value in counters(url).items()}
+        before = server.counters(*COUNTERS)
+        prompt_tok = load(server.url)
+        grown = {name: value - before[name] for name, value in server.counters(*COUNTERS).items()}
         reading, rows = reader.read(time.monotonic())
         assert reader.counts.lost == reader.counts.bad == 0
         assert len(rows) == grown["iteration_tokens_total_count"]
