@@ -134,8 +134,11 @@ def test_policies_and_profiles_are_listed(environment):
     listed = run("policies", **environment)
     assert listed.returncode == 0
     assert "voltanallm-full-ladder" in listed.stdout
-    known = run("profiles", **{**environment, "COLUMNS": "120"})
+    known = run("profiles", **environment)
     assert known.returncode == 0
+    lines = known.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 5 * sum("/" in line and not line.startswith(" ") for line in lines)
     assert "extrapolated" in known.stdout
     assert "a100-sxm-80gb/llama-3.1-8b" in known.stdout
 
@@ -204,6 +207,7 @@ def test_help_names_the_commands(environment):
         shown = run(*arguments, **environment)
         assert shown.returncode in (0, 2)
         assert "compare" in shown.stdout + shown.stderr
+        assert "voltana-ctrl:" not in shown.stderr
 
 
 def test_help_shows_every_bracket():
