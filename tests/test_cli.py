@@ -111,6 +111,10 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["fit", "none.csv", "--like", "a100"], "profile: expected one of"),
         (["agent"], "--setter"),
         (["agent", "--setter"], "--gpu"),
+        (["agent", "--fleet", "f.toml", "--tick-ms", "0"], "tick-ms: expected a number > 0"),
+        (["agent", "--fleet", "f.toml", "--log", "ticks.txt"], "log: expected a .jsonl file"),
+        (["fit", "none.csv", "--out", "mine.txt"], "out: expected a .toml file"),
+        (["compare", "--policies", "static-1000"], "choose static-990 or static-1005"),
         (["profile", "http://127.0.0.1:9"], "profile: expected either --gpu, whose clock"),
         (["profile", "http://127.0.0.1:9", "--no-clock", "--dry-run"], "or --freq-mhz"),
         (["profile", "http://127.0.0.1:9", "--freq-mhz", "9", "--steady", "0"], "--steady: exp"),
@@ -130,8 +134,11 @@ def test_policies_and_profiles_are_listed(environment):
     listed = run("policies", **environment)
     assert listed.returncode == 0
     assert "voltanallm-full-ladder" in listed.stdout
-    known = run("profiles", **{**environment, "COLUMNS": "120"})
+    known = run("profiles", **environment)
     assert known.returncode == 0
+    lines = known.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 5 * sum("/" in line and not line.startswith(" ") for line in lines)
     assert "extrapolated" in known.stdout
     assert "a100-sxm-80gb/llama-3.1-8b" in known.stdout
 
@@ -185,11 +192,22 @@ def test_the_limits_of_profiling_are_told_by_options_there_are(root):
     assert {"--max-c", "--cool-c", "--max-ttft", "--max-itl", "--no-clock"} <= named <= there
 
 
+@pytest.mark.parametrize("name", ["agent", "router"])
+def test_certificates_are_given_by_the_same_options(name):
+    options = {one: of for of in typer.main.get_command(app).commands[name].params
+               for one in of.opts}  # fmt: skip
+    assert not options["--tls-cert"].hidden
+    assert not options["--tls-key"].hidden
+    if name == "agent":
+        assert options["--tls-certificate"].hidden
+
+
 def test_help_names_the_commands(environment):
     for arguments in (["--help"], []):
         shown = run(*arguments, **environment)
         assert shown.returncode in (0, 2)
         assert "compare" in shown.stdout + shown.stderr
+        assert "voltana-ctrl:" not in shown.stderr
 
 
 def test_help_shows_every_bracket():

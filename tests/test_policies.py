@@ -39,6 +39,16 @@ def test_who_knows_budgets():
     assert not find_policy("static-900").knows_budget
 
 
+def test_a_static_clock_that_nobody_has_is_refused_with_its_neighbours():
+    with pytest.raises(ConfigError, match="choose static-990 or static-1005"):
+        find_policy("static-1000").build(FLEET, SLO, PolicySetup())
+    with pytest.raises(ConfigError, match="choose static-990 or static-1005"):
+        find_policy("static-1000+jsq").build(FLEET, SLO, PolicySetup())
+    for mhz in (210, 1005, 1410):
+        first = find_policy(f"static-{mhz}").build(FLEET, SLO, PolicySetup()).first
+        assert first.freq_mhz.tolist() == [mhz] * len(FLEET)
+
+
 def test_static_clock_is_read_from_the_name():
     first = find_policy("static-900").build(FLEET, SLO, PolicySetup()).first
     assert (first.freq_mhz == 900.0).all()

@@ -14,9 +14,11 @@ import types
 
 import httpx
 import pytest
+import typer
 from mock_engine import MockEngine, fleet_of
 
 from voltana_ctrl.integrations import load_endpoints
+from voltana_ctrl.integrations.endpoints import ENGINES
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,8 @@ def test_requests_go_to_dynamos_instances_by_policy(blocks, monkeypatch):
     ("arguments", "words"),
     [
         ([], "--fleet FILE"),
+        (["--fleet", "fleet.toml", "--prefill", "http://one"], "not both"),
+        (["--both", "http://one", "--port", "70000"], "port: expected 0 to 65535"),
         (["--prefill", "http://one"], "at least one --prefill and one --decode"),
         (["--both", "http://one", "--decode", "http://two"], "both kinds"),
         (["--both", "http://one", "--engine", "dynamo"], "ids"),
@@ -182,6 +186,30 @@ def test_what_cannot_be_meant_ends_with_one_line(arguments, words, capsys, monke
     told = capsys.readouterr().err
     assert words in told
     assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--telemetry"]])
+def test_a_port_that_is_taken_ends_with_one_line(more, capsys, monkeypatch):
+    from voltana_ctrl.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        given = ["router", "--both", "http://127.0.0.1:9", "--port", port, *more]
+        monkeypatch.setattr(sys, "argv", ["voltana-ctrl", *given])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"voltana-ctrl: router: 127.0.0.1:{port} cannot be listened on: ")
+    assert "--port" in line
+
+
+def test_every_engine_is_named_by_the_help():
+    from voltana_ctrl.cli import app
+
+    (option,) = (one for one in typer.main.get_command(app).commands["router"].params
+                 if "--engine" in one.opts)  # fmt: skip
+    assert all(name in option.help for name in ENGINES)
 
 
 def test_a_token_from_the_environment_guards_the_router(root):

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from voltana_ctrl.control.adaptive import AdaptiveController
 from voltana_ctrl.control.baselines import StaticController
 from voltana_ctrl.control.budget import StaticBudgetController
@@ -205,11 +207,24 @@ ROUTERS: Mapping[str, Callable[[FleetSpec, Phase, Slo], CompiledRouter]] = Mappi
 def _static(freq_mhz: float | None) -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         del slo, setup
+        if freq_mhz is not None:
+            _refuse_between(fleet, freq_mhz)
         at_rest = Observation(state=FleetState.idle(len(fleet)))
         first, _ = StaticController(fleet, freq_mhz).decide(at_rest, None)
         return PolicyParts(first=first)
 
     return build
+
+
+def _refuse_between(fleet: FleetSpec, freq_mhz: float) -> None:
+    """Refuse a clock between two of the ladder: results would bear the name of another clock."""
+    ladder_mhz = np.unique(np.concatenate([one.clocks_mhz for one in fleet.instances]))
+    k = int(np.searchsorted(ladder_mhz, freq_mhz))
+    if 0 < k < len(ladder_mhz) and ladder_mhz[k] != freq_mhz:
+        raise ConfigError(
+            f"policy static-{freq_mhz:g}: no instance has that clock; choose"
+            f" static-{ladder_mhz[k - 1]:g} or static-{ladder_mhz[k]:g}"
+        )
 
 
 def _voltanallm(

@@ -74,6 +74,9 @@ def main() -> None:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
+        # Without a command the help is printed already, and nothing is left to say.
+        if not message().strip():
+            sys.exit(2)
         _refuse(message())
     sys.exit(status if isinstance(status, int) else 0)
 

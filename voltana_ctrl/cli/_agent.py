@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from voltana_ctrl.cli._options import check_outputs
+from voltana_ctrl.cli._options import above_zero, check_outputs
 from voltana_ctrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,8 +75,13 @@ def agent(
         Path | None,
         typer.Option(help="Bearer token between them. [default: env VOLTANA_CTRL_TOKEN]"),
     ] = None,
-    tls_certificate: Annotated[Path | None, typer.Option(help="PEM, with --serve.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM, with --serve.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain, with --serve, for HTTPS.")
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(hidden=True, help="Former name of --tls-cert.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     lock_dir: Annotated[
         Path | None, typer.Option(help="Of lock files, the same for all of a machine.")
     ] = None,
@@ -118,7 +123,9 @@ def agent(
         raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if controller is not None and serve is not None:
         raise ConfigError("agent: expected --controller at a node or --serve, got both")
-    check_outputs({"log": log})
+    above_zero(tick_ms=tick_ms, switchback=switchback, duration=duration)
+    check_outputs({"log": log}, suffix=".jsonl")
+    certificate = tls_cert or tls_certificate
     spec, endpoints = load_endpoints(fleet)
     own = _own(spec, endpoints, node)
     chosen = _canary(canary, own)
@@ -142,7 +149,7 @@ def agent(
         )
         if serve is not None:
             backend: Switchable = _serve(
-                ending, spec, serve, _token(token_file), tls_certificate, tls_key, mode
+                ending, spec, serve, _token(token_file), certificate, tls_key, mode
             )
         else:
             backend = _node(spec, own, chosen, mode, socket, lock_dir)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from voltana_ctrl.cli._options import check_outputs, numbers, processes, progress
+from voltana_ctrl.cli._options import above_zero, check_outputs, numbers, processes, progress
 from voltana_ctrl.errors import ConfigError
 
 #: Policies that are asked at every tick, which takes longer than the simulation.
@@ -90,9 +90,7 @@ def compare(
     from voltana_ctrl.sim.faults import read_faults
     from voltana_ctrl.types import PowerBudget, Slo
 
-    for option, value in (("duration", duration), ("tick-ms", tick_ms)):
-        if not 0.0 < value < math.inf:
-            raise ConfigError(f"{option}: expected a number > 0, got {value:g}")
+    above_zero(duration=duration, tick_ms=tick_ms)
     for option, value in (
         ("warmup", warmup),
         ("actuation-ms", actuation_ms),

@@ -64,7 +64,8 @@ def fit(
     from voltana_ctrl.profiles import load_profile
     from voltana_ctrl.report import check_plot, write_fit_plot
 
-    check_outputs({"out": out, "plot": plot})
+    check_outputs({"out": out}, suffix=".toml")
+    check_outputs({"plot": plot})
     if plot is not None:
         check_plot(plot)
     donor = load_profile(like)

@@ -27,15 +27,15 @@ def policies() -> None:
 def profiles() -> None:
     """List profiles, and how well each is known."""
     from rich.console import Console
-    from rich.table import Table
 
     from voltana_ctrl.profiles import list_profiles, load_profile
 
-    table = Table()
-    for head in ("profile", "GPUs", "clocks [MHz]", "status", "about"):
-        table.add_column(head, no_wrap=head == "profile")
+    console = Console()
     for name in list_profiles():
         one = load_profile(name)
         clocks = f"{one.clocks_mhz[0]:g}..{one.clocks_mhz[-1]:g}"
-        table.add_row(one.name, str(one.gpus), clocks, one.status, one.summary)
-    Console().print(table)
+        gpus = f"{one.gpus} GPU{'s' if one.gpus > 1 else ''}"
+        console.print(
+            f"{one.name}\n    {gpus}, {clocks} MHz, {one.status}\n    {one.summary}",
+            highlight=False, markup=False,
+        )  # fmt: skip

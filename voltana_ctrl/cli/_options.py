@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -61,11 +62,21 @@ def pairs(option: str, texts: list[str] | None) -> list[tuple[str, str]]:
     return [_pair(option, text) for text in texts or []]
 
 
-def check_outputs(paths: dict[str, Path | None]) -> None:
-    """Refuse files that could not be written, before anything runs."""
+def above_zero(**options: float | None) -> None:
+    """Refuse numbers that are not above 0, by the names of their options."""
+    for name, value in options.items():
+        if value is not None and not 0.0 < value < math.inf:
+            option = name.replace("_", "-")
+            raise ConfigError(f"{option}: expected a number > 0, got {value:g}")
+
+
+def check_outputs(paths: dict[str, Path | None], suffix: str | None = None) -> None:
+    """Refuse files that could not be written, or not be read again, before anything runs."""
     for name, path in paths.items():
         if path is None:
             continue
+        if suffix is not None and path.suffix != suffix:
+            raise ConfigError(f"{name}: expected a {suffix} file, got {path}")
         if not path.resolve().parent.is_dir():
             raise ConfigError(f"{name}: folder {path.resolve().parent} does not exist; make it")
         if path.is_dir():

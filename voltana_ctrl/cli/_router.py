@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from voltana_ctrl.integrations import Endpoint
     from voltana_ctrl.types import FleetSpec
+
+#: Connections that may wait to be accepted, as uvicorn has it.
+_BACKLOG = 2048
 
 
 def router(
@@ -29,7 +33,10 @@ def router(
     both: Annotated[
         list[str] | None, typer.Option(help="URL of an engine that does both; may be repeated.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="vllm, sglang or dynamo, without --fleet.")] = "vllm",
+    engine: Annotated[
+        str,
+        typer.Option(help="vllm, sglang, trtllm (with --both) or dynamo (with --fleet)."),
+    ] = "vllm",
     profile: Annotated[
         str, typer.Option(help="GPU and model that energy is modelled by, without --fleet.")
     ] = "a100-sxm-80gb/llama-3.1-8b",
@@ -75,6 +82,7 @@ def router(
     if (fleet is None) != bool(quick):
         raise ConfigError(
             "router: expected --fleet FILE, or engines by --prefill and --decode or by --both"
+            + (", not both" if quick else "")
         )
     if fleet is not None:
         spec, endpoints = load_endpoints(fleet)
@@ -100,16 +108,37 @@ def router(
         engine_api_key=_secret(engine_api_key_env),
     )
     server = proxy_server(proxy, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key)
+    listening = _listen(host, port)
+    port = listening[0].getsockname()[1]
     scheme = "http" if tls_cert is None else "https"
     typer.echo(f"{policy} routes {len(spec)} instances on {scheme}://{host}:{port}", err=True)
     if traffic is None:
-        server.run()
+        server.run(listening)
         return
     backend = EngineBackend(spec, endpoints, without_gpus="ignore", traffic=traffic)
     with ControlLoop(backend, routers.controller, router=routers, observers=[proxy.energy]) as loop:
         proxy.watch(loop)
         loop.start()
-        server.run()
+        server.run(listening)
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that clients can connect to, before anything is promised."""
+    if not 0 <= port < 65536:  # the resolver would take the rest of it modulo 65536
+        raise ConfigError(f"router: port: expected 0 to 65535, got {port}")
+    made: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(found):
+            made.append(socket.create_server(address[:2], family=family, backlog=_BACKLOG))
+    except OSError as error:
+        for one in made:
+            one.close()
+        raise BackendError(
+            f"router: {host}:{port} cannot be listened on: {error.strerror}; choose another"
+            " --port or --host"
+        ) from error
+    return made
 
 
 def _secret(variable: str | None) -> str | None:
