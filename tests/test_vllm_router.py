@@ -300,8 +300,8 @@ def test_a_server_killed_mid_run_loses_no_request_that_had_not_begun(servers, ho
     # The server of a dead engine tells of it itself.
     code = 500 if how == "engine core" else 502
     broken, retried = lost_nothing(told, expected, error_code=code)
-    assert broken >= 2
-    assert retried >= 2
+    # How many of each is chance: a busy server may send a long stream all at once, at its end.
+    assert broken + retried >= 2
     assert counts["retries_total"] >= retried
     assert counts["broken_streams_total"] == broken
     assert (health.status_code, health.json()["status"]) == (200, "ok")
@@ -382,7 +382,7 @@ def test_a_decode_engine_killed_mid_run_loses_no_request_that_had_not_begun(apar
                 told[ask].status, DETAILS.sub(b"", told[ask].content), told[ask].headers
             )
         broken, retried = lost_nothing(told, expected, error_code=502)
-        # Which of the two depends on how fast prompts are handed over just then.
+        # Which of the two is chance: prompts may be handed over late, when long streams have ended.
         assert broken + retried >= 2
         assert counts["broken_streams_total"] == broken
         # Without its only prefill engine it says so.
