@@ -79,13 +79,15 @@ def run(policy, time_frac, workload, rate_req_s, seed, n_req, warmup_s=WARMUP_S)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workload", "rate_req_s"), [("sharegpt", 50.0), ("lmsys", 50.0), ("azure-conv", 6.0)]
+    ("workload", "rate_req_s", "seeds"),
+    # Half an hour of long prompts a seed; docs/prediction.md has three of them.
+    [("sharegpt", 50.0, 3), ("lmsys", 50.0, 3), ("azure-conv", 6.0, 1)],
 )
-def test_a_wrong_profile_keeps_the_promise_at_nearly_the_same_energy(workload, rate_req_s):
-    """Mean of three seeds of at least 10,000 requests each."""
+def test_a_wrong_profile_keeps_the_promise_at_nearly_the_same_energy(workload, rate_req_s, seeds):
+    """Mean of seeds of at least 10,000 requests each."""
 
     def mean(policy, time_frac):
-        each = [run(policy, time_frac, workload, rate_req_s, seed, 10_300) for seed in range(3)]
+        each = [run(policy, time_frac, workload, rate_req_s, seed, 10_300) for seed in range(seeds)]
         assert min(row[-1] for row in each) >= 10_000
         figures = np.mean(each, axis=0)
         print(workload, policy, time_frac, figures.round(4))
