@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-import threading
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
+from threaded_server import ThreadedServer
 
 from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s, prefill_j, prefill_s
 
@@ -26,7 +26,7 @@ class Stream:
     chunks: asyncio.Queue = field(default_factory=asyncio.Queue)
 
 
-class FakeEngine:
+class FakeEngine(ThreadedServer):
     """Server on the loopback; its clock is the lock of a fake GPU, whose power it drives.
 
     Iterations end at absolute times, so that what the event loop is late does not add up.
@@ -42,22 +42,6 @@ class FakeEngine:
         self.break_after = None  # tokens of a stream, then an error in it
         self.running: list[Stream] = []
         self.waiting: list[Stream] = []
-
-    def __enter__(self):
-        ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(ready)), daemon=True)
-        self._thread.start()
-        assert ready.wait(10)
-        return self
-
-    def __exit__(self, *error):
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(10)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
 
     async def _main(self, ready):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from threaded_server import ThreadedServer
 
 from voltana_ctrl import FleetSpec, load_profile
 from voltana_ctrl.integrations import Endpoint
@@ -21,7 +22,7 @@ pytest.importorskip("aiohttp", reason="the router needs aiohttp")
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 
 
-class MockEngine:
+class MockEngine(ThreadedServer):
     """Streams `tokens` tokens, `gap_s` apart; runs in a thread of its own."""
 
     def __init__(self, name="e0", *, tokens=4, gap_s=0.0, first_s=0.0, done_usage=True):
@@ -30,28 +31,7 @@ class MockEngine:
         self.answered = self.cancelled = self.streaming = 0
         self.fail = []  # what the next requests meet, see `_trouble`
         self.cached_tok = None  # told as found in the prefix cache
-        self.port = 0
         self._lock = threading.Lock()
-
-    def __enter__(self):
-        ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(ready)), daemon=True)
-        self._thread.start()
-        assert ready.wait(10)
-        return self
-
-    def __exit__(self, *error):
-        self.kill()
-
-    def kill(self):
-        """Die as a process does: nobody listens any more, connections break."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(10)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def bodies(self):

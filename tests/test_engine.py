@@ -125,16 +125,20 @@ def decisions(draw, fleet: FleetSpec) -> Decision:
     )
 
 
+plant_settings = st.builds(
+    PlantSettings,
+    actuation_s=st.sampled_from([0.0, 0.005, 0.04]),
+    settle_s=st.sampled_from([0.0, 0.02]),
+    decode_at_arrival=st.booleans(),
+)
+ladders = st.sampled_from([None, None, list(ODD.clocks_mhz), list(ODD.clocks_mhz[2:])])
+
+
 @st.composite
 def scenes(draw):
     """Fleet, workload, settings, governor ladder or None, and decisions with their times."""
     fleet = draw(fleets())
-    settings = PlantSettings(
-        actuation_s=draw(st.sampled_from([0.0, 0.005, 0.04])),
-        settle_s=draw(st.sampled_from([0.0, 0.02])),
-        decode_at_arrival=draw(st.booleans()),
-    )
-    ladder = draw(st.sampled_from([None, None, list(ODD.clocks_mhz), list(ODD.clocks_mhz[2:])]))
+    settings, ladder = draw(plant_settings), draw(ladders)
     when_s = (0.0, *draw(st.lists(st.floats(0.05, 1.0), max_size=2).map(sorted)))
     return fleet, draw(workloads), settings, ladder, [(t, draw(decisions(fleet))) for t in when_s]
 

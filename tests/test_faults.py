@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive_plant import NaivePlant, ecofreq_of
 from test_engine import (
-    ODD,
     REFERENCE,
     TIGHT,
     assert_empty,
@@ -16,6 +15,8 @@ from test_engine import (
     decisions,
     energies,
     fleets,
+    ladders,
+    plant_settings,
     reference_run,
     workloads,
 )
@@ -74,12 +75,7 @@ def fault_lists(draw, fleet: FleetSpec, most: int = 4) -> list:
 def scenes(draw):
     """As of the engine's tests, with sleep and faults."""
     fleet = draw(sleepy_fleets())
-    settings = PlantSettings(
-        actuation_s=draw(st.sampled_from([0.0, 0.005, 0.04])),
-        settle_s=draw(st.sampled_from([0.0, 0.02])),
-        decode_at_arrival=draw(st.booleans()),
-    )
-    ladder = draw(st.sampled_from([None, None, list(ODD.clocks_mhz), list(ODD.clocks_mhz[2:])]))
+    settings, ladder = draw(plant_settings), draw(ladders)
     when_s = (0.0, *draw(st.lists(st.floats(0.05, 1.0), max_size=3).map(sorted)))
     orders = [(t_s, draw(decisions(fleet))) for t_s in when_s]
     return fleet, draw(workloads), settings, ladder, orders, draw(fault_lists(fleet))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -337,13 +338,14 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
             delay_s=setup.delay_s,
             power_budget_w=None if setup.power_budget is None else setup.limit_w,
         )
+        on_node = Counter(one.node for one in fleet.instances)
         governors = [
             IterationGovernor(
                 one,
                 slo,
                 delay_s=setup.delay_s,
                 # What lowers clocks must not keep the node busy when another has to raise.
-                dwell_s=setup.call_s * sum(one.node == other.node for other in fleet.instances),
+                dwell_s=setup.call_s * on_node[one.node],
             )
             for one in fleet.instances
         ]

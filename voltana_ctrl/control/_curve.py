@@ -97,7 +97,8 @@ class LeastPower:
         # Slower than what arrives is to postpone work, which only a clock that answers well
         # within the promise makes up for.
         self._deaf_frac = min(1.0, 3.0 * delay_s / slo.ttft_s)
-        self._attainment, self._itl_s, self._margin_frac = slo.attainment, slo.itl_s, margin_frac[1]
+        self._attainment, self._itl_s = slo.attainment, slo.itl_s
+        self._itl_margin_frac = margin_frac[1]
 
     def at(self, lengths: Lengths, pace_frac: float = 1.0) -> Callable[[F64], Curve]:
         """Curve at these lengths: a function of loads [req/s], each > 0.
@@ -190,7 +191,7 @@ class LeastPower:
         """
         served_frac, power_w = np.empty((2, len(_EXTRA_FRAC)))
         for k, extra_frac in enumerate(_EXTRA_FRAC):
-            aim_s = self._itl_s / (1.0 + self._margin_frac + extra_frac)
+            aim_s = self._itl_s / (1.0 + self._itl_margin_frac + extra_frac)
             power_w[k], missed_frac, _ = self._kernels.station(
                 self.station(lengths, pace_frac, aim_s=aim_s), arrival_req_s,
                 *self._limits(lengths), 0, self.instance.idle_w,
@@ -214,7 +215,7 @@ class LeastPower:
         """
         if aim_s is None:
             # Without a governor nobody aims at anything.
-            aim_s = self._itl_s / (1.0 + self._margin_frac) if self._governed else math.inf
+            aim_s = self._itl_s / (1.0 + self._itl_margin_frac) if self._governed else math.inf
         rows, n = self._rows, len(self._padded)
         needed_row, step_s, power_w = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
         self._kernels.governed_batches(

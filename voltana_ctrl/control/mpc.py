@@ -1,10 +1,10 @@
 """The model-predictive layer: a receding-horizon quadratic programme, stated once in CVXPY.
 
 Per slot (an instance, or the mean of a group of like instances) the states of
-:mod:`voltana_ctrl.model`, re-linearised at every tick; clocks with dead time; routing; ITL, KV
+:mod:`voltana_ctrl.model`, re-linearised at every plan; clocks with dead time; routing; ITL, KV
 and TTFT as soft constraints with exact penalties; the fleet's power budget as a hard one.
 Everything that changes is a parameter entering affinely (disciplined parametrised
-programming), so a tick updates the compiled data in place and hands it to PIQP; where PIQP is
+programming), so a plan updates the compiled data in place and hands it to PIQP; where PIQP is
 not installed CVXPY solves the same problem with Clarabel.
 """
 

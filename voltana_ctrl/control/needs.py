@@ -206,7 +206,7 @@ class Needs:
         worst_w : ndarray, shape (n, n_clocks)
             Of :meth:`worst_power_w`.
         wanted_mhz : ndarray, shape (n,)
-            Clocks that the plan asks for.
+            Clocks that would be chosen without a budget.
         budget_w : float
             Power that the fleet may draw.
 

@@ -14,7 +14,7 @@ VOLTANA_CTRL_GPUS        gpus         UUIDs of the instance's GPUs
 VOLTANA_CTRL_ROLE        role         ``prefill``, ``decode`` or ``colocated``; asked of the
                                       engine where it is not given
 VOLTANA_CTRL_SETTER      setter       Socket of the privileged setter
-VOLTANA_CTRL_LIMITS      limits       File with floor and ceiling, see :func:`write_limits`
+VOLTANA_CTRL_LIMITS      limits       File with floor and ceiling, see ``write_limits``
 VOLTANA_CTRL_FPM         fpm          Address to publish forward-pass metrics at
 VOLTANA_CTRL_WORKER_ID   worker_id    Sent with them
 VOLTANA_CTRL_LOCK_DIR    lock_dir     Where lock files of GPUs live
@@ -36,12 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations.clock_thread import ClockThread, write_limits
+from voltana_ctrl.integrations.clock_thread import ClockThread
 from voltana_ctrl.integrations.fpm import ForwardPass
 from voltana_ctrl.integrations.fpm_publisher import FpmPublisher
 from voltana_ctrl.types import FleetSpec, InstanceSpec, Role, Slo
 
-__all__ = ["InEngine", "InEngineSettings", "write_limits"]
+__all__ = ["InEngine", "InEngineSettings"]
 
 _log = logging.getLogger("voltana_ctrl")
 _PREFIX = "VOLTANA_CTRL_"
