@@ -5,7 +5,7 @@ import threading
 
 
 class ThreadedServer:
-    """Subclasses bring `_main(ready)`, which sets `_loop`, `_stop`, `port` and waits for `_stop`."""
+    """Subclasses bring `_main(ready)`: sets `_loop`, `_stop`, `port`; waits for `_stop`."""
 
     port = 0
 
