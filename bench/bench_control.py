@@ -14,10 +14,11 @@ import pytest
 from voltana_ctrl import Decision, FleetSpec, FleetState, Observation, Request, Slo, load_profile
 from voltana_ctrl.control.cascade import MpcController
 from voltana_ctrl.control.governor import IterationGovernor
-from voltana_ctrl.control.mpc import Planner
-from voltana_ctrl.control.target import Load, TargetOptimiser
-from voltana_ctrl.physics import length_moments
+from voltana_ctrl.control.plan import Planner
+from voltana_ctrl.control.target import TargetOptimiser
+from voltana_ctrl.laws import length_moments
 from voltana_ctrl.routing.priced import PricedRouter
+from voltana_ctrl.types import Load
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

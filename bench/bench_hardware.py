@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import Decision, FleetSpec, load_profile
-from voltana_ctrl.backends.gpus import NvmlBackend
 from voltana_ctrl.backends.meter import EnergyMeter
-from voltana_ctrl.backends.nvml import Nvml
+from voltana_ctrl.backends.nvml.driver import Nvml
+from voltana_ctrl.backends.nvml.gpus import NvmlBackend
 from voltana_ctrl.errors import BackendError
 from voltana_ctrl.testing import FakeNvml
 from voltana_ctrl.types import Limits

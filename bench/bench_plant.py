@@ -15,7 +15,7 @@ import pytest
 from reference_runs import ROOT, TRACE, fleet, voltanallm
 
 from voltana_ctrl import Decision
-from voltana_ctrl.sim.engine import Plant
+from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import make_workload
 

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import FleetSpec, IterationBatch, Slo, load_profile
-from voltana_ctrl._kernels import learn, rls
-from voltana_ctrl.estimate import ArrivalEstimator
-from voltana_ctrl.margin import MarginTracker
-from voltana_ctrl.predict import (
+from voltana_ctrl.estimate import (
+    ArrivalEstimator,
     ClockChooser,
     FleetTables,
     InstancePredictor,
     OnlineLearner,
     predict_decode,
 )
+from voltana_ctrl.estimate.margin import MarginTracker
+from voltana_ctrl.kernels.learn import learner as learn
+from voltana_ctrl.kernels.learn import rls
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

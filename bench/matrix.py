@@ -21,7 +21,7 @@ import numpy as np
 from voltana_ctrl import FleetSpec, Slo, load_profile
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.experiment import Run
-from voltana_ctrl.sim.engine import PlantSettings
+from voltana_ctrl.sim.plant import PlantSettings
 from voltana_ctrl.sim.traces import read_trace
 
 A100, H100 = "a100-sxm-80gb/llama-3.1-8b", "h100-sxm-80gb/llama-3.1-8b"

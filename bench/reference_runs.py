@@ -4,7 +4,7 @@ from pathlib import Path
 
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
 from voltana_ctrl.policies import find_policy
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACE = ROOT.parent / "shared/data/azure_llm_2023/AzureLLMInferenceTrace_conv.csv.gz"

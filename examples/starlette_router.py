@@ -16,7 +16,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from voltana_ctrl import FleetSpec, Request, load_profile
-from voltana_ctrl.integrations import EnergyBook, InFlight, PolicyRouters
+from voltana_ctrl.router.energy import EnergyBook
+from voltana_ctrl.router.ledger import InFlight
+from voltana_ctrl.router.policy import PolicyRouters
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from voltana_ctrl import FleetSpec, load_profile
-from voltana_ctrl.integrations import Endpoint, dynamo_fpm_addresses
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.fpm.reader import dynamo_fpm_addresses
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from threaded_server import ThreadedServer
 
-from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s, prefill_j, prefill_s
+from voltana_ctrl.laws.iteration import at_clock, decode_j, decode_s, prefill_j, prefill_s
 
 
 def dynamic(mhz):

@@ -78,7 +78,7 @@ def request(num_tokens=100, waited_s=0.0):
 def install_vllm(monkeypatch):
     module(monkeypatch, "vllm.v1.metrics.loggers", StatLoggerBase=StatLoggerBase)
     module(monkeypatch, "vllm.v1.core.sched.async_scheduler", AsyncScheduler=AsyncScheduler)
-    import voltana_ctrl.integrations.vllm as ours
+    import voltana_ctrl.engines.vllm as ours
 
     for name in ("StatLogger", "GovernedScheduler"):
         monkeypatch.delitem(vars(ours), name, raising=False)

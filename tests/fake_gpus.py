@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import Decision, FleetSpec, load_profile
-from voltana_ctrl.backends.gpus import NvmlBackend
+from voltana_ctrl.backends.nvml.gpus import NvmlBackend
 from voltana_ctrl.testing import FakeNvml, build_fake_nvml
 
 needs_compiler = pytest.mark.skipif(
@@ -71,8 +71,8 @@ from pathlib import Path
 import numpy as np
 from fake_gpus import decision, fleet
 from voltana_ctrl import ControlLoop, Guard
-from voltana_ctrl.backends.gpus import NvmlBackend
-from voltana_ctrl.backends.lease import end_on_sigterm
+from voltana_ctrl.backends.nvml.gpus import NvmlBackend
+from voltana_ctrl.backends.nvml.lease import end_on_sigterm
 from voltana_ctrl.types import Limits
 folder, uuids = Path({folder!r}), {uuids!r}
 spec = fleet()

@@ -14,8 +14,8 @@ import pytest
 from threaded_server import ThreadedServer
 
 from voltana_ctrl import FleetSpec, load_profile
-from voltana_ctrl.integrations import Endpoint
-from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.router.server import proxy_server
 
 pytest.importorskip("aiohttp", reason="the router needs aiohttp")
 

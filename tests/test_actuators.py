@@ -35,9 +35,11 @@ from voltana_ctrl.backends import CpufreqBackend, NvmlBackend, Recorder, ReplayB
 from voltana_ctrl.cli import app
 from voltana_ctrl.control import ActuatorChooser
 from voltana_ctrl.fit import actuator_lines, actuators_toml, fit_table, read_actuators
-from voltana_ctrl.integrations import Engine, Sweep, plan_profile, profile_engine
-from voltana_ctrl.physics import compare_actuators
-from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s, prefill_s
+from voltana_ctrl.laws import compare_actuators
+from voltana_ctrl.laws.iteration import at_clock, decode_j, decode_s, prefill_s
+from voltana_ctrl.profiling.engine import Engine
+from voltana_ctrl.profiling.profiler import profile_engine
+from voltana_ctrl.profiling.sweep import Sweep, plan_profile
 from voltana_ctrl.types import ActuatorPoint, ActuatorSetting, LimitRanges, Limits, limits_of
 
 REFERENCE = replace(load_profile(PROFILE), batch_steps=())

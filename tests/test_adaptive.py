@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import Decision, FleetSpec, FleetState, Observation, Slo, load_profile
-from voltana_ctrl.control.adaptive import AdaptiveController
-from voltana_ctrl.control.governors import EcoFreqGovernor
+from voltana_ctrl.control.baselines.adaptive import AdaptiveController
+from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor
 from voltana_ctrl.errors import ShapeError
-from voltana_ctrl.margin import MarginTracker
-from voltana_ctrl.predict import FleetTables, OnlineLearner, predict_prefill
+from voltana_ctrl.estimate import FleetTables, OnlineLearner, predict_prefill
+from voltana_ctrl.estimate.margin import MarginTracker
 from voltana_ctrl.routing import fadr_router, least_queue_router
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import IterationBatch, RequestBatch
 

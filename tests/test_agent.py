@@ -25,12 +25,19 @@ from fake_pages import Pages
 
 from voltana_ctrl import ConfigError, Decision, FleetState, Observation, PowerBudget, Slo
 from voltana_ctrl.backends import ReplayBackend
-from voltana_ctrl.backends.nvml import GpuReader, Nvml
+from voltana_ctrl.backends.nvml.driver import GpuReader, Nvml
+from voltana_ctrl.backends.nvml.meters import GpuMeters
 from voltana_ctrl.control import StaticController
-from voltana_ctrl.integrations import Agent, AgentSettings, GpuMeters, NodeBackend, node_clocks
-from voltana_ctrl.integrations.node import CappedGuard, KillSwitch, power_ceilings_mhz
-from voltana_ctrl.integrations.nodecontrol import Advice, PolicyController, node_policy
-from voltana_ctrl.integrations.switchback import BLOCK_NOTE
+from voltana_ctrl.live.agent import Agent, AgentSettings
+from voltana_ctrl.live.node import (
+    CappedGuard,
+    KillSwitch,
+    NodeBackend,
+    node_clocks,
+    power_ceilings_mhz,
+)
+from voltana_ctrl.live.node_control import Advice, PolicyController, node_policy
+from voltana_ctrl.savings.switchback import BLOCK_NOTE
 
 pytestmark = needs_compiler
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
@@ -117,10 +124,10 @@ def test_the_walk_would_see_what_can_set(fake, tmp_path):
 
 @pytest.mark.parametrize("mode", ["observe", "advise"])
 def test_the_command_builds_nothing_that_can_set(fake, tmp_path, engines, monkeypatch, mode):
-    from voltana_ctrl.cli import _agent
-    from voltana_ctrl.integrations import gpu_meters
-    from voltana_ctrl.integrations.endpoints import load_endpoints
-    from voltana_ctrl.integrations.telemetry import EngineBackend
+    from voltana_ctrl.backends.nvml import meters as gpu_meters
+    from voltana_ctrl.cli import agent as _agent
+    from voltana_ctrl.engines.endpoints import load_endpoints
+    from voltana_ctrl.engines.telemetry import EngineBackend
 
     monkeypatch.setattr(gpu_meters, "Nvml", lambda _=None: Nvml(fake.library))
     spec, endpoints = load_endpoints(fleet_file(tmp_path, fake, engines))
@@ -561,7 +568,7 @@ def test_command_refuses_in_one_line(fake, tmp_path, engines, monkeypatch, capsy
         if "--serve" in arguments:
             monkeypatch.setenv("VOLTANA_CTRL_TOKEN", "0123456789abcdef")
         arguments = ("--fleet", fleet_file(tmp_path, fake, engines), *arguments, *alone(tmp_path))
-    from voltana_ctrl.integrations import gpu_meters
+    from voltana_ctrl.backends.nvml import meters as gpu_meters
 
     monkeypatch.setattr(gpu_meters, "Nvml", lambda _=None: Nvml(fake.library))
     monkeypatch.setattr(sys, "argv", ["voltana-ctrl", "agent", *map(str, arguments)])

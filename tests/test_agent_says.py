@@ -24,10 +24,11 @@ from voltana_ctrl import (
     cli,
 )
 from voltana_ctrl.backends import ReplayBackend
-from voltana_ctrl.backends.logfile import log_lines
-from voltana_ctrl.integrations import Exporter, TickLog, write_parquet
-from voltana_ctrl.integrations.endpoints import load_endpoints
-from voltana_ctrl.integrations.nodecontrol import Advice, node_policy
+from voltana_ctrl.backends.log import log_lines
+from voltana_ctrl.engines.endpoints import load_endpoints
+from voltana_ctrl.live.exporter import Exporter
+from voltana_ctrl.live.node_control import Advice, node_policy
+from voltana_ctrl.live.ticklog import TickLog, write_parquet
 
 PAGE = """vllm:num_requests_running{engine="0"} 4.0
 vllm:num_requests_waiting{engine="0"} 0.0

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from voltana_ctrl import Decision, FleetSpec, IterationBatch, load_profile
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.estimate import EnergyLedger, RequestClasses, share_iterations, split_iterations
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import RequestBatch
 

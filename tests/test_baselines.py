@@ -28,8 +28,8 @@ from voltana_ctrl import (
     compare,
     load_profile,
 )
-from voltana_ctrl._kernels import layout
 from voltana_ctrl.control import DualScaleGovernor, PackingController, ThresholdGovernor
+from voltana_ctrl.kernels import layout
 from voltana_ctrl.policies import ROUTERS, PolicySetup, find_policy
 from voltana_ctrl.routing import (
     least_kv_router,

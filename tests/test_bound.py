@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from voltana_ctrl import FleetSpec, Slo, load_profile
 from voltana_ctrl.experiment import Run
-from voltana_ctrl.physics import decode_equilibrium, length_moments
+from voltana_ctrl.laws import decode_equilibrium, length_moments
 from voltana_ctrl.sim.bound import FluidLoad, fluid_bound_w, fluid_load
 from voltana_ctrl.sim.workload import Workload, make_workload
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from voltana_ctrl import ConfigError, FleetSpec, FleetState, Observation, compare, load_profile
 from voltana_ctrl.cli import app
 from voltana_ctrl.control import StaticBudgetController, UniformCeiling, highest_power_w
-from voltana_ctrl.physics import decode_j, decode_s
+from voltana_ctrl.laws import decode_j, decode_s
 from voltana_ctrl.profiles import list_profiles
-from voltana_ctrl.sim.engine import Plant
-from voltana_ctrl.sim.meter import PowerMeter
+from voltana_ctrl.sim.plant import Plant
+from voltana_ctrl.sim.power import PowerMeter
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import PowerBudget
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import voltana_ctrl
 from voltana_ctrl import BackendError
-from voltana_ctrl.backends.nvml import Nvml
+from voltana_ctrl.backends.nvml.driver import Nvml
 from voltana_ctrl.cli import app, main
 
 TIMING = ("sim_wall_s", "decide_p50_s", "decide_p99_s")

@@ -216,7 +216,7 @@ def test_theory_names_the_code_of_its_equations():
 def test_the_equation_check_sees_what_is_missing():
     text = (
         "$$ a = b $$ (eq-first)\n\n$$\nc = d\n$$ (eq-second)\n\n$$\ne = f\n$$\n\n"
-        "| {eq}`eq-first` | {py:func}`~voltana_ctrl.physics.first` |\n"
+        "| {eq}`eq-first` | {py:func}`~voltana_ctrl.laws.first` |\n"
     )
     assert equations(text) == (3, {"eq-first", "eq-second"}, {"eq-first"})
 

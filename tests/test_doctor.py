@@ -6,7 +6,7 @@ import sys
 import pytest
 from fake_gpus import all_given_back, machine, needs_compiler, open_backend
 
-from voltana_ctrl.backends.doctor import examine
+from voltana_ctrl.backends.nvml.doctor import examine
 
 
 @pytest.fixture

@@ -18,16 +18,13 @@ from dynamo_stack import DynamoStack, environment_python, random_prompt
 from mock_engine import serving
 
 from voltana_ctrl import ControlLoop, Slo
+from voltana_ctrl.backends.modelled import ModelledGpus
 from voltana_ctrl.control import MpcController
-from voltana_ctrl.integrations import (
-    EngineBackend,
-    FpmReader,
-    ModelledGpus,
-    Proxy,
-    Scraper,
-    dynamo_fpm_addresses,
-)
-from voltana_ctrl.integrations.metrics_page import read_engine_page
+from voltana_ctrl.engines.fpm.reader import FpmReader, dynamo_fpm_addresses
+from voltana_ctrl.engines.page import read_engine_page
+from voltana_ctrl.engines.scrape import Scraper
+from voltana_ctrl.engines.telemetry import EngineBackend
+from voltana_ctrl.router.app import Proxy
 from voltana_ctrl.routing import PricedRouter
 from voltana_ctrl.types import Request
 

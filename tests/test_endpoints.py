@@ -3,8 +3,8 @@
 import pytest
 
 from voltana_ctrl import FleetSpec, load_profile
+from voltana_ctrl.engines.endpoints import Endpoint, load_endpoints
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations import Endpoint, load_endpoints
 
 GOOD = """
 [[instance]]

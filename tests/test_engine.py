@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from naive_plant import NaivePlant, ecofreq_of
 
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
-from voltana_ctrl._kernels import layout
-from voltana_ctrl.control.governors import EcoFreqGovernor
+from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
+from voltana_ctrl.kernels import layout
 from voltana_ctrl.routing import (
     fadr_router,
     least_queue_router,
@@ -20,7 +20,7 @@ from voltana_ctrl.routing import (
     shortest_router,
     tile_aware_router,
 )
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop, make_workload
 from voltana_ctrl.types import InstanceSpec, Limits, Role
 
@@ -558,7 +558,7 @@ def test_parked_instances_get_no_new_work(make) -> None:
 def test_routers_see_a_state_of_the_age_that_is_set() -> None:
     from numba import njit
 
-    from voltana_ctrl._kernels.routers import ROUTER_SIGNATURE
+    from voltana_ctrl.kernels.route.base import ROUTER_SIGNATURE
     from voltana_ctrl.routing.base import CompiledRouter
 
     @njit([ROUTER_SIGNATURE])

@@ -256,7 +256,7 @@ FLUID_BOUND_FRAC = {10: 0.61, 20: 0.67, 35: 0.75, 50: 0.86, 65: 0.92, 80: 0.92}
 @pytest.mark.slow
 @pytest.mark.parametrize("delayed", [False, True], ids=["no-delay", "default-delay"])
 def test_reference_scenario_agrees_with_an_independent_simulation(delayed):
-    from voltana_ctrl.sim.engine import PlantSettings
+    from voltana_ctrl.sim.plant import PlantSettings
 
     settings = PlantSettings() if delayed else PlantSettings(actuation_s=0.0, settle_s=0.0)
     policies = ["static-max", "static-1005", "voltanallm", "voltanallm-full-ladder", "bound"]

@@ -29,8 +29,8 @@ from voltana_ctrl import (
 from voltana_ctrl.backends import SimBackend
 from voltana_ctrl.control import StaticController
 from voltana_ctrl.estimate import RequestClasses
-from voltana_ctrl.integrations import Exporter
-from voltana_ctrl.sim.engine import PlantSettings
+from voltana_ctrl.live.exporter import Exporter
+from voltana_ctrl.sim.plant import PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

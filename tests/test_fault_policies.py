@@ -19,18 +19,19 @@ from voltana_ctrl import (
     compare,
     load_profile,
 )
-from voltana_ctrl._kernels import layout
 from voltana_ctrl.backends import SimBackend
-from voltana_ctrl.control import Load, TargetOptimiser
-from voltana_ctrl.control.governors import EcoFreqGovernor
+from voltana_ctrl.control import TargetOptimiser
+from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.experiment import Run
-from voltana_ctrl.physics import length_moments
+from voltana_ctrl.kernels import layout
+from voltana_ctrl.laws import length_moments
 from voltana_ctrl.report import print_table
 from voltana_ctrl.sim.arrivals import Gamma, parse_arrivals
-from voltana_ctrl.sim.engine import Plant
 from voltana_ctrl.sim.faults import ClockClamp, Failure, Slowdown
+from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.sim.workload import make_workload
+from voltana_ctrl.types import Load
 
 FLEET = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

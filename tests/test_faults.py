@@ -22,10 +22,10 @@ from test_engine import (
 )
 
 from voltana_ctrl import Decision, FleetSpec
-from voltana_ctrl._kernels import layout
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.kernels import layout
 from voltana_ctrl.sim.faults import ClockClamp, Failure, FaultSchedule, Slowdown, read_faults
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
 
 INSIDE = (layout.ROUTING, layout.QUEUED, layout.HANDOFF, layout.MOVING, layout.WAITING,

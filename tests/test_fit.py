@@ -22,8 +22,8 @@ from voltana_ctrl.fit import (
     hold_out,
 )
 from voltana_ctrl.fit.staircase import pad
-from voltana_ctrl.physics.iteration import at_clock, decode_j, decode_s, prefill_j, prefill_s
-from voltana_ctrl.profiles.laws import profile_from_laws
+from voltana_ctrl.laws.iteration import at_clock, decode_j, decode_s, prefill_j, prefill_s
+from voltana_ctrl.profiles.format import profile_from_laws
 
 REFERENCE = "a100-sxm-80gb/llama-3.1-8b"
 EAGER = "a800-sxm-80gb/qwen3-32b"

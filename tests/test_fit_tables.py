@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.oracles.kernel_tables import Transformer, read_kernels
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.fit import (
     IterationTable,
-    Transformer,
     fit_decode_time,
     fit_prefill_time,
     fit_table,
-    read_kernels,
     read_table,
 )
 

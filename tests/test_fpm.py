@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voltana_ctrl import FleetSpec, load_profile
-from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations import Endpoint, FpmReader, dynamo_fpm_addresses
-from voltana_ctrl.integrations.fpm import (
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.fpm.messages import (
     BadMessage,
     ForwardPass,
     OtherVersion,
     decode_forward_pass,
 )
-from voltana_ctrl.integrations.fpm_state import RankState
-from voltana_ctrl.integrations.waiting_line import WaitingLine
+from voltana_ctrl.engines.fpm.reader import FpmReader, dynamo_fpm_addresses
+from voltana_ctrl.engines.fpm.state import RankState
+from voltana_ctrl.engines.waiting_line import WaitingLine
+from voltana_ctrl.errors import ConfigError
 
 FLEET = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
 PREFILL, DECODE = 0, 1

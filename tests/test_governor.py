@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from tests import naive_control
 from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
-from voltana_ctrl._kernels.needed import squared_tok
 from voltana_ctrl.control.governor import IterationGovernor
-from voltana_ctrl.physics import prefill_s
+from voltana_ctrl.kernels.choose.governor import squared_tok
+from voltana_ctrl.laws import prefill_s
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 FLEET = FleetSpec.parse("1P1D", PROFILE)

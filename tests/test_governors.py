@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from naive_plant import NaiveInstance, naive_ecofreq
 
 from voltana_ctrl import Decision, FleetSpec, FleetState, Observation, Slo, load_profile
-from voltana_ctrl._kernels.governors import hold_floor
-from voltana_ctrl.control.baselines import StaticController
-from voltana_ctrl.control.governors import DEFAULT_LADDER_MHZ, CompiledGovernor, EcoFreqGovernor
+from voltana_ctrl.control.base import CompiledGovernor
+from voltana_ctrl.control.baselines.ecofreq import DEFAULT_LADDER_MHZ, EcoFreqGovernor
+from voltana_ctrl.control.baselines.static import StaticController
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.kernels.choose.base import hold_floor
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 
 REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
@@ -80,7 +81,7 @@ def test_step_returns_a_supported_clock_at_or_above_what_is_needed(asked_mhz) ->
 def test_step_remembers_between_calls_and_takes_whole_numbers() -> None:
     from numba import njit
 
-    from voltana_ctrl._kernels.governors import GOVERNOR_SIGNATURE
+    from voltana_ctrl.kernels.choose.base import GOVERNOR_SIGNATURE
 
     @njit([GOVERNOR_SIGNATURE])
     def climb(rows, padded, params, memory, t_s, running_req, kv_tok, waiting_tok, batch_tok,

@@ -24,9 +24,9 @@ from hypothesis.stateful import (
 )
 
 from voltana_ctrl import ActuationDenied, BackendError, Controller, ControlLoop, Decision
-from voltana_ctrl.backends import lease as lease_module
-from voltana_ctrl.backends.giveback import give_back, record_from
-from voltana_ctrl.backends.lockfile import remove_if_ours
+from voltana_ctrl.backends.nvml import lease as lease_module
+from voltana_ctrl.backends.nvml.giveback import give_back, record_from
+from voltana_ctrl.backends.nvml.lockfile import remove_if_ours
 from voltana_ctrl.testing import FakeNvml
 from voltana_ctrl.types import Limits
 

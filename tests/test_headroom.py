@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voltana_ctrl import FleetSpec, Slo, load_profile
-from voltana_ctrl.control.headroom import HeadroomFilter
-from voltana_ctrl.control.target import Load, TargetOptimiser
-from voltana_ctrl.physics import length_moments
-from voltana_ctrl.types import RequestBatch
+from voltana_ctrl.control.target import TargetOptimiser
+from voltana_ctrl.estimate.headroom import HeadroomFilter
+from voltana_ctrl.laws import length_moments
+from voltana_ctrl.types import Load, RequestBatch
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 FLEET = FleetSpec.parse("2P2D", PROFILE)

@@ -17,19 +17,13 @@ from test_agent import meters, setting
 pytest.importorskip("starlette", reason="needs the server extra")
 pytest.importorskip("uvicorn", reason="needs the server extra")
 
-from voltana_ctrl import (
-    BackendError,
-    ConfigError,
-    ControlLoop,
-    Decision,
-    FleetState,
-    Observation,
-)
+from voltana_ctrl import BackendError, ConfigError, ControlLoop, Decision, FleetState, Observation
 from voltana_ctrl.control import StaticController
-from voltana_ctrl.integrations import Agent, AgentSettings, HubBackend, NodeBackend
-from voltana_ctrl.integrations.hub import HubServer, hub_app
-from voltana_ctrl.integrations.link import ControllerLink, RemoteController
-from voltana_ctrl.integrations.messages import (
+from voltana_ctrl.live.agent import Agent, AgentSettings
+from voltana_ctrl.live.hub import HubBackend, HubServer, hub_app
+from voltana_ctrl.live.link import ControllerLink, RemoteController
+from voltana_ctrl.live.node import NodeBackend
+from voltana_ctrl.live.orders import (
     MAX_BYTES,
     MessageRefused,
     NodeOrder,

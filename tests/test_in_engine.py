@@ -10,12 +10,14 @@ from dynamo_stack import free_ports
 from fake_gpus import Host, all_given_back, machine, needs_compiler, seconds_until
 from test_fpm import FLEET
 
+from voltana_ctrl.engines.clock_thread import ClockThread
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.fpm.messages import ForwardPass
+from voltana_ctrl.engines.fpm.publisher import FpmPublisher
+from voltana_ctrl.engines.fpm.reader import FpmReader
+from voltana_ctrl.engines.in_engine import InEngine, InEngineSettings
+from voltana_ctrl.engines.limits import write_limits
 from voltana_ctrl.errors import ActuationDenied, ConfigError
-from voltana_ctrl.integrations import Endpoint, FpmReader
-from voltana_ctrl.integrations.clock_thread import ClockThread, write_limits
-from voltana_ctrl.integrations.fpm import ForwardPass
-from voltana_ctrl.integrations.fpm_publisher import FpmPublisher
-from voltana_ctrl.integrations.in_engine import InEngine, InEngineSettings
 from voltana_ctrl.types import Role
 
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"
@@ -145,7 +147,7 @@ def test_limits_are_followed_and_a_controller_that_is_gone_leaves_the_ceiling(tm
 
 
 def test_a_clock_in_use_is_renewed_and_one_that_is_not_is_let_go(monkeypatch):
-    monkeypatch.setattr("voltana_ctrl.integrations.clock_thread._RENEW_S", 0.1)
+    monkeypatch.setattr("voltana_ctrl.engines.clock_thread._RENEW_S", 0.1)
     card = Card()
     clock = ClockThread(card, CLOCKS_MHZ)
     until_s = time.monotonic() + 0.6
@@ -199,7 +201,7 @@ def test_the_governor_sets_the_clock_of_its_card_and_hands_it_back(tmp_path):
 DYING = """
 import os
 os.environ.update({environment!r})
-from voltana_ctrl.integrations.in_engine import InEngine, InEngineSettings
+from voltana_ctrl.engines.in_engine import InEngine, InEngineSettings
 from voltana_ctrl.types import Role
 engine = InEngine(InEngineSettings.read(os.environ), Role.DECODE)
 engine.before(running_req=4, kv_used_tok=1000)

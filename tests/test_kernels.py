@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voltana_ctrl import load_profile
-from voltana_ctrl._kernels import cost, events, layout, plant
-from voltana_ctrl.physics import decode_j, decode_s, prefill_s
+from voltana_ctrl.kernels import law as cost
+from voltana_ctrl.kernels import layout
+from voltana_ctrl.kernels.plant import advance as plant
+from voltana_ctrl.kernels.plant import events
+from voltana_ctrl.laws import decode_j, decode_s, prefill_s
 from voltana_ctrl.profiles import list_profiles
 
 REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")

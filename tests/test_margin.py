@@ -6,7 +6,7 @@ from naive_predict import reflected
 
 from voltana_ctrl import Slo
 from voltana_ctrl.errors import ConfigError, ShapeError
-from voltana_ctrl.margin import MarginTracker, track
+from voltana_ctrl.estimate.margin import MarginTracker, track
 from voltana_ctrl.types import RequestBatch
 
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
-from voltana_ctrl._kernels import layout
+from voltana_ctrl.kernels import layout
 from voltana_ctrl.policies import PolicySetup, find_policy
-from voltana_ctrl.sim.engine import Plant, PlantSettings
 from voltana_ctrl.sim.metrics import run_figures, snapshot
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop, make_workload
 
 REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")

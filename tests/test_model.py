@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voltana_ctrl import ConfigError, load_profile
-from voltana_ctrl.model import LinearModel, decode_model, prefill_model, zero_order_hold
-from voltana_ctrl.physics import decode_equilibrium, length_moments
+from voltana_ctrl.control.model import LinearModel, decode_model, prefill_model, zero_order_hold
+from voltana_ctrl.laws import decode_equilibrium, length_moments
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 LENGTHS = length_moments([100, 300, 320], [101, 301, 200])
@@ -71,7 +71,7 @@ def test_prefill_is_an_integrator():
 def test_multi_step_prediction_on_the_plant():
     """Half a minute ahead from an empty fleet: the geometric approximation, quantified."""
     from voltana_ctrl import Decision, FleetSpec
-    from voltana_ctrl.sim.engine import Plant, PlantSettings
+    from voltana_ctrl.sim.plant import Plant, PlantSettings
     from voltana_ctrl.sim.workload import make_workload
 
     fleet = FleetSpec.parse("1P1D", PROFILE)

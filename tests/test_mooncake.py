@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import Decision, FleetSpec, load_profile
-from voltana_ctrl._kernels import layout
-from voltana_ctrl.sim.engine import Plant
+from voltana_ctrl.kernels import layout
+from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import Workload
 

@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 
 from tests import naive_control
 from voltana_ctrl import ConfigError, Decision, FleetSpec, FleetState, Slo, Status, load_profile
-from voltana_ctrl.control._slots import Slots
 from voltana_ctrl.control.cascade import CascadeController, MpcController
 from voltana_ctrl.control.governor import IterationGovernor
-from voltana_ctrl.control.mpc import Planner
-from voltana_ctrl.control.regime import Regime
-from voltana_ctrl.control.target import Load, TargetOptimiser
-from voltana_ctrl.physics import decode_equilibrium, length_moments
+from voltana_ctrl.control.plan import Planner
+from voltana_ctrl.control.slots import Slots
+from voltana_ctrl.control.target import TargetOptimiser
+from voltana_ctrl.estimate.regime import Regime
+from voltana_ctrl.laws import decode_equilibrium, length_moments
 from voltana_ctrl.routing.priced import PricedRouter
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_closed_loop, make_workload
+from voltana_ctrl.types import Load
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests import naive_control
 from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
-from voltana_ctrl.control.needs import Needs
-from voltana_ctrl.control.target import Load
-from voltana_ctrl.physics import length_moments
+from voltana_ctrl.control.assess import Assessor
+from voltana_ctrl.laws import length_moments
+from voltana_ctrl.types import Load
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 OTHER = load_profile("h100-sxm-80gb/llama-3.1-8b")
@@ -36,7 +36,7 @@ def mixed():
 
 
 FLEETS = {"mixed": mixed(), "colocated": FleetSpec.parse("3C", PROFILE)}
-NEEDS = {name: Needs(fleet, SLO) for name, fleet in FLEETS.items()}
+ASSESSORS = {name: Assessor(fleet, SLO) for name, fleet in FLEETS.items()}
 
 
 @st.composite
@@ -67,7 +67,7 @@ def test_needed_clocks_against_the_twin(at, delay_s, burst):
     name, state, load, share = at
     typical_tok = LENGTHS.prompt_tok + LENGTHS.prompt_sd_tok**2 / LENGTHS.prompt_tok
     margin_frac = (0.02, 0.035)
-    ours = NEEDS[name].clocks_mhz(
+    ours = ASSESSORS[name].clocks_mhz(
         state, load, share, margin_frac=margin_frac, delay_s=delay_s, burst_sd_frac=burst
     )
     theirs = [
@@ -89,20 +89,20 @@ def test_token_rate_and_thrifty_clocks_against_twins(at):
             strict=True)
     )  # fmt: skip
     rate = sum(naive_control.decoding_tok_s(*row) for row in rows)
-    assert NEEDS[name].decoding_tok_s(state) == pytest.approx(rate)
+    assert ASSESSORS[name].decoding_tok_s(state) == pytest.approx(rate)
     for rests in (False, True):
         theirs = [
             naive_control.thrifty_mhz(*row[:3], LENGTHS.prompt_tok, 0.06, rests * row[0].idle_w)
             for row in rows
         ]
-        np.testing.assert_array_equal(NEEDS[name].thrifty_mhz(state, load, rests=rests), theirs)
+        np.testing.assert_array_equal(ASSESSORS[name].thrifty_mhz(state, load, rests=rests), theirs)
 
 
 @given(at=situations(), active=st.lists(st.booleans(), min_size=6, max_size=6))
 def test_worst_power_against_the_twin(at, active):
     name, state, load, _ = at
     active = np.array(active[: len(state)])
-    ours = NEEDS[name].worst_power_w(state, load, active)
+    ours = ASSESSORS[name].worst_power_w(state, load, active)
     for i, one in enumerate(FLEETS[name].instances):
         busy_req = state.running_req[i] + state.queue_req[i]
         theirs = naive_control.worst_power_w(
@@ -116,10 +116,10 @@ def test_worst_power_against_the_twin(at, active):
 def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
     """Every scale at which a clock changes, tried one after another."""
     name, state, load, wanted = at
-    fleet, needs = FLEETS[name], NEEDS[name]
+    fleet, assessor = FLEETS[name], ASSESSORS[name]
     wanted = 200.0 + 1200.0 * wanted
-    worst_w = needs.worst_power_w(state, load, np.ones(len(fleet), bool))
-    ceiling, kept = needs.ceilings_mhz(worst_w, wanted, budget_w)
+    worst_w = assessor.worst_power_w(state, load, np.ones(len(fleet), bool))
+    ceiling, kept = assessor.ceilings_mhz(worst_w, wanted, budget_w)
 
     def drawn_w(clocks):
         return sum(
@@ -139,27 +139,27 @@ def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
             best = clocks
     assert kept == (best is not None)
     np.testing.assert_array_equal(ceiling, fleet.min_mhz if best is None else best)
-    assert needs.drawn_w(worst_w, ceiling) == pytest.approx(drawn_w(ceiling))
+    assert assessor.drawn_w(worst_w, ceiling) == pytest.approx(drawn_w(ceiling))
 
 
 @given(at=situations(), budget_w=st.floats(100.0, 3000.0))
 def test_decode_comes_first_under_a_budget(at, budget_w):
     name, state, load, wanted = at
-    fleet, needs = FLEETS[name], NEEDS[name]
+    fleet, assessor = FLEETS[name], ASSESSORS[name]
     wanted = 200.0 + 1200.0 * wanted
-    worst_w = needs.worst_power_w(state, load, np.ones(len(fleet), bool))
-    ceiling, kept = needs.decode_first_mhz(worst_w, wanted, budget_w)
-    drawn_w = needs.drawn_w(worst_w, ceiling)
-    assert kept == (needs.drawn_w(worst_w, fleet.min_mhz) <= budget_w)
+    worst_w = assessor.worst_power_w(state, load, np.ones(len(fleet), bool))
+    ceiling, kept = assessor.decode_first_mhz(worst_w, wanted, budget_w)
+    drawn_w = assessor.drawn_w(worst_w, ceiling)
+    assert kept == (assessor.drawn_w(worst_w, fleet.min_mhz) <= budget_w)
     assert drawn_w <= budget_w or np.array_equal(ceiling, fleet.min_mhz)
     decodes = np.array([one.role.decodes for one in fleet.instances])
     enough = np.minimum(wanted, fleet.max_mhz)
-    if needs.drawn_w(worst_w, np.where(decodes, wanted, fleet.min_mhz)) <= budget_w:
+    if assessor.drawn_w(worst_w, np.where(decodes, wanted, fleet.min_mhz)) <= budget_w:
         assert np.all(ceiling[decodes] >= enough[decodes] - 1e-9)
     elif kept:
         # Nothing for prefill before decode has what it needs.
         assert np.array_equal(ceiling[~decodes], fleet.min_mhz[~decodes])
     # As fair to all as can be gives decode no more where it needs all.
-    equal, _ = needs.ceilings_mhz(worst_w, wanted, budget_w)
+    equal, _ = assessor.ceilings_mhz(worst_w, wanted, budget_w)
     if np.any(equal[decodes] < enough[decodes] - 1e-9):
         assert np.all(ceiling[~decodes] <= equal[~decodes] + 1e-9)

@@ -30,10 +30,10 @@ from voltana_ctrl import (
     Role,
     load_profile,
 )
-from voltana_ctrl.backends.gpus import NvmlBackend
 from voltana_ctrl.backends.meter import EnergyMeter
-from voltana_ctrl.backends.nvml import GpuLost, Nvml
-from voltana_ctrl.backends.worker import Worker
+from voltana_ctrl.backends.nvml.driver import GpuLost, Nvml
+from voltana_ctrl.backends.nvml.gpus import NvmlBackend
+from voltana_ctrl.backends.nvml.worker import Worker
 from voltana_ctrl.types import Limits
 
 pytestmark = needs_compiler

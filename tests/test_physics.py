@@ -8,24 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import nbinom
 
-from voltana_ctrl._kernels import cost
-from voltana_ctrl.errors import ConfigError, ShapeError
-from voltana_ctrl.physics import (
-    at_clock,
+from tests.oracles.queueing import (
     batch_moments_req,
     batch_pmf,
     batch_quantile_req,
+    decode_stationary,
+    kv_quantile_tok,
+    mg1_wait_s,
+    padded_mean_req,
+)
+from voltana_ctrl.errors import ConfigError, ShapeError
+from voltana_ctrl.kernels import law as cost
+from voltana_ctrl.laws import (
+    at_clock,
     decode_equilibrium,
     decode_j,
     decode_s,
-    decode_stationary,
     decode_tangent,
     highest_clock_under,
-    kv_quantile_tok,
     kv_transfer_s,
     length_moments,
-    mg1_wait_s,
-    padded_mean_req,
     prefill_equilibrium,
     prefill_j,
     prefill_s,

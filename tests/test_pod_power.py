@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voltana_ctrl import ConfigError
-from voltana_ctrl.integrations.pod_power import (
+from voltana_ctrl.live.pod_power import (
     ANNOTATION,
     LIMIT_VARIABLE,
     annotated_limit_w,

@@ -5,7 +5,7 @@ import pytest
 
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
 from voltana_ctrl.policies import PolicySetup, find_policy
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import PowerBudget
 

@@ -9,13 +9,10 @@ from naive_predict import prefill as naive_prefill
 from naive_predict import rls as naive_rls
 
 from voltana_ctrl import Decision, FleetSpec, InstanceSpec, IterationBatch, Slo, load_profile
-from voltana_ctrl._kernels import governors, learn, rls
-from voltana_ctrl._kernels import predict as kernels
-from voltana_ctrl.control.adaptive import AdaptiveController
-from voltana_ctrl.control.governors import EcoFreqGovernor
+from voltana_ctrl.control.baselines.adaptive import AdaptiveController
+from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
-from voltana_ctrl.ports import Predictor
-from voltana_ctrl.predict import (
+from voltana_ctrl.estimate import (
     ClockChooser,
     FleetTables,
     InstancePredictor,
@@ -23,8 +20,13 @@ from voltana_ctrl.predict import (
     predict_decode,
     predict_prefill,
 )
+from voltana_ctrl.kernels.choose import base as governors
+from voltana_ctrl.kernels.learn import learner as learn
+from voltana_ctrl.kernels.learn import predictor as kernels
+from voltana_ctrl.kernels.learn import rls
+from voltana_ctrl.ports import Predictor
 from voltana_ctrl.routing import fadr_router, least_queue_router
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 
 A100 = load_profile("a100-sxm-80gb/llama-3.1-8b")

@@ -11,16 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voltana_ctrl import (
-    Decision,
-    FleetSpec,
-    FleetState,
-    Request,
-    ShapeError,
-    Slo,
-    load_profile,
-)
-from voltana_ctrl._kernels import layout
+from voltana_ctrl import Decision, FleetSpec, FleetState, Request, ShapeError, Slo, load_profile
+from voltana_ctrl.kernels import layout
 from voltana_ctrl.routing.priced import PricedRouter
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")

@@ -14,16 +14,11 @@ from fake_gpus import all_given_back, machine, needs_compiler
 from voltana_ctrl import load_profile
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.fit import fit_table, read_table
-from voltana_ctrl.integrations import (
-    Engine,
-    LoadClient,
-    ProfileAborted,
-    Sweep,
-    plan_profile,
-    profile_engine,
-    spread_clocks,
-)
-from voltana_ctrl.physics.iteration import at_clock, decode_s, prefill_s
+from voltana_ctrl.laws.iteration import at_clock, decode_s, prefill_s
+from voltana_ctrl.profiling.client import LoadClient
+from voltana_ctrl.profiling.engine import Engine, ProfileAborted
+from voltana_ctrl.profiling.profiler import profile_engine
+from voltana_ctrl.profiling.sweep import Sweep, plan_profile, spread_clocks
 
 pytest.importorskip("httpx", reason="needs the server extra")
 

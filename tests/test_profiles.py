@@ -201,7 +201,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, message: str) -> None:
     ],
 )
 def test_wrong_types_inside_are_named(section: str, key: str, value: object) -> None:
-    from voltana_ctrl.profiles.laws import profile_from_laws
+    from voltana_ctrl.profiles.format import profile_from_laws
 
     laws = tomllib.loads(reference_text())
     laws[section][key] = value

@@ -12,10 +12,12 @@ import httpx
 import pytest
 from mock_engine import MockEngine, endpoints_of, fleet_of, serving
 
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.traffic import Traffic
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations import Endpoint, PolicyRouters, Traffic
-from voltana_ctrl.integrations.proxy import Proxy, ProxyLimits
-from voltana_ctrl.integrations.proxy_uvicorn import proxy_server
+from voltana_ctrl.router.app import Proxy, ProxyLimits
+from voltana_ctrl.router.policy import PolicyRouters
+from voltana_ctrl.router.server import proxy_server
 from voltana_ctrl.types import Slo
 
 JSQ = "static-max+least-queue/jsq"

@@ -13,7 +13,7 @@ import pytest
 from mock_engine import MockEngine
 from test_proxy import router
 
-from voltana_ctrl.integrations import ProxyLimits
+from voltana_ctrl.router.app import ProxyLimits
 
 openai = pytest.importorskip("openai", reason="needs the openai package")
 

@@ -17,8 +17,7 @@ import pytest
 import typer
 from mock_engine import MockEngine, fleet_of
 
-from voltana_ctrl.integrations import load_endpoints
-from voltana_ctrl.integrations.endpoints import ENGINES
+from voltana_ctrl.engines.endpoints import ENGINES, load_endpoints
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,13 @@ from mock_engine import MockEngine, fleet_of
 from test_proxy import BODY, CHAT, JSQ, STREAM, router
 
 from voltana_ctrl import Decision, FleetState, Request, Slo
+from voltana_ctrl.engines.traffic import Traffic
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.integrations import EnergyBook, Flight, InFlight, PolicyRouters, Traffic
-from voltana_ctrl.integrations.proxy_body import usage_of
-from voltana_ctrl.physics.iteration import at_clock, decode_j, prefill_j
+from voltana_ctrl.laws.iteration import at_clock, decode_j, prefill_j
+from voltana_ctrl.router.body import usage_of
+from voltana_ctrl.router.energy import EnergyBook
+from voltana_ctrl.router.ledger import Flight, InFlight
+from voltana_ctrl.router.policy import PolicyRouters
 from voltana_ctrl.types import IterationBatch, Observation, TickRecord
 
 USAGE = {**STREAM, "stream_options": {"include_usage": True}}
@@ -91,7 +94,7 @@ def test_a_kv_cache_that_was_handed_over_was_not_found_in_a_cache(shape, stream)
 
 
 def test_chunks_that_break_anywhere_give_the_same_stream_with_energy():
-    from voltana_ctrl.integrations.proxy_exchange import Exchange, _whole_events
+    from voltana_ctrl.router.exchange import Exchange, _whole_events
 
     events = b"".join(MockEngine().events("chat", USAGE, {}, 3))
     whole = None

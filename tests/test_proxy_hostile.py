@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_proxy import BODY, all_of, router
 
-from voltana_ctrl.integrations import ProxyLimits
+from voltana_ctrl.router.app import ProxyLimits
 
 LIMITS = ProxyLimits(body_bytes=4000, header_bytes=4000, header_s=0.5, body_s=0.5, total_s=5.0)
 TOKEN = string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~"

@@ -1,6 +1,6 @@
 """SGLang's own routers and ours tell the same workers the same things.
 
-Needs `sglang-router` in an environment of its own, named by the variable SGLANG_ROUTER_PYTHON:
+Assessor `sglang-router` in an environment of its own, named by the variable SGLANG_ROUTER_PYTHON:
 
     python -m venv sglang
     sglang/bin/pip install sglang-router==0.3.2 fastapi uvicorn aiohttp orjson
@@ -17,7 +17,7 @@ import httpx
 import pytest
 from mock_engine import MockEngine, endpoints_of, fleet_of, serving
 
-from voltana_ctrl.integrations import Proxy
+from voltana_ctrl.router.app import Proxy
 
 PYTHON = os.environ.get("SGLANG_ROUTER_PYTHON")
 pytestmark = [

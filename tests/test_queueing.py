@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy.stats import nbinom
 
+from tests.oracles.queueing import decode_stationary, mg1_wait_s
 from voltana_ctrl import Decision, FleetSpec, load_profile
-from voltana_ctrl.physics import decode_stationary, length_moments, mg1_wait_s
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.laws import length_moments
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop
 from voltana_ctrl.types import InstanceSpec, Role
 

@@ -10,7 +10,7 @@ from fake_engines import install_vllm
 from mock_engine import MockEngine
 from test_proxy_docs import command
 
-from voltana_ctrl.integrations.in_engine import InEngineSettings
+from voltana_ctrl.engines.in_engine import InEngineSettings
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,7 @@ def test_the_plugin_is_found_and_configured_as_shown(root, ways, monkeypatch):
     assert points["vllm.stat_logger_plugins"] == {
         "voltana_ctrl": f"{plugin.__name__}:{plugin.StatLogger.__name__}"
     }
-    assert points["sglang.srt.plugins"] == {
-        "voltana_ctrl": "voltana_ctrl.integrations.sglang:register"
-    }
+    assert points["sglang.srt.plugins"] == {"voltana_ctrl": "voltana_ctrl.engines.sglang:register"}
 
 
 def test_the_router_answers_as_shown(root, ways):

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from voltana_ctrl import FleetSpec, Slo, load_profile
-from voltana_ctrl.control import CascadeController, Regime
+from voltana_ctrl.control import CascadeController
+from voltana_ctrl.estimate import Regime
 from voltana_ctrl.experiment import Run
-from voltana_ctrl.physics import decode_j, decode_s
+from voltana_ctrl.laws import decode_j, decode_s
 from voltana_ctrl.policies import PolicyParts, find_policy
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")

@@ -18,7 +18,7 @@ from voltana_ctrl.routing import (
     tile_aware_router,
 )
 from voltana_ctrl.routing.base import CompiledRouter
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 
 REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
@@ -239,7 +239,7 @@ class Hosted:
 )
 @pytest.mark.parametrize("actuation_s", [0.0, 0.005])
 def test_python_routers_decide_as_compiled_ones(make, actuation_s) -> None:
-    from voltana_ctrl.control.governors import EcoFreqGovernor
+    from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor
 
     fleet = FleetSpec.parse("2P2D", REFERENCE)
     workload = make_workload("sharegpt", rate_req_s=70.0, duration_s=4.0, seed=1)

@@ -15,21 +15,16 @@ from test_cli import run
 from voltana_ctrl import ConfigError, ControlLoop, FleetState, Observation, Slo
 from voltana_ctrl.backends import Recorder, SimBackend
 from voltana_ctrl.control import StaticController
-from voltana_ctrl.integrations import (
-    BlockMeter,
-    ClaimRefused,
-    SwitchbackController,
-    TickLog,
-    estimate_savings,
-    savings_of_log,
-    write_parquet,
-)
-from voltana_ctrl.integrations.savings import _paired_interval
-from voltana_ctrl.integrations.switchback import (
+from voltana_ctrl.live.ticklog import TickLog, write_parquet
+from voltana_ctrl.savings.blocks import BlockMeter
+from voltana_ctrl.savings.evidence import EvidenceRefused
+from voltana_ctrl.savings.proof import _paired_interval, estimate_savings, savings_of_log
+from voltana_ctrl.savings.switchback import (
     AGE_NOTE,
     BLOCK_NOTE,
     LENGTH_NOTE,
     POLICY_NOTE,
+    SwitchbackController,
     at_policy,
 )
 from voltana_ctrl.sim.workload import make_workload
@@ -252,7 +247,7 @@ def rewritten(log, tmp_path, change):
 
 
 def refused(name, path):
-    with pytest.raises(ClaimRefused, match=f"^{name}: ") as found:
+    with pytest.raises(EvidenceRefused, match=f"^{name}: ") as found:
         savings_of_log(path)
     assert found.value.name == name
 
@@ -317,7 +312,7 @@ def test_restart_of_the_controller_keeps_both_runs(tmp_path):
             switchback(number, CLOCK_MHZ, ticks, pairs=4)
     found = savings_of_log(paths)
     assert found.pairs == 8
-    with pytest.raises(ClaimRefused, match="too few blocks"):
+    with pytest.raises(EvidenceRefused, match="too few blocks"):
         savings_of_log(paths[:1])
 
 

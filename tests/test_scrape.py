@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voltana_ctrl import FleetSpec, load_profile
-from voltana_ctrl.integrations import Endpoint, Scraper
-from voltana_ctrl.integrations.metric_names import TABLES
-from voltana_ctrl.integrations.metrics_page import BadPage, read_dcgm_page, read_engine_page
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.names import TABLES
+from voltana_ctrl.engines.page import BadPage, read_dcgm_page, read_engine_page
+from voltana_ctrl.engines.scrape import Scraper
 
 FLEET = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
 DECODE = 1

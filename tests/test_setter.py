@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from voltana_ctrl import ActuationDenied, BackendError, ConfigError
-from voltana_ctrl.backends.setter import SetterPolicy, TokenBucket, parse_request, run_setter
-from voltana_ctrl.backends.setter_client import SetterClient
+from voltana_ctrl.backends.nvml.setter import SetterPolicy, TokenBucket, parse_request, run_setter
+from voltana_ctrl.backends.nvml.setter_client import SetterClient
 from voltana_ctrl.types import Limits
 
 pytestmark = needs_compiler
@@ -176,7 +176,7 @@ class Running:
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        from voltana_ctrl.backends import setter
+        from voltana_ctrl.backends.nvml import setter
 
         try:
             setter.run_setter(
@@ -205,7 +205,7 @@ def fake(tmp_path, monkeypatch):
     # Signal handlers belong to the main thread, in which the setter runs otherwise.
     import contextlib
 
-    monkeypatch.setattr("voltana_ctrl.backends.setter.end_on_sigterm", contextlib.nullcontext)
+    monkeypatch.setattr("voltana_ctrl.backends.nvml.setter.end_on_sigterm", contextlib.nullcontext)
     with machine(tmp_path) as fake:
         yield fake
 
@@ -380,7 +380,7 @@ def test_frozen_controller_is_given_back_and_sets_again(fake, tmp_path):
 
 
 def test_controller_renews_what_it_wants(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr("voltana_ctrl.backends.gpus._RENEW_S", 0.1)
+    monkeypatch.setattr("voltana_ctrl.backends.nvml.gpus._RENEW_S", 0.1)
     with Running(fake, tmp_path, silence_s=0.5) as setter:
         backend = open_backend(fake, tmp_path, setter=setter.path)
         begin_s = time.monotonic()
@@ -423,7 +423,7 @@ def connects(path: Path) -> bool:
 
 
 def test_too_many_connections_are_refused(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr("voltana_ctrl.backends.setter._PEERS", 2)
+    monkeypatch.setattr("voltana_ctrl.backends.nvml.setter._PEERS", 2)
     with Running(fake, tmp_path) as setter:
         clients = [SetterClient(setter.path) for _ in range(3)]
         clients[0].gpu(fake.uuids[0]).lock_clock(300, 300)
@@ -436,7 +436,7 @@ def test_too_many_connections_are_refused(fake, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_killed_setter_gives_back(fake, tmp_path):
     body = (
-        "from voltana_ctrl.backends.setter import run_setter\n"
+        "from voltana_ctrl.backends.nvml.setter import run_setter\n"
         "run_setter(uuids, [os.getuid()], folder / 'setter.sock', lock_dir=folder)\n"
     )
     with Host(fake, tmp_path, body) as host:
@@ -451,7 +451,7 @@ def test_killed_setter_gives_back(fake, tmp_path):
 @pytest.mark.slow
 def test_setter_ends_orderly_on_sigterm(fake, tmp_path):
     body = (
-        "from voltana_ctrl.backends.setter import run_setter\n"
+        "from voltana_ctrl.backends.nvml.setter import run_setter\n"
         "run_setter(uuids, [os.getuid()], folder / 'setter.sock', lock_dir=folder)\n"
     )
     with Host(fake, tmp_path, body) as host:

@@ -8,7 +8,7 @@ from fake_engines import module
 from fake_gpus import machine, needs_compiler
 from test_in_engine import environment
 
-from voltana_ctrl.integrations.sglang import BatchHook, register
+from voltana_ctrl.engines.sglang import BatchHook, register
 from voltana_ctrl.types import Role
 
 

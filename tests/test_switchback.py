@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from voltana_ctrl import ConfigError, FleetState, Observation, PowerBudget
 from voltana_ctrl.control import StaticController
-from voltana_ctrl.integrations import SwitchbackController
-from voltana_ctrl.integrations.switchback import (
+from voltana_ctrl.savings.switchback import (
     AGE_NOTE,
     BLOCK_NOTE,
     LENGTH_NOTE,
     POLICY_NOTE,
+    SwitchbackController,
     at_policy,
 )
 

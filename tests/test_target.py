@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from tests import naive_control
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
-from voltana_ctrl._kernels import target as kernels
-from voltana_ctrl.control._curve import LeastPower
-from voltana_ctrl.control._groups import Node
+from voltana_ctrl.control.curve import LeastPower
 from voltana_ctrl.control.governor import IterationGovernor
-from voltana_ctrl.control.target import Load, TargetOptimiser
-from voltana_ctrl.physics import length_moments
+from voltana_ctrl.control.groups import Node
+from voltana_ctrl.control.target import TargetOptimiser
+from voltana_ctrl.kernels.choose import target as kernels
+from voltana_ctrl.laws import length_moments
+from voltana_ctrl.types import Load
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 #: Attention makes its long prompts take longer per token.
@@ -315,7 +316,7 @@ def test_beyond_capacity_everybody_helps():
 
 def test_predicted_power_and_batch_on_the_plant():
     """The governed station is what the plant does."""
-    from voltana_ctrl.sim.engine import Plant, PlantSettings
+    from voltana_ctrl.sim.plant import Plant, PlantSettings
     from voltana_ctrl.sim.workload import make_workload
 
     fleet = FleetSpec.parse("1P1D", PROFILE)

@@ -11,15 +11,12 @@ from test_fpm import engine_frames, message
 from test_scrape import DCGM_PAGE, VLLM, wait_for
 
 from voltana_ctrl import ControlLoop, Decision
+from voltana_ctrl.backends.modelled import ModelledGpus
 from voltana_ctrl.control import StaticController
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.telemetry import EngineBackend
+from voltana_ctrl.engines.traffic import FinishedRequest, Traffic
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
-from voltana_ctrl.integrations import (
-    Endpoint,
-    EngineBackend,
-    FinishedRequest,
-    ModelledGpus,
-    Traffic,
-)
 from voltana_ctrl.testing import check_backend
 
 PREFILL, DECODE = 0, 1

@@ -26,7 +26,7 @@ from voltana_ctrl import (
 )
 from voltana_ctrl.backends import SimBackend
 from voltana_ctrl.control import StaticController
-from voltana_ctrl.control.adaptive import AdaptiveController
+from voltana_ctrl.control.baselines.adaptive import AdaptiveController
 from voltana_ctrl.control.cascade import CascadeController
 from voltana_ctrl.routing import (
     fadr_router,

@@ -10,7 +10,7 @@ from fake_gpus import fleet
 from voltana_ctrl import ConfigError, ControlLoop, Decision, FleetState, Observation, TickRecord
 from voltana_ctrl.backends import Recorder, ReplayBackend, SimBackend
 from voltana_ctrl.control import StaticController
-from voltana_ctrl.integrations import TickLog, write_parquet
+from voltana_ctrl.live.ticklog import TickLog, write_parquet
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import Limits
 
@@ -130,7 +130,7 @@ class FullDisk:
 
 def test_full_disk_costs_ticks_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "ticks.jsonl"
-    monkeypatch.setattr("voltana_ctrl.integrations.ticklog._RETRY_S", 0.2)
+    monkeypatch.setattr("voltana_ctrl.live.ticklog._RETRY_S", 0.2)
     with TickLog(path, fleet()) as log:
         log.on_tick(record(0))
         _until(lambda: log.ticks == 1)
@@ -150,7 +150,7 @@ def test_full_disk_costs_ticks_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_slow_disk_does_not_stop_the_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr("voltana_ctrl.integrations.ticklog._QUEUED", 8)
+    monkeypatch.setattr("voltana_ctrl.live.ticklog._QUEUED", 8)
     log = TickLog(tmp_path / "ticks.jsonl", fleet())
 
     class Hangs(FullDisk):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voltana_ctrl.physics import at_clock, decode_j, decode_s, kv_transfer_s, prefill_s
+from voltana_ctrl.laws import at_clock, decode_j, decode_s, kv_transfer_s, prefill_s
 from voltana_ctrl.profiles import load_profile
 
 pd = pytest.importorskip("pandas")

@@ -23,7 +23,9 @@ from test_in_engine import environment
 from vllm_stack import VllmServer, environment_folder, make_model
 
 from voltana_ctrl import FleetSpec, load_profile
-from voltana_ctrl.integrations import Endpoint, FpmReader, Scraper
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.fpm.reader import FpmReader
+from voltana_ctrl.engines.scrape import Scraper
 
 pytestmark = pytest.mark.vllm
 
@@ -131,7 +133,7 @@ def test_the_stat_logger_is_loaded_by_its_entry_point_and_sees_every_iteration(
 def test_the_scheduler_class_sets_clocks_and_hands_them_back(venv, site, model, tmp_path):
     (port,) = free_ports(1)
     fpm = f"tcp://127.0.0.1:{port}"
-    scheduler = "voltana_ctrl.integrations.vllm.GovernedScheduler"
+    scheduler = "voltana_ctrl.engines.vllm.GovernedScheduler"
     with machine(tmp_path) as fake:
         # Without the path of its library vLLM would take this machine for one with GPUs.
         state = {k: v for k, v in fake.env.items() if k not in ("LD_LIBRARY_PATH", "PYTHONPATH")}
@@ -171,7 +173,7 @@ def test_messages_of_dynamos_scheduler_under_ours(venv, site, model, tmp_path):
         "DYN_FORWARDPASS_METRIC_PORT": str(port),
         "VOLTANA_CTRL_BASE": "dynamo.vllm.instrumented_scheduler.InstrumentedScheduler",
     }
-    options = ("--scheduler-cls", "voltana_ctrl.integrations.vllm.GovernedScheduler")
+    options = ("--scheduler-cls", "voltana_ctrl.engines.vllm.GovernedScheduler")
     with (
         served(venv, site, model, tmp_path, *options, **variables) as server,
         listening(server.url, fpm) as (_, reader),

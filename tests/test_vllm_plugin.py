@@ -42,7 +42,7 @@ def last(logger):
 
 def test_nothing_of_vllm_is_imported_before_it_is_asked_for():
     program = (
-        "import sys; import voltana_ctrl.integrations.vllm, voltana_ctrl.integrations.sglang;"
+        "import sys; import voltana_ctrl.engines.vllm, voltana_ctrl.engines.sglang;"
         " print(sorted({m.partition('.')[0] for m in sys.modules} & {'vllm', 'sglang', 'zmq'}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -15,7 +15,7 @@ from dynamo_stack import free_ports
 from mock_engine import endpoints_of, fleet_of, serving
 from vllm_stack import VllmServer, environment_folder, make_model
 
-from voltana_ctrl.integrations.proxy import Proxy, ProxyLimits
+from voltana_ctrl.router.app import Proxy, ProxyLimits
 
 pytestmark = pytest.mark.vllm
 

@@ -20,9 +20,9 @@ from fake_gpus import (
 )
 
 from voltana_ctrl import ActuationDenied, BackendError
-from voltana_ctrl.backends.giveback import FoundFile, FoundGpu, give_back, record_from
-from voltana_ctrl.backends.lockfile import LockFile, holder
-from voltana_ctrl.backends.watchdog import Watchdog
+from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
+from voltana_ctrl.backends.nvml.lockfile import LockFile, holder
+from voltana_ctrl.backends.nvml.watchdog import Watchdog
 from voltana_ctrl.errors import ConfigError
 
 pytestmark = needs_compiler
@@ -353,7 +353,7 @@ def test_one_failure_does_not_keep_the_others(tmp_path):
 
 def test_watchdog_process_ends_with_its_controller(tmp_path):
     program = (
-        "from voltana_ctrl.backends.watchdog import Watchdog\n"
+        "from voltana_ctrl.backends.nvml.watchdog import Watchdog\n"
         "watchdog = Watchdog([])\n"
         "print(watchdog._child.pid, flush=True)\n"
     )

@@ -18,6 +18,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from voltana_ctrl.moved import find_moved
+
 __version__ = "0.1.0.dev0"
 
 # Public name -> the module that defines it. The block for type checkers below says the same;
@@ -44,13 +46,13 @@ _HOME = {
     "RequestBatch": "types",
     "Role": "types",
     "ShapeError": "errors",
-    "SimClock": "loop",
+    "SimClock": "clock",
     "Slo": "types",
     "Status": "types",
     "TelemetryStale": "errors",
     "TickRecord": "types",
     "VoltanaError": "errors",
-    "WallClock": "loop",
+    "WallClock": "clock",
     "compare": "experiment",
     "list_profiles": "profiles",
     "load_profile": "profiles",
@@ -58,10 +60,14 @@ _HOME = {
 
 __all__ = sorted(_HOME)
 
+find_moved()
+
 # The host owns logging; without a handler of its own the library stays silent.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
+    from voltana_ctrl.clock import SimClock as SimClock
+    from voltana_ctrl.clock import WallClock as WallClock
     from voltana_ctrl.control import Controller as Controller
     from voltana_ctrl.control import IterationGovernor as IterationGovernor
     from voltana_ctrl.control import MpcController as MpcController
@@ -74,8 +80,6 @@ if TYPE_CHECKING:
     from voltana_ctrl.experiment import compare as compare
     from voltana_ctrl.guard import Guard as Guard
     from voltana_ctrl.loop import ControlLoop as ControlLoop
-    from voltana_ctrl.loop import SimClock as SimClock
-    from voltana_ctrl.loop import WallClock as WallClock
     from voltana_ctrl.profiles import list_profiles as list_profiles
     from voltana_ctrl.profiles import load_profile as load_profile
     from voltana_ctrl.routing import PricedRouter as PricedRouter

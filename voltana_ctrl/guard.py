@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, Bool, positive
 from voltana_ctrl.errors import ShapeError
 from voltana_ctrl.types import (
     Decision,
@@ -16,7 +17,6 @@ from voltana_ctrl.types import (
     Observation,
     Status,
 )
-from voltana_ctrl.types._check import F64, Bool, positive
 
 __all__ = ["Guard"]
 

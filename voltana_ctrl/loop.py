@@ -1,4 +1,4 @@
-"""The control loop and its clocks: read, decide, guard, apply, publish, record, sleep."""
+"""The control loop: read, decide, guard, apply, publish, record, sleep."""
 
 from __future__ import annotations
 
@@ -6,34 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
+from voltana_ctrl.clock import WallClock
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.guard import Guard
+from voltana_ctrl.moved import forward
 from voltana_ctrl.ports import Backend, Clock, Observer, Router
-from voltana_ctrl.sim.clock import SimClock
 from voltana_ctrl.types import Decision, FleetState, TickRecord
 
-__all__ = ["ControlLoop", "SimClock", "WallClock"]
+__all__ = ["ControlLoop"]
 
-
-class WallClock:
-    """Monotonic time of this process.
-
-    Examples
-    --------
-    >>> clock = WallClock()
-    >>> clock.now_s() <= clock.now_s()
-    True
-    """
-
-    def now_s(self) -> float:
-        """Seconds on the monotonic clock."""
-        return time.monotonic()
-
-    def sleep_until_s(self, t_s: float) -> None:
-        """Sleep until `t_s`; returns at once if it has passed."""
-        time.sleep(max(0.0, t_s - time.monotonic()))
+__getattr__ = forward(__name__)
 
 
 class _Decides(Protocol):
@@ -238,7 +222,3 @@ class ControlLoop:
             self.stop()
         finally:
             self.backend.close()
-
-
-if TYPE_CHECKING:
-    _: type[Clock] = WallClock

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.control.adaptive import AdaptiveController
-from voltana_ctrl.control.baselines import StaticController
-from voltana_ctrl.control.budget import StaticBudgetController
+from voltana_ctrl.checks import not_negative, positive
+from voltana_ctrl.control.baselines.adaptive import AdaptiveController
+from voltana_ctrl.control.baselines.dualscale import DualScaleGovernor
+from voltana_ctrl.control.baselines.ecofreq import DEFAULT_LADDER_MHZ, EcoFreqGovernor
+from voltana_ctrl.control.baselines.packing import PackingController
+from voltana_ctrl.control.baselines.static import StaticBudgetController, StaticController
+from voltana_ctrl.control.baselines.threshold import ThresholdGovernor
 from voltana_ctrl.control.cascade import CascadeController, MpcController
-from voltana_ctrl.control.dualscale import DualScaleGovernor
 from voltana_ctrl.control.governor import IterationGovernor
-from voltana_ctrl.control.governors import DEFAULT_LADDER_MHZ, EcoFreqGovernor
-from voltana_ctrl.control.packing import PackingController
-from voltana_ctrl.control.threshold import ThresholdGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.ports import Governor, Router
 from voltana_ctrl.routing import (
@@ -41,7 +41,6 @@ from voltana_ctrl.routing import (
 )
 from voltana_ctrl.routing.base import Phase
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, PowerBudget, Slo
-from voltana_ctrl.types._check import not_negative, positive
 
 __all__ = [
     "HEADLINE",

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from voltana_ctrl.backends.giveback import FoundFile
-from voltana_ctrl.backends.lease import Lease
-from voltana_ctrl.backends.lockfile import LOCK_DIR
+from voltana_ctrl.backends.nvml.giveback import FoundFile
+from voltana_ctrl.backends.nvml.lease import Lease
+from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.ports import Backend
 from voltana_ctrl.types import Decision, FleetSpec, LimitRanges, Observation

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from voltana_ctrl.backends.logfile import (
+from voltana_ctrl.backends.log import (
     log_applied,
     log_fleet,
     log_header,
@@ -165,7 +165,7 @@ class ReplayBackend:
     Parameters
     ----------
     path : Path
-        Written by :class:`Recorder` or :class:`~voltana_ctrl.integrations.TickLog`, lines of
+        Written by :class:`Recorder` or :class:`~voltana_ctrl.live.ticklog.TickLog`, lines of
         JSON or Parquet; a torn last line (the host died) is left out.
 
     Raises

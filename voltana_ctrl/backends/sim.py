@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from voltana_ctrl.clock import SimClock
 from voltana_ctrl.errors import BackendError
 from voltana_ctrl.ports import Backend
-from voltana_ctrl.sim.clock import SimClock
-from voltana_ctrl.sim.engine import Plant, PlantSettings
+from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import Decision, FleetSpec, Observation
 
@@ -28,7 +28,7 @@ class SimBackend:
     settings : PlantSettings, optional
         Actuation, noise, iteration log.
     **plant_options
-        Passed to :class:`voltana_ctrl.sim.engine.Plant`: governors, routers, judged_s, faults.
+        Passed to :class:`voltana_ctrl.sim.plant.Plant`: governors, routers, judged_s, faults.
 
     Examples
     --------

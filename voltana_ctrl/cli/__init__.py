@@ -11,7 +11,17 @@ import typer
 from typer.core import TyperCommand
 
 import voltana_ctrl
-from voltana_ctrl.cli import _agent, _compare, _identify, _lists, _node, _router, _savings
+from voltana_ctrl.cli import (
+    agent,
+    compare,
+    doctor,
+    fit,
+    policies,
+    profile,
+    profiles,
+    router,
+    savings,
+)
 from voltana_ctrl.errors import VoltanaError
 
 
@@ -35,15 +45,15 @@ app = typer.Typer(
     help="Less energy for LLM serving at the same latency: compare control policies.",
 )
 for _command in (
-    _compare.compare,
-    _identify.fit,
-    _identify.profile,
-    _node.doctor,
-    _agent.agent,
-    _router.router,
-    _savings.savings,
-    _lists.policies,
-    _lists.profiles,
+    compare.compare,
+    fit.fit,
+    profile.profile,
+    doctor.doctor,
+    agent.agent,
+    router.router,
+    savings.savings,
+    policies.policies,
+    profiles.profiles,
 ):
     app.command(cls=_Command)(_command)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, I64, Bool, positive
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.errors import ShapeError
-from voltana_ctrl.physics import ActuatorTable, compare_actuators
+from voltana_ctrl.laws import ActuatorTable, compare_actuators
 from voltana_ctrl.types import (
     ActuatorSetting,
     Decision,
@@ -20,7 +21,6 @@ from voltana_ctrl.types import (
     Status,
     limits_of,
 )
-from voltana_ctrl.types._check import F64, I64, Bool, positive
 
 __all__ = ["ActuatorChooser", "ActuatorMemory"]
 
@@ -85,7 +85,7 @@ class ActuatorChooser(Controller):
     dwell_s : float
         Least time between two settings; the clock lock is returned to at once.
     confidence_frac, least_saving_frac : float
-        As of :func:`voltana_ctrl.physics.compare_actuators`.
+        As of :func:`voltana_ctrl.laws.compare_actuators`.
 
     Raises
     ------

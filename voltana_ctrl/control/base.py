@@ -1,15 +1,26 @@
-"""The one abstract class of this library: what every controller is."""
+"""What every controller is, and what every compiled governor is.
+
+A controller decides once per tick for a fleet. A governor chooses the clock of one instance before
+each of its iterations: settings around a kernel of the compiled governor port
+(:data:`voltana_ctrl.kernels.choose.base.GOVERNOR_SIGNATURE`), which the simulator calls, while an
+engine's own loop calls :meth:`CompiledGovernor.step`.
+"""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, final
 
-from voltana_ctrl.errors import ConfigError, ShapeError
-from voltana_ctrl.types import Decision, FleetSpec, Observation
+import numpy as np
 
-__all__ = ["Controller"]
+from voltana_ctrl.checks import F64
+from voltana_ctrl.errors import ConfigError, ShapeError
+from voltana_ctrl.types import Decision, FleetSpec, InstanceSpec, Observation, Profile
+
+__all__ = ["CompiledGovernor", "Controller"]
 
 
 class Controller(ABC):
@@ -87,3 +98,120 @@ class Controller(ABC):
                 f"{name}._decide: expected a decision on {n} instances, got {len(decision)}"
             )
         return decision, after
+
+
+class CompiledGovernor:
+    """A governor kernel with the settings and the memory of one instance.
+
+    Parameters
+    ----------
+    instance : InstanceSpec
+        The instance whose clock it chooses.
+    profile : Profile
+        What is believed about it; its own profile usually.
+    kernel : callable
+        Numba function of the governor port.
+    params : sequence of float
+        Settings that the kernel reads.
+    idle_call_s : float
+        The simulator asks again after this long without work.
+
+    Raises
+    ------
+    ConfigError
+        If the profile does not know the instance's clocks.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.kernels.choose.base import hold_floor
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> decode = FleetSpec.parse("1P1D", profile).instances[1]
+    >>> CompiledGovernor(decode, profile, hold_floor).step(10, 4000, 0, 0.0, 600.0, 1410.0)
+    600.0
+    """
+
+    def __init__(
+        self,
+        instance: InstanceSpec,
+        profile: Profile,
+        kernel: Any,
+        params: Sequence[float] | F64 = (),
+        *,
+        idle_call_s: float = np.inf,
+    ) -> None:
+        # Loads Numba, which `import voltana_ctrl` must not.
+        from voltana_ctrl.kernels.choose.base import N_MEMORY
+
+        known = np.isin(instance.clocks_mhz, profile.clocks_mhz)
+        if not np.all(known):
+            raise ConfigError(
+                f"governor of {instance.id}: profile {profile.name} does not know its clocks"
+                f" {instance.clocks_mhz[~known]}; give a profile of the same card"
+            )
+        self.instance = instance
+        self.kernel = kernel
+        self.params: F64 = np.ascontiguousarray(params, dtype=np.float64)
+        self.idle_call_s = idle_call_s
+        self.rows = np.ascontiguousarray(
+            profile.table[np.isin(profile.clocks_mhz, instance.clocks_mhz)]
+        )
+        self.padded = profile.padded_batch(instance.max_batch)
+        self.memory = np.zeros(N_MEMORY)
+
+    def step(
+        self,
+        running_req: float,
+        kv_used_tok: float,
+        waiting_tok: float,
+        oldest_wait_s: float,
+        floor_mhz: float,
+        ceiling_mhz: float,
+        *,
+        batch_tok: float | None = None,
+        t_s: float | None = None,
+    ) -> float:
+        """Clock for the next iteration.
+
+        Parameters
+        ----------
+        running_req, kv_used_tok : float
+            Requests that will decode in it and the KV tokens they hold.
+        waiting_tok : float
+            Prompt tokens not prefilled yet, those of this iteration included.
+        oldest_wait_s : float
+            How long the oldest of them has waited.
+        floor_mhz, ceiling_mhz : float
+            Range that the controller allows.
+        batch_tok : float, optional
+            Prompt tokens in this iteration; by default as many as its budget allows.
+        t_s : float, optional
+            Time of the call; the process clock by default.
+
+        Returns
+        -------
+        float
+            A supported clock in MHz.
+        """
+        if batch_tok is None:
+            # On a decode instance what waits is KV that has arrived, not prompts to prefill.
+            prefills = self.instance.role.prefills
+            batch_tok = min(waiting_tok, self.instance.prefill_budget_tok) if prefills else 0.0
+        needed_mhz = self.kernel(
+            self.rows,
+            self.padded,
+            self.params,
+            self.memory,
+            time.monotonic() if t_s is None else t_s,
+            min(float(running_req), len(self.padded) - 1.0),
+            float(kv_used_tok),
+            float(waiting_tok),
+            float(batch_tok),
+            float(oldest_wait_s),
+            float(floor_mhz),
+            float(ceiling_mhz),
+        )
+        clocks_mhz = self.rows["clock_mhz"]
+        wanted_mhz = min(needed_mhz, ceiling_mhz)
+        k = min(int(np.searchsorted(clocks_mhz, wanted_mhz)), len(clocks_mhz) - 1)
+        return float(clocks_mhz[k])

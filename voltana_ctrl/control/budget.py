@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from voltana_ctrl.control.base import Controller
-from voltana_ctrl.control.target import Load, Target
-from voltana_ctrl.physics import decode_s
-from voltana_ctrl.types import Decision, FleetSpec, InstanceSpec, Observation, PowerBudget
-from voltana_ctrl.types._check import F64, Bool, not_negative
+from voltana_ctrl.checks import F64, Bool
+from voltana_ctrl.control.target import Target
+from voltana_ctrl.laws import decode_s
+from voltana_ctrl.types import FleetSpec, InstanceSpec, Load
 
 __all__ = [
-    "StaticBudgetController",
     "UniformCeiling",
     "highest_power_w",
     "target_within",
@@ -111,74 +109,6 @@ class UniformCeiling:
         return clocks
 
 
-class StaticBudgetController(Controller):
-    """The highest uniform clock whose worst-case power stays within the budget.
-
-    The worst case over all loads is taken from the profile, not the equilibrium at today's
-    load: a limit that protects a breaker must hold through a burst, and no estimate is needed.
-    The price is a clock lower than the load would allow. A lower step is obeyed `lead_s` early,
-    so that the clocks are down when it begins.
-
-    Parameters
-    ----------
-    fleet : FleetSpec
-        The fleet, as believed.
-    power_budget : PowerBudget, optional
-        The budget; without one the highest clocks.
-    governed : bool
-        Whether governors choose clocks below the ceiling; without, everybody runs at it.
-    period_s, lead_s : float
-        Time between decisions; how long before a step the clocks are set.
-
-    Raises
-    ------
-    ConfigError
-        If a time is negative.
-
-    Examples
-    --------
-    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
-    >>> from voltana_ctrl.types import PowerBudget
-    >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    >>> controller = StaticBudgetController(fleet, PowerBudget.parse("0:1200,60:840"))
-    >>> for t_s in (0.0, 59.9):
-    ...     at_t = Observation(state=FleetState.idle(4, t_s=t_s))
-    ...     float(controller.decide(at_t, None)[0].freq_mhz[0])
-    1155.0
-    720.0
-    """
-
-    def __init__(
-        self,
-        fleet: FleetSpec,
-        power_budget: PowerBudget | None,
-        *,
-        governed: bool = False,
-        period_s: float = 0.1,
-        lead_s: float = 0.1,
-    ) -> None:
-        super().__init__(fleet, period_s=period_s)
-        not_negative("StaticBudgetController.lead_s", lead_s)
-        self._budget = power_budget
-        self._governed = governed
-        self._lead_s = lead_s
-        self._uniform = UniformCeiling(fleet)
-
-    def init(self) -> None:
-        """No memory."""
-
-    def _decide(self, observation: Observation, memory: None) -> tuple[Decision, None]:
-        t_s = observation.state.t_s
-        ceiling_mhz = self.fleet.max_mhz
-        if self._budget is not None:
-            until_s = t_s + float(self.period_s) + self._lead_s
-            ceiling_mhz = self._uniform.under(self._budget.least_w(t_s, until_s))
-        floor_mhz = self.fleet.min_mhz if self._governed else ceiling_mhz
-        return Decision.highest(
-            self.fleet, t_s=t_s, floor_mhz=floor_mhz, ceiling_mhz=ceiling_mhz
-        ), memory
-
-
 def target_within(
     budget_w: float, load: Load, target: Target, plan: Callable[[Load], Target]
 ) -> Target:
@@ -204,7 +134,7 @@ def target_within(
     --------
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> from voltana_ctrl.control import TargetOptimiser
-    >>> from voltana_ctrl.physics import length_moments
+    >>> from voltana_ctrl.laws import length_moments
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
     >>> load = Load(arrival_req_s=60.0, lengths=length_moments([240, 240], [200, 200]))

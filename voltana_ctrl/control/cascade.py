@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, Bool, not_negative, positive
+from voltana_ctrl.control.assess import Assessor
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.budget import target_within
-from voltana_ctrl.control.headroom import HeadroomFilter, HeadroomMemory
-from voltana_ctrl.control.load import LoadFilter, LoadMemory
-from voltana_ctrl.control.needs import Needs
-from voltana_ctrl.control.regime import Regime, RegimeFilter, RegimeMemory
-from voltana_ctrl.control.target import Load, Target, TargetOptimiser
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Slo, Status
-from voltana_ctrl.types._check import F64, Bool, not_negative, positive
+from voltana_ctrl.control.target import Target, TargetOptimiser
+from voltana_ctrl.estimate.headroom import HeadroomFilter, HeadroomMemory
+from voltana_ctrl.estimate.load import LoadFilter, LoadMemory
+from voltana_ctrl.estimate.regime import Regime, RegimeFilter, RegimeMemory
+from voltana_ctrl.types import Decision, FleetSpec, FleetState, Load, Observation, Slo, Status
 
 __all__ = ["CascadeController", "CascadeMemory", "MpcController"]
 
@@ -163,7 +163,7 @@ class CascadeController(Controller):
         self._regime = RegimeFilter(fleet)
         self._margin = HeadroomFilter(fleet, slo)
         self._idle_w = sum(one.idle_w for one in fleet.instances)
-        self._needs = Needs(fleet, slo)
+        self._assessor = Assessor(fleet, slo)
         # Put together anew at every access; asked for at every tick.
         self._prefill, self._decode = np.array(fleet.prefill), np.array(fleet.decode)
         self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
@@ -267,7 +267,7 @@ class CascadeController(Controller):
         keep = float(np.exp(-dt_s / _PACE_MEMORY_S))
         return replace(
             memory,
-            expected_tok=keep * memory.expected_tok + dt_s * self._needs.decoding_tok_s(state),
+            expected_tok=keep * memory.expected_tok + dt_s * self._assessor.decoding_tok_s(state),
             decoded_tok=keep * memory.decoded_tok + decoded_tok,
         )
 
@@ -317,16 +317,16 @@ class CascadeController(Controller):
         budget_w: float,
     ) -> F64:
         """Ceilings under the budget; nobody rises before those that must fall have fallen."""
-        wanted = self._needs.clocks_mhz(
+        wanted = self._assessor.clocks_mhz(
             state, load, route_frac, margin_frac=self.margin_frac, delay_s=self.delay_s
         )
-        worst_w = self._needs.worst_power_w(state, load, active)
-        ceiling, _ = self._needs.decode_first_mhz(worst_w, wanted, budget_w)
+        worst_w = self._assessor.worst_power_w(state, load, active)
+        ceiling, _ = self._assessor.decode_first_mhz(worst_w, wanted, budget_w)
         before = self._max_mhz if memory.ceiling_mhz is None else memory.ceiling_mhz
         # What may still run: the clock that is seen, and one asked for a moment ago.
         running = np.maximum(state.freq_mhz, np.where(before > ceiling, 0.0, before))
         held = np.maximum(ceiling, running)
-        too_much = self._needs.drawn_w(worst_w, held) > budget_w
+        too_much = self._assessor.drawn_w(worst_w, held) > budget_w
         return np.minimum(ceiling, before) if too_much else ceiling
 
     def _floors(self, state: FleetState, memory: CascadeMemory, load: Load, target: Target) -> F64:
@@ -334,7 +334,7 @@ class CascadeController(Controller):
         if not target.active.all():
             # What is parked rests when it is done, so what it has left costs least as if batch
             # and not arrivals were given.
-            rest = self._needs.thrifty_mhz(state, load, rests=True)
+            rest = self._assessor.thrifty_mhz(state, load, rests=True)
             floor = np.where(target.active, floor, rest)
         extra = self._margin.extra_frac(memory.margin, self.margin_frac)
         if not target.feasible:
@@ -348,7 +348,7 @@ class CascadeController(Controller):
             extra[0] = max(extra[0], slower)
             extra[1] += (1.0 + self.margin_frac[1] + extra[1]) * slower
         if not self.governed or extra.max() > 0.0:
-            needed = self._needs.clocks_mhz(
+            needed = self._assessor.clocks_mhz(
                 state, load, target.route_frac,
                 margin_frac=(
                     self.margin_frac[0] + float(extra[0]), self.margin_frac[1] + float(extra[1])
@@ -362,7 +362,7 @@ class CascadeController(Controller):
             missing[self._decode] |= extra[1] > 0.0 or not self.governed
             floor = np.where(missing, np.maximum(floor, needed), floor)
         if self.regime(memory) is not Regime.OPEN:
-            floor = np.maximum(floor, self._needs.thrifty_mhz(state, load))
+            floor = np.maximum(floor, self._assessor.thrifty_mhz(state, load))
         return floor
 
 
@@ -411,7 +411,7 @@ class MpcController(CascadeController):
         self._planner = planner
         if planner is None and not fleet.colocated:
             # Loads CVXPY, which nothing else does.
-            from voltana_ctrl.control.mpc import Planner
+            from voltana_ctrl.control.plan import Planner
 
             self._planner = Planner(fleet, slo, delay_s=self.delay_s, margin_frac=self.margin_frac)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from voltana_ctrl.control.governors import CompiledGovernor
+from voltana_ctrl.checks import not_negative, positive
+from voltana_ctrl.control.base import CompiledGovernor
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.physics import kv_transfer_s
+from voltana_ctrl.laws import kv_transfer_s
 from voltana_ctrl.types import InstanceSpec, Profile, Slo
-from voltana_ctrl.types._check import not_negative, positive
 
 __all__ = ["IterationGovernor", "thrifty_row"]
 
@@ -104,7 +104,7 @@ class IterationGovernor(CompiledGovernor):
         repay_tok: float = 32.0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
-        from voltana_ctrl._kernels.needed import needed_clock
+        from voltana_ctrl.kernels.choose.governor import needed_clock
 
         for name, value in (("delay_s", delay_s), ("dwell_s", dwell_s)):
             not_negative(f"IterationGovernor.{name}", value)

@@ -1,7 +1,7 @@
 """The target layer: the least-power steady state of a fleet under its promises.
 
 Which instances are active, each one's share of the arrivals, and its clock. The least power of
-one instance at a load is computed from the closed forms of :mod:`voltana_ctrl.physics` on a
+one instance at a load is computed from the closed forms of :mod:`voltana_ctrl.laws` on a
 grid of loads; the fleet's is their min-plus convolution, a dynamic programme over instances
 with identical ones merged. Its differences are the prices.
 """
@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from voltana_ctrl.control._curve import Curve, LeastPower
-from voltana_ctrl.control._groups import Node, equal_groups
+from voltana_ctrl.checks import F64, I64, Bool, count, not_negative, positive
+from voltana_ctrl.control.curve import Curve, LeastPower
+from voltana_ctrl.control.groups import Node, equal_groups
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.physics import Lengths
-from voltana_ctrl.types import FleetSpec, InstanceSpec, Role, Slo
-from voltana_ctrl.types._check import F64, I64, Bool, count, not_negative, positive
+from voltana_ctrl.types import FleetSpec, InstanceSpec, Lengths, Load, Role, Slo
 
-__all__ = ["Curve", "Load", "Target", "TargetOptimiser"]
+__all__ = ["Curve", "Target", "TargetOptimiser"]
 
 _CurveOf = Callable[[F64], Curve]
 
@@ -29,36 +28,6 @@ _CurveOf = Callable[[F64], Curve]
 _PREFILL_PAYS_FRAC = 0.05
 #: Least share of the load of an instance that stays active.
 _LEAST_FRAC = 1e-3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What arrives.
-
-    Parameters
-    ----------
-    arrival_req_s : float
-        Requests per second, over the fleet.
-    lengths : Lengths
-        Their prompt and output lengths.
-
-    Raises
-    ------
-    ConfigError
-        If the rate is negative or not finite.
-
-    Examples
-    --------
-    >>> from voltana_ctrl.physics import length_moments
-    >>> Load(arrival_req_s=10.0, lengths=length_moments([100, 300], [101, 301])).arrival_req_s
-    10.0
-    """
-
-    arrival_req_s: float
-    lengths: Lengths
-
-    def __post_init__(self) -> None:
-        not_negative("Load.arrival_req_s", self.arrival_req_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,7 +93,7 @@ class TargetOptimiser:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
-    >>> from voltana_ctrl.physics import length_moments
+    >>> from voltana_ctrl.laws import length_moments
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
     >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
@@ -146,7 +115,7 @@ class TargetOptimiser:
         hold_s: float = 30.0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
-        from voltana_ctrl._kernels import target as kernels
+        from voltana_ctrl.kernels.choose import target as kernels
 
         count("TargetOptimiser.grid", grid, minimum=8)
         not_negative("TargetOptimiser.wake_j", wake_j)
@@ -236,7 +205,7 @@ class TargetOptimiser:
         Examples
         --------
         >>> from voltana_ctrl import FleetSpec, Slo, load_profile
-        >>> from voltana_ctrl.physics import length_moments
+        >>> from voltana_ctrl.laws import length_moments
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
         >>> lengths = length_moments([240, 240], [200, 200])
@@ -261,7 +230,7 @@ class TargetOptimiser:
         Examples
         --------
         >>> from voltana_ctrl import FleetSpec, Slo, load_profile
-        >>> from voltana_ctrl.physics import length_moments
+        >>> from voltana_ctrl.laws import length_moments
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
         >>> load = Load(arrival_req_s=40.0, lengths=length_moments([240, 240], [200, 200]))

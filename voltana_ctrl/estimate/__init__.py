@@ -1,13 +1,23 @@
-"""What arrives, how long it gets, and what it cost: estimates from counts and records.
+"""What is learnt while running: load, lengths, pace, headroom, regime, and what a request cost.
 
 ``arrivals``
     Kalman filters of arrival rate and lengths, with forecast and bursts.
+``load``
+    The load that the target layer plans for, exponentially weighted.
 ``lengths``
     Quantiles of output length by request class.
+``predictor``, ``learner``
+    Latency and energy of every instance at any clock and load: as believed, and as learned from
+    iteration records.
+``margin``, ``headroom``
+    The margin that holds the promised attainment, and what is kept free besides.
+``regime``
+    Whether arrivals set the token rate, or the clock does.
 ``attribution``
     Energy and latency per request and class; nothing lost, nothing counted twice.
 
-All are pure: ``update(state, ...) -> state``.
+All are pure, ``update(state, ...) -> state``. Kernels are compiled once, with fixed signatures, and
+are loaded on first use.
 """
 
 from __future__ import annotations
@@ -26,20 +36,48 @@ from voltana_ctrl.estimate.attribution import (
     share_iterations,
     split_iterations,
 )
+from voltana_ctrl.estimate.headroom import HeadroomFilter, HeadroomMemory
+from voltana_ctrl.estimate.learner import Learned, OnlineLearner
 from voltana_ctrl.estimate.lengths import LengthEstimator, LengthState, RequestClasses
+from voltana_ctrl.estimate.load import LoadFilter, LoadMemory
+from voltana_ctrl.estimate.margin import MarginState, MarginTracker
+from voltana_ctrl.estimate.predictor import (
+    FleetTables,
+    InstancePredictor,
+    Prediction,
+    predict_decode,
+    predict_prefill,
+)
+from voltana_ctrl.estimate.regime import Regime, RegimeFilter, RegimeMemory
 
 __all__ = [
     "ArrivalEstimator",
     "ArrivalState",
     "EnergyLedger",
+    "FleetTables",
     "Forecast",
+    "HeadroomFilter",
+    "HeadroomMemory",
+    "InstancePredictor",
     "KalmanState",
+    "Learned",
     "LedgerState",
     "LengthEstimator",
     "LengthState",
+    "LoadFilter",
+    "LoadMemory",
+    "MarginState",
+    "MarginTracker",
+    "OnlineLearner",
+    "Prediction",
+    "Regime",
+    "RegimeFilter",
+    "RegimeMemory",
     "RequestClasses",
     "RequestCost",
     "kalman_step",
+    "predict_decode",
+    "predict_prefill",
     "share_iterations",
     "split_iterations",
 ]

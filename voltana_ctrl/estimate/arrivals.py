@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from voltana_ctrl.types._check import F64, count, fraction, freeze_fields, not_negative, positive
+from voltana_ctrl.checks import F64, count, fraction, freeze_fields, not_negative, positive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from voltana_ctrl.checks import F64, I64, count, freeze_fields, positive
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.estimate.lengths import RequestClasses
 from voltana_ctrl.types import IterationBatch, RequestBatch
-from voltana_ctrl.types._check import F64, I64, count, freeze_fields, positive
 
 #: Numbers of several units, and whole numbers that name iterations.
 Mixed = NDArray[np.float64]

@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike
 
+from voltana_ctrl.checks import F64, I64, count, fraction, freeze_fields
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types import RequestBatch
-from voltana_ctrl.types._check import F64, I64, count, fraction, freeze_fields
 
 #: Whole numbers that name classes.
 Keys = ArrayLike

@@ -9,7 +9,6 @@ from voltana_ctrl.fit.decode import DecodeTime, fit_decode_time
 from voltana_ctrl.fit.figure import draw_diagnostics
 from voltana_ctrl.fit.heldout import HeldOut, Laws, fit_laws, hold_out
 from voltana_ctrl.fit.identify import fit_table
-from voltana_ctrl.fit.kernels import Transformer, read_kernels
 from voltana_ctrl.fit.power import PowerLaw, fit_power
 from voltana_ctrl.fit.prefill import PrefillTime, fit_prefill_time
 from voltana_ctrl.fit.result import FitResult
@@ -24,7 +23,6 @@ __all__ = [
     "Laws",
     "PowerLaw",
     "PrefillTime",
-    "Transformer",
     "actuator_lines",
     "actuators_toml",
     "detect_batch_steps",
@@ -36,6 +34,5 @@ __all__ = [
     "fit_table",
     "hold_out",
     "read_actuators",
-    "read_kernels",
     "read_table",
 ]

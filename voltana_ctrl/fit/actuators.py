@@ -10,7 +10,7 @@ import numpy as np
 
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.fit.tables import OTHERS, raw_rows, sets_other
-from voltana_ctrl.physics import compare_actuators
+from voltana_ctrl.laws import compare_actuators
 from voltana_ctrl.types import ActuatorPoint, Profile
 
 __all__ = ["actuator_lines", "actuators_toml", "read_actuators"]

@@ -16,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, Bool
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.fit._robust import Estimate, estimate, falling, linear
+from voltana_ctrl.fit.robust import Estimate, estimate, falling, linear
 from voltana_ctrl.fit.staircase import pad
 from voltana_ctrl.fit.tables import IterationTable
-from voltana_ctrl.types._check import F64, Bool
 
 __all__ = ["DecodeTime", "fit_decode_time"]
 

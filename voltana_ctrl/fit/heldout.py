@@ -9,14 +9,14 @@ from typing import Literal
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, Bool
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.fit._robust import folds
 from voltana_ctrl.fit.decode import DecodeTime, Form, fit_decode_time
 from voltana_ctrl.fit.power import PowerLaw, fit_power
 from voltana_ctrl.fit.prefill import PrefillTime, fit_prefill_time
+from voltana_ctrl.fit.robust import folds
 from voltana_ctrl.fit.staircase import pad
 from voltana_ctrl.fit.tables import IterationTable
-from voltana_ctrl.types._check import F64, Bool
 
 __all__ = ["FIXABLE", "HeldOut", "Laws", "fit_laws", "hold_out"]
 

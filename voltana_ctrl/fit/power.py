@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, Bool
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.fit._robust import Estimate, estimate, linear
 from voltana_ctrl.fit.prefill import capped_from_mhz
+from voltana_ctrl.fit.robust import Estimate, estimate, linear
 from voltana_ctrl.fit.tables import IterationTable
-from voltana_ctrl.types._check import F64, Bool
 
 __all__ = ["PowerLaw", "fit_power"]
 

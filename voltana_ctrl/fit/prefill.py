@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.fit._robust import estimate, falling, linear
+from voltana_ctrl.fit.robust import estimate, falling, linear
 from voltana_ctrl.fit.tables import IterationTable
-from voltana_ctrl.types._check import F64
 
 __all__ = ["PrefillTime", "capped_from_mhz", "fit_prefill_time"]
 

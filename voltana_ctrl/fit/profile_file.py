@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.fit.actuators import actuators_toml
 from voltana_ctrl.types import Profile
-from voltana_ctrl.types._check import F64
 
 if TYPE_CHECKING:
     from voltana_ctrl.fit.result import FitResult

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types._check import F64
 
 # Layers of Qwen3-32B, the model of the A800 sweep: its times and energies are per layer.
 A800_LAYERS = 64

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64
 from voltana_ctrl.fit.heldout import HeldOut, Laws
 from voltana_ctrl.fit.profile_file import profile_text
 from voltana_ctrl.fit.tables import IterationTable
-from voltana_ctrl.profiles.laws import profile_from_laws
+from voltana_ctrl.profiles.format import profile_from_laws
 from voltana_ctrl.types import ActuatorPoint, Profile
-from voltana_ctrl.types._check import F64
 
 __all__ = ["FitResult"]
 

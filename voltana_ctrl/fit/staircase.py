@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.fit.tables import IterationTable
-from voltana_ctrl.types._check import F64
 
 __all__ = ["detect_batch_steps", "pad"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, Bool, count, freeze_fields
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.fit.published import from_published, numbers
-from voltana_ctrl.types._check import F64, Bool, count, freeze_fields
 
 __all__ = ["IterationTable", "read_table"]
 

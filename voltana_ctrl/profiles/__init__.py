@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.profiles.laws import profile_from_laws
+from voltana_ctrl.profiles.format import profile_from_laws
 from voltana_ctrl.types.profile import Profile
 
 __all__ = ["list_profiles", "load_profile"]

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from voltana_ctrl._kernels import layout
+from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError, ShapeError
+from voltana_ctrl.kernels import layout
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Request
-from voltana_ctrl.types._check import F64
-from voltana_ctrl.types._packed import instance_types
+from voltana_ctrl.types.packed import instance_types
 
 __all__ = ["CompiledRouter", "Phase"]
 
@@ -30,7 +30,7 @@ class CompiledRouter:
     phase : {"prefill", "decode"}
         Which instances it picks from.
     kernel : callable
-        Numba function of :data:`voltana_ctrl._kernels.routers.ROUTER_SIGNATURE`.
+        Numba function of :data:`voltana_ctrl.kernels.route.base.ROUTER_SIGNATURE`.
     params : sequence of float
         Settings that the kernel reads.
     seed : int
@@ -45,7 +45,7 @@ class CompiledRouter:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
-    >>> from voltana_ctrl._kernels.routers import shortest
+    >>> from voltana_ctrl.kernels.route.base import shortest
     >>> fleet = FleetSpec.parse("1P3D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> router = CompiledRouter(fleet, "decode", shortest)
     >>> router.route(Request(prompt_tok=100), FleetState.idle(4))
@@ -62,7 +62,7 @@ class CompiledRouter:
         seed: int = 0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
-        from voltana_ctrl._kernels.routers import look
+        from voltana_ctrl.kernels.route.base import look
 
         if phase not in ("prefill", "decode"):
             raise ConfigError(f"router phase: expected 'prefill' or 'decode', got {phase!r}")

@@ -41,7 +41,7 @@ def share_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> [router.route(Request(prompt_tok=9), FleetState.idle(3)) for _ in range(4)]
     [1, 2, 1, 2]
     """
-    from voltana_ctrl._kernels.routers import by_share
+    from voltana_ctrl.kernels.route.base import by_share
 
     return CompiledRouter(fleet, phase, by_share)
 
@@ -65,7 +65,7 @@ def random_router(fleet: FleetSpec, phase: Phase, *, seed: int = 0) -> CompiledR
     >>> random_router(fleet, "prefill").route(Request(prompt_tok=9), FleetState.idle(3)) < 2
     True
     """
-    from voltana_ctrl._kernels.routers import at_random
+    from voltana_ctrl.kernels.route.base import at_random
 
     return CompiledRouter(fleet, phase, at_random, seed=seed)
 
@@ -87,7 +87,7 @@ def least_queue_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> least_queue_router(fleet, "prefill").route(Request(prompt_tok=9), FleetState.idle(3))
     0
     """
-    from voltana_ctrl._kernels.routers import least_queue
+    from voltana_ctrl.kernels.route.base import least_queue
 
     return CompiledRouter(fleet, phase, least_queue)
 
@@ -109,7 +109,7 @@ def shortest_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> shortest_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(3))
     1
     """
-    from voltana_ctrl._kernels.routers import shortest
+    from voltana_ctrl.kernels.route.base import shortest
 
     return CompiledRouter(fleet, phase, shortest)
 
@@ -131,7 +131,7 @@ def tile_aware_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> tile_aware_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(3))
     1
     """
-    from voltana_ctrl._kernels.routers import tile_aware
+    from voltana_ctrl.kernels.route.base import tile_aware
 
     return CompiledRouter(fleet, phase, tile_aware)
 
@@ -169,7 +169,7 @@ def fadr_router(
     >>> router.route(Request(prompt_tok=9), FleetState.idle(3))
     1
     """
-    from voltana_ctrl._kernels.routers import fadr
+    from voltana_ctrl.kernels.route.base import fadr
 
     members = fleet.prefill if phase == "prefill" else fleet.decode
     ladders = {fleet.instances[i].clocks_mhz.tobytes() for i in members}
@@ -200,7 +200,7 @@ def round_robin_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> [router.route(Request(prompt_tok=9), FleetState.idle(4)) for _ in range(4)]
     [1, 2, 3, 1]
     """
-    from voltana_ctrl._kernels.routers_baselines import round_robin
+    from voltana_ctrl.kernels.route.baselines import round_robin
 
     return CompiledRouter(fleet, phase, round_robin)
 
@@ -222,7 +222,7 @@ def least_kv_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> least_kv_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(3))
     1
     """
-    from voltana_ctrl._kernels.routers_baselines import least_kv
+    from voltana_ctrl.kernels.route.baselines import least_kv
 
     return CompiledRouter(fleet, phase, least_kv)
 
@@ -249,7 +249,7 @@ def two_choices_router(fleet: FleetSpec, phase: Phase, *, seed: int = 0) -> Comp
     >>> two_choices_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(5)) > 0
     True
     """
-    from voltana_ctrl._kernels.routers_baselines import two_choices
+    from voltana_ctrl.kernels.route.baselines import two_choices
 
     return CompiledRouter(fleet, phase, two_choices, seed=seed)
 
@@ -279,6 +279,6 @@ def tokens_by_batch_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> tokens_by_batch_router(fleet, "prefill").route(Request(prompt_tok=9), FleetState.idle(3))
     0
     """
-    from voltana_ctrl._kernels.routers_baselines import tokens_by_batch
+    from voltana_ctrl.kernels.route.baselines import tokens_by_batch
 
     return CompiledRouter(fleet, phase, tokens_by_batch)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ShapeError
 from voltana_ctrl.routing.base import CompiledRouter, Phase
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Request, Slo
-from voltana_ctrl.types._check import F64
 
 __all__ = ["PricedRouter"]
 
@@ -54,7 +54,7 @@ class PricedRouter(CompiledRouter):
         kv_full_frac: float = 0.97,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
-        from voltana_ctrl._kernels.priced import by_target, soonest, worth_more
+        from voltana_ctrl.kernels.route.priced import by_target, soonest, worth_more
 
         kernel = soonest if phase == "prefill" and not fleet.colocated else by_target
         super().__init__(fleet, phase, kernel, [slo.itl_s, kv_full_frac])

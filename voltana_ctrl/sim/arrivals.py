@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, not_negative, positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types._check import F64, not_negative, positive
 
 __all__ = ["ArrivalProcess", "Diurnal", "Gamma", "MarkovModulated", "Poisson", "parse_arrivals"]
 

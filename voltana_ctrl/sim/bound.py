@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.physics import length_moments
+from voltana_ctrl.checks import F64
+from voltana_ctrl.laws import length_moments
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import FleetSpec, InstanceSpec, Slo
-from voltana_ctrl.types._check import F64
 
 __all__ = ["FluidLoad", "fluid_bound_w", "fluid_load"]
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from voltana_ctrl.checks import I64, count, positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.sim.arrivals import ArrivalProcess, Gamma, MarkovModulated, Poisson
-from voltana_ctrl.types._check import I64, count, positive
 
 __all__ = ["WORKLOADS", "LengthModel", "WorkloadKind", "describe"]
 

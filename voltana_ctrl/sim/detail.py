@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import freeze_fields
 from voltana_ctrl.errors import ShapeError
-from voltana_ctrl.sim.engine import Plant
 from voltana_ctrl.sim.metrics import judged_latencies, snapshot
-from voltana_ctrl.types._check import freeze_fields
+from voltana_ctrl.sim.plant import Plant
 
-__all__ = ["Recorder", "RunDetail"]
+__all__ = ["DetailSampler", "RunDetail"]
 
 #: Intervals that the window is cut into.
 INTERVALS = 120
@@ -81,7 +81,7 @@ class RunDetail:
         freeze_fields(self, ["quantile_frac", "ttft_s", "itl_s"], (len(self.quantile_frac),))
 
 
-class Recorder:
+class DetailSampler:
     """Keeps the sums of every instance at fixed times of the window.
 
     Means over an interval are differences of sums, so nothing between two samples is lost.
@@ -90,7 +90,7 @@ class Recorder:
     Parameters
     ----------
     plant : Plant
-        What is recorded.
+        What is sampled.
     from_s, until_s : float
         Edges of the window.
 
@@ -100,9 +100,9 @@ class Recorder:
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> plant = Plant(fleet, make_workload("sharegpt", rate_req_s=2.0, duration_s=20.0, seed=0))
-    >>> recorder = Recorder(plant, 0.0, 12.0)
-    >>> recorder.advance(12.0)
-    >>> recorder.detail().freq_mhz.shape
+    >>> sampler = DetailSampler(plant, 0.0, 12.0)
+    >>> sampler.advance(12.0)
+    >>> sampler.detail().freq_mhz.shape
     (120, 2)
     """
 

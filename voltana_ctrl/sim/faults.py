@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, I64, Bool, not_negative, positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import FleetSpec
-from voltana_ctrl.types._check import F64, I64, Bool, not_negative, positive
 
 __all__ = [
     "ClockClamp",

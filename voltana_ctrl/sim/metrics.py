@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl._kernels import layout, plant
-from voltana_ctrl.sim.engine import Plant
+from voltana_ctrl.kernels import layout
+from voltana_ctrl.kernels.plant import advance as plant
+from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.types import Slo
 
 __all__ = ["fill_gap_closed", "judged_latencies", "run_figures", "snapshot"]

@@ -38,9 +38,9 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, I64, count
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.sim.workload import Workload
-from voltana_ctrl.types._check import F64, I64, count
 
 __all__ = ["read_trace"]
 

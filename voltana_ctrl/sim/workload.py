@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, I64, count, frozen_array, not_negative, positive
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.catalog import WORKLOADS, describe
-from voltana_ctrl.types._check import F64, I64, count, frozen_array, not_negative, positive
 
 __all__ = ["WORKLOADS", "Workload", "make_closed_loop", "make_workload"]
 

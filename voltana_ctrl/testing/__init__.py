@@ -10,41 +10,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOME = {
-    "BACKEND_LAWS": "backends",
-    "CONTROLLER_LAWS": "controllers",
-    "FakeGpu": "fake_nvml",
-    "FakeNvml": "fake_nvml",
-    "Law": "laws",
-    "LawBroken": "laws",
-    "ROUTER_LAWS": "routers",
-    "build_fake_nvml": "fake_nvml",
-    "check_backend": "backends",
-    "check_controller": "controllers",
-    "check_router": "routers",
-    "decisions": "strategies",
-    "example_fleets": "subjects",
-    "fleet_states": "strategies",
-    "fleets": "strategies",
-    "instances": "strategies",
-    "observations": "strategies",
-    "profiles": "strategies",
-    "requests": "strategies",
-    "slos": "strategies",
-    "workloads": "strategies",
+    "BACKEND_LAWS": "testing.backends",
+    "CONTROLLER_LAWS": "testing.controllers",
+    "FakeGpu": "fakes.nvml",
+    "FakeNvml": "fakes.nvml",
+    "Law": "testing.conformance",
+    "LawBroken": "testing.conformance",
+    "ROUTER_LAWS": "testing.routers",
+    "build_fake_nvml": "fakes.nvml",
+    "check_backend": "testing.backends",
+    "check_controller": "testing.controllers",
+    "check_router": "testing.routers",
+    "decisions": "testing.strategies",
+    "example_fleets": "testing.subjects",
+    "fleet_states": "testing.strategies",
+    "fleets": "testing.strategies",
+    "instances": "testing.strategies",
+    "observations": "testing.strategies",
+    "profiles": "testing.strategies",
+    "requests": "testing.strategies",
+    "slos": "testing.strategies",
+    "workloads": "testing.strategies",
 }
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from voltana_ctrl.fakes.nvml import FakeGpu as FakeGpu
+    from voltana_ctrl.fakes.nvml import FakeNvml as FakeNvml
+    from voltana_ctrl.fakes.nvml import build_fake_nvml as build_fake_nvml
     from voltana_ctrl.testing.backends import BACKEND_LAWS as BACKEND_LAWS
     from voltana_ctrl.testing.backends import check_backend as check_backend
+    from voltana_ctrl.testing.conformance import Law as Law
+    from voltana_ctrl.testing.conformance import LawBroken as LawBroken
     from voltana_ctrl.testing.controllers import CONTROLLER_LAWS as CONTROLLER_LAWS
     from voltana_ctrl.testing.controllers import check_controller as check_controller
-    from voltana_ctrl.testing.fake_nvml import FakeGpu as FakeGpu
-    from voltana_ctrl.testing.fake_nvml import FakeNvml as FakeNvml
-    from voltana_ctrl.testing.fake_nvml import build_fake_nvml as build_fake_nvml
-    from voltana_ctrl.testing.laws import Law as Law
-    from voltana_ctrl.testing.laws import LawBroken as LawBroken
     from voltana_ctrl.testing.routers import ROUTER_LAWS as ROUTER_LAWS
     from voltana_ctrl.testing.routers import check_router as check_router
     from voltana_ctrl.testing.strategies import decisions as decisions
@@ -62,6 +62,6 @@ else:
     def __getattr__(name: str) -> object:
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        value = getattr(import_module(f"voltana_ctrl.{_HOME[name]}"), name)
         globals()[name] = value
         return value

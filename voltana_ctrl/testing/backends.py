@@ -11,7 +11,7 @@ import numpy as np
 
 from voltana_ctrl.errors import BackendError
 from voltana_ctrl.ports import Backend
-from voltana_ctrl.testing.laws import Law, chosen_laws
+from voltana_ctrl.testing.conformance import Law, chosen_laws
 from voltana_ctrl.types import Decision, FleetSpec, Observation
 
 __all__ = ["BACKEND_LAWS", "check_backend"]

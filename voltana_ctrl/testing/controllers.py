@@ -12,7 +12,7 @@ import numpy as np
 
 from voltana_ctrl.guard import Guard
 from voltana_ctrl.loop import ControlLoop
-from voltana_ctrl.testing.laws import Law, chosen_laws, same
+from voltana_ctrl.testing.conformance import Law, chosen_laws, same
 from voltana_ctrl.testing.search import for_all, st
 from voltana_ctrl.testing.strategies import observations
 from voltana_ctrl.testing.subjects import (
@@ -22,7 +22,15 @@ from voltana_ctrl.testing.subjects import (
     run_laws,
     short_run,
 )
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Slo, Status, TickRecord
+from voltana_ctrl.types import (
+    Decision,
+    FleetSpec,
+    FleetState,
+    Observation,
+    Slo,
+    Status,
+    TickRecord,
+)
 
 __all__ = ["CONTROLLER_LAWS", "check_controller"]
 
@@ -81,7 +89,7 @@ def check_controller(
     >>> check_controller(Forgetful)
     Traceback (most recent call last):
     ...
-    voltana_ctrl.testing.laws.LawBroken: controller law 'decides' is broken: ...
+    voltana_ctrl.testing.conformance.LawBroken: controller law 'decides' is broken: ...
     """
     laws = list(chosen_laws(CONTROLLER_LAWS, claims=claims, claimable=_CLAIMABLE, skip=skip))
     run_laws(laws, find_subjects("controller", make, fleets, slo, examples))

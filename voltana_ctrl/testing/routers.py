@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.testing.laws import Law, chosen_laws
+from voltana_ctrl.checks import I64, Bool
+from voltana_ctrl.testing.conformance import Law, chosen_laws
 from voltana_ctrl.testing.search import for_all, st
 from voltana_ctrl.testing.strategies import decisions, fleet_states, requests
 from voltana_ctrl.testing.subjects import (
@@ -19,7 +20,6 @@ from voltana_ctrl.testing.subjects import (
     short_run,
 )
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Request, Slo
-from voltana_ctrl.types._check import I64, Bool
 
 __all__ = ["ROUTER_LAWS", "check_router"]
 
@@ -71,7 +71,7 @@ def check_router(
     >>> check_router(First)
     Traceback (most recent call last):
     ...
-    voltana_ctrl.testing.laws.LawBroken: router law 'picks-a-member' is broken: ...
+    voltana_ctrl.testing.conformance.LawBroken: router law 'picks-a-member' is broken: ...
     """
     laws = list(chosen_laws(ROUTER_LAWS, claims=claims, claimable=_CLAIMABLE, skip=skip))
     run_laws(laws, find_subjects("router", make, fleets, slo, examples))

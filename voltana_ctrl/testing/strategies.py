@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.physics import decode_s
+from voltana_ctrl.laws import decode_s
 from voltana_ctrl.profiles import list_profiles, load_profile
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.testing.search import st

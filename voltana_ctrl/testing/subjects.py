@@ -11,7 +11,7 @@ import numpy as np
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.profiles import load_profile
 from voltana_ctrl.sim.workload import Workload
-from voltana_ctrl.testing.laws import Law, LawBroken
+from voltana_ctrl.testing.conformance import Law, LawBroken
 from voltana_ctrl.types import FleetSpec, InstanceSpec, Role, Slo
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ All are frozen. Arrays are ``float64`` unless said otherwise, one entry per inst
 ``(n,)``, and read-only.
 """
 
-from voltana_ctrl._kernels.layout import PROFILE_DTYPE
+from voltana_ctrl.kernels.layout import PROFILE_DTYPE
 from voltana_ctrl.types.actuators import (
     ActuatorPoint,
     ActuatorSetting,
@@ -15,6 +15,7 @@ from voltana_ctrl.types.actuators import (
 from voltana_ctrl.types.budget import PowerBudget
 from voltana_ctrl.types.decision import Decision, Slo, Status, TickRecord
 from voltana_ctrl.types.fleet import FleetSpec, InstanceSpec, Role
+from voltana_ctrl.types.load import Lengths, Load
 from voltana_ctrl.types.observation import (
     FleetState,
     IterationBatch,
@@ -33,8 +34,10 @@ __all__ = [
     "FleetState",
     "InstanceSpec",
     "IterationBatch",
+    "Lengths",
     "LimitRanges",
     "Limits",
+    "Load",
     "Observation",
     "PowerBudget",
     "Profile",

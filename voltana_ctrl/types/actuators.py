@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, count, freeze_fields, not_negative, positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types._check import F64, count, freeze_fields, not_negative, positive
 
 _ACTUATORS = ("power_cap_w", "mem_mhz", "cpu_mhz")
 

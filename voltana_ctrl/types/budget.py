@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types._check import not_negative, positive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from enum import Enum
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, Bool, fraction, freeze_fields, not_negative, positive
 from voltana_ctrl.errors import ConfigError, ShapeError
-from voltana_ctrl.types._check import F64, Bool, fraction, freeze_fields, not_negative, positive
 from voltana_ctrl.types.actuators import Limits
 from voltana_ctrl.types.fleet import FleetSpec
 from voltana_ctrl.types.observation import Observation

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from voltana_ctrl.checks import F64, I64, Bool, count, freeze_fields, not_negative
 from voltana_ctrl.errors import ShapeError
-from voltana_ctrl.types._check import F64, I64, Bool, count, freeze_fields, not_negative
 
 _STATE_FIELDS = (
     "queue_tok",

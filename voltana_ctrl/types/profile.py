@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from voltana_ctrl._kernels.layout import PROFILE_DTYPE
+from voltana_ctrl.checks import F64, I64, count, frozen_array, not_negative, positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types._check import F64, I64, count, frozen_array, not_negative, positive
+from voltana_ctrl.kernels.layout import PROFILE_DTYPE
 from voltana_ctrl.types.actuators import ActuatorPoint
 
 ProfileStatus = Literal["measured", "fitted", "scaled", "extrapolated"]

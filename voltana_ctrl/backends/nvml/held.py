@@ -1,0 +1,190 @@
+"""One GPU of a controller: what was read, what is set on it, what it turned out to do."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from voltana_ctrl.backends.meter import EnergyMeter
+from voltana_ctrl.backends.nvml.driver import IDLE, POWER_CAP, Gpu, GpuReading
+from voltana_ctrl.backends.nvml.giveback import FoundGpu
+from voltana_ctrl.errors import BackendError
+
+__all__ = ["ClockSetter", "GpuCapability", "HeldGpu"]
+
+# What explains a clock below its lock: power, hardware and thermal slowdowns, power brake.
+_SLOWED = POWER_CAP | 0x8 | 0x20 | 0x40 | 0x80
+_REPEATS = 3
+_CALLS_KEPT = 256
+
+
+class ClockSetter(Protocol):
+    """Whoever carries out a clock set: the driver itself, or the privileged setter.
+
+    Examples
+    --------
+    >>> hasattr(Gpu, "lock_clock") and hasattr(Gpu, "reset_clock")
+    True
+    """
+
+    def lock_clock(self, lo_mhz: int, hi_mhz: int) -> None:
+        """Hold the SM clock between two supported clocks."""
+
+    def reset_clock(self) -> None:
+        """Give the SM clock back to the driver."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCapability:
+    """What one GPU turned out to do, as far as it was seen.
+
+    Parameters
+    ----------
+    uuid, name : str
+        The GPU.
+    clamp_mhz : float or None
+        Highest clock reached under a higher lock without an event reason: locks above are
+        silently clamped. None if that was not seen.
+    cap_inert : bool or None
+        Whether a power cap below the power drawn had no effect; None if none was tried.
+    energy_counter : bool
+        Whether energy is counted by the board; else it is integrated from power.
+    set_calls : int
+        Clock sets timed.
+    set_call_s, set_call_p99_s : float
+        Median and 99th percentile of their duration; 0 before the first. The clock settles
+        after the call; the call alone is timed.
+    locks_lost : int
+        Times that a lock of ours was gone (reset by somebody else) and set again.
+    energy_restarts : int
+        Times that the energy counter restarted or jumped.
+    failure : str or None
+        Why it does not answer, and what to do; None while it does.
+
+    Examples
+    --------
+    >>> GpuCapability(uuid="GPU-0", name="A100", energy_counter=True).clamp_mhz is None
+    True
+    """
+
+    uuid: str
+    name: str
+    clamp_mhz: float | None = None
+    cap_inert: bool | None = None
+    energy_counter: bool
+    set_calls: int = 0
+    set_call_s: float = 0.0
+    set_call_p99_s: float = 0.0
+    locks_lost: int = 0
+    energy_restarts: int = 0
+    failure: str | None = None
+
+
+class HeldGpu:
+    """One GPU of ours.
+
+    Parameters
+    ----------
+    gpu : Gpu
+        For reading, and for memory clock and power cap.
+    sets : ClockSetter
+        For setting the SM clock.
+
+    Examples
+    --------
+    >>> HeldGpu.forget_sets.__doc__
+    'What was set may be gone; the next apply sets it again.'
+    """
+
+    def __init__(self, gpu: Gpu, sets: ClockSetter) -> None:
+        self.gpu = gpu
+        self.sets = sets
+        self.clocks_mhz = frozenset(gpu.clocks_mhz)
+        self.mem_clocks_mhz = frozenset(gpu.mem_clocks_mhz)
+        self.found_cap_w = gpu.power_cap_w
+        self.cap_range_w = gpu.power_cap_range_w
+        ladder = sorted(self.clocks_mhz)
+        self.step_mhz = min((b - a for a, b in pairwise(ladder)), default=15)
+        self.meter = EnergyMeter(highest_w=2.0 * (self.cap_range_w or (0.0, 1000.0))[1])
+        self.reading = GpuReading(clock_mhz=0.0, power_w=0.0, counter_j=None, reasons=0)
+        self.read_s = 0.0
+        self.alive = False
+        self.failure: str | None = None
+        self.lock_mhz: int | None = None
+        self.mem_mhz: int | None = None
+        self.cap_w: float | None = None
+        self.touched = FoundGpu(uuid=gpu.uuid)
+        self.calls_s: deque[float] = deque(maxlen=_CALLS_KEPT)
+        self.set_s = 0.0
+        self.clamp_mhz: float | None = None
+        self.cap_inert: bool | None = None
+        self.locks_lost = 0
+        self._below = self._above = self._over_cap = 0
+
+    def take(self, reading: GpuReading, t_s: float, settle_s: float) -> None:
+        """Take a reading, and learn from it what the GPU makes of our settings."""
+        self.reading, self.read_s, self.alive, self.failure = reading, t_s, True, None
+        self.meter.add(t_s, reading.power_w, reading.counter_j)
+        if t_s - self.set_s >= settle_s:
+            self._compare(reading)
+
+    def _compare(self, reading: GpuReading) -> None:
+        """What was asked against what is seen, once the clock has settled."""
+        if self.lock_mhz is not None:
+            limited = bool(reading.reasons & (_SLOWED | IDLE))
+            below = not limited and reading.clock_mhz <= self.lock_mhz - self.step_mhz
+            self._below = self._below + 1 if below else 0
+            if self._below >= _REPEATS:
+                self.clamp_mhz = reading.clock_mhz
+            elif self.clamp_mhz is not None and reading.clock_mhz > self.clamp_mhz:
+                self.clamp_mhz = None
+            above = reading.clock_mhz >= self.lock_mhz + self.step_mhz
+            self._above = self._above + 1 if above else 0
+            if self._above >= _REPEATS:
+                self.lock_mhz, self._above = None, 0  # somebody reset it: the next apply sets it
+                self.locks_lost += 1
+        if self.cap_w is not None:
+            over = reading.power_w > 1.05 * self.cap_w
+            self._over_cap = self._over_cap + 1 if over else 0
+            if self._over_cap >= _REPEATS:
+                self.cap_inert = True
+            elif reading.reasons & POWER_CAP:
+                self.cap_inert = False
+
+    def fail(self, error: BackendError) -> None:
+        """It does not answer; should it come back, it may have lost what was set."""
+        self.alive, self.failure = False, str(error)
+        self.forget_sets()
+
+    def forget_sets(self) -> None:
+        """What was set may be gone; the next apply sets it again."""
+        self.lock_mhz = self.mem_mhz = self.cap_w = None
+
+    @property
+    def settable_cap_w(self) -> tuple[float, float]:
+        """Lowest and highest power cap that we may set; the lowest above the highest if none."""
+        if self.cap_range_w is None or self.found_cap_w is None:
+            return np.inf, 0.0
+        return self.cap_range_w[0], min(self.cap_range_w[1], self.found_cap_w)
+
+    @property
+    def capability(self) -> GpuCapability:
+        """What it has shown so far."""
+        calls_s = np.array(self.calls_s)
+        return GpuCapability(
+            uuid=self.gpu.uuid,
+            name=self.gpu.name,
+            clamp_mhz=self.clamp_mhz,
+            cap_inert=self.cap_inert,
+            energy_counter=self.reading.counter_j is not None,
+            set_calls=len(calls_s),
+            set_call_s=float(np.median(calls_s)) if len(calls_s) else 0.0,
+            set_call_p99_s=float(np.quantile(calls_s, 0.99)) if len(calls_s) else 0.0,
+            locks_lost=self.locks_lost,
+            energy_restarts=self.meter.restarts,
+            failure=self.failure,
+        )

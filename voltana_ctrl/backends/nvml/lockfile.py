@@ -1,0 +1,228 @@
+"""One controller per piece of hardware: lock files with an owner and a way to recover.
+
+The kernel holds the lock (``flock``) and drops it when the last process that has the file open
+is gone; the content says who holds it and how to give the hardware back, for whoever finds it
+after both the controller and its watchdog have died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
+from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
+
+__all__ = ["LOCK_DIR", "LockFile"]
+
+#: Where lock files live: a folder that a reboot empties, since a reboot gives everything back.
+LOCK_DIR = Path("/run/lock")
+
+
+class LockFile:
+    """Exclusive hold on one piece of hardware.
+
+    Parameters
+    ----------
+    hardware : str
+        Its name: the UUID of a GPU, the name of a CPU frequency policy.
+    folder : Path
+        Where lock files live; the same for all controllers of a machine.
+    wait_s : float
+        How long to wait for the watchdog of an owner that has just died.
+
+    Raises
+    ------
+    BackendError
+        If another controller holds it, naming its process; or if the folder is not usable.
+    ActuationDenied
+        If a stale one was found and the hardware could not be given back.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     held = LockFile("GPU-0", folder=Path(folder))
+    ...     try:
+    ...         LockFile("GPU-0", folder=Path(folder))
+    ...     except BackendError as error:
+    ...         text = str(error)
+    ...     held.release()
+    >>> "another controller" in text
+    True
+    """
+
+    def __init__(self, hardware: str, *, folder: Path = LOCK_DIR, wait_s: float = 3.0) -> None:
+        self.hardware = hardware
+        name = re.sub(r"[^\w.-]", "_", hardware)
+        self.path = Path(folder) / f"voltana-ctrl-{name}.lock"
+        self.recovered = False
+        self.fd = self._acquire(wait_s)
+        try:
+            self._recover()
+            self.write(None)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _acquire(self, wait_s: float) -> int:
+        give_up_s = time.monotonic() + wait_s
+        while True:
+            fd = self._open()
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = _read(fd).get("owner", {})
+                os.close(fd)
+                # A dead owner's watchdog keeps the lock until it has given the hardware back.
+                if _alive(owner) or time.monotonic() > give_up_s:
+                    raise BackendError(self._refusal(owner)) from None
+                time.sleep(0.05)
+                continue
+            if _same_file(fd, self.path):
+                return fd
+            os.close(fd)  # removed by its owner between our open and our lock
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = os.open(self.path, flags, 0o644)
+        except OSError as error:
+            raise BackendError(
+                f"lock file {self.path}: cannot be opened: {error.strerror}; choose another"
+                " lock_dir, the same for all controllers of this machine"
+            ) from error
+        # What it says is acted on with our privilege, so only we or root may have written it.
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid not in (0, os.geteuid()):
+            os.close(fd)
+            raise BackendError(
+                f"lock file {self.path}: belongs to user {info.st_uid}; make sure that nothing"
+                " of that user controls the hardware and remove the file"
+            )
+        return fd
+
+    def _refusal(self, owner: dict[str, Any]) -> str:
+        who = f"process {owner.get('pid', '?')} ({owner.get('command', 'unknown')})"
+        return (
+            f"{self.hardware}: another controller holds it: {who}; stop that one first"
+            f" (lock file {self.path})"
+        )
+
+    def _recover(self) -> None:
+        found = _read(self.fd).get("give_back")
+        if found is None:
+            return
+        try:
+            record = record_from(found)
+        except ConfigError as error:
+            raise BackendError(f"lock file {self.path}: {error}; remove the file") from error
+        problems = give_back([record])
+        if problems:
+            raise ActuationDenied(
+                f"{self.hardware}: its last controller died and left it changed, and it could not"
+                f" be given back: {problems[0]}"
+            )
+        self.recovered = True
+
+    def write(self, record: FoundGpu | FoundFile | None) -> None:
+        """Say who holds it and how to give it back.
+
+        Raises
+        ------
+        BackendError
+            If it cannot be written; then the hardware must not be touched.
+        """
+        content = {
+            "owner": _owner(),
+            "give_back": record.as_dict() if record is not None and record.touched else None,
+        }
+        text = json.dumps(content).encode()
+        try:
+            os.pwrite(self.fd, text + b"\n", 0)
+            os.ftruncate(self.fd, len(text) + 1)
+        except OSError as error:
+            raise BackendError(
+                f"lock file {self.path}: cannot be written: {error.strerror}"
+            ) from error
+
+    def release(self) -> None:
+        """Give the hold up after the hardware was given back; may be called twice."""
+        if self.fd >= 0:
+            remove_if_ours(self.fd, self.path)
+            os.close(self.fd)
+            self.fd = -1
+
+    def forget(self) -> None:
+        """Close our copy without giving up the hold, which the watchdog keeps."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def remove_if_ours(fd: int, path: Path) -> None:
+    """Remove a lock file through whose descriptor we hold it."""
+    if _same_file(fd, path):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def holder(hardware: str, folder: Path = LOCK_DIR) -> str | None:
+    """Process that holds a piece of hardware, in words; None if nobody does."""
+    name = re.sub(r"[^\w.-]", "_", hardware)
+    try:
+        fd = os.open(folder / f"voltana-ctrl-{name}.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = _read(fd).get("owner", {})
+        return f"process {owner.get('pid', '?')} ({owner.get('command', 'unknown')})"
+    finally:
+        os.close(fd)
+    return None
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read(fd: int) -> dict[str, Any]:
+    try:
+        # The first line: a rest of a longer content may follow where a writer died in between.
+        content = json.loads(os.pread(fd, 65536, 0).partition(b"\n")[0] or b"{}")
+    except ValueError:
+        return {}  # its owner died while writing it, before touching the hardware
+    return content if isinstance(content, dict) else {}
+
+
+def _owner() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"pid": pid, "start": _start(pid), "command": " ".join(sys.argv[:3])[:200]}
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    pid = owner.get("pid")
+    return isinstance(pid, int) and _start(pid) is not None and _start(pid) == owner.get("start")
+
+
+def _start(pid: int) -> str | None:
+    """When a process started, so that a reused number is not taken for the same process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else fields[19]

@@ -1,0 +1,150 @@
+"""The unprivileged end of the setter: clocks are set by asking for it on a Unix socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from voltana_ctrl.errors import ActuationDenied, BackendError
+
+__all__ = ["SETTER_SOCKET", "SetterClient"]
+
+#: Where the setter listens unless told otherwise.
+SETTER_SOCKET = Path("/run/voltana-ctrl/setter.sock")
+
+
+class SetterClient:
+    """The unprivileged end: sets clocks through the setter.
+
+    Parameters
+    ----------
+    path : Path
+        The setter's socket.
+    on_lost : callable, optional
+        Told when the connection broke: the setter has then given everything back.
+    limit_s : float
+        How long to wait for an answer.
+
+    Raises
+    ------
+    BackendError
+        If nobody serves the socket.
+
+    Examples
+    --------
+    >>> SetterClient(Path("no-such-socket"))
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.BackendError: setter: nobody serves no-such-socket: ...
+    """
+
+    def __init__(
+        self,
+        path: Path = SETTER_SOCKET,
+        *,
+        on_lost: Callable[[], None] | None = None,
+        limit_s: float = 10.0,
+    ) -> None:
+        self._path = Path(path)
+        self._on_lost = on_lost
+        self._limit_s = limit_s
+        self._asked_s = time.monotonic()
+        self._connection: socket.socket | None = self._connect()
+
+    @property
+    def quiet_s(self) -> float:
+        """How long nothing has been asked."""
+        return time.monotonic() - self._asked_s
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(self._limit_s)
+        try:
+            connection.connect(str(self._path))
+        except OSError as error:
+            connection.close()
+            raise BackendError(
+                f"setter: nobody serves {self._path}: {error.strerror or error}; start"
+                " `voltana-ctrl agent --setter` as root"
+            ) from error
+        return connection
+
+    def gpu(self, uuid: str) -> _RemoteGpu:
+        """Setter of one GPU's clock."""
+        return _RemoteGpu(self, uuid)
+
+    def ask(self, **request: str | int) -> None:
+        """Send one request and wait for the answer.
+
+        Parameters
+        ----------
+        **request
+            The keys of :func:`voltana_ctrl.backends.nvml.setter.parse_request`.
+
+        Raises
+        ------
+        ActuationDenied
+            If the setter refuses, or does not answer.
+        """
+        line = json.dumps(request).encode() + b"\n"
+        try:
+            answer = self._answer(line)
+        except (OSError, ValueError):
+            # It was restarted, or took us for dead: what was set is given back. Once more.
+            self.close()
+            if self._on_lost is not None:
+                self._on_lost()
+            try:
+                answer = self._answer(line)
+            except (OSError, ValueError, BackendError) as error:
+                self.close()
+                raise ActuationDenied(f"setter: the connection broke: {error}") from error
+        if answer.get("ok") is not True:
+            raise ActuationDenied(str(answer.get("error", "setter: unclear answer")))
+
+    def _answer(self, line: bytes) -> Mapping[str, Any]:
+        if self._connection is None:
+            self._connection = self._connect()
+        self._connection.sendall(line)
+        self._asked_s = time.monotonic()
+        return self._receive(self._connection)
+
+    def _receive(self, connection: socket.socket) -> Mapping[str, Any]:
+        data = b""
+        while not data.endswith(b"\n"):
+            part = connection.recv(4096)
+            if not part:
+                raise ConnectionError("it hung up")
+            data += part
+        answer = json.loads(data)
+        return answer if isinstance(answer, dict) else {}
+
+    def close(self) -> None:
+        """End the connection, upon which the setter gives back what was set through it."""
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_WR)
+                # It resets first and hangs up then: once that is seen, all is given back.
+                while self._connection.recv(4096):
+                    pass
+            self._connection.close()
+            self._connection = None
+
+
+class _RemoteGpu:
+    def __init__(self, client: SetterClient, uuid: str) -> None:
+        self._client = client
+        self._uuid = uuid
+
+    def lock_clock(self, lo_mhz: int, hi_mhz: int) -> None:
+        """Hold the SM clock between two supported clocks."""
+        self._client.ask(verb="lock", gpu=self._uuid, lo_mhz=lo_mhz, hi_mhz=hi_mhz)
+
+    def reset_clock(self) -> None:
+        """Give the SM clock back to the driver."""
+        self._client.ask(verb="reset", gpu=self._uuid)

@@ -1,0 +1,306 @@
+"""A small process that outlives its controller and gives the hardware back when it dies.
+
+The controller writes to a pipe: what it is about to touch, before it does; a beat four times a
+second; a farewell when it has given everything back itself. The pipe's end without a farewell
+(the controller was killed) or silence (it is frozen) makes the watchdog act. It holds the
+controller's lock files open, so that no successor can start in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import syslog
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
+from voltana_ctrl.backends.nvml.lockfile import LockFile, remove_if_ours
+from voltana_ctrl.errors import BackendError
+
+__all__ = ["Watchdog"]
+
+_BEAT_S = 0.25
+_SILENCE_S = 1.5
+_START_LIMIT_S = 30.0
+_RETRY_S = 0.2
+_GIVE_UP_S = 60.0
+# The child must find this package where the host found it, however that was.
+_PROGRAM = (
+    "import json, sys; settings = json.loads(sys.argv[1]); sys.path[:] = settings['path'];"
+    " from voltana_ctrl.backends.nvml.watchdog import main; main(settings)"
+)
+
+
+class Watchdog:
+    """The controller's end of the pipe.
+
+    Parameters
+    ----------
+    locks : sequence of LockFile
+        Kept open by the watchdog until the hardware is given back.
+    idle_s : float
+        A controller that has not called :meth:`seen` for so long counts as dead, too.
+    on_acted : callable, optional
+        Told when the watchdog gave the hardware back although this process lives (it was
+        frozen or idle): what was set is no longer in force.
+
+    Raises
+    ------
+    BackendError
+        If the process does not start.
+
+    Examples
+    --------
+    >>> watchdog = Watchdog([])
+    >>> watchdog.arm([])
+    >>> watchdog.close()
+    >>> watchdog.running
+    False
+    """
+
+    def __init__(
+        self,
+        locks: Sequence[LockFile],
+        *,
+        idle_s: float = 30.0,
+        on_acted: Callable[[], None] | None = None,
+    ) -> None:
+        self._locks = tuple(locks)
+        self._idle_s = idle_s
+        self._on_acted = on_acted
+        self._pid = os.getpid()
+        self._plan = b""
+        self._seen_s = time.monotonic()
+        self._writing = threading.Lock()
+        self._closing = threading.Event()
+        self._child = self._start()
+        self._beats = threading.Thread(target=self._beat, name="voltana-ctrl-beat", daemon=True)
+        self._beats.start()
+        leave = weakref.WeakMethod(self._leave_in_fork)
+        os.register_at_fork(after_in_child=lambda: _call_if_there(leave))
+
+    @property
+    def running(self) -> bool:
+        """Whether the watchdog process lives."""
+        return self._child.poll() is None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        settings = {
+            "path": sys.path,
+            "locks": [[lock.fd, str(lock.path)] for lock in self._locks],
+        }
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                pass_fds=[lock.fd for lock in self._locks],
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise BackendError(f"watchdog: cannot be started: {error}") from error
+        if _line(child, _START_LIMIT_S) != "ready":
+            child.kill()
+            _reap(child)
+            raise BackendError(
+                f"watchdog: {sys.executable} did not start it within {_START_LIMIT_S:g} s;"
+                " without a watchdog nothing is set"
+            )
+        return child
+
+    def arm(self, records: Sequence[FoundGpu | FoundFile]) -> None:
+        """Say what is about to be touched; before touching it.
+
+        Parameters
+        ----------
+        records : sequence of FoundGpu or FoundFile
+            Everything touched so far and the new.
+
+        Raises
+        ------
+        BackendError
+            If the watchdog cannot be told; then the hardware must not be touched.
+        """
+        self._plan = json.dumps([record.as_dict() for record in records]).encode() + b"\n"
+        self._send(self._plan)
+
+    def seen(self) -> None:
+        """Note that the controller is at work."""
+        self._seen_s = time.monotonic()
+
+    def _send(self, line: bytes) -> None:
+        with self._writing:
+            try:
+                _write(self._child, line)
+            except OSError:
+                # Somebody killed it. The hardware is ours still, and needs a new one.
+                _reap(self._child)
+                self._child = self._start()
+                try:
+                    _write(self._child, self._plan)
+                except OSError as error:
+                    raise BackendError(f"watchdog: died twice: {error}") from error
+
+    def _beat(self) -> None:
+        while not self._closing.wait(_BEAT_S):
+            if time.monotonic() - self._seen_s < self._idle_s:
+                # Without a watchdog arm() fails at the next touch; a beat has nobody to tell.
+                with contextlib.suppress(BackendError):
+                    self._send(b"beat\n")
+            if _line(self._child, 0.0) == "acted" and self._on_acted is not None:
+                self._on_acted()
+
+    def _stop_beating(self) -> None:
+        self._closing.set()
+        if self._beats is not threading.current_thread():
+            self._beats.join()
+
+    def close(self) -> None:
+        """Dismiss it: the hardware is given back."""
+        if os.getpid() != self._pid or self._closing.is_set():
+            return
+        self._stop_beating()
+        with contextlib.suppress(OSError):  # it is dead already, and not needed
+            _write(self._child, b"bye\n")
+        _reap(self._child)
+
+    def abandon(self, limit_s: float) -> list[str]:
+        """Let it give the hardware back; what could not be, in words.
+
+        Parameters
+        ----------
+        limit_s : float
+            How long to wait for it; it goes on afterwards.
+        """
+        if os.getpid() != self._pid or self._closing.is_set():
+            return []
+        self._stop_beating()
+        child = self._child
+        if child.stdin is not None:
+            child.stdin.close()
+        said, until_s = "", time.monotonic() + limit_s
+        # Its last word counts: an earlier one may be about a silence.
+        while line := _line(child, max(0.0, until_s - time.monotonic())):
+            said = line
+        if said == "acted":
+            _reap(child)
+            return []
+        if child.stdout is not None:
+            child.stdout.close()
+        # Somebody has to collect it when it ends.
+        threading.Thread(target=child.wait, name="voltana-ctrl-reap", daemon=True).start()
+        return [said or f"the watchdog (process {child.pid}) is still trying"]
+
+    def _leave_in_fork(self) -> None:
+        """In a forked child: close our ends, or the watchdog would not see the parent die."""
+        for stream in (self._child.stdin, self._child.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        for lock in self._locks:
+            lock.forget()
+
+
+def _call_if_there(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    function = method()
+    if function is not None:
+        function()
+
+
+def _write(child: subprocess.Popen[bytes], line: bytes) -> None:
+    if child.stdin is None or child.stdin.closed:
+        raise BrokenPipeError("its pipe is closed")
+    child.stdin.write(line)
+    child.stdin.flush()
+
+
+def _line(child: subprocess.Popen[bytes], limit_s: float) -> str:
+    """Next line that the watchdog says within the limit; empty if none."""
+    stream = child.stdout
+    try:
+        if stream is None or not select.select([stream], [], [], limit_s)[0]:
+            return ""
+        return stream.readline().decode().strip()
+    except (OSError, ValueError):
+        return ""  # closed by another thread: the watchdog was replaced or dismissed
+
+
+def _reap(child: subprocess.Popen[bytes]) -> None:
+    for stream in (child.stdin, child.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+    try:
+        child.wait(5.0)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+# The watchdog process
+
+
+def main(settings: Mapping[str, Any]) -> None:
+    """Watch standard input; act when it ends or falls silent without a farewell."""
+    # What ends the controller (Ctrl-C, a service manager) must not end its watchdog.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    _say("ready")
+    if _watch():
+        for fd, path in settings["locks"]:
+            remove_if_ours(fd, Path(path))
+
+
+def _watch() -> bool:
+    """Whether the controller died and everything was given back."""
+    records: list[FoundGpu | FoundFile] = []
+    rest = b""
+    acted = False
+    while True:
+        if not select.select([0], [], [], _SILENCE_S)[0]:
+            if not acted and not _act(records, give_up_s=0.0):
+                acted = True
+                _say("acted")
+            continue
+        data = os.read(0, 65536)
+        if not data:
+            problems = _act(records, give_up_s=_GIVE_UP_S)
+            _say(problems[0].replace("\n", " ") if problems else "acted")
+            return not problems
+        *lines, rest = (rest + data).split(b"\n")
+        acted = False
+        for line in lines:
+            if line == b"bye":
+                return False
+            if line.startswith(b"["):
+                records = [record_from(values) for values in json.loads(line)]
+
+
+def _act(records: Sequence[FoundGpu | FoundFile], *, give_up_s: float) -> list[str]:
+    until_s = time.monotonic() + give_up_s
+    while problems := give_back(records):
+        if time.monotonic() >= until_s:
+            break
+        time.sleep(_RETRY_S)
+    level = syslog.LOG_ERR if problems else syslog.LOG_WARNING
+    told = "; ".join(problems) or f"{len(records)} given back"
+    syslog.syslog(level, f"voltana-ctrl: the controller is gone or silent: {told}")
+    return problems
+
+
+def _say(text: str) -> None:
+    # The controller may be dead: then nobody reads it.
+    with contextlib.suppress(OSError):
+        os.write(1, text.encode() + b"\n")

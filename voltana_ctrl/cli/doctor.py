@@ -1,0 +1,21 @@
+"""``voltana-ctrl doctor``: what this machine can do."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    actuate: Annotated[
+        bool,
+        typer.Option("--actuate", help="Lock each free GPU to its highest clock for a moment."),
+    ] = False,
+) -> None:
+    """Say what this machine can do: GPUs, clocks, permissions, clamps; reads only."""
+    from voltana_ctrl.backends.nvml.doctor import examine
+
+    report = examine(actuate=actuate)
+    typer.echo(report.json() if as_json else report.text())

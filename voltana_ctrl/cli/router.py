@@ -1,0 +1,164 @@
+"""``voltana-ctrl router``: an OpenAI-compatible server in front of the engines of a fleet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from voltana_ctrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from voltana_ctrl.engines.endpoints import Endpoint
+    from voltana_ctrl.types import FleetSpec
+
+#: Connections that may wait to be accepted, as uvicorn has it.
+_BACKLOG = 2048
+
+
+def router(
+    fleet: Annotated[
+        Path | None, typer.Option(help="TOML file of instances with their engines.")
+    ] = None,
+    prefill: Annotated[
+        list[str] | None,
+        typer.Option(help="URL[,PORT] of a prefill engine (PORT: SGLang bootstrap); repeat it."),
+    ] = None,
+    decode: Annotated[
+        list[str] | None, typer.Option(help="URL of a decode engine; may be repeated.")
+    ] = None,
+    both: Annotated[
+        list[str] | None, typer.Option(help="URL of an engine that does both; may be repeated.")
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="vllm, sglang, trtllm (with --both) or dynamo (with --fleet)."),
+    ] = "vllm",
+    profile: Annotated[
+        str, typer.Option(help="GPU and model that energy is modelled by, without --fleet.")
+    ] = "a100-sxm-80gb/llama-3.1-8b",
+    policy: Annotated[
+        str, typer.Option(help="Whose routers choose; see `voltana-ctrl policies`.")
+    ] = "cascade",
+    slo: Annotated[str, typer.Option(help="Targets in seconds.")] = "ttft=0.6,itl=0.06",
+    telemetry: Annotated[
+        bool,
+        typer.Option("--telemetry", help="Let the policy decide from engines' metrics."),
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Variable with the bearer token that clients must show.")
+    ] = None,
+    engine_api_key_env: Annotated[
+        str | None, typer.Option(help="Variable with the bearer token shown to engines.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, for HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
+    max_body_mb: Annotated[int, typer.Option(help="Largest request body.")] = 16,
+    max_in_flight: Annotated[int, typer.Option(help="Requests at once; more get 429.")] = 4096,
+    attempts: Annotated[int, typer.Option(help="Sends before the first token, at most.")] = 3,
+    first_token: Annotated[float, typer.Option(help="Seconds to the first token.")] = 300.0,
+    total: Annotated[float, typer.Option(help="Seconds for all of an answer.")] = 3600.0,
+    drain: Annotated[float, typer.Option(help="Seconds to end after SIGTERM.")] = 60.0,
+) -> None:
+    """Serve completions from the engines of a fleet, each where the policy says."""
+    from voltana_ctrl.engines.endpoints import load_endpoints
+    from voltana_ctrl.engines.telemetry import EngineBackend
+    from voltana_ctrl.engines.traffic import Traffic
+    from voltana_ctrl.loop import ControlLoop
+    from voltana_ctrl.router.app import Proxy, ProxyLimits
+    from voltana_ctrl.router.policy import PolicyRouters
+    from voltana_ctrl.router.server import proxy_server
+    from voltana_ctrl.serving.server import listen
+    from voltana_ctrl.types import Slo
+
+    quick = [*(prefill or []), *(decode or []), *(both or [])]
+    if (fleet is None) != bool(quick):
+        raise ConfigError(
+            "router: expected --fleet FILE, or engines by --prefill and --decode or by --both"
+            + (", not both" if quick else "")
+        )
+    if fleet is not None:
+        spec, endpoints = load_endpoints(fleet)
+    else:
+        spec, endpoints = _quick(engine, profile, prefill or [], decode or [], both or [])
+    limits = ProxyLimits(
+        body_bytes=max_body_mb << 20,
+        in_flight_req=max_in_flight,
+        attempts=attempts,
+        first_token_s=first_token,
+        total_s=total,
+        drain_s=drain,
+    )
+    routers = PolicyRouters(spec, policy, Slo.parse(slo))
+    traffic = Traffic(len(spec)) if telemetry else None
+    proxy = Proxy(
+        spec,
+        endpoints,
+        routers=routers,
+        traffic=traffic,
+        limits=limits,
+        api_key=_secret(api_key_env),
+        engine_api_key=_secret(engine_api_key_env),
+    )
+    server = proxy_server(proxy, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key)
+    listening = listen(host, port, what="router")
+    port = listening[0].getsockname()[1]
+    scheme = "http" if tls_cert is None else "https"
+    typer.echo(f"{policy} routes {len(spec)} instances on {scheme}://{host}:{port}", err=True)
+    if traffic is None:
+        server.run(listening)
+        return
+    backend = EngineBackend(spec, endpoints, without_gpus="ignore", traffic=traffic)
+    with ControlLoop(backend, routers.controller, router=routers, observers=[proxy.energy]) as loop:
+        proxy.watch(loop)
+        loop.start()
+        server.run(listening)
+
+
+def _secret(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    value = os.environ.get(variable)
+    if not value:
+        raise ConfigError(f"router: variable {variable} is not set; put the token in it")
+    return value
+
+
+def _quick(
+    engine: str, profile: str, prefill: list[str], decode: list[str], both: list[str]
+) -> tuple[FleetSpec, tuple[Endpoint, ...]]:
+    """Fleet of equal instances from addresses alone."""
+    from voltana_ctrl.engines.endpoints import Endpoint
+    from voltana_ctrl.profiles import load_profile
+    from voltana_ctrl.types import FleetSpec
+
+    if engine == "dynamo":
+        raise ConfigError(
+            "router: Dynamo's workers are pinned by their ids; give them in a --fleet file"
+        )
+    if both and (prefill or decode):
+        raise ConfigError("router: expected --both, or --prefill and --decode, got both kinds")
+    if not both and not (prefill and decode):
+        raise ConfigError("router: expected at least one --prefill and one --decode")
+    shape = f"{len(both)}C" if both else f"{len(prefill)}P{len(decode)}D"
+    spec = FleetSpec.parse(shape, load_profile(profile))
+    ends = []
+    for name, text in zip(spec.ids, [*prefill, *decode, *both], strict=True):
+        url, _, bootstrap = text.partition(",")
+        if bootstrap and not bootstrap.isdigit():
+            raise ConfigError(
+                f"router: expected URL,PORT such as http://one:30000,8998, got {text!r}"
+            )
+        ends.append(
+            Endpoint(
+                instance=name,
+                kind=engine,
+                url=url,
+                bootstrap_port=int(bootstrap) if bootstrap else None,
+            )
+        )
+    return spec, tuple(ends)

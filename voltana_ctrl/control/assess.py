@@ -1,0 +1,303 @@
+"""What a clock must be at this state, and what it would draw: for all instances at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl.checks import F64, Bool
+from voltana_ctrl.types import FleetSpec, FleetState, Load, Slo
+from voltana_ctrl.types.packed import instance_types
+
+__all__ = ["Assessor"]
+
+
+class Assessor:
+    """Answers from the profiles of a fleet.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    slo : Slo
+        Promises.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import length_moments
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
+    >>> assessor.clocks_mhz(FleetState.idle(2), load, np.ones(2), margin_frac=(0.02, 0.035),
+    ...                  delay_s=0.1)
+    array([345., 210.])
+    """
+
+    def __init__(self, fleet: FleetSpec, slo: Slo) -> None:
+        # Loads Numba, which `import voltana_ctrl` must not.
+        from voltana_ctrl.kernels.choose import assess as kernels
+
+        self._kernels = kernels
+        self._slo = slo
+        tables, padded, kind = instance_types(fleet)
+        self._tables: Any = tables
+        self._padded, self._kind = padded, kind
+        many = fleet.instances
+        self._n_clocks = np.array([len(one.clocks_mhz) for one in many], dtype=np.int64)
+        self._prefills = np.array([one.role.prefills for one in many], dtype=np.int64)
+        self._decodes = np.array([one.role.decodes for one in many], dtype=np.int64)
+        self._max_batch = np.array([one.max_batch for one in many], dtype=np.int64)
+        self._idle_w = np.array([one.idle_w for one in many], dtype=np.float64)
+        self._nothing_w = np.zeros(len(fleet))
+        self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
+
+    def clocks_mhz(
+        self,
+        state: FleetState,
+        load: Load,
+        route_frac: F64,
+        *,
+        margin_frac: tuple[float, float],
+        delay_s: float,
+        burst_sd_frac: float = 3.0,
+    ) -> F64:
+        """Lowest clocks that keep the promises at this state, shape (n,); the highest if none.
+
+        Decode: the iteration is within ITL. Prefill: what is queued, and what arrives until
+        the clock runs, is done when the oldest prompt is due; and one that arrives now is, if
+        all that comes until then is served at the same clock.
+
+        Parameters
+        ----------
+        state : FleetState
+            Queues and batches.
+        load : Load
+            What arrives.
+        route_frac : ndarray, shape (n,)
+            Share of the arrivals.
+        margin_frac : tuple of float
+            TTFT and ITL margin.
+        delay_s : float
+            Until a clock decided now runs, and until the next can.
+        burst_sd_frac : float
+            Standard deviations of arrivals that prefill keeps room for.
+        """
+        lengths = load.lengths
+        needed_mhz = np.empty(len(state))
+        self._kernels.needed_clocks(
+            self._tables,
+            self._padded,
+            self._kind,
+            self._n_clocks,
+            self._prefills,
+            self._decodes,
+            self._max_batch,
+            state.running_req,
+            state.kv_used_tok,
+            state.queue_tok,
+            state.oldest_wait_s,
+            route_frac,
+            load.arrival_req_s * lengths.prompt_tok,
+            lengths.prompt_tok + lengths.prompt_sd_tok**2 / lengths.prompt_tok,
+            self._slo.ttft_s,
+            1.0 + margin_frac[0],
+            self._slo.itl_s / (1.0 + margin_frac[1]),
+            delay_s,
+            burst_sd_frac,
+            needed_mhz,
+        )
+        return needed_mhz
+
+    def decoding_tok_s(self, state: FleetState) -> float:
+        """Tokens per second that the fleet should be decoding, by its profiles.
+
+        Parameters
+        ----------
+        state : FleetState
+            Batches and clocks.
+        """
+        total: float = self._kernels.decoding_tok_s(
+            self._tables, self._padded, self._kind, self._n_clocks, self._decodes,
+            self._max_batch, state.running_req, state.kv_used_tok, state.freq_mhz,
+        )  # fmt: skip
+        return total
+
+    def thrifty_mhz(self, state: FleetState, load: Load, *, rests: bool = False) -> F64:
+        """Clocks of least energy per token at the present batch: the U-shaped curve's minimum.
+
+        The right floor where clients wait for their answers or the batch is capped, since
+        there the clock does set the token rate. Never slower than the ITL promise allows.
+
+        Parameters
+        ----------
+        state, load
+            As of :meth:`clocks_mhz`.
+        rests : bool
+            Whether it idles when it is done, so that only what it draws above idle power counts.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl.laws import length_moments
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
+        >>> Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06)).thrifty_mhz(FleetState.idle(2), load)
+        array([1095., 1095.])
+        """
+        thrifty_mhz = np.empty(len(state))
+        self._kernels.thrifty(
+            self._tables, self._padded, self._kind, self._n_clocks, self._decodes,
+            self._max_batch, self._idle_w if rests else self._nothing_w, state.running_req,
+            state.kv_used_tok, load.lengths.prompt_tok, self._slo.itl_s, thrifty_mhz,
+        )  # fmt: skip
+        return thrifty_mhz
+
+    def worst_power_w(self, state: FleetState, load: Load, active: Bool) -> F64:
+        """Most that each instance can draw before the next decision, shape (n, n_clocks).
+
+        Not falling with the clock; short ladders are filled up with their top. Prefill: busy.
+        Decode: the present batch and a tenth more. Idle where nothing runs and nothing is sent.
+
+        Parameters
+        ----------
+        state, load
+            As of :meth:`clocks_mhz`.
+        active : ndarray of bool, shape (n,)
+            Who may get new work.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl.laws import length_moments
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
+        >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> assessor.worst_power_w(FleetState.idle(2), load, np.array([True, False]))[:, -1]
+        array([400.,  60.])
+        """
+        power_w = np.empty((len(state), self._tables.shape[1]))
+        self._kernels.worst_power(
+            self._tables, self._kind, self._n_clocks, self._prefills, self._decodes,
+            self._max_batch, self._idle_w, state.running_req, state.queue_req,
+            state.kv_used_tok, active, load.lengths.prompt_tok, power_w,
+        )  # fmt: skip
+        return power_w
+
+    def drawn_w(self, worst_w: F64, clock_mhz: F64) -> float:
+        """Power of the fleet at these clocks, the next supported ones above them.
+
+        Parameters
+        ----------
+        worst_w : ndarray, shape (n, n_clocks)
+            Of :meth:`worst_power_w`.
+        clock_mhz : ndarray, shape (n,)
+            Clocks.
+        """
+        return float(self._raised(worst_w, clock_mhz)[1].sum())
+
+    def ceilings_mhz(self, worst_w: F64, wanted_mhz: F64, budget_w: float) -> tuple[F64, bool]:
+        """Highest clocks, in proportion to those wanted, that cannot draw more than the budget.
+
+        Parameters
+        ----------
+        worst_w : ndarray, shape (n, n_clocks)
+            Of :meth:`worst_power_w`.
+        wanted_mhz : ndarray, shape (n,)
+            Clocks that would be chosen without a budget.
+        budget_w : float
+            Power that the fleet may draw.
+
+        Returns
+        -------
+        ceilings : ndarray, shape (n,)
+            The lowest clocks where even those may draw more.
+        kept : bool
+            Whether the budget is certain to be kept.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> worst_w = np.array([one.table["prefill_power_w"] for one in fleet.instances])
+        >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> assessor.ceilings_mhz(worst_w, np.array([1000.0, 500.0]), 400.0)
+        (array([945., 465.]), True)
+        """
+
+        def at(scale: float) -> tuple[F64, float]:
+            clocks = np.empty(len(wanted_mhz))
+            total_w = self._kernels.scaled(
+                self._tables, self._kind, self._n_clocks, worst_w, wanted_mhz, scale, clocks
+            )
+            return clocks, total_w
+
+        high = float(np.max(self._max_mhz / wanted_mhz)) * 1.001
+        clocks, total_w = at(high)
+        if total_w <= budget_w:
+            return clocks, True
+        low = float(np.min(self._min_mhz / wanted_mhz)) * 0.999
+        clocks, total_w = at(low)
+        if total_w > budget_w:
+            return clocks, False
+        for _ in range(30):
+            middle = (low * high) ** 0.5
+            trial, total_w = at(middle)
+            if total_w <= budget_w:
+                low, clocks = middle, trial
+            else:
+                high = middle
+        return clocks, True
+
+    def decode_first_mhz(self, worst_w: F64, wanted_mhz: F64, budget_w: float) -> tuple[F64, bool]:
+        """Ceilings under a budget: decode has what its batch needs, prefill the rest.
+
+        What runs was promised; what waits is admitted as fast as power is left. The batch, and
+        what it needs, then settles where the budget carries it within its latency target,
+        whereas equal sharing would fill the batches of a decode side that is too slow for them.
+
+        Parameters
+        ----------
+        worst_w, wanted_mhz, budget_w
+            As of :meth:`ceilings_mhz`; clocks wanted by prefill only say in which proportion.
+
+        Returns
+        -------
+        ceilings, kept
+            As of :meth:`ceilings_mhz`.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> worst_w = np.array([one.table["prefill_power_w"] for one in fleet.instances])
+        >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> assessor.decode_first_mhz(worst_w, np.array([1000.0, 500.0]), 400.0)
+        (array([915., 510.]), True)
+        """
+        decodes = self._decodes > 0
+        lowest_mhz = np.where(decodes, wanted_mhz, self._min_mhz)
+        first_mhz, first_w = self._raised(worst_w, lowest_mhz)
+        if first_w.sum() > budget_w:
+            # Not even that: decode shares what there is, prefill waits.
+            held = np.where(decodes[:, None], worst_w, worst_w[:, :1])
+            ceiling, kept = self.ceilings_mhz(held, wanted_mhz, budget_w)
+            return np.where(decodes, ceiling, self._min_mhz), kept
+        # Decode costs what it needs whatever its ceiling, so prefill shares what is left.
+        held = np.where(decodes[:, None], first_w[:, None], worst_w)
+        ceiling, _ = self.ceilings_mhz(held, wanted_mhz, budget_w)
+        ceiling = np.where(decodes, first_mhz, ceiling)
+        # And if even the highest clocks leave something, decode may have that.
+        _, drawn_w = self._raised(worst_w, ceiling)
+        held = np.where(decodes[:, None], worst_w, drawn_w[:, None])
+        more, _ = self.ceilings_mhz(held, wanted_mhz, budget_w)
+        return np.where(decodes, np.maximum(ceiling, more), ceiling), True
+
+    def _raised(self, worst_w: F64, clock_mhz: F64) -> tuple[F64, F64]:
+        """Clocks raised to supported ones, and what each may draw."""
+        raised_mhz, power_w = np.empty((2, len(clock_mhz)))
+        self._kernels.raised(
+            self._tables, self._kind, self._n_clocks, worst_w, clock_mhz, raised_mhz, power_w
+        )
+        return raised_mhz, power_w

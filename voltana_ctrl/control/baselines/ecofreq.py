@@ -1,0 +1,74 @@
+"""EcoFreq, the governor of VoltanaLLM: the lowest clock of a short ladder that is fast enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from voltana_ctrl.control.base import CompiledGovernor
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import InstanceSpec, Profile, Slo
+
+__all__ = ["DEFAULT_LADDER_MHZ", "EcoFreqGovernor"]
+
+#: VoltanaLLM's profiling ladder (its public code, v0.1).
+DEFAULT_LADDER_MHZ = (1005.0, 1095.0, 1200.0, 1305.0, 1410.0)
+
+
+class EcoFreqGovernor(CompiledGovernor):
+    """VoltanaLLM v0.1's EcoFreq: the lowest clock of a short ladder that meets the target.
+
+    Rules 3 to 6 of its ``freq_manager.py`` (arXiv 2509.04827, code f7789acf) without the two
+    throughput thresholds: top clock if anything waits behind this batch; otherwise the first
+    ladder clock whose predicted latency is within the target less the time already waited;
+    the bottom clock after 5 s without work.
+
+    Parameters
+    ----------
+    instance : InstanceSpec
+        The instance whose clock it chooses.
+    slo : Slo
+        Its targets.
+    profile : Profile, optional
+        Tables it predicts with; the instance's own by default.
+    ladder_mhz : sequence of float, optional
+        Clocks it may choose; each is raised to the next supported one. None: the whole ladder.
+    margin_frac : float
+        Targets are multiplied by one plus this (a positive margin loosens, as in the code).
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> decode = FleetSpec.parse("1P1D", profile).instances[1]
+    >>> eco = EcoFreqGovernor(decode, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> eco.step(10, 4000, 0, 0.0, 210.0, 1410.0), eco.step(700, 3e5, 0, 0.0, 210.0, 1410.0)
+    (1005.0, 1410.0)
+    """
+
+    def __init__(
+        self,
+        instance: InstanceSpec,
+        slo: Slo,
+        profile: Profile | None = None,
+        *,
+        ladder_mhz: Sequence[float] | None = DEFAULT_LADDER_MHZ,
+        margin_frac: float = 0.0,
+    ) -> None:
+        # Loads Numba, which `import voltana_ctrl` must not.
+        from voltana_ctrl.kernels.choose.baselines import ecofreq
+
+        if not -1.0 < margin_frac < np.inf:
+            raise ConfigError(
+                f"EcoFreqGovernor.margin_frac: expected a number > -1, got {margin_frac}"
+            )
+        rungs = instance.clock_rows(ladder_mhz)
+        scale = 1.0 + margin_frac
+        super().__init__(
+            instance,
+            profile or instance.profile,
+            ecofreq,
+            [slo.ttft_s * scale, slo.itl_s * scale, len(rungs), *rungs],
+            idle_call_s=5.0,
+        )

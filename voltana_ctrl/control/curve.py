@@ -1,0 +1,236 @@
+"""Least power of one instance against its load, under the promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl.checks import F64, I64
+from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo
+
+__all__ = ["Curve", "LeastPower"]
+
+#: Prompt lengths, in standard deviations, at which the tail of the prefill wait is averaged.
+_NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
+
+#: ITL margins tried where not all promises can be kept, and power that is not worth a word.
+_EXTRA_FRAC = np.linspace(0.0, 0.4, 17)
+_FREE_FRAC = 0.002
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Curve:
+    """Least power of one instance against its load.
+
+    Parameters
+    ----------
+    arrival_req_s : ndarray, shape (n_loads,)
+        Loads.
+    power_w : ndarray, shape (n_loads,)
+        Least power; inf where the promises cannot be kept.
+    floor_row : ndarray of int, shape (n_loads,)
+        Row of the clock (of the floor, where a governor runs above it).
+    miss_frac : ndarray, shape (n_loads,)
+        Share of requests predicted to miss.
+
+    Examples
+    --------
+    >>> Curve.__slots__[0]
+    'arrival_req_s'
+    """
+
+    arrival_req_s: F64
+    power_w: F64
+    floor_row: I64
+    miss_frac: F64
+
+
+class LeastPower:
+    """What one instance draws at least, at any load that it can serve within the promises.
+
+    Parameters
+    ----------
+    instance : InstanceSpec
+        Which.
+    slo, margin_frac, delay_s, governed
+        As of :class:`voltana_ctrl.control.TargetOptimiser`.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.laws import length_moments
+    >>> decode = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b")).instances[1]
+    >>> least = LeastPower(decode, Slo(ttft_s=0.6, itl_s=0.06), margin_frac=(0.02, 0.035),
+    ...                    delay_s=0.025, governed=True)
+    >>> curve = least.at(length_moments([240, 240], [200, 200]))
+    >>> curve(np.array([5.0, 80.0])).power_w.round(1)
+    array([117.2,   inf])
+    """
+
+    def __init__(
+        self,
+        instance: InstanceSpec,
+        slo: Slo,
+        *,
+        margin_frac: tuple[float, float],
+        delay_s: float,
+        governed: bool,
+    ) -> None:
+        # Loads Numba, which `import voltana_ctrl` must not.
+        from voltana_ctrl.kernels.choose import target as kernels
+
+        self._kernels = kernels
+        self.instance = instance
+        self._rows: Any = np.ascontiguousarray(instance.table)
+        self._padded = instance.profile.padded_batch(instance.max_batch)
+        self._prompt_w = self._rows["prefill_power_w"].copy()
+        self._sizes = np.arange(1, instance.max_batch + 1)
+        self._governed = governed
+        self._miss_frac = 1.0 - slo.attainment
+        self._ttft_s = slo.ttft_s / (1.0 + margin_frac[0]) - delay_s
+        # Slower than what arrives is to postpone work, which only a clock that answers well
+        # within the promise makes up for.
+        self._deaf_frac = min(1.0, 3.0 * delay_s / slo.ttft_s)
+        self._attainment, self._itl_s = slo.attainment, slo.itl_s
+        self._itl_margin_frac = margin_frac[1]
+
+    def at(self, lengths: Lengths, pace_frac: float = 1.0) -> Callable[[F64], Curve]:
+        """Curve at these lengths: a function of loads [req/s], each > 0.
+
+        Parameters
+        ----------
+        lengths : Lengths
+            Of the requests.
+        pace_frac : float
+            Decode iterations take so many times what profiles say.
+        """
+        if self.instance.role is Role.PREFILL:
+            return self._prefill(lengths)
+        return self._decode(lengths, pace_frac)
+
+    def _prefill(self, lengths: Lengths) -> Callable[[F64], Curve]:
+        """M/G/1 with exponential tail of the wait; base time shared by those that queue.
+
+        ``P(W > t) = rho exp(-rho t / E[W])`` with Pollaczek-Khinchine's ``E[W]`` is the
+        heavy-traffic approximation of Kingman (1962), exact for M/M/1.
+        """
+        spread = math.sqrt(math.log1p((lengths.prompt_sd_tok / lengths.prompt_tok) ** 2))
+        typical_tok = lengths.prompt_tok * np.exp(spread * _NODES - spread**2 / 2.0)
+
+        def curve(loads_req_s: F64) -> Curve:
+            power_w, row, late_frac = _empty(loads_req_s)
+            self._kernels.prefill_curve(
+                self._rows, loads_req_s, lengths.prompt_tok, lengths.prompt_sd_tok, self._ttft_s,
+                self.instance.idle_w, self._miss_frac, self._governed, self._deaf_frac,
+                typical_tok, power_w, row, late_frac,
+            )  # fmt: skip
+            return Curve(
+                arrival_req_s=loads_req_s, power_w=power_w, floor_row=row, miss_frac=late_frac
+            )
+
+        return curve
+
+    def _decode(self, lengths: Lengths, pace_frac: float) -> Callable[[F64], Curve]:
+        station = self.station(lengths, pace_frac)
+        limits = self._limits(lengths)
+
+        def curve(loads_req_s: F64) -> Curve:
+            power_w, row, over_frac = _empty(loads_req_s)
+            self._kernels.decode_curve(
+                station, loads_req_s, *limits, self._miss_frac, self.instance.idle_w,
+                power_w, row, over_frac,
+            )  # fmt: skip
+            return Curve(
+                arrival_req_s=loads_req_s, power_w=power_w, floor_row=row, miss_frac=over_frac
+            )
+
+        return curve
+
+    def _limits(self, lengths: Lengths) -> tuple[float, int, float]:
+        """Tokens that a request decodes, largest batch, longest iteration."""
+        decoded_tok = lengths.output_tok - 1.0
+        # Largest batch whose KV tokens fit but for one time in a hundred.
+        kv_tok = self._sizes * lengths.context_tok
+        kv_tok += 2.33 * lengths.context_sd_tok * np.sqrt(self._sizes)
+        limit_req = int(np.count_nonzero(kv_tok <= 0.99 * self.instance.kv_capacity_tok))
+        return decoded_tok, limit_req, self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
+
+    def overload_frac(
+        self, arrival_req_s: float, lengths: Lengths, pace_frac: float = 1.0
+    ) -> float:
+        """ITL margin, on top of the governor's own, that pays where promises cannot be kept.
+
+        The least that serves in time as many of the requests, but for what the promise allows,
+        as any would, and more where that is all but free: nothing is spent that buys no
+        attainment. A margin, not a floor: it makes the clock rise with the batch, where a floor
+        is high while the batch is small.
+
+        Parameters
+        ----------
+        arrival_req_s : float
+            Load of this instance.
+        lengths, pace_frac
+            As of :meth:`at`.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import FleetSpec, load_profile
+        >>> from voltana_ctrl.laws import length_moments
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> least = LeastPower(fleet.instances[1], Slo(ttft_s=0.6, itl_s=0.06),
+        ...                    margin_frac=(0.02, 0.035), delay_s=0.025, governed=True)
+        >>> lengths = length_moments([240, 240], [200, 200])
+        >>> [round(least.overload_frac(load_req_s, lengths), 3) for load_req_s in (40.0, 49.0)]
+        [0.0, 0.1]
+        """
+        served_frac, power_w = np.empty((2, len(_EXTRA_FRAC)))
+        for k, extra_frac in enumerate(_EXTRA_FRAC):
+            aim_s = self._itl_s / (1.0 + self._itl_margin_frac + extra_frac)
+            power_w[k], missed_frac, _ = self._kernels.station(
+                self.station(lengths, pace_frac, aim_s=aim_s), arrival_req_s,
+                *self._limits(lengths), 0, self.instance.idle_w,
+            )  # fmt: skip
+            served_frac[k] = 1.0 - missed_frac
+        least = int(np.argmax(served_frac >= self._attainment * served_frac.max()))
+        free = np.flatnonzero(power_w <= (1.0 + _FREE_FRAC) * power_w[least])[-1]
+        return float(_EXTRA_FRAC[max(free, least)])
+
+    def station(
+        self, lengths: Lengths, pace_frac: float = 1.0, *, aim_s: float | None = None
+    ) -> tuple[Any, ...]:
+        """The decode station at these lengths, as its kernels take it.
+
+        Parameters
+        ----------
+        lengths, pace_frac
+            As of :meth:`at`.
+        aim_s : float, optional
+            Iteration time that the governor aims at; the promise less its margin by default.
+        """
+        if aim_s is None:
+            # Without a governor nobody aims at anything.
+            aim_s = self._itl_s / (1.0 + self._itl_margin_frac) if self._governed else math.inf
+        rows, n = self._rows, len(self._padded)
+        needed_row, step_s, power_w = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
+        self._kernels.governed_batches(
+            rows, self._padded, lengths.context_tok, pace_frac, aim_s,
+            needed_row, step_s, power_w,
+        )  # fmt: skip
+        prompt_s = np.zeros(len(rows))
+        if self.instance.role is Role.COLOCATED:
+            square = lengths.prompt_tok**2 + lengths.prompt_sd_tok**2
+            prompt_s = rows["prefill_tok_s"] * lengths.prompt_tok + rows["prefill_tok2_s"] * square
+        return (
+            rows, self._padded, lengths.context_tok, pace_frac, needed_row, step_s, power_w,
+            prompt_s, self._prompt_w,
+        )  # fmt: skip
+
+
+def _empty(loads_req_s: F64) -> tuple[F64, I64, F64]:
+    n = len(loads_req_s)
+    return np.empty(n), np.empty(n, dtype=np.int64), np.empty(n)

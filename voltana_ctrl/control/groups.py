@@ -1,0 +1,75 @@
+"""Groups of equal instances, and least-power tables of groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl.checks import F64, I64
+from voltana_ctrl.types import FleetSpec
+
+
+class Node:
+    """Least power of a group of instances on its grid, and how each load is split."""
+
+    __slots__ = ("cost_w", "left", "left_at", "reach", "right", "right_at", "step")
+
+    def __init__(
+        self,
+        *,
+        step: float,
+        cost_w: F64,
+        left: Node | None = None,
+        right: Node | None = None,
+        left_at: I64 | None = None,
+        right_at: I64 | None = None,
+    ) -> None:
+        self.step = step
+        self.cost_w = cost_w
+        self.left, self.right = left, right
+        self.left_at, self.right_at = left_at, right_at
+        able = np.flatnonzero(np.isfinite(cost_w))
+        #: Largest load with a finite cost.
+        self.reach = float(able[-1] * step) if able.size else 0.0
+
+    def children(self, at: int) -> tuple[tuple[Node, int], ...]:
+        """Both halves, each with its part of the load at this grid point; none of a leaf."""
+        if self.left is None or self.right is None or self.left_at is None or self.right_at is None:
+            return ()
+        return (self.left, int(self.left_at[at])), (self.right, int(self.right_at[at]))
+
+    def loads(self, at: int) -> list[float]:
+        """Loads of all leaves at this grid point, largest first."""
+        found: list[float] = []
+        # Equal halves with equal parts are one entry, counted: few entries whatever the size.
+        level = {(self, at): 1}
+        while level:
+            below: dict[tuple[Node, int], int] = {}
+            for (node, here), times in level.items():
+                parts = node.children(here)
+                if not parts:
+                    found.extend([here * node.step] * times)
+                for part in parts:
+                    below[part] = below.get(part, 0) + times
+            level = below
+        return sorted(found, reverse=True)
+
+
+def equal_groups(fleet: FleetSpec, members: I64) -> list[I64]:
+    """Members by equal instance (profile, clocks, limits, role)."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i in members:
+        one = fleet.instances[int(i)]
+        key = (
+            id(one.profile),
+            one.clocks_mhz.tobytes(),
+            one.max_batch,
+            one.kv_capacity_tok,
+            one.idle_w,
+            one.parked_w,
+            one.wake_j,
+            one.role,
+        )
+        groups.setdefault(key, []).append(int(i))
+    return [np.array(group, dtype=np.int64) for group in groups.values()]

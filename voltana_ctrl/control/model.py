@@ -1,0 +1,362 @@
+"""Linear state-space models of queues and batches, linearised from the physics.
+
+Continuous time, per instance::
+
+    prefill   dq/dt = lam_tok - mu
+    decode    dn/dt = lam - n w / (L - 1)
+              dm/dt = lam (l + 1) + n w - kappa m w / (L - 1),     w = 1 / T(f, n, m)
+
+with ``q`` queued prompt tokens, ``n`` running requests, ``m`` KV tokens, ``T`` the affine
+iteration time and ``kappa = (l + L) / c``. That a running request leaves at the rate
+``w / (L - 1)`` means geometric output lengths: exact in steady state whatever the lengths (the
+DC gain is the closed-form equilibrium), an approximation on the way there.
+
+Discretised by zero-order hold. :meth:`LinearModel.to_control` hands the model to
+`python-control <https://python-control.readthedocs.io>`_.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voltana_ctrl.checks import F64, frozen_array, positive
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.laws import at_clock, decode_tangent
+from voltana_ctrl.types import Lengths, Profile
+
+__all__ = ["LinearModel", "decode_model", "decode_steps", "prefill_model", "zero_order_hold"]
+
+Matrix = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LinearModel:
+    """``x+ = A x + B u + E w + c`` over one period; ``dx/dt`` where `dt_s` is 0.
+
+    Parameters
+    ----------
+    a, b, e : ndarray, shapes (n_state, n_state), (n_state, n_input), (n_state, n_disturbance)
+        State, input and disturbance matrices.
+    c : ndarray, shape (n_state,)
+        What is left of the linearisation.
+    dt_s : float
+        Period; 0 for continuous time.
+    states, inputs, disturbances : tuple of str
+        Names, with their units as suffix.
+
+    Raises
+    ------
+    ShapeError
+        If the matrices do not fit the names.
+
+    Examples
+    --------
+    >>> model = prefill_model(0.1)
+    >>> model.step([100.0], [2000.0], [1500.0])
+    array([50.])
+    """
+
+    a: Matrix
+    b: Matrix
+    e: Matrix
+    c: Matrix
+    dt_s: float
+    states: tuple[str, ...]
+    inputs: tuple[str, ...]
+    disturbances: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.states)
+        shapes = {
+            "a": (n, n),
+            "b": (n, len(self.inputs)),
+            "e": (n, len(self.disturbances)),
+            "c": (n,),
+        }
+        for name, shape in shapes.items():
+            array = frozen_array(f"LinearModel.{name}", getattr(self, name), shape)
+            object.__setattr__(self, name, array)
+
+    def step(self, state: Any, inputs: Any, disturbances: Any) -> Matrix:
+        """State after one period.
+
+        Parameters
+        ----------
+        state, inputs, disturbances : array_like, shape (n_state,), (n_input,), (n_disturbance,)
+            Held over the period.
+        """
+        after: Matrix = (
+            self.a @ np.asarray(state, dtype=np.float64)
+            + self.b @ np.asarray(inputs, dtype=np.float64)
+            + self.e @ np.asarray(disturbances, dtype=np.float64)
+            + self.c
+        )
+        return after
+
+    def discrete(self, dt_s: float) -> LinearModel:
+        """Zero-order hold of a continuous model.
+
+        Parameters
+        ----------
+        dt_s : float
+            Period, > 0.
+
+        Raises
+        ------
+        ConfigError
+            If the model is discrete already.
+        """
+        positive("LinearModel.discrete(dt_s)", dt_s)
+        if self.dt_s != 0.0:
+            raise ConfigError(
+                f"LinearModel.discrete: expected a continuous model, got period {self.dt_s} s"
+            )
+        forced = np.concatenate([self.b, self.e, self.c[:, None]], axis=1)
+        held_a, held = zero_order_hold(self.a[None], forced[None], dt_s)
+        n_input, n_disturbance = len(self.inputs), len(self.disturbances)
+        return LinearModel(
+            a=held_a[0],
+            b=held[0, :, :n_input],
+            e=held[0, :, n_input : n_input + n_disturbance],
+            c=held[0, :, -1],
+            dt_s=dt_s,
+            states=self.states,
+            inputs=self.inputs,
+            disturbances=self.disturbances,
+        )
+
+    def steady(self, inputs: Any, disturbances: Any) -> Matrix:
+        """State that these inputs and disturbances hold for ever.
+
+        Parameters
+        ----------
+        inputs, disturbances : array_like, shape (n_input,), (n_disturbance,)
+            Held.
+
+        Raises
+        ------
+        ConfigError
+            If no such state exists (an integrator).
+        """
+        drive = (
+            self.b @ np.asarray(inputs, dtype=np.float64)
+            + self.e @ np.asarray(disturbances, dtype=np.float64)
+            + self.c
+        )
+        still = -self.a if self.dt_s == 0.0 else np.eye(len(self.states)) - self.a
+        if np.linalg.matrix_rank(still) < len(self.states):
+            raise ConfigError("LinearModel.steady: an integrator has no steady state")
+        state: Matrix = np.linalg.solve(still, drive)
+        return state
+
+    def to_control(self) -> Any:
+        """``control.StateSpace`` with named states; inputs are inputs, disturbances, then ``one``.
+
+        The input ``one`` carries the constant `c`: hold it at 1. Outputs are the states.
+
+        Examples
+        --------
+        >>> system = prefill_model(0.1).to_control()
+        >>> system.state_labels, system.input_labels
+        (['queue_tok'], ['service_tok_s', 'arrival_tok_s', 'one'])
+        """
+        # Loads SciPy, which `import voltana_ctrl` must not.
+        import control
+
+        n = len(self.states)
+        return control.ss(
+            self.a,
+            np.concatenate([self.b, self.e, self.c[:, None]], axis=1),
+            np.eye(n),
+            np.zeros((n, len(self.inputs) + len(self.disturbances) + 1)),
+            self.dt_s,
+            states=list(self.states),
+            inputs=[*self.inputs, *self.disturbances, "one"],
+            outputs=list(self.states),
+        )
+
+
+def prefill_model(dt_s: float) -> LinearModel:
+    """Prefill queue over one period: an integrator.
+
+    Parameters
+    ----------
+    dt_s : float
+        Period.
+
+    Examples
+    --------
+    >>> prefill_model(0.5).b
+    array([[-0.5]])
+    """
+    positive("prefill_model(dt_s)", dt_s)
+    return LinearModel(
+        a=np.array([[1.0]]),
+        b=np.array([[-dt_s]]),
+        e=np.array([[dt_s]]),
+        c=np.zeros(1),
+        dt_s=dt_s,
+        states=("queue_tok",),
+        inputs=("service_tok_s",),
+        disturbances=("arrival_tok_s",),
+    )
+
+
+def decode_model(
+    profile: Profile, freq_mhz: float, running_req: float, kv_tok: float, lengths: Lengths
+) -> LinearModel:
+    """Continuous model of a decode instance around (clock, running requests, KV tokens).
+
+    Parameters
+    ----------
+    profile : Profile
+        Of the instance.
+    freq_mhz, running_req, kv_tok : float
+        Where to linearise.
+    lengths : Lengths
+        Of the requests.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import decode_equilibrium, length_moments
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> lengths = length_moments([240, 240], [200, 200])
+    >>> row = profile.table[20]
+    >>> at = decode_equilibrium(row, 10.0, lengths.output_tok, lengths.context_tok)
+    >>> model = decode_model(profile, row["clock_mhz"], at.running_req, at.kv_tok, lengths)
+    >>> bool(np.allclose(model.steady([row["clock_mhz"]], [10.0]), [at.running_req, at.kv_tok]))
+    True
+    """
+    a, b, e, c = decode_steps(
+        at_clock(profile, [freq_mhz]),
+        _slopes(profile, np.array([freq_mhz])),
+        np.array([freq_mhz]),
+        np.array([running_req], dtype=np.float64),
+        np.array([kv_tok], dtype=np.float64),
+        lengths,
+    )
+    return LinearModel(
+        a=a[0],
+        b=b[0],
+        e=e[0],
+        c=c[0],
+        dt_s=0.0,
+        states=("running_req", "kv_tok"),
+        inputs=("freq_mhz",),
+        disturbances=("arrival_req_s",),
+    )
+
+
+def decode_steps(
+    rows: Any, slopes: Any, freq_mhz: F64, running_req: F64, kv_tok: F64, lengths: Lengths
+) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+    """Continuous matrices of many decode instances at once, first axis the instance.
+
+    Parameters
+    ----------
+    rows, slopes : ndarray, dtype PROFILE_DTYPE, shape (n,)
+        Coefficients at the clocks, and their change per MHz.
+    freq_mhz, running_req, kv_tok : ndarray, shape (n,)
+        Where to linearise.
+    lengths : Lengths
+        Of the requests.
+
+    Examples
+    --------
+    >>> decode_steps.__name__
+    'decode_steps'
+    """
+    rows, slopes = decode_tangent(rows, slopes, running_req)
+    names = ("decode_base_s", "decode_req_s", "decode_kv_s")
+    base, per_req, per_kv = (rows[name] for name in names)
+    step_s = base + per_req * running_req + per_kv * kv_tok
+    by_mhz = slopes[names[0]] + slopes[names[1]] * running_req + slopes[names[2]] * kv_tok
+    decoded = lengths.output_tok - 1.0
+    kappa = lengths.departure_context_frac
+    # Slopes of w = 1 / T.
+    pace = 1.0 / step_s
+    pace_n, pace_m, pace_f = (-(pace**2) * slope for slope in (per_req, per_kv, by_mhz))
+    tokens = np.stack([pace + running_req * pace_n, running_req * pace_m], axis=-1)
+    leaving = np.stack([kv_tok * pace_n, pace + kv_tok * pace_m], axis=-1)
+    a = np.stack([-tokens / decoded, tokens - kappa * leaving / decoded], axis=-2)
+    by_f = np.stack(
+        [
+            -running_req * pace_f / decoded,
+            (running_req - kappa * kv_tok / decoded) * pace_f,
+        ],
+        axis=-1,
+    )
+    e = np.empty((len(freq_mhz), 2, 1))
+    e[:, 0, 0] = 1.0
+    e[:, 1, 0] = lengths.prompt_tok + 1.0
+    flow = np.stack(
+        [
+            -running_req * pace / decoded,
+            running_req * pace - kappa * kv_tok * pace / decoded,
+        ],
+        axis=-1,
+    )
+    state = np.stack([running_req, kv_tok], axis=-1)
+    c = flow - np.einsum("nij,nj->ni", a, state) - by_f * freq_mhz[:, None]
+    return a, by_f[:, :, None], e, c
+
+
+def zero_order_hold(a: Matrix, forced: Matrix, dt_s: float) -> tuple[Matrix, Matrix]:
+    """Discretise ``dx/dt = A x + F v`` for many systems at once, v held over the period.
+
+    ``exp([[A, F], [0, 0]] dt)`` by scaling, a Taylor series and squaring.
+
+    Parameters
+    ----------
+    a : ndarray, shape (k, n, n)
+        State matrices.
+    forced : ndarray, shape (k, n, p)
+        Matrices of all that is held.
+    dt_s : float
+        Period.
+
+    Returns
+    -------
+    a, forced : ndarray
+        Of the discrete systems.
+
+    Examples
+    --------
+    >>> a, forced = zero_order_hold(np.array([[[-1.0]]]), np.array([[[1.0]]]), 0.5)
+    >>> a.round(4).item(), forced.round(4).item()
+    (0.6065, 0.3935)
+    """
+    k, n, p = forced.shape
+    whole = np.zeros((k, n + p, n + p))
+    whole[:, :n, :n] = a
+    whole[:, :n, n:] = forced
+    whole *= dt_s
+    # The state part alone sets the pace; the forced columns enter linearly.
+    norm = float(np.abs(whole[:, :n, :n]).sum(axis=-1).max(initial=0.0))
+    halvings = max(0, int(np.ceil(np.log2(max(norm, 1e-300)))) + 2)
+    whole /= 2.0**halvings
+    power = np.broadcast_to(np.eye(n + p), whole.shape).copy()
+    total = power.copy()
+    for order in range(1, 13):
+        power = power @ whole / order
+        total = total + power
+    for _ in range(halvings):
+        total = total @ total
+    return total[:, :n, :n], total[:, :n, n:]
+
+
+def _slopes(profile: Profile, freq_mhz: F64) -> Any:
+    """Change of the coefficients per MHz, across the two ladder clocks around."""
+    ladder = profile.clocks_mhz
+    above = np.clip(np.searchsorted(ladder, freq_mhz, side="right"), 1, len(ladder) - 1)
+    slopes = np.zeros(len(freq_mhz), dtype=profile.table.dtype)
+    span_mhz = ladder[above] - ladder[above - 1]
+    for name in ("decode_base_s", "decode_req_s", "decode_kv_s", "decode_roof_s"):
+        column = profile.table[name]
+        slopes[name] = (column[above] - column[above - 1]) / span_mhz
+    return slopes

@@ -1,0 +1,1 @@
+"""Adapters to serving engines: what they tell, and what runs inside them."""

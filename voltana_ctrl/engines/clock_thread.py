@@ -1,0 +1,191 @@
+"""Clock sets of a governor, on a thread of their own: a set can block for milliseconds."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from voltana_ctrl.checks import F64
+from voltana_ctrl.errors import BackendError, ConfigError
+
+__all__ = ["ClockThread", "SetsOneClock"]
+
+_log = logging.getLogger("voltana_ctrl")
+_LOOK_S = 0.1
+# A backend that is not used for long gives the clock back; an engine at work keeps it.
+_RENEW_S = 5.0
+# As old as limits may be before the controller counts as gone.
+_LIMITS_S = 2.0
+
+
+class SetsOneClock(Protocol):
+    """What a clock thread needs of a backend.
+
+    Examples
+    --------
+    >>> from voltana_ctrl.backends import NvmlBackend
+    >>> hasattr(NvmlBackend, "set_clock")
+    True
+    """
+
+    def set_clock(self, instance: int, freq_mhz: float) -> None:
+        """Set the clock of one instance."""
+
+    def close(self) -> None:
+        """Give the hardware back."""
+
+
+class ClockThread:
+    """Sets the clock that was asked for last; :meth:`ask` never waits.
+
+    Parameters
+    ----------
+    backend : SetsOneClock
+        Of one instance; closed together with this, at the latest when the process ends. That
+        a process which is killed gives its clock back is the backend's watchdog's to see to.
+    clocks_mhz : ndarray
+        Supported clocks, ascending.
+    limits : Path, optional
+        File of :func:`~voltana_ctrl.engines.limits.write_limits`. Where it is older than 2 s the
+        controller is gone: the floor rises to the last ceiling.
+
+    Examples
+    --------
+    >>> class Card:
+    ...     def set_clock(self, instance, freq_mhz): print("set", freq_mhz)
+    ...     def close(self): print("given back")
+    >>> clock = ClockThread(Card(), np.array([210.0, 1410.0]))
+    >>> clock.ask(1410.0)
+    >>> clock.settle()
+    set 1410.0
+    True
+    >>> clock.close()
+    given back
+    """
+
+    def __init__(
+        self, backend: SetsOneClock, clocks_mhz: F64, *, limits: Path | None = None
+    ) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._clocks_mhz = clocks_mhz
+        self.floor_mhz, self.ceiling_mhz = float(clocks_mhz[0]), float(clocks_mhz[-1])
+        self.asked_mhz = self.ceiling_mhz
+        self.sets = 0
+        self.refused = 0
+        self._done_mhz: float | None = None
+        self._at_work = False
+        self._asked = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._stopping = False
+        self._closing = threading.Lock()
+        self._closed = False
+        if limits is not None:
+            self._look()
+        self._thread = threading.Thread(target=self._run, name="voltana-ctrl-clock", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def ask(self, freq_mhz: float) -> None:
+        """Have this clock set soon.
+
+        Parameters
+        ----------
+        freq_mhz : float
+            A supported clock.
+        """
+        self._at_work = True
+        if freq_mhz != self.asked_mhz or self._done_mhz is None:
+            self.asked_mhz = freq_mhz
+            self._idle.clear()
+            self._asked.set()
+
+    def settle(self, limit_s: float = 5.0) -> bool:
+        """Wait until what was asked for has been tried; whether it has.
+
+        Parameters
+        ----------
+        limit_s : float
+            How long to wait.
+        """
+        return self._idle.wait(limit_s)
+
+    def _run(self) -> None:
+        looked_s = renewed_s = time.monotonic()
+        while not self._stopping:
+            asked = self._asked.wait(_LOOK_S)
+            if self._stopping:
+                return
+            now_s = time.monotonic()
+            if self._limits is not None and now_s - looked_s >= _LOOK_S:
+                looked_s = now_s
+                self._look()
+            if now_s - renewed_s >= _RENEW_S:
+                renewed_s = now_s
+                asked |= self._at_work
+                if not self._at_work:
+                    self._done_mhz = None  # may be given back before the next iteration
+                self._at_work = False
+            if asked:
+                self._asked.clear()
+                self._set(self.asked_mhz)
+                if not self._asked.is_set():
+                    self._idle.set()
+
+    def _set(self, freq_mhz: float) -> None:
+        try:
+            self._backend.set_clock(0, freq_mhz)
+            self.sets += 1
+            self._done_mhz = freq_mhz
+        except BackendError as error:
+            self._done_mhz = None  # tried again with the next iteration
+            self.refused += 1
+            if self.refused == 1:
+                _log.warning("voltana-ctrl: the clock cannot be set: %s", error)
+
+    def _look(self) -> None:
+        """Take floor and ceiling; a controller that is gone leaves the highest clock allowed."""
+        told, floor_mhz = {}, 0.0
+        if self._limits is not None:
+            with contextlib.suppress(OSError, ValueError):
+                told = json.loads(self._limits.read_text(encoding="utf-8"))
+        try:
+            ceiling_mhz = self._supported(float(told["ceiling_mhz"]))
+            floor_mhz = min(self._supported(float(told["floor_mhz"])), ceiling_mhz)
+            fresh = 0.0 <= time.monotonic() - float(told["t_s"]) <= _LIMITS_S
+        except (LookupError, TypeError, ValueError):
+            ceiling_mhz, fresh = self.ceiling_mhz, False
+        self.ceiling_mhz, self.floor_mhz = ceiling_mhz, floor_mhz if fresh else ceiling_mhz
+        # An engine that does not iterate follows, too: a power budget does not wait.
+        allowed_mhz = min(max(self.asked_mhz, self.floor_mhz), ceiling_mhz)
+        if allowed_mhz != self.asked_mhz:
+            self.asked_mhz = allowed_mhz
+            self._asked.set()
+
+    def _supported(self, freq_mhz: float) -> float:
+        """Highest supported clock at or below this one; the lowest there is if none."""
+        if not np.isfinite(freq_mhz):
+            raise ConfigError(f"limits: expected clocks, got {freq_mhz}")
+        k = int(np.searchsorted(self._clocks_mhz, freq_mhz, side="right")) - 1
+        return float(self._clocks_mhz[max(0, k)])
+
+    def close(self) -> None:
+        """Give the clock back; may be called twice."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        self._stopping = True
+        self._asked.set()
+        self._thread.join(5.0)
+        atexit.unregister(self.close)
+        self._backend.close()

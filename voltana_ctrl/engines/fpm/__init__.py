@@ -1,0 +1,1 @@
+"""Forward-pass metrics: one message per engine iteration, published and read."""

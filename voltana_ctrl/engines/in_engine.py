@@ -1,0 +1,330 @@
+"""What runs inside an engine's process, the same for every engine.
+
+Configured by environment variables or a TOML file that ``VOLTANA_CTRL_CONFIG`` names; a
+variable counts more than the file. Without any of it nothing is set and nothing is sent: the
+plugin only counts.
+
+======================== ============ =====================================================
+Variable                 Key          Meaning
+======================== ============ =====================================================
+VOLTANA_CTRL_MODE        mode         ``observe`` (default) or ``act``: set this GPU's clock
+VOLTANA_CTRL_PROFILE     profile      Profile of the instance, by name or file
+VOLTANA_CTRL_SLO         slo          ``ttft=0.6,itl=0.06``
+VOLTANA_CTRL_GPUS        gpus         UUIDs of the instance's GPUs
+VOLTANA_CTRL_ROLE        role         ``prefill``, ``decode`` or ``colocated``; asked of the
+                                      engine where it is not given
+VOLTANA_CTRL_SETTER      setter       Socket of the privileged setter
+VOLTANA_CTRL_LIMITS      limits       File with floor and ceiling, see ``write_limits``
+VOLTANA_CTRL_FPM         fpm          Address to publish forward-pass metrics at
+VOLTANA_CTRL_WORKER_ID   worker_id    Sent with them
+VOLTANA_CTRL_LOCK_DIR    lock_dir     Where lock files of GPUs live
+VOLTANA_CTRL_LIBRARY     library      Driver library, where it is not the system's
+VOLTANA_CTRL_BASE        base         Scheduler class to extend, where it is not vLLM's
+======================== ============ =====================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import tomllib
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from voltana_ctrl.engines.clock_thread import ClockThread
+from voltana_ctrl.engines.fpm.messages import ForwardPass
+from voltana_ctrl.engines.fpm.publisher import FpmPublisher
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import FleetSpec, InstanceSpec, Role, Slo
+
+__all__ = ["InEngine", "InEngineSettings"]
+
+_log = logging.getLogger("voltana_ctrl")
+_PREFIX = "VOLTANA_CTRL_"
+_KEPT = 4096
+# An engine must not fail by what observes it; after so many errors it is left alone.
+_MAX_ERRORS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InEngineSettings:
+    """What a plugin inside an engine is to do; the fields are the keys of the table above.
+
+    Parameters
+    ----------
+    mode : {"observe", "act"}
+        Whether clocks are set.
+    profile : str, optional
+        Needed to act.
+    slo : Slo, optional
+        Needed to act.
+    gpus : tuple of str
+        Needed to act.
+    role : Role, optional
+        Where the engine cannot tell.
+    setter, limits, lock_dir, library : Path, optional
+        Files.
+    fpm, worker_id, base : str
+        Address to publish at, id sent, scheduler to extend.
+
+    Raises
+    ------
+    ConfigError
+        If a key is not known, a value is of the wrong form, or one is missing to act.
+
+    Examples
+    --------
+    >>> InEngineSettings.read({}).mode
+    'observe'
+    >>> InEngineSettings.read({"VOLTANA_CTRL_SLO": "ttft=0.6,itl=0.06"}).slo.itl_s
+    0.06
+    """
+
+    mode: str = "observe"
+    profile: str = ""
+    slo: Slo | None = None
+    gpus: tuple[str, ...] = ()
+    role: Role | None = None
+    setter: Path | None = None
+    limits: Path | None = None
+    lock_dir: Path | None = None
+    library: Path | None = None
+    fpm: str = ""
+    worker_id: str = ""
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("observe", "act"):
+            raise ConfigError(f"mode: expected observe or act, got {self.mode!r}")
+        missing = [name for name in ("profile", "slo", "gpus") if not getattr(self, name)]
+        if self.mode == "act" and missing:
+            raise ConfigError(
+                f"mode act: {missing[0]} is missing; set {_PREFIX}{missing[0].upper()}"
+            )
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> InEngineSettings:
+        """Settings from environment variables and the file that they name.
+
+        Parameters
+        ----------
+        environment : mapping of str to str
+            Usually ``os.environ``.
+        """
+        told: dict[str, Any] = {}
+        path = environment.get(f"{_PREFIX}CONFIG")
+        if path:
+            try:
+                told = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path}: cannot be read: {error}") from error
+            unknown = sorted(set(told) - set(cls.__slots__))
+            if unknown:
+                known = ", ".join(cls.__slots__)
+                raise ConfigError(f"{path}: unknown key {unknown[0]!r}; known are {known}")
+        for name in cls.__slots__:
+            value = environment.get(_PREFIX + name.upper())
+            if value:
+                told[name] = value
+        return cls(**{name: _parsed(name, value) for name, value in told.items()})
+
+
+def _parsed(name: str, value: Any) -> Any:
+    if name == "gpus":
+        return tuple(value.replace(",", " ").split() if isinstance(value, str) else value)
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}: expected text, got {value!r}")
+    if name == "slo":
+        return Slo.parse(value)
+    if name == "role":
+        roles = {role.value: role for role in Role}
+        if value not in roles:
+            raise ConfigError(f"role: expected one of {', '.join(roles)}, got {value!r}")
+        return roles[value]
+    return Path(value) if name in ("setter", "limits", "lock_dir", "library") else value
+
+
+class InEngine:
+    """One engine from inside: counts its iterations, and before each chooses its clock.
+
+    Parameters
+    ----------
+    settings : InEngineSettings
+        What to do.
+    role : Role
+        What the engine says it does.
+    dp_rank : int
+        Its data-parallel rank.
+    acts : bool
+        False never sets a clock, whatever the settings say: for hooks that are called after
+        an iteration.
+    publishes : bool
+        False publishes nothing, whatever the settings say.
+
+    Examples
+    --------
+    >>> engine = InEngine(InEngineSettings(), Role.DECODE)
+    >>> engine.before(running_req=12, kv_used_tok=6000)
+    >>> engine.after(ForwardPass(wall_s=0.02, decode_req=12.0))
+    >>> engine.iterations, engine.asked_mhz
+    (1, None)
+    >>> engine.close()
+    """
+
+    def __init__(
+        self,
+        settings: InEngineSettings,
+        role: Role,
+        *,
+        dp_rank: int = 0,
+        acts: bool = True,
+        publishes: bool = True,
+    ) -> None:
+        self.settings = settings
+        self.role = settings.role or role
+        self.iterations = 0
+        self.errors = 0
+        self.recent: deque[ForwardPass] = deque(maxlen=_KEPT)
+        self._governor: Any = None
+        self._clock: ClockThread | None = None
+        self._publisher: FpmPublisher | None = None
+        if acts and settings.mode == "act":
+            self._clock = self._open_clock(settings)
+        if publishes and settings.fpm:
+            address = _rank_address(settings.fpm, dp_rank)
+            self._publisher = FpmPublisher(address, worker_id=settings.worker_id, dp_rank=dp_rank)
+
+    def _open_clock(self, settings: InEngineSettings) -> ClockThread:
+        from voltana_ctrl.backends import NvmlBackend
+        from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
+        from voltana_ctrl.control import IterationGovernor
+        from voltana_ctrl.profiles import load_profile
+
+        if settings.slo is None:
+            raise ConfigError(f"mode act: slo is missing; set {_PREFIX}SLO")
+        instance = InstanceSpec(
+            id="engine",
+            role=self.role,
+            profile=load_profile(settings.profile),
+            gpus=len(settings.gpus),
+        )
+        self._governor = IterationGovernor(instance, settings.slo)
+        self._governor.step(1.0, 1.0, 0.0, 0.0, *instance.clocks_mhz[[0, -1]])  # compiles it
+        # Its clock is set alike whatever it does; a fleet needs somebody for each phase.
+        alone = FleetSpec((replace(instance, role=Role.COLOCATED),))
+        backend = NvmlBackend(
+            alone,
+            {"engine": settings.gpus},
+            setter=settings.setter,
+            lock_dir=settings.lock_dir or LOCK_DIR,
+            library=settings.library,
+        )
+        return ClockThread(backend, instance.clocks_mhz, limits=settings.limits)
+
+    @property
+    def asked_mhz(self) -> float | None:
+        """Clock that was asked for last; None where none is ever set."""
+        return None if self._clock is None else self._clock.asked_mhz
+
+    @property
+    def clock(self) -> ClockThread | None:
+        """The thread that sets clocks; None where none is ever set."""
+        return self._clock
+
+    def before(
+        self,
+        *,
+        running_req: float,
+        kv_used_tok: float,
+        waiting_tok: float = 0.0,
+        batch_tok: float = 0.0,
+        oldest_wait_s: float = 0.0,
+    ) -> None:
+        """Choose the clock of the iteration that is about to run; returns at once.
+
+        Parameters
+        ----------
+        running_req, kv_used_tok : float
+            Requests that decode in it, and their KV.
+        waiting_tok, batch_tok : float
+            Prompt tokens not prefilled yet, and those of them that this iteration takes.
+        oldest_wait_s : float
+            How long the oldest of them has waited.
+        """
+        clock = self._clock
+        if clock is None:
+            return
+        clock.ask(
+            self._governor.step(
+                running_req,
+                kv_used_tok,
+                waiting_tok,
+                oldest_wait_s,
+                clock.floor_mhz,
+                clock.ceiling_mhz,
+                batch_tok=batch_tok,
+            )
+        )
+
+    def after(self, one: ForwardPass) -> None:
+        """Take an iteration that has ended.
+
+        Parameters
+        ----------
+        one : ForwardPass
+            What it did.
+        """
+        self.iterations += 1
+        self.recent.append(one)
+        if self._publisher is not None:
+            self._publisher.send(one)
+
+    def failed(self, error: Exception) -> bool:
+        """Note that a hook failed; whether it should be left alone from now on.
+
+        The engine goes on; where clocks were set they are given back.
+
+        Parameters
+        ----------
+        error : Exception
+            What was raised.
+        """
+        self.errors += 1
+        if self.errors == 1:
+            _log.warning("voltana-ctrl: a hook failed, the engine goes on: %r", error)
+        if self.errors < _MAX_ERRORS:
+            return False
+        _log.error("voltana-ctrl: %d failures of a hook; it is switched off", self.errors)
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Give the clock back and stop; may be called twice."""
+        if self._clock is not None:
+            self._clock.close()
+        if self._publisher is not None:
+            self._publisher.close()
+
+
+def _rank_address(address: str, dp_rank: int) -> str:
+    """Each rank has an address of its own: the next port, or the file with its number."""
+    head, _, port = address.rpartition(":")
+    if address.startswith("tcp://") and port.isdigit():
+        return f"{head}:{int(port) + dp_rank}"
+    return f"{address}.{dp_rank}" if dp_rank else address
+
+
+def settings_of_process() -> InEngineSettings:
+    """Settings from this process's environment, told once in the log."""
+    settings = InEngineSettings.read(os.environ)
+    _log.info("voltana-ctrl: mode %s, forward-pass metrics %s", settings.mode, settings.fpm or "-")
+    return settings
+
+
+def seconds_since(t_s: float | None) -> float:
+    """Seconds since a wall-clock time that an engine wrote down; 0 where it did not."""
+    return 0.0 if t_s is None else max(0.0, time.time() - t_s)

@@ -1,0 +1,168 @@
+"""Numbers from a page in Prometheus' text format, by the table of an engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from voltana_ctrl.engines.names import DCGM, TABLES, Metric
+from voltana_ctrl.errors import BackendError, ConfigError
+
+__all__ = ["BadPage", "read_dcgm_page", "read_engine_page"]
+
+_Sample = tuple[Mapping[str, str], float]
+# Ranks of one model share a batch and show the same numbers; the first speaks for them.
+_SHARING_RANKS = ("tp_rank", "pp_rank")
+
+
+class BadPage(BackendError):
+    """Text that is no page of metrics, or holds none that is known.
+
+    Examples
+    --------
+    >>> issubclass(BadPage, BackendError)
+    True
+    """
+
+
+def read_engine_page(kind: str, text: str, *, worker_id: int | None = None) -> dict[str, float]:
+    """Fields that a page of an engine tells.
+
+    Parameters
+    ----------
+    kind : {"vllm", "sglang", "trtllm", "dynamo"}
+        The engine.
+    text : str
+        The page.
+    worker_id : int, optional
+        Take only what Dynamo says of this worker, where a page speaks of several.
+
+    Raises
+    ------
+    BadPage
+        If the text is no such page, or tells nothing of the engine.
+    ConfigError
+        If prometheus-client is not installed.
+
+    Examples
+    --------
+    >>> page = '''
+    ... vllm:num_requests_running{engine="0",model_name="llama"} 3.0
+    ... vllm:num_requests_running{engine="1",model_name="llama"} 4.0
+    ... vllm:kv_cache_usage_perc{engine="0",model_name="llama"} 0.25
+    ... '''
+    >>> read_engine_page("vllm", page)
+    {'running_req': 7.0, 'kv_frac': 0.25}
+    """
+    table = TABLES[kind]
+    samples = _samples(text, (metric for metrics in table.values() for metric in metrics))
+    if worker_id is not None:
+        samples = {name: _of_worker(found, worker_id) for name, found in samples.items()}
+    told = {}
+    for field, metrics in table.items():
+        for metric in metrics:
+            value = _value(metric, samples)
+            if value is not None:
+                told[field] = value
+                break
+    if not told:
+        raise BadPage(f"metrics: nothing of {kind} on a page of {len(text)} characters")
+    return told
+
+
+def read_dcgm_page(text: str) -> dict[str, dict[str, float]]:
+    """What DCGM exporter tells of each GPU, by UUID.
+
+    Parameters
+    ----------
+    text : str
+        Its page.
+
+    Raises
+    ------
+    BadPage
+        If the text is no such page, or tells of no GPU.
+    ConfigError
+        If prometheus-client is not installed.
+
+    Examples
+    --------
+    >>> read_dcgm_page('DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{gpu="0",UUID="GPU-1"} 2500')
+    {'GPU-1': {'energy_j': 2.5}}
+    """
+    samples = _samples(text, DCGM.values())
+    gpus: dict[str, dict[str, float]] = {}
+    for field, metric in DCGM.items():
+        for labels, value in samples.get(metric.names[0], ()):
+            uuid = labels.get("UUID") or labels.get("uuid")
+            if uuid and "GPU_I_ID" not in labels:  # a slice shows the clock of the whole
+                gpus.setdefault(uuid, {})[field] = value * metric.scale_frac
+    if not gpus:
+        raise BadPage(f"metrics: no GPU of DCGM exporter on a page of {len(text)} characters")
+    return gpus
+
+
+def _samples(text: str, metrics: Iterable[Metric]) -> dict[str, list[_Sample]]:
+    """Samples of the wanted names; the parser is shown no other line of a long page."""
+    try:
+        from prometheus_client.parser import text_string_to_metric_families
+    except ImportError as error:
+        raise ConfigError(
+            "metrics: prometheus-client is not installed; pip install 'voltana-ctrl[server]'"
+        ) from error
+    wanted = {name for metric in metrics for name in (*metric.names, metric.times) if name}
+    lines = []
+    for line in text.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name in wanted:
+            lines.append(line)
+    found: dict[str, list[_Sample]] = {}
+    try:
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+            for sample in family.samples:
+                if math.isfinite(sample.value) and sample.value >= 0.0:
+                    found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadPage(f"metrics: not in Prometheus' text format: {error}") from error
+    return {name: _without_copies(samples) for name, samples in found.items()}
+
+
+def _without_copies(samples: list[_Sample]) -> list[_Sample]:
+    return [
+        (labels, value)
+        for labels, value in samples
+        if all(labels.get(rank, "0") in ("0", "") for rank in _SHARING_RANKS)
+    ]
+
+
+def _of_worker(samples: list[_Sample], worker_id: int) -> list[_Sample]:
+    # Dynamo's frontend writes the id in decimals, its workers in hexadecimals.
+    names = (str(worker_id), f"{worker_id:x}")
+    return [one for one in samples if one[0].get("worker_id", names[0]) in names]
+
+
+def _value(metric: Metric, samples: Mapping[str, list[_Sample]]) -> float | None:
+    found = [one for name in metric.names for one in samples.get(name, ())]
+    if not found:
+        return None
+    if metric.label_product:
+        products = [_product(labels, metric.label_product) for labels, _ in found]
+        known = [product for product in products if product is not None]
+        return sum(known) if known else None
+    total = sum(value for _, value in found) * metric.scale_frac
+    if metric.mean:
+        return total / len(found)
+    if metric.times:
+        factors = samples.get(metric.times)
+        return total * factors[0][1] if factors else None
+    return total
+
+
+def _product(labels: Mapping[str, str], names: tuple[str, ...]) -> float | None:
+    product = 1.0
+    for name in names:
+        try:
+            product *= float(labels[name])
+        except (LookupError, ValueError):
+            return None
+    return product if math.isfinite(product) else None

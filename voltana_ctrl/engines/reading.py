@@ -1,0 +1,75 @@
+"""What a telemetry source tells of every instance at one time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from voltana_ctrl.checks import F64, freeze_fields
+
+__all__ = ["EngineReading"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EngineReading:
+    """State of the instances of a fleet as one source tells it; NaN where it does not.
+
+    Parameters
+    ----------
+    age_s : ndarray, shape (n,)
+        How old; infinite before the first word of an instance.
+    queue_req, queue_tok : ndarray, shape (n,)
+        Requests and tokens that wait.
+    oldest_wait_s : ndarray, shape (n,)
+        Age of the oldest of them.
+    running_req : ndarray, shape (n,)
+        Requests that generate.
+    kv_used_tok : ndarray, shape (n,)
+        Tokens in the KV cache.
+    arrived_req, arrived_tok : ndarray, shape (n,)
+        What arrived since the last read.
+    freq_mhz, power_w, energy_j : ndarray, shape (n,)
+        SM clock, power, and an energy counter.
+
+    Examples
+    --------
+    >>> first = EngineReading.silent(2)
+    >>> second = EngineReading.silent(2, age_s=[0.1, 0.2], running_req=[3.0, np.nan])
+    >>> first.filled_from(second).running_req
+    array([ 3., nan])
+    """
+
+    age_s: F64
+    queue_req: F64
+    queue_tok: F64
+    oldest_wait_s: F64
+    running_req: F64
+    kv_used_tok: F64
+    arrived_req: F64
+    arrived_tok: F64
+    freq_mhz: F64
+    power_w: F64
+    energy_j: F64
+
+    def __post_init__(self) -> None:
+        freeze_fields(self, _NAMES, (np.asarray(self.age_s).size,))
+
+    @classmethod
+    def silent(cls, n: int, **told: object) -> EngineReading:
+        """Nothing is told but what is given."""
+        unknown = {name: np.full(n, np.nan) for name in _NAMES}
+        unknown["age_s"] = np.full(n, np.inf)
+        return cls(**{**unknown, **told})  # type: ignore[arg-type]
+
+    def filled_from(self, other: EngineReading) -> EngineReading:
+        """The same, with what `other` tells where this is silent; the age is the lower one."""
+        both = {
+            name: np.where(np.isnan(getattr(self, name)), getattr(other, name), getattr(self, name))
+            for name in _NAMES
+        }
+        both["age_s"] = np.minimum(self.age_s, other.age_s)
+        return EngineReading(**both)
+
+
+_NAMES = tuple(field.name for field in fields(EngineReading))

@@ -1,0 +1,299 @@
+"""Running engines behind the backend port: their telemetry up, clocks down to their GPUs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from voltana_ctrl.backends.modelled import ModelledGpus
+from voltana_ctrl.checks import F64, Bool, positive
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.fpm.reader import FpmCounts, FpmReader
+from voltana_ctrl.engines.reading import EngineReading
+from voltana_ctrl.engines.scrape import Scraper
+from voltana_ctrl.engines.traffic import Traffic
+from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError, ShapeError
+from voltana_ctrl.ports import Backend
+from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, RequestBatch
+
+__all__ = ["EngineBackend"]
+
+WithoutGpus = Literal["refuse", "ignore"]
+
+
+class EngineBackend:
+    """Serving engines as a plant.
+
+    State comes from forward-pass metrics where an engine has them, else from its metrics page,
+    both of which are read in threads: :meth:`read` never waits for an engine. Clock, power and
+    energy come from `gpus`, to which decisions are passed on; without, from DCGM exporter if
+    there is one.
+
+    Where sources differ the fresher kind counts: forward-pass metrics tell of every iteration,
+    a page of the moment it was made, and of a long iteration while it runs. An instance is
+    alive while something was heard of it within `alive_s`; what it said last is kept.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        What is controlled.
+    endpoints : sequence of Endpoint
+        The engines, one per instance at most. An instance without one is never alive.
+    gpus : Backend, optional
+        Hardware of the fleet (:class:`voltana_ctrl.backends.NvmlBackend`) or a model of it
+        (:class:`ModelledGpus`); closed together with this.
+    without_gpus : {"refuse", "ignore"}
+        Where there are no `gpus`, whether `apply` raises or does nothing.
+    traffic : Traffic, optional
+        What the router counts, where it runs in this process: exact arrivals, and finished
+        requests. Without, arrivals follow from the engines, and no finished request is told.
+    fpm_addresses : sequence of str
+        More addresses of forward-pass metrics, told apart by ``worker_id``.
+    dcgm_urls : sequence of str
+        Pages of DCGM exporter.
+    scrape : bool
+        False leaves metrics pages alone.
+    scrape_period_s, scrape_limit_s : float
+        Between two fetches of a page, and the longest that one may take.
+    alive_s : float
+        Silence after which an instance is not alive.
+    now_s : callable
+        Time that never goes back; that of the control loop.
+
+    Raises
+    ------
+    ConfigError
+        If endpoints and fleet do not fit, or the extra ``server`` is not installed.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> engines = [Endpoint(instance=name, kind="vllm", url="http://127.0.0.1:9")
+    ...            for name in fleet.ids]
+    >>> with EngineBackend(fleet, engines, gpus=ModelledGpus(fleet)) as backend:
+    ...     state = backend.read().state
+    ...     backend.apply(Decision.highest(fleet))
+    >>> state.alive, state.freq_mhz  # nothing listens there
+    (array([False, False]), array([1410., 1410.]))
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSpec,
+        endpoints: Sequence[Endpoint],
+        *,
+        gpus: Backend | None = None,
+        without_gpus: WithoutGpus = "refuse",
+        traffic: Traffic | None = None,
+        fpm_addresses: Sequence[str] = (),
+        dcgm_urls: Sequence[str] = (),
+        scrape: bool = True,
+        scrape_period_s: float = 0.5,
+        scrape_limit_s: float = 2.0,
+        alive_s: float = 5.0,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        positive("EngineBackend.alive_s", alive_s)
+        _check_endpoints(fleet, endpoints)
+        if without_gpus not in ("refuse", "ignore"):
+            raise ConfigError(
+                f"EngineBackend.without_gpus: expected 'refuse' or 'ignore', got {without_gpus!r}"
+            )
+        if gpus is not None and gpus.spec.ids != fleet.ids:
+            raise ConfigError(
+                f"EngineBackend.gpus: expected the GPUs of {', '.join(fleet.ids)}, got those of"
+                f" {', '.join(gpus.spec.ids)}"
+            )
+        self._fleet = fleet
+        self._gpus = gpus
+        self._without_gpus = without_gpus
+        self._traffic = traffic
+        self._alive_s = alive_s
+        self._now_s = now_s
+        self._begin_s = now_s()
+        self._closed = False
+        self._counter_j = np.full(len(fleet), np.nan)
+        self._energy_j = np.zeros(len(fleet))
+        self._last = EngineReading.silent(len(fleet), **dict.fromkeys(_KEPT, np.zeros(len(fleet))))
+        self._fpm = FpmReader(fleet, endpoints, addresses=fpm_addresses, now_s=now_s)
+        try:
+            self._scraper = Scraper(
+                fleet,
+                endpoints if scrape else (),
+                dcgm_urls=dcgm_urls,
+                period_s=scrape_period_s,
+                limit_s=scrape_limit_s,
+                now_s=now_s,
+            )
+        except BaseException:
+            self._fpm.close()
+            raise
+
+    @property
+    def spec(self) -> FleetSpec:
+        """The fleet."""
+        return self._fleet
+
+    @property
+    def fpm_counts(self) -> FpmCounts:
+        """Forward-pass messages seen, lost and refused."""
+        return self._fpm.counts
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What went wrong at the last fetch of each metrics page, by instance."""
+        return self._scraper.problems
+
+    def read(self) -> Observation:
+        """State of all instances now, and what happened since the last read.
+
+        Raises
+        ------
+        BackendError
+            If the backend is closed, or its GPUs fail.
+        """
+        self._check_open("read")
+        hardware = None if self._gpus is None else self._gpus.read().state
+        t_s = max(0.0, self._now_s())
+        passes, iterations = self._fpm.read(t_s)
+        page = self._scraper.read(t_s)
+        told = passes.filled_from(page)
+        # A page may be fresher than an engine whose forward-pass metrics have stopped.
+        stopped = (passes.age_s > self._alive_s) & (page.age_s < passes.age_s)
+        # Engines beat as if idle during a long iteration, which their page shows.
+        quiet = (passes.running_req + passes.queue_req == 0.0) & (page.age_s <= self._alive_s)
+        stopped |= quiet & (page.running_req + page.queue_req > 0.0)
+        told = _where(stopped, page.filled_from(passes), told)
+        self._last = told.filled_from(self._last)
+        self._count_energy(told.energy_j)
+        age_s, alive = self._ages(told.age_s, t_s)
+        arrived_req, arrived_tok = np.nan_to_num(told.arrived_req), np.nan_to_num(told.arrived_tok)
+        finished = RequestBatch.empty()
+        if self._traffic is not None:
+            arrived_req, arrived_tok, finished = self._traffic.read()
+        last = self._last
+        unknown = np.isnan(last.freq_mhz)
+        state = FleetState(
+            t_s=t_s,
+            alive=alive,
+            queue_tok=last.queue_tok,
+            queue_req=last.queue_req,
+            oldest_wait_s=last.oldest_wait_s,
+            running_req=last.running_req,
+            kv_used_tok=last.kv_used_tok,
+            # GPUs that nobody has locked run at their highest clock under load.
+            freq_mhz=np.where(unknown, self._fleet.max_mhz, last.freq_mhz),
+            power_w=np.nan_to_num(last.power_w),
+            energy_j=self._energy_j,
+            age_s=age_s,
+            arrived_req=arrived_req,
+            arrived_tok=arrived_tok,
+        )
+        if hardware is not None:
+            state = self._with_hardware(state, hardware)
+        iterations = replace(iterations, freq_mhz=state.freq_mhz[iterations.instance])
+        return Observation(state=state, iterations=iterations, finished=finished)
+
+    def _count_energy(self, counter_j: F64) -> None:
+        """Sum up what a counter grew by; one that restarts goes on from where it was."""
+        grown_j = counter_j - self._counter_j
+        self._energy_j = self._energy_j + np.where(grown_j > 0.0, grown_j, 0.0)
+        self._counter_j = np.where(np.isnan(counter_j), self._counter_j, counter_j)
+
+    def _ages(self, told_s: F64, t_s: float) -> tuple[F64, Bool]:
+        heard = np.isfinite(told_s)
+        age_s = np.where(heard, told_s, t_s - self._begin_s)
+        return age_s, heard & (age_s <= self._alive_s)
+
+    def _with_hardware(self, state: FleetState, hardware: FleetState) -> FleetState:
+        if isinstance(self._gpus, ModelledGpus):
+            self._gpus.take_load(state)
+            hardware = self._gpus.read().state
+        return replace(
+            state,
+            alive=state.alive & hardware.alive,
+            freq_mhz=hardware.freq_mhz,
+            power_w=hardware.power_w,
+            energy_j=hardware.energy_j,
+            age_s=np.maximum(state.age_s, hardware.age_s),
+        )
+
+    def apply(self, decision: Decision) -> None:
+        """Pass a decision on to the GPUs.
+
+        Raises
+        ------
+        ActuationDenied
+            If there are no GPUs and that is not to be ignored, or they refuse.
+        ShapeError
+            If the decision is for another fleet.
+        BackendError
+            If the backend is closed.
+        """
+        self._check_open("apply")
+        if len(decision) != len(self._fleet):
+            raise ShapeError(
+                f"EngineBackend.apply: expected {len(self._fleet)} instances, got {len(decision)}"
+            )
+        if self._gpus is not None:
+            self._gpus.apply(decision)
+        elif self._without_gpus == "refuse":
+            raise ActuationDenied(
+                "EngineBackend.apply: no GPUs were given; give gpus=NvmlBackend(...), or"
+                " without_gpus='ignore' to decide without acting"
+            )
+
+    def _check_open(self, what: str) -> None:
+        if self._closed:
+            raise BackendError(f"EngineBackend.{what}: the backend is closed; make a new one")
+
+    def close(self) -> None:
+        """Stop reading and give the GPUs back; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._gpus is not None:
+                self._gpus.close()
+        finally:
+            self._fpm.close()
+            self._scraper.close()
+
+    def __enter__(self) -> EngineBackend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+_KEPT = ("queue_req", "queue_tok", "oldest_wait_s", "running_req", "kv_used_tok")
+
+
+def _where(chosen: Bool, one: EngineReading, other: EngineReading) -> EngineReading:
+    return EngineReading(
+        **{
+            name: np.where(chosen, getattr(one, name), getattr(other, name))
+            for name in EngineReading.__slots__
+        }
+    )
+
+
+def _check_endpoints(fleet: FleetSpec, endpoints: Sequence[Endpoint]) -> None:
+    names = [endpoint.instance for endpoint in endpoints]
+    for name in names:
+        if name not in fleet.ids:
+            raise ConfigError(
+                f"EngineBackend.endpoints: expected instances of the fleet"
+                f" ({', '.join(fleet.ids)}), got {name!r}"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"EngineBackend.endpoints: {name}: expected once, got it twice")
+
+
+if TYPE_CHECKING:
+    _: type[Backend] = EngineBackend

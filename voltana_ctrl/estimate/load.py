@@ -1,0 +1,187 @@
+"""What arrives, estimated from what is observed: the seam between estimators and the target.
+
+Exponentially weighted: arrivals over time, lengths over finished requests. Those that finish
+first are the short ones, so the mean output is the flow of decoded tokens, those of unfinished
+requests included, over the flow of finished requests: the maximum-likelihood mean of censored
+exponential lifetimes, and without bias in steady state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from voltana_ctrl.checks import F64, freeze_fields, positive
+from voltana_ctrl.types import FleetSpec, Lengths, Load, Observation
+
+__all__ = ["LoadFilter", "LoadMemory"]
+
+#: Moments kept per request of l prompt and d decoded tokens:
+#: 1, l, l^2, d, d (l + d/2), d (l^2 + l d + d^2/3).
+_N_MOMENTS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadMemory:
+    """Sums behind the estimate.
+
+    Parameters
+    ----------
+    t_s : float
+        Time of the last observation; negative before the first.
+    span_s, arrived_req : float
+        Time that the rate rests on and the requests that arrived in it, weighted.
+    moments : ndarray, shape (6,)
+        Weighted sums over finished requests.
+    unfinished_tok : float
+        Weighted sum of the growth of what running requests have decoded so far.
+    held_tok : float
+        Tokens held by or on the way to decode instances at the last observation.
+
+    Examples
+    --------
+    >>> LoadMemory(t_s=-1.0, span_s=0.0, arrived_req=0.0, moments=[0.0] * 6,
+    ...            unfinished_tok=0.0, held_tok=0.0).span_s
+    0.0
+    """
+
+    t_s: float
+    span_s: float
+    arrived_req: float
+    moments: np.ndarray
+    unfinished_tok: float
+    held_tok: float
+
+    def __post_init__(self) -> None:
+        freeze_fields(self, ("moments",), (_N_MOMENTS,))
+
+
+class LoadFilter:
+    """Exponentially weighted estimate of arrivals and lengths.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet; arrivals are counted where requests start.
+    rate_memory_s : float
+        Time constant of the arrival rate.
+    length_memory_req : float
+        Finished requests that the lengths remember.
+    prior_tok : tuple of float
+        Prompt and output lengths believed before any request finished.
+    prior_req : float
+        How many requests that belief counts for.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> filter = LoadFilter(fleet)
+    >>> memory = filter.update(Observation(state=FleetState.idle(2)), filter.init())
+    >>> filter.load(memory).arrival_req_s
+    0.0
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSpec,
+        *,
+        rate_memory_s: float = 10.0,
+        length_memory_req: float = 2000.0,
+        prior_tok: tuple[float, float] = (256.0, 256.0),
+        prior_req: float = 20.0,
+    ) -> None:
+        positive("LoadFilter.rate_memory_s", rate_memory_s)
+        positive("LoadFilter.length_memory_req", length_memory_req)
+        positive("LoadFilter.prior_req", prior_req)
+        self._start = np.array(fleet.prefill)
+        self._decode = np.array(fleet.decode)
+        self._rate_memory_s = rate_memory_s
+        self._length_memory_req = length_memory_req
+        self._prior = prior_req * _moments(np.array([prior_tok[0]]), np.array([prior_tok[1]]))
+
+    def init(self) -> LoadMemory:
+        """Nothing seen yet."""
+        return LoadMemory(
+            t_s=-1.0,
+            span_s=0.0,
+            arrived_req=0.0,
+            moments=np.zeros(_N_MOMENTS),
+            unfinished_tok=0.0,
+            held_tok=0.0,
+        )
+
+    def update(self, observation: Observation, memory: LoadMemory) -> LoadMemory:
+        """Memory after this observation.
+
+        Parameters
+        ----------
+        observation : Observation
+            What was read.
+        memory : LoadMemory
+            Of the time before.
+        """
+        state, finished = observation.state, observation.finished
+        span_s, arrived_req = memory.span_s, memory.arrived_req
+        if memory.t_s >= 0.0 and state.t_s > memory.t_s:
+            dt_s = state.t_s - memory.t_s
+            keep = float(np.exp(-dt_s / self._rate_memory_s))
+            span_s = keep * span_s + dt_s
+            arrived_req = keep * arrived_req + float(state.arrived_req[self._start].sum())
+        moments = _moments(finished.prompt_tok, finished.output_tok)
+        keep = float(np.exp(-len(finished) / self._length_memory_req))
+        decode = self._decode
+        held_tok = float(state.kv_used_tok[decode].sum() + state.queue_tok[decode].sum())
+        unfinished_tok = 0.0
+        if memory.t_s >= 0.0:
+            grown_tok = held_tok - memory.held_tok - float(state.arrived_tok[decode].sum())
+            unfinished_tok = keep * memory.unfinished_tok + grown_tok + float(moments[1])
+        return LoadMemory(
+            t_s=state.t_s,
+            span_s=span_s,
+            arrived_req=arrived_req,
+            moments=keep * memory.moments + moments,
+            unfinished_tok=unfinished_tok,
+            held_tok=held_tok,
+        )
+
+    def load(self, memory: LoadMemory) -> Load:
+        """Estimate that the memory holds.
+
+        Parameters
+        ----------
+        memory : LoadMemory
+            Of :meth:`update`.
+        """
+        count, prompt, prompt2, decoded, context, context2 = memory.moments + self._prior
+        mean = prompt / count
+        # Never below what the finished requests say: a fall of the backlog is no shorter output.
+        longer = 1.0 + max(0.0, memory.unfinished_tok) / decoded
+        context_tok = mean + longer * (context / decoded - mean)
+        square = longer**2 * (context2 / decoded - (context / decoded) ** 2)
+        return Load(
+            arrival_req_s=memory.arrived_req / memory.span_s if memory.span_s > 0.0 else 0.0,
+            lengths=Lengths(
+                prompt_tok=mean,
+                prompt_sd_tok=float(np.sqrt(max(0.0, prompt2 / count - mean**2))),
+                output_tok=1.0 + longer * decoded / count,
+                context_tok=max(context_tok, mean),
+                context_sd_tok=float(np.sqrt(max(0.0, square))),
+            ),
+        )
+
+
+def _moments(prompt_tok: F64, output_tok: F64) -> F64:
+    decoded = output_tok - 1.0
+    sums: F64 = np.array(
+        [
+            float(len(prompt_tok)),
+            prompt_tok.sum(),
+            (prompt_tok**2).sum(),
+            decoded.sum(),
+            (decoded * (prompt_tok + decoded / 2.0)).sum(),
+            (decoded * (prompt_tok**2 + prompt_tok * decoded + decoded**2 / 3.0)).sum(),
+        ]
+    )
+    return sums

@@ -1,0 +1,1 @@
+"""Doubles of hardware, for tests and rehearsals."""

@@ -1,0 +1,194 @@
+"""What clocks must be at a state of the fleet, and what they may draw: loops over instances.
+
+Instances are given by their type: `tables` and `padded` of
+:func:`voltana_ctrl.types.packed.instance_types`, `kind` the row of each instance.
+"""
+
+import math
+
+from numba import njit, types
+
+from voltana_ctrl.kernels.law import ROW, decode_s
+
+F8, I8 = types.float64, types.int64
+TABLES = types.Array(ROW, 2, "C", readonly=True)
+SIZES = types.Array(I8, 2, "C", readonly=True)
+I8_1 = types.Array(I8, 1, "C", readonly=True)
+F8_1 = types.Array(F8, 1, "C", readonly=True)
+F8_2 = types.Array(F8, 2, "C", readonly=True)
+BOOL_1 = types.Array(types.boolean, 1, "C", readonly=True)
+OUT_F8_1, OUT_F8_2 = types.Array(F8, 1, "C"), types.Array(F8, 2, "C")
+
+
+@njit(I8(TABLES, I8, I8, F8), cache=True)
+def _row_at_least(tables, kind, n_clocks, clock_mhz):
+    """Row of the lowest clock at or above this one; the top if there is none."""
+    low = 0
+    high = n_clocks - 1
+    while low < high:
+        middle = (low + high) // 2
+        if tables[kind, middle]["clock_mhz"] >= clock_mhz:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@njit(I8(TABLES, I8, I8, F8), cache=True)
+def _row_at_most(tables, kind, n_clocks, clock_mhz):
+    """Row of the highest clock at or below this one; the bottom if there is none."""
+    low = 0
+    high = n_clocks - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tables[kind, middle]["clock_mhz"] <= clock_mhz:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@njit(
+    types.void(
+        TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, F8_1,
+        F8, F8, F8, F8, F8, F8, F8, OUT_F8_1,
+    ),
+    cache=True,
+)  # fmt: skip
+def needed_clocks(
+    tables, padded, kind, n_clocks, prefills, decodes, max_batch, running_req, kv_used_tok,
+    queue_tok, oldest_wait_s, route_frac, arrival_tok_s, typical_tok, ttft_s, unsure, itl_s,
+    delay_s, burst_sd_frac, needed_mhz,
+):  # fmt: skip
+    """Lowest clock per instance that keeps the promises; the highest if none does.
+
+    Of TTFT only what is still to come is a prediction, and taken `unsure` times.
+    """
+    for i in range(len(kind)):
+        top = n_clocks[i] - 1
+        decoding = decodes[i] > 0 and running_req[i] > 0.0
+        size_req = 0.0
+        if decoding:
+            size_req = float(padded[kind[i], min(int(running_req[i]), max_batch[i])])
+        rate_tok_s = arrival_tok_s * route_frac[i]
+        waiting_tok = queue_tok[i] + rate_tok_s * delay_s
+        left_s = ttft_s - delay_s - oldest_wait_s[i]
+        burst_tok = burst_sd_frac * math.sqrt(rate_tok_s * typical_tok * ttft_s / 2.0)
+        cycle_tok = rate_tok_s * ttft_s / 2.0 + burst_tok
+        best = top
+        for k in range(top):
+            row = tables[kind[i], k]
+            if decoding:
+                # Prompts of a colocated instance take their share of the time between tokens.
+                own_frac = 1.0
+                if prefills[i] > 0:
+                    own_frac -= rate_tok_s * row["prefill_tok_s"]
+                if decode_s(row, size_req, kv_used_tok[i]) > itl_s * own_frac:
+                    continue
+            if prefills[i] > 0:
+                base_s = unsure * row["prefill_base_s"]
+                per_tok_s = row["prefill_tok_s"] + row["prefill_tok2_s"] * typical_tok
+                per_tok_s *= unsure
+                if base_s + per_tok_s * waiting_tok > left_s:
+                    continue
+                if base_s + per_tok_s * cycle_tok > ttft_s - delay_s:
+                    continue
+            best = k
+            break
+        needed_mhz[i] = tables[kind[i], best]["clock_mhz"]
+
+
+@njit(F8(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1), cache=True)
+def decoding_tok_s(
+    tables, padded, kind, n_clocks, decodes, max_batch, running_req, kv_used_tok, freq_mhz
+):
+    """Tokens per second that the fleet decodes at these batches and clocks."""
+    total = 0.0
+    for i in range(len(kind)):
+        n = min(int(running_req[i]), max_batch[i])
+        if decodes[i] > 0 and n > 0:
+            row = tables[kind[i], _row_at_least(tables, kind[i], n_clocks[i], freq_mhz[i])]
+            total += n / decode_s(row, float(padded[kind[i], n]), kv_used_tok[i])
+    return total
+
+
+@njit(
+    types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8, F8, OUT_F8_1),
+    cache=True,
+)
+def thrifty(
+    tables, padded, kind, n_clocks, decodes, max_batch, sunk_w, running_req, kv_used_tok,
+    prompt_tok, itl_s, thrifty_mhz,
+):  # fmt: skip
+    """Clock of least energy per token at the present batch; the highest if all miss ITL.
+
+    `sunk_w` is drawn whether it works or not, and does not count.
+    """
+    for i in range(len(kind)):
+        n = max(1.0, min(running_req[i], float(max_batch[i])))
+        size_req = float(padded[kind[i], int(n)])
+        kv_tok = max(kv_used_tok[i], n * prompt_tok)
+        best = n_clocks[i] - 1 if decodes[i] > 0 else 0
+        least_j = math.inf
+        for k in range(n_clocks[i]):
+            row = tables[kind[i], k]
+            if decodes[i] > 0:
+                step_s = decode_s(row, size_req, kv_tok)
+                if step_s > itl_s:
+                    continue
+                energy_j = step_s * (row["decode_power_w"] - sunk_w[i]) + row["decode_iter_j"]
+                energy_j = energy_j + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
+            else:
+                energy_j = (row["prefill_power_w"] - sunk_w[i]) * row["prefill_tok_s"]
+            if energy_j < least_j:
+                least_j = energy_j
+                best = k
+        thrifty_mhz[i] = tables[kind[i], best]["clock_mhz"]
+
+
+@njit(
+    types.void(TABLES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, BOOL_1, F8, OUT_F8_2),
+    cache=True,
+)
+def worst_power(
+    tables, kind, n_clocks, prefills, decodes, max_batch, idle_w, running_req, queue_req,
+    kv_used_tok, active, prompt_tok, power_w,
+):  # fmt: skip
+    """Most that each instance can draw soon, per clock, not falling with it."""
+    for i in range(len(kind)):
+        here_req = running_req[i] + queue_req[i]
+        works = active[i] or here_req > 0.0
+        n = min(1.1 * here_req + 8.0, float(max_batch[i]))
+        kv_tok = max(1.1 * kv_used_tok[i], n * prompt_tok)
+        worst_w = idle_w[i]
+        for k in range(power_w.shape[1]):
+            if k < n_clocks[i]:
+                row = tables[kind[i], k]
+                if works and prefills[i] > 0:
+                    worst_w = max(worst_w, row["prefill_power_w"])
+                if works and decodes[i] > 0:
+                    per_step_j = row["decode_iter_j"] + row["decode_req_j"] * n
+                    per_step_j = per_step_j + row["decode_kv_j"] * kv_tok
+                    drawn_w = row["decode_power_w"] + per_step_j / decode_s(row, n, kv_tok)
+                    worst_w = max(worst_w, drawn_w)
+            power_w[i, k] = worst_w
+
+
+@njit(types.void(TABLES, I8_1, I8_1, F8_2, F8_1, OUT_F8_1, OUT_F8_1), cache=True)
+def raised(tables, kind, n_clocks, power_w, clock_mhz, raised_mhz, drawn_w):
+    """Clocks raised to supported ones, and power there."""
+    for i in range(len(kind)):
+        k = _row_at_least(tables, kind[i], n_clocks[i], clock_mhz[i])
+        raised_mhz[i] = tables[kind[i], k]["clock_mhz"]
+        drawn_w[i] = power_w[i, k]
+
+
+@njit(F8(TABLES, I8_1, I8_1, F8_2, F8_1, F8, OUT_F8_1), cache=True)
+def scaled(tables, kind, n_clocks, power_w, wanted_mhz, scale, clock_mhz):
+    """Clocks in this proportion to those wanted, lowered to supported ones; what they draw."""
+    total_w = 0.0
+    for i in range(len(kind)):
+        k = _row_at_most(tables, kind[i], n_clocks[i], scale * wanted_mhz[i])
+        clock_mhz[i] = tables[kind[i], k]["clock_mhz"]
+        total_w += power_w[i, k]
+    return total_w

@@ -1,0 +1,1 @@
+"""Learning: the predictor and recursive least squares, for `estimate`."""

@@ -1,0 +1,1 @@
+"""The simulated fleet, event by event: `advance` is the loop, the others are what it does."""

@@ -1,0 +1,506 @@
+"""The event loop of the simulated fleet.
+
+:func:`advance` runs until a time, until all judged requests are done, or until a Python
+governor or router has to be asked; it then returns and is called again with the answer.
+Order at equal times: instances by index, KV arrivals, request arrivals.
+"""
+
+import math
+
+import numpy as np
+from numba import from_dtype, njit, types
+
+from voltana_ctrl.kernels.choose.base import GOVERNOR
+from voltana_ctrl.kernels.law import quantise_up
+from voltana_ctrl.kernels.layout import (
+    ASK_DECODE,
+    ASK_GOVERNOR,
+    ASK_PREFILL,
+    DROPPED,
+    HANDOFF,
+    ITERATION_DTYPE,
+    JUDGED,
+    MOVING,
+    REACHED,
+    ROUTING,
+    SEEN,
+    VIEW_ELIGIBLE,
+    VIEW_FREQ_MHZ,
+    VIEW_KV_CAPACITY_TOK,
+    VIEW_KV_TOK,
+    VIEW_QUEUE_REQ,
+    VIEW_QUEUE_TOK,
+    VIEW_ROUTE_FRAC,
+    VIEW_RUNNING_REQ,
+    VIEW_TYPE,
+)
+from voltana_ctrl.kernels.plant.actuation import (
+    F8,
+    F8_1,
+    F8_2,
+    I8,
+    I8_1,
+    I8_2,
+    INST,
+    INSTS,
+    NEVER,
+    SIM,
+    TABLES,
+    accrue,
+    call_returned,
+    clock_settled,
+    price_iteration,
+    request_clock,
+    set_pace,
+)
+from voltana_ctrl.kernels.plant.batching import (
+    REQS,
+    complete,
+    enqueue_prefill,
+    enqueue_wait,
+    finish_step,
+    form_batch,
+    join,
+)
+from voltana_ctrl.kernels.plant.events import (
+    SEENS,
+    SIMS,
+    first,
+    pop_moving,
+    push_moving,
+    push_route,
+    push_start,
+    remember,
+    touch,
+)
+from voltana_ctrl.kernels.plant.rest import awake, doze, rouse
+from voltana_ctrl.kernels.route.base import ROUTER
+
+LOG = types.Array(from_dtype(ITERATION_DTYPE), 1, "C")
+
+
+@njit(F8(SIM), cache=True)
+def _uniform(sim):
+    """Next number in [0, 1) of the simulation's own generator (xorshift64)."""
+    x = sim["rng"]
+    x ^= x << np.uint64(13)
+    x ^= x >> np.uint64(7)
+    x ^= x << np.uint64(17)
+    sim["rng"] = x
+    return float(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@njit(F8(SIM, F8), cache=True)
+def _jitter(sim, sd_frac):
+    """Log-normal factor of mean 1."""
+    radius = math.sqrt(-2.0 * math.log(1.0 - _uniform(sim)))
+    normal = radius * math.cos(2.0 * math.pi * _uniform(sim))
+    return math.exp(sd_frac * normal - 0.5 * sd_frac * sd_frac)
+
+
+@njit(I8(INSTS, I8_1, I8), cache=True)
+def _who_can_hold(inst, members, need_tok):
+    """2 if somebody alive has a KV cache of this size, 1 if only the dead have, 0 if nobody."""
+    found = 0
+    for j in members:
+        if inst[j]["kv_capacity_tok"] >= need_tok:
+            found = max(found, 1 + inst[j]["alive"])
+    return found
+
+
+@njit(I8(INST), cache=True)
+def _rank(one):
+    """Alive before dead, active before parked, awake before asleep or waking."""
+    awake_now = 1 if one["asleep"] == 0 and one["wake_end_s"] >= NEVER else 0
+    return one["alive"] * (4 + 2 * one["active"] + awake_now)
+
+
+@njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8), cache=True)
+def _look(sim, inst, seen, view, members, need_tok):
+    """Fill the router's view of `members`; eligible are the best of those that can hold it."""
+    best = 0
+    for j in members:
+        if inst[j]["kv_capacity_tok"] >= need_tok:
+            best = max(best, _rank(inst[j]))
+    then_s = sim["now_s"] - sim["view_age_s"]
+    for j in members:
+        one = inst[j]
+        fits = one["kv_capacity_tok"] >= need_tok and _rank(one) == best
+        view[VIEW_ELIGIBLE, j] = 1.0 if fits else 0.0
+        newest = one["seen"] - 1
+        oldest = max(0, one["seen"] - SEEN)
+        while newest > oldest and seen[j, newest & (SEEN - 1)]["t_s"] > then_s:
+            newest -= 1
+        row = seen[j, newest & (SEEN - 1)]
+        view[VIEW_QUEUE_TOK, j] = row["queue_tok"]
+        view[VIEW_QUEUE_REQ, j] = row["queue_req"]
+        view[VIEW_RUNNING_REQ, j] = row["running_req"]
+        view[VIEW_KV_TOK, j] = row["kv_tok"]
+        view[VIEW_FREQ_MHZ, j] = row["freq_mhz"]
+        view[VIEW_ROUTE_FRAC, j] = one["route_frac"]
+        view[VIEW_TYPE, j] = one["type"]
+        view[VIEW_KV_CAPACITY_TOK, j] = one["kv_capacity_tok"]
+
+
+@njit(types.void(SIM, REQS), cache=True)
+def _leave_route(sim, req):
+    """Take the first request off the list of those to be routed."""
+    sim["route_head"] = req[sim["route_head"]]["next"]
+    if sim["route_head"] < 0:
+        sim["route_tail"] = -1
+
+
+@njit(types.void(SIM, REQS, I8), cache=True)
+def _hold(sim, req, r):
+    """Keep a request until somebody lives who can take it; see faults.py."""
+    req[r]["next"] = -1
+    if sim["held_tail"] >= 0:
+        req[sim["held_tail"]]["next"] = r
+    else:
+        sim["held_head"] = r
+    sim["held_tail"] = r
+
+
+@njit(types.void(SIM, INSTS, TABLES, SEENS, REQS, F8_1, I8_1, I8_1, I8), cache=True)
+def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
+    """Carry out a routing choice: into the prefill queue, or on the way to decode."""
+    q = req[r]
+    if q["state"] == ROUTING:
+        one = inst[q["prefill_at"]]
+        one["arrived_req"] += 1
+        one["arrived_tok"] += q["prompt_tok"]
+        enqueue_prefill(one, req, r)
+        remember(inst, tables, seen, q["prefill_at"], sim["now_s"])
+        push_start(sim, inst, starts, q["prefill_at"])
+    else:
+        source = inst[q["prefill_at"]]
+        inst[q["decode_at"]]["arrived_req"] += 1
+        inst[q["decode_at"]]["arrived_tok"] += q["prompt_tok"]
+        source["transfer_j"] += q["prompt_tok"] * source["transfer_tok_j"]
+        q["state"] = MOVING
+        arrives_s = (
+            sim["now_s"] + source["transfer_latency_s"] + q["prompt_tok"] * source["transfer_tok_s"]
+        )
+        push_moving(sim, moving_s, moving_r, arrives_s, r)
+
+
+@njit(types.void(SIM, INSTS, REQS, I8_2, I8_1, I8_1, I8), cache=True)
+def _end_chunks(sim, inst, req, finish, done, starts, i):
+    """Prompt chunks of the iteration are done; whole prompts move on."""
+    one = inst[i]
+    for _ in range(one["chunk_req"]):
+        r = one["prefill_head"]
+        q = req[r]
+        q["todo_tok"] -= q["chunk_tok"]
+        one["prefill_tok"] -= q["chunk_tok"]
+        one["prefilled_tok"] += q["chunk_tok"]
+        if q["todo_tok"] > 0:
+            break
+        one["prefill_head"] = q["next"]
+        if q["next"] < 0:
+            one["prefill_tail"] = -1
+        one["prefill_req"] -= 1
+        one["prefilling_req"] -= 1
+        if q["made_tok"] > 0:
+            join(one, req, finish, i, r)  # recomputed after a preemption
+            continue
+        q["made_tok"] = 1
+        one["emitted_tok"] += 1
+        stays = one["decodes"] != 0
+        tells = stays or one["first_token_decode"] == 0 or q["output_tok"] == 1
+        if tells and q["first_s"] < 0.0:  # it may have been told before a failure
+            q["first_s"] = sim["now_s"]
+        if q["output_tok"] == 1:
+            one["kv_tok"] -= q["context_tok"]
+            complete(sim, req, done, r, sim["now_s"])
+        elif stays:
+            q["decode_at"] = i
+            q["context_tok"] += 1
+            one["kv_tok"] += 1
+            join(one, req, finish, i, r)
+        else:
+            q["state"] = HANDOFF
+            push_route(sim, req, r)
+
+
+@njit(types.void(SIM, REQS, I8), cache=True)
+def _release(sim, req, count):
+    """Closed loop: clients whose answer came send their next request at once."""
+    for _ in range(count):
+        r = sim["next_release"]
+        if r >= sim["n_requests"]:
+            return
+        sim["next_release"] += 1
+        q = req[r]
+        q["arrival_s"] = sim["now_s"]
+        if sim["judge_from_s"] <= sim["now_s"] < sim["judge_until_s"]:
+            sim["n_judged"] += 1
+            sim["n_judged_left"] += 1
+        q["state"] = ROUTING
+        push_route(sim, req, r)
+
+
+@njit(types.void(SIM, REQS, I8), cache=True)
+def _drop(sim, req, r):
+    """Refuse a request that no instance could ever hold; its client goes on to the next."""
+    q = req[r]
+    q["state"] = DROPPED
+    if sim["judge_from_s"] <= q["arrival_s"] < sim["judge_until_s"]:
+        sim["n_judged_left"] -= 1
+    if sim["closed_loop"] != 0:
+        _release(sim, req, 1)
+
+
+@njit(types.void(SIM, INSTS, TABLES, REQS, I8_2, I8_1, I8_1, LOG, I8), cache=True)
+def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
+    one = inst[i]
+    accrue(one, tables[one["type"]], sim["now_s"])
+    one["iterating"] = 0
+    one["iterations"] += 1
+    if len(log) > 0:
+        row = log[sim["n_logged"] % len(log)]
+        row["instance"] = i
+        row["t_s"] = sim["now_s"]
+        row["wall_s"] = sim["now_s"] - one["iter_start_s"]
+        row["freq_mhz"] = tables[one["type"], one["run_k"]]["clock_mhz"]
+        row["batch_req"] = one["batch_req"]
+        row["prefill_tok"] = one["chunk_tok"]
+        row["kv_tok"] = one["kv_tok"]
+        row["energy_j"] = one["prefill_j"] + one["decode_j"] - one["iter_start_j"]
+        sim["n_logged"] += 1
+    before = sim["n_done"]
+    if one["batch_req"] > 0:
+        finish_step(sim, one, req, finish, done, i, sim["now_s"])
+    if one["chunk_req"] > 0:
+        _end_chunks(sim, inst, req, finish, done, starts, i)
+    if sim["closed_loop"] != 0:
+        _release(sim, req, sim["n_done"] - before)
+    push_start(sim, inst, starts, i)
+
+
+@njit(F8(SIM, INST, REQS, TABLES, I8_2, F8_1, F8_1, GOVERNOR), cache=True)
+def _needed_mhz(sim, one, req, tables, padded, params, memory, governor):
+    oldest_s = 0.0
+    if one["prefill_head"] >= 0:
+        oldest_s = sim["now_s"] - req[one["prefill_head"]]["arrival_s"]
+    elif one["wait_head"] >= 0:
+        oldest_s = sim["now_s"] - req[one["wait_head"]]["arrival_s"]
+    kind = one["type"]
+    return governor(
+        tables[kind], padded[kind], params, memory, sim["now_s"],
+        float(one["batch_req"]), float(one["kv_tok"]),
+        float(one["prefill_tok"] + one["wait_tok"]), float(one["chunk_tok"]), oldest_s,
+        one["floor_mhz"], one["ceiling_mhz"],
+    )  # fmt: skip
+
+
+@njit(types.void(SIM, INST, TABLES, I8_2), cache=True)
+def _launch(sim, one, tables, padded):
+    """Begin the prepared iteration at the present clock."""
+    one["jitter_frac"] = 1.0
+    if sim["jitter_sd_frac"] > 0.0:
+        one["jitter_frac"] = _jitter(sim, sim["jitter_sd_frac"])
+    one["iterating"] = 1
+    one["iter_start_s"] = sim["now_s"]
+    one["iter_start_j"] = one["prefill_j"] + one["decode_j"]
+    one["iter_wall_s"] = price_iteration(one, tables, padded)
+    one["iter_end_s"] = sim["now_s"] + one["iter_wall_s"]
+
+
+@njit(types.void(SIMS, INSTS, TABLES), cache=True)
+def settle_accounts(sims, inst, tables):
+    """Bring energy and time sums of all instances up to now."""
+    for i in range(len(inst)):
+        accrue(inst[i], tables[inst[i]["type"]], sims[0]["now_s"])
+
+
+@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, F8_1, I8, F8), cache=True)
+def order_clock(sims, inst, tables, padded, pending_s, tree, seen, node_free_s, i, freq_mhz):
+    """The loop sets a clock (no governor runs on this instance)."""
+    one = inst[i]
+    k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
+    request_clock(sims[0], one, tables, padded, node_free_s, k, sims[0]["now_s"])
+    remember(inst, tables, seen, i, sims[0]["now_s"])
+    touch(inst, pending_s, tree, i)
+
+
+@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, I8, F8), cache=True)
+def order_cap(sims, inst, tables, padded, pending_s, tree, seen, i, cap_w):
+    """The loop sets a power cap, which takes effect at once."""
+    one = inst[i]
+    set_pace(one, tables, padded, one["clock_k"], cap_w, sims[0]["now_s"])
+    remember(inst, tables, seen, i, sims[0]["now_s"])
+    touch(inst, pending_s, tree, i)
+
+
+STATE = (
+    SIMS, INSTS, REQS, TABLES, I8_2, I8_2, F8_2, I8_2, F8_1, F8_1, F8_1, I8_1, SEENS, F8_2,
+    I8_1, I8_1, I8_1, I8_1, LOG,
+)  # fmt: skip
+BELIEFS = (TABLES, I8_2, F8_2, F8_2, F8_1, F8_1, F8_1, F8_1)
+
+
+@njit(I8(*STATE, *BELIEFS, GOVERNOR, ROUTER, ROUTER, F8), cache=True)
+def advance(
+    sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
+    moving_s, moving_r, seen, view, prefill, decode, starts, done, log,
+    believed, believed_padded, governor_params, governor_memory,
+    prefill_params, prefill_memory, decode_params, decode_memory,
+    governor, prefill_router, decode_router, until_s,
+):  # fmt: skip
+    """Run the fleet until `until_s`; see the module for when it returns earlier."""
+    sim = sims[0]
+    while True:
+        if sim["route_head"] >= 0:
+            r = sim["route_head"]
+            q = req[r]
+            need_tok = q["prompt_tok"] + q["output_tok"]
+            apart = inst[prefill[0]]["decodes"] == 0
+            early = sim["decode_at_arrival"] != 0
+            prefill_need_tok = q["prompt_tok"] if apart else need_tok
+            can_prefill = _who_can_hold(inst, prefill, prefill_need_tok)
+            can_decode = _who_can_hold(inst, decode, need_tok)
+            # Refused before any work is spent on it.
+            able = can_prefill > 0 and can_decode > 0
+            to_prefill = able and q["state"] == ROUTING and q["prefill_at"] < 0
+            to_decode = able and apart and q["decode_at"] < 0 and (q["state"] == HANDOFF or early)
+            if (to_prefill and can_prefill == 1) or (to_decode and can_decode == 1):
+                _leave_route(sim, req)
+                _hold(sim, req, r)
+                continue
+            if to_prefill:
+                _look(sim, inst, seen, view, prefill, prefill_need_tok)
+                if sim["hosted_prefill"] == 0:
+                    q["prefill_at"] = prefill_router(
+                        believed, believed_padded, prefill_params, prefill_memory,
+                        _uniform(sim), float(q["prompt_tok"]), view, prefill,
+                    )  # fmt: skip
+                elif sim["answered"] != 0:
+                    q["prefill_at"] = sim["answer_instance"]
+                    sim["answered"] = 0
+                else:
+                    sim["ask"] = ASK_PREFILL
+                    sim["ask_index"] = r
+                    return ASK_PREFILL
+            if to_decode:
+                _look(sim, inst, seen, view, decode, need_tok)
+                if sim["hosted_decode"] == 0:
+                    q["decode_at"] = decode_router(
+                        believed, believed_padded, decode_params, decode_memory,
+                        _uniform(sim), float(q["prompt_tok"]), view, decode,
+                    )  # fmt: skip
+                elif sim["answered"] != 0:
+                    q["decode_at"] = sim["answer_instance"]
+                    sim["answered"] = 0
+                else:
+                    sim["ask"] = ASK_DECODE
+                    sim["ask_index"] = r
+                    return ASK_DECODE
+            _leave_route(sim, req)
+            if not able:
+                _drop(sim, req, r)
+            else:
+                _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r)
+            continue
+        if sim["n_start"] > 0:
+            i = starts[sim["n_start"] - 1]
+            one = inst[i]
+            if one["prepared"] == 0:
+                # form_batch may append to the list, so this instance leaves it first.
+                sim["n_start"] -= 1
+                one["listed"] = 0
+                if one["alive"] == 0:
+                    continue
+                if one["asleep"] != 0 and one["prefill_req"] + one["wait_req"] > 0:
+                    rouse(one, tables[one["type"]], sim["now_s"])
+                    remember(inst, tables, seen, i, sim["now_s"])
+                    touch(inst, pending_s, tree, i)
+                if one["wake_end_s"] < NEVER:
+                    continue
+                accrue(one, tables[one["type"]], sim["now_s"])
+                if form_batch(sim, inst, req, finish, starts, i) == 0:
+                    one["idle_since_s"] = sim["now_s"]
+                    doze(one, tables[one["type"]], sim["now_s"])
+                    remember(inst, tables, seen, i, sim["now_s"])
+                    touch(inst, pending_s, tree, i)
+                    continue
+                one["prepared"] = 1
+                one["listed"] = 1
+                starts[sim["n_start"]] = i
+                sim["n_start"] += 1
+            if one["governed"] == 2 and sim["answered"] == 0:
+                sim["ask"] = ASK_GOVERNOR
+                sim["ask_index"] = i
+                return ASK_GOVERNOR
+            if one["governed"] != 0:
+                if one["governed"] == 2:
+                    freq_mhz = sim["answer_mhz"]
+                    sim["answered"] = 0
+                else:
+                    freq_mhz = _needed_mhz(
+                        sim, one, req, believed, believed_padded, governor_params[i],
+                        governor_memory[i], governor,
+                    )  # fmt: skip
+                wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
+                k = quantise_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
+                request_clock(sim, one, tables, padded, node_free_s, k, sim["now_s"])
+            one["prepared"] = 0
+            one["listed"] = 0
+            sim["n_start"] -= 1
+            _launch(sim, one, tables, padded)
+            remember(inst, tables, seen, i, sim["now_s"])
+            touch(inst, pending_s, tree, i)
+            continue
+        if sim["stop_when_judged"] != 0 and sim["n_judged_left"] == 0:
+            return JUDGED
+        t_s = tree[1]
+        kind = 0
+        if sim["n_moving"] > 0 and moving_s[0] < t_s:
+            t_s = moving_s[0]
+            kind = 1
+        if sim["next_arrival"] < sim["n_arrivals"]:
+            arrival_s = req[sim["next_arrival"]]["arrival_s"]
+            if arrival_s < t_s:
+                t_s = arrival_s
+                kind = 2
+        if t_s > until_s:
+            sim["now_s"] = until_s
+            return REACHED
+        sim["now_s"] = t_s
+        if kind == 1:
+            r = pop_moving(sim, moving_s, moving_r)
+            i = req[r]["decode_at"]
+            enqueue_wait(inst[i], req, r)
+            remember(inst, tables, seen, i, t_s)
+            push_start(sim, inst, starts, i)
+        elif kind == 2:
+            r = sim["next_arrival"]
+            sim["next_arrival"] += 1
+            req[r]["state"] = ROUTING
+            push_route(sim, req, r)
+        else:
+            i = first(tree)
+            one = inst[i]
+            ended = False
+            if one["call_end_s"] <= t_s:
+                call_returned(sim, inst, tables, padded, node_free_s, pending_s, pending_k, i, t_s)
+            elif one["pending"] > 0 and pending_s[i, 0] <= t_s:
+                clock_settled(inst, tables, padded, pending_s, pending_k, i, t_s)
+            elif one["wake_end_s"] <= t_s:
+                awake(one, tables[one["type"]], t_s)
+                push_start(sim, inst, starts, i)
+            elif one["iterating"] != 0:
+                _end_iteration(sim, inst, tables, req, finish, done, starts, log, i)
+                ended = True  # what it starts next is what routers see
+            else:
+                one["idle_since_s"] = NEVER
+                freq_mhz = _needed_mhz(
+                    sim, one, req, believed, believed_padded, governor_params[i],
+                    governor_memory[i], governor,
+                )  # fmt: skip
+                wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
+                k = quantise_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
+                request_clock(sim, one, tables, padded, node_free_s, k, t_s)
+            if not ended:
+                remember(inst, tables, seen, i, t_s)
+            touch(inst, pending_s, tree, i)

@@ -1,0 +1,1 @@
+"""Choosing instances: the compiled router port and the routers of `routing`."""

@@ -1,0 +1,218 @@
+"""One iteration of an instance: time and energy, and the transfer of its KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from voltana_ctrl.checks import F64
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import PROFILE_DTYPE, Profile
+
+
+def at_clock(profile: Profile, freq_mhz: ArrayLike) -> Any:
+    """Coefficients at any clock of the ladder's range, linear between ladder clocks.
+
+    Parameters
+    ----------
+    profile : Profile
+        Of the instance.
+    freq_mhz : array_like
+        Clocks, any shape.
+
+    Returns
+    -------
+    ndarray, dtype PROFILE_DTYPE
+        Of the shape of `freq_mhz`.
+
+    Raises
+    ------
+    ConfigError
+        If a clock lies outside the ladder.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> float(at_clock(profile, 217.5)["decode_base_s"].round(5))
+    0.03584
+    """
+    freq = np.asarray(freq_mhz, dtype=np.float64)
+    ladder = profile.clocks_mhz
+    if not np.all((freq >= ladder[0]) & (freq <= ladder[-1])):
+        raise ConfigError(
+            f"freq_mhz: expected {ladder[0]:g}..{ladder[-1]:g} MHz, the ladder of profile"
+            f" {profile.name}, got {freq_mhz!r}"
+        )
+    rows = np.zeros(freq.shape, dtype=PROFILE_DTYPE)
+    for column in PROFILE_DTYPE.names or ():
+        rows[column] = np.interp(freq, ladder, profile.table[column])
+    return rows
+
+
+def decode_s(
+    rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
+) -> F64:
+    """Time of one decode iteration: ``max(floor, max(base + req n, roof n) + kv K)``.
+
+    Weights are streamed whatever the batch, and each request adds to that; once computing,
+    which grows with the batch from nothing, takes longer, it counts instead.
+
+    Parameters
+    ----------
+    rows : ndarray, dtype PROFILE_DTYPE
+        Coefficients.
+    running_req, kv_tok : array_like
+        Requests in the batch and their tokens in the KV cache.
+    padded_req : array_like, optional
+        Executed size of the batch (``profile.padded_batch()[n]``); without it `running_req`.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> float(decode_s(profile.table[-1], 60, 60 * 434).round(5))
+    0.01603
+    """
+    size = np.asarray(running_req if padded_req is None else padded_req, dtype=np.float64)
+    line = rows["decode_base_s"] + rows["decode_req_s"] * size
+    bent = np.maximum(line, rows["decode_roof_s"] * size)
+    kv = rows["decode_kv_s"] * np.asarray(kv_tok, dtype=np.float64)
+    step_s: F64 = np.maximum(rows["decode_floor_s"], bent + kv)
+    return step_s
+
+
+def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, Any]:
+    """Coefficients of the straight line that decode iterations follow around a batch.
+
+    Below the roof they are the profile's; above it there is no base, and a request takes
+    what the roof says.
+
+    Parameters
+    ----------
+    rows, slopes : ndarray, dtype PROFILE_DTYPE, shape (n,)
+        Coefficients, and their change per MHz.
+    size_req : array_like, shape (n,)
+        Executed size of the batch.
+
+    Returns
+    -------
+    rows, slopes : ndarray, dtype PROFILE_DTYPE, shape (n,)
+        The same where no batch is above its roof.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> rows = load_profile("a100-sxm-80gb/llama-3.1-8b").table[-1:].copy()
+    >>> rows["decode_roof_s"] = 1e-4
+    >>> line, _ = decode_tangent(rows, rows, [300])
+    >>> line["decode_base_s"].item(), line["decode_req_s"].item()
+    (0.0, 0.0001)
+    """
+    size = np.asarray(size_req, dtype=np.float64)
+    above = (rows["decode_roof_s"] - rows["decode_req_s"]) * size > rows["decode_base_s"]
+    if not above.any():
+        return rows, slopes
+    rows, slopes = rows.copy(), slopes.copy()
+    for each in (rows, slopes):
+        each["decode_base_s"][above] = 0.0
+        each["decode_req_s"][above] = each["decode_roof_s"][above]
+    return rows, slopes
+
+
+def decode_j(
+    rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
+) -> F64:
+    """Energy of one decode iteration.
+
+    Parameters
+    ----------
+    rows, running_req, kv_tok, padded_req
+        As of :func:`decode_s`.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> power_w = decode_j(profile.table, 60, 26040) / decode_s(profile.table, 60, 26040)
+    >>> power_w[[0, -1]].round(1)
+    array([114.3, 317.2])
+    """
+    energy_j: F64 = (
+        decode_s(rows, running_req, kv_tok, padded_req) * rows["decode_power_w"]
+        + rows["decode_iter_j"]
+        + rows["decode_req_j"] * np.asarray(running_req, dtype=np.float64)
+        + rows["decode_kv_j"] * np.asarray(kv_tok, dtype=np.float64)
+    )
+    return energy_j
+
+
+def prefill_s(rows: Any, new_tok: ArrayLike, square_tok2: ArrayLike | None = None) -> F64:
+    """Time of one prefill iteration.
+
+    Parameters
+    ----------
+    rows : ndarray, dtype PROFILE_DTYPE
+        Coefficients.
+    new_tok : array_like
+        Prompt tokens processed, summed over the batch.
+    square_tok2 : array_like, optional
+        Sum over the batch of ``end^2 - start^2`` of the positions processed, for attention;
+        without it one whole prompt, ``new_tok^2``.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> float(prefill_s(profile.table[-1], 1000).round(4))
+    0.0755
+    """
+    tok = np.asarray(new_tok, dtype=np.float64)
+    square = tok**2 if square_tok2 is None else np.asarray(square_tok2, dtype=np.float64)
+    time_s: F64 = (
+        rows["prefill_base_s"] + rows["prefill_tok_s"] * tok + rows["prefill_tok2_s"] * square
+    )
+    return time_s
+
+
+def prefill_j(rows: Any, new_tok: ArrayLike, square_tok2: ArrayLike | None = None) -> F64:
+    """Energy of one prefill iteration.
+
+    Parameters
+    ----------
+    rows, new_tok, square_tok2
+        As of :func:`prefill_s`.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> float(prefill_j(profile.table[-1], 1000).round(1))
+    30.2
+    """
+    energy_j: F64 = prefill_s(rows, new_tok, square_tok2) * rows["prefill_power_w"]
+    return energy_j
+
+
+def kv_transfer_s(profile: Profile, prompt_tok: ArrayLike) -> F64:
+    """Time to move the KV cache of a prompt from a prefill to a decode instance.
+
+    Parameters
+    ----------
+    profile : Profile
+        Its link and KV size.
+    prompt_tok : array_like
+        Length of the prompt.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> float(kv_transfer_s(profile, 1000).round(6))
+    0.000571
+    """
+    moved_bytes = np.asarray(prompt_tok, dtype=np.float64) * profile.kv_bytes_per_tok
+    transfer_s: F64 = profile.link_latency_s + moved_bytes / profile.link_bytes_s
+    return transfer_s

@@ -1,0 +1,362 @@
+"""One node as a plant: telemetry from one side, clocks to the other, and a switch between."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from voltana_ctrl.backends.nvml.gpus import NvmlBackend
+from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
+from voltana_ctrl.checks import F64, Bool
+from voltana_ctrl.control.budget import highest_power_w
+from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.guard import Guard
+from voltana_ctrl.ports import Backend
+from voltana_ctrl.types import Decision, FleetSpec, Observation, Role
+
+__all__ = ["CappedGuard", "KillSwitch", "NodeBackend", "node_clocks", "power_ceilings_mhz"]
+
+
+def node_clocks(
+    fleet: FleetSpec,
+    gpus: Mapping[str, Sequence[str]],
+    *,
+    setter: Path | None = None,
+    lock_dir: Path = LOCK_DIR,
+    library: Path | None = None,
+) -> NvmlBackend:
+    """What sets the clocks of some instances of a fleet, and no others.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The whole fleet.
+    gpus : mapping of str to sequence of str
+        UUIDs of the GPUs of those instances, by id.
+    setter, lock_dir, library
+        As of :class:`~voltana_ctrl.backends.NvmlBackend`.
+
+    Raises
+    ------
+    ConfigError, BackendError
+        As of :class:`~voltana_ctrl.backends.NvmlBackend`.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> def lower(uuid):
+    ...     with node_clocks(fleet, {"decode-0": [uuid]}) as clocks:
+    ...         return clocks.spec.ids
+    """
+    chosen = [one for one in fleet.instances if one.id in gpus]
+    if len(chosen) != len(gpus) or not chosen:
+        raise ConfigError(
+            f"node_clocks: expected instances of the fleet ({', '.join(fleet.ids)}), got"
+            f" {', '.join(gpus) or 'none'}"
+        )
+    # To a driver all instances are alike; a part of a fleet need not serve both phases.
+    part = FleetSpec(tuple(replace(one, role=Role.COLOCATED) for one in chosen))
+    return NvmlBackend(part, gpus, setter=setter, lock_dir=lock_dir, library=library)
+
+
+def power_ceilings_mhz(fleet: FleetSpec, limit_w: Mapping[str, float]) -> F64:
+    """Highest clocks whose worst-case power stays within a limit per GPU.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet.
+    limit_w : mapping of str to float
+        Power limit of each GPU of an instance, by its id; those left out have none.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        The lowest clock where even that may draw more: the limit itself is then the driver's
+        to keep.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> power_ceilings_mhz(fleet, {"prefill-0": 300.0})
+    array([1140., 1410.])
+    """
+    ceilings = np.array(fleet.max_mhz)
+    for i, one in enumerate(fleet.instances):
+        if one.id in limit_w:
+            fits = np.flatnonzero(highest_power_w(one) <= limit_w[one.id] * one.gpus)
+            ceilings[i] = one.clocks_mhz[fits[-1] if fits.size else 0]
+    return ceilings
+
+
+class CappedGuard(Guard):
+    """A guard that knows ceilings of its own, under whatever the controller asks for.
+
+    Parameters
+    ----------
+    spec : FleetSpec
+        The fleet.
+    ceiling_mhz : ndarray, shape (n,)
+        Never passed; see :func:`power_ceilings_mhz`.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetState, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> guard = CappedGuard(fleet, np.array([1155.0, 1410.0]))
+    >>> idle = Observation(state=FleetState.idle(2))
+    >>> guard.shield(Decision.highest(fleet), idle, None).freq_mhz
+    array([1155., 1410.])
+    """
+
+    def __init__(self, spec: FleetSpec, ceiling_mhz: F64) -> None:
+        super().__init__(spec)
+        self.ceiling_mhz = ceiling_mhz
+
+    def shield(
+        self, proposed: Decision, observation: Observation, last: Decision | None
+    ) -> Decision:
+        """Decision that may be applied, see :meth:`voltana_ctrl.guard.Guard.shield`.
+
+        Parameters
+        ----------
+        proposed, observation, last
+            As of the guard.
+        """
+        highest = np.minimum(proposed.freq_max_mhz, self.ceiling_mhz)
+        capped = replace(
+            proposed, freq_mhz=np.minimum(proposed.freq_mhz, highest), freq_max_mhz=highest
+        )
+        return super().shield(capped, observation, last)
+
+
+class NodeBackend:
+    """Telemetry read from `reads`; clocks of some instances set through `sets`, if there is one.
+
+    Without `sets` there is no object in it that could set anything. With it, only clocks are
+    set, and only those of the instances that `sets` was opened for: power caps belong to
+    whoever set them.
+
+    Parameters
+    ----------
+    reads : Backend
+        State of the whole fleet.
+    sets : NvmlBackend, optional
+        Of :func:`node_clocks`; None only watches.
+
+    Raises
+    ------
+    ConfigError
+        If `sets` has instances that the fleet has not.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.backends.nvml.meters import GpuMeters
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> with NodeBackend(GpuMeters(fleet, {})) as node:
+    ...     node.apply(Decision.highest(fleet, floor_mhz=fleet.min_mhz))
+    ...     node.acts
+    False
+    """
+
+    def __init__(self, reads: Backend, sets: NvmlBackend | None = None) -> None:
+        self._reads = reads
+        self._sets = sets
+        self._released = False
+        ids = reads.spec.ids
+        self._chosen = []
+        if sets is not None:
+            strange = sorted(set(sets.spec.ids) - set(ids))
+            if strange:
+                raise ConfigError(
+                    f"NodeBackend.sets: expected instances of {', '.join(ids)}, got {strange[0]!r}"
+                )
+            self._chosen = [ids.index(name) for name in sets.spec.ids]
+
+    @property
+    def spec(self) -> FleetSpec:
+        """The fleet."""
+        return self._reads.spec
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything can be set, now."""
+        return self._sets is not None and not self._released
+
+    def problems(self) -> dict[str, str]:
+        """Why instances do not answer, by id, as far as `reads` knows."""
+        return dict(getattr(self._reads, "problems", {}))
+
+    def read(self) -> Observation:
+        """What `reads` tells."""
+        if self._sets is not None:
+            self._unless_released(self._sets.read)  # it notices locks that somebody else reset
+        return self._reads.read()
+
+    def _unless_released(self, call: Callable[[], object]) -> None:
+        if self._released:
+            return
+        try:
+            call()
+        except BackendError:
+            if not self._released:  # by another thread, meanwhile
+                raise
+
+    def apply(self, decision: Decision) -> None:
+        """Set the clocks of the chosen instances to those of the decision.
+
+        Raises
+        ------
+        ActuationDenied, BackendError
+            As of :class:`~voltana_ctrl.backends.NvmlBackend`.
+        """
+        if self._sets is None:
+            return
+        chosen = self._chosen
+        ones: Bool = np.ones(len(chosen), bool)
+        part = Decision(
+            t_s=decision.t_s,
+            freq_mhz=decision.freq_mhz[chosen],
+            freq_max_mhz=decision.freq_max_mhz[chosen],
+            route_frac=np.full(len(chosen), 1.0 / len(chosen)),
+            active=ones,
+            price_j_req=decision.price_j_req[chosen],
+        )
+        sets = self._sets
+        self._unless_released(lambda: sets.apply(part))
+
+    def release(self) -> None:
+        """Give the hardware back and set nothing any more; from any thread, also twice.
+
+        Raises
+        ------
+        ActuationDenied, BackendError
+            As of :meth:`voltana_ctrl.backends.NvmlBackend.close`.
+        """
+        self._released = True
+        if self._sets is not None:
+            self._sets.close()
+
+    def close(self) -> None:
+        """Give the hardware back and stop reading; may be called twice."""
+        try:
+            self.release()
+        finally:
+            self._reads.close()
+
+    def __enter__(self) -> NodeBackend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class KillSwitch:
+    """Releases the hardware when a file appears, or when it is told to.
+
+    A thread of its own looks ten times a second, so that neither a loop that hangs nor a
+    controller that computes keeps the hardware. Once released it stays so.
+
+    Parameters
+    ----------
+    release : callable
+        Gives the hardware back; called once, in the thread.
+    file : Path, optional
+        The file whose appearance means: give it back.
+    on_killed : callable, optional
+        Told why, after it was given back.
+
+    Raises
+    ------
+    ConfigError
+        If the file is there from the start.
+
+    Examples
+    --------
+    >>> import threading
+    >>> done = threading.Event()
+    >>> with KillSwitch(done.set) as switch:
+    ...     switch.kill("a signal")
+    ...     done.wait(5.0), switch.wait(5.0), switch.reason
+    (True, True, 'a signal')
+    """
+
+    def __init__(
+        self,
+        release: Callable[[], None],
+        *,
+        file: Path | None = None,
+        on_killed: Callable[[str], None] | None = None,
+        period_s: float = 0.1,
+    ) -> None:
+        if file is not None and file.exists():
+            raise ConfigError(f"kill file {file}: it is there; remove it to act again")
+        self.reason: str | None = None
+        self.failure: Exception | None = None
+        self._release, self._file, self._on_killed = release, file, on_killed
+        self._period_s = period_s
+        self._told = threading.Event()
+        self._closed = threading.Event()
+        self._killed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="voltana-ctrl-kill", daemon=True)
+        self._thread.start()
+
+    def kill(self, reason: str) -> None:
+        """Release the hardware; returns at once, also within a signal handler.
+
+        Parameters
+        ----------
+        reason : str
+            For people.
+        """
+        self.reason = self.reason or reason
+        self._told.set()
+
+    def wait(self, limit_s: float) -> bool:
+        """Whether it was released, at the latest after so long.
+
+        Parameters
+        ----------
+        limit_s : float
+            How long to wait for it.
+        """
+        return self._killed.wait(limit_s)
+
+    def _watch(self) -> None:
+        while not self._told.wait(self._period_s):
+            if self._closed.is_set():
+                return
+            if self._file is not None and self._file.exists():
+                self.kill(f"the file {self._file} appeared")
+        try:
+            self._release()
+        except Exception as error:  # noqa: BLE001  the watchdog goes on; it is told below
+            self.failure = error
+        self._killed.set()
+        if self._on_killed is not None:
+            done = "the hardware is given back" if self.failure is None else str(self.failure)
+            self._on_killed(f"killed, because of {self.reason}: {done}")
+
+    def close(self) -> None:
+        """Stop looking; may be called twice."""
+        self._closed.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5.0)
+
+    def __enter__(self) -> KillSwitch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+if TYPE_CHECKING:
+    _: type[Backend] = NodeBackend

@@ -1,0 +1,175 @@
+"""Import paths that start scripts may hold, from before the rooms: each names the new one.
+
+They are kept for release 0.1, and this module goes with 0.2. Until then a finder stands at the
+very end of Python's list of finders, where it is asked for what nobody else has found. An old
+module that it makes holds nothing: a name that is taken from it comes from its new place, with a
+warning.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["MODULES", "NAMES", "find_moved", "forward"]
+
+_PACKAGE = "voltana_ctrl"
+
+#: Old module and the new one, which has its names.
+MODULES = {
+    "backends.doctor": "backends.nvml.doctor",
+    "backends.held": "backends.nvml.held",
+    "backends.lease": "backends.nvml.lease",
+    "backends.setter": "backends.nvml.setter",
+    "backends.setter_client": "backends.nvml.setter_client",
+    "control.headroom": "estimate.headroom",
+    "control.mpc": "control.plan",
+    "integrations.messages": "live.orders",
+    "integrations.node": "live.node",
+    "integrations.pod_power": "live.pod_power",
+    "integrations.savings": "savings.proof",
+    "integrations.sglang": "engines.sglang",
+    "integrations.switchback": "savings.switchback",
+    "integrations.vllm": "engines.vllm",
+    "margin": "estimate.margin",
+    "model": "control.model",
+    "physics": "laws",
+    "predict": "estimate",
+    "sim.clock": "clock",
+    "sim.engine": "sim.plant",
+    "sim.meter": "sim.power",
+}
+#: Old module, and its names by the new module that each is in.
+NAMES: dict[str, dict[str, Sequence[str]]] = {
+    "backends.nvml": {
+        "backends.nvml.driver": ("Gpu", "GpuLost", "GpuReader", "GpuReading", "Nvml"),
+    },
+    "control": {
+        "estimate": ("LoadFilter", "LoadMemory", "Regime", "RegimeFilter", "RegimeMemory"),
+        "types": ("Load",),
+    },
+    "integrations": {
+        "backends.modelled": ("ModelledGpus",),
+        "backends.nvml.meters": ("GpuMeters",),
+        "engines.endpoints": ("ENGINES", "Endpoint", "load_endpoints"),
+        "engines.fpm.reader": ("FpmReader", "dynamo_fpm_addresses"),
+        "engines.limits": ("write_limits",),
+        "engines.scrape": ("Scraper",),
+        "engines.telemetry": ("EngineBackend",),
+        "engines.traffic": ("FinishedRequest", "Traffic"),
+        "live.agent": ("Agent", "AgentSettings"),
+        "live.exporter": ("Exporter",),
+        "live.hub": ("HubBackend",),
+        "live.node": ("NodeBackend", "node_clocks"),
+        "live.ticklog": ("TickLog", "write_parquet"),
+        "profiling.client": ("LoadClient",),
+        "profiling.engine": ("Engine", "ProfileAborted", "ProfileRun"),
+        "profiling.profiler": ("profile_engine",),
+        "profiling.sweep": (
+            "ProfilePlan", "ProfilePoint", "Sweep", "plan_profile", "spread_clocks",
+        ),
+        "router.app": ("Proxy", "ProxyLimits"),
+        "router.energy": ("EnergyBook", "RequestEnergy"),
+        "router.ledger": ("Flight", "InFlight"),
+        "router.policy": ("PolicyRouters", "StateSource"),
+        "router.server": ("proxy_server",),
+        "savings.blocks": ("Block", "BlockMeter", "read_blocks"),
+        "savings.evidence": ("Interval", "Savings"),
+        "savings.proof": ("estimate_savings", "savings_of_log"),
+        "savings.switchback": ("SwitchbackController",),
+    },
+    "loop": {"clock": ("SimClock", "WallClock")},
+    "physics": {"types": ("Lengths",)},
+}  # fmt: skip
+#: Names that changed besides.
+_RENAMED = {
+    ("integrations", "ClaimRefused"): ("savings.evidence", "EvidenceRefused"),
+    ("integrations", "Reading"): ("engines.reading", "EngineReading"),
+}
+
+
+def _home(old: str, name: str) -> tuple[str, str] | None:
+    """Module and name that an old name has now."""
+    if (old, name) in _RENAMED:
+        return _RENAMED[old, name]
+    for module, names in NAMES.get(old, {}).items():
+        if name in names:
+            return module, name
+    return (MODULES[old], name) if old in MODULES else None
+
+
+def forward(module: str) -> Callable[[str], object]:
+    """Make the ``__getattr__`` of a module that names have moved out of.
+
+    Parameters
+    ----------
+    module : str
+        Its ``__name__``.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     forward("voltana_ctrl.loop")("WallClock").__module__
+    'voltana_ctrl.clock'
+    >>> str(told[0].message)
+    'voltana_ctrl.loop.WallClock is now voltana_ctrl.clock.WallClock; the old path goes with 0.2'
+    """
+    old = module.removeprefix(f"{_PACKAGE}.")
+
+    def old_name(name: str) -> object:
+        home = None if name.startswith("__") else _home(old, name)
+        if home is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{_PACKAGE}.{home[0]}"), home[1])
+        # Seen by default, as users do not read the warnings meant for developers.
+        warnings.warn(
+            f"{module}.{name} is now {_PACKAGE}.{'.'.join(home)}; the old path goes with 0.2",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return value
+
+    return old_name
+
+
+class _MovedFinder(MetaPathFinder, Loader):
+    """Finds old modules, and makes each an empty one that forwards its names."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        old = fullname.removeprefix(f"{_PACKAGE}.")
+        if old == fullname or not (old in MODULES or old in NAMES):
+            return None
+        del path, target  # no file is looked for
+        return ModuleSpec(fullname, self, is_package=old == "integrations")
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        del spec  # an ordinary module will do
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__getattr__ = forward(module.__name__)  # type: ignore[method-assign]
+
+
+def find_moved() -> None:
+    """Let Python find old modules, after everything else.
+
+    Examples
+    --------
+    >>> find_moved()  # done by the package itself; once is enough
+    >>> from importlib.util import find_spec
+    >>> find_spec("voltana_ctrl.physics") is not None
+    True
+    """
+    if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedFinder())

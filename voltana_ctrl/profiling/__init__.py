@@ -1,0 +1,1 @@
+"""The profiler: a live engine measured over clocks and loads, into a table for `fit`."""

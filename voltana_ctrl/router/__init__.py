@@ -1,0 +1,1 @@
+"""The router: an OpenAI-compatible proxy in front of the engines of a fleet."""

@@ -1,0 +1,344 @@
+"""An OpenAI-compatible router in front of engines, as an ASGI application."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from voltana_ctrl.checks import count, positive
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.traffic import Traffic
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.router.energy import EnergyBook
+from voltana_ctrl.router.exchange import Exchange, Services
+from voltana_ctrl.router.ledger import InFlight
+from voltana_ctrl.router.policy import PolicyRouters, StateSource
+from voltana_ctrl.router.upstream import Upstream, UpstreamFailed
+from voltana_ctrl.serving.asgi import (
+    JSON,
+    RETRY_AFTER,
+    Headers,
+    JsonErrors,
+    Receive,
+    Refused,
+    Scope,
+    Send,
+    error_json,
+    header,
+    respond,
+)
+from voltana_ctrl.types import FleetSpec
+
+__all__ = ["Proxy", "ProxyLimits"]
+
+_LOG = logging.getLogger(__name__)
+_METRICS = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
+_EVENTS = ("retries", "cancelled", "broken_streams", "output_tokens", "ttft_seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyLimits:
+    """What one client may ask of a router, and for how long.
+
+    Parameters
+    ----------
+    body_bytes, header_bytes : int
+        Largest request.
+    in_flight_req : int
+        Requests at once; the next is told to come again (429).
+    attempts : int
+        How often a request is sent before its first token, at most.
+    header_s, body_s : float
+        Time for a request to arrive.
+    connect_s, first_token_s, total_s : float
+        Time for an engine to take the connection, for its first token, for all of an answer.
+    drain_s : float
+        Time that requests get to end after SIGTERM.
+    keep_energy_req : int
+        Latest requests whose energy can be asked for.
+
+    Raises
+    ------
+    ConfigError
+        If a limit is not positive.
+
+    Examples
+    --------
+    >>> ProxyLimits(attempts=2).body_bytes
+    16777216
+    """
+
+    body_bytes: int = 16 << 20
+    header_bytes: int = 32 << 10
+    in_flight_req: int = 4096
+    attempts: int = 3
+    header_s: float = 10.0
+    body_s: float = 30.0
+    connect_s: float = 5.0
+    first_token_s: float = 300.0
+    total_s: float = 3600.0
+    drain_s: float = 60.0
+    keep_energy_req: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "header_bytes", "in_flight_req", "attempts", "keep_energy_req"):
+            count(f"ProxyLimits.{name}", getattr(self, name))
+        for name in ("header_s", "body_s", "connect_s", "first_token_s", "total_s", "drain_s"):
+            positive(f"ProxyLimits.{name}", getattr(self, name))
+
+
+class Proxy:
+    """Sends each request where a policy says, and answers it exactly once.
+
+    An ASGI application; give it to uvicorn, or mount it in an application of your own that runs
+    its lifespan. A request is sent anew, elsewhere, only while its client has not seen a byte.
+
+    Its `routers` are a `Router` and its `energy` is an `Observer`: give both to a control loop,
+    and give the loop to :meth:`watch`; then decisions reach the routing, and energies are
+    measured. Where `is_draining` is set, new requests are told to go elsewhere (503).
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet.
+    endpoints : sequence of Endpoint
+        Its engines, in the same order.
+    policy : str
+        Whose routers choose, see :func:`~voltana_ctrl.policies.find_policy`.
+    routers : PolicyRouters, optional
+        In place of those of `policy`.
+    state : StateSource, optional
+        Telemetry or a control loop; without it the router goes by what it sent itself.
+    traffic : Traffic, optional
+        Told what was sent where and how it ended, for telemetry in this process.
+    limits : ProxyLimits, optional
+        Limits.
+    api_key : str, optional
+        Bearer token that clients must show.
+    engine_api_key : str, optional
+        Bearer token shown to engines.
+
+    Raises
+    ------
+    ConfigError
+        If fleet and engines do not fit.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> engines = [Endpoint(instance=name, kind="vllm", url=f"http://10.0.0.{k}:8000")
+    ...            for k, name in enumerate(fleet.ids)]
+    >>> proxy = Proxy(fleet, engines, policy="static-max+least-queue/jsq")
+    >>> proxy.counts.total_req
+    0
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSpec,
+        endpoints: Sequence[Endpoint],
+        *,
+        policy: str = "cascade",
+        routers: PolicyRouters | None = None,
+        state: StateSource | None = None,
+        traffic: Traffic | None = None,
+        limits: ProxyLimits | None = None,
+        api_key: str | None = None,
+        engine_api_key: str | None = None,
+    ) -> None:
+        if [endpoint.instance for endpoint in endpoints] != list(fleet.ids):
+            raise ConfigError(
+                f"endpoints: expected one for each of {', '.join(fleet.ids)}, in this order"
+            )
+        self.fleet = fleet
+        self.limits = limits or ProxyLimits()
+        self.routers = routers or PolicyRouters(fleet, policy)
+        self.counts = InFlight(fleet, state, traffic=traffic)
+        self.energy = EnergyBook(fleet, state, keep_req=self.limits.keep_energy_req)
+        self.is_draining = False
+        self._key = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
+        self._told: Counter[tuple[str, int]] = Counter()
+        self._upstream = Upstream(
+            endpoints,
+            colocated=fleet.colocated,
+            connect_s=self.limits.connect_s,
+            api_key=engine_api_key,
+            pass_authorization=api_key is None,
+        )
+        self._services = Services(
+            routers=self.routers,
+            counts=self.counts,
+            energy=self.energy,
+            upstream=self._upstream,
+            attempts=self.limits.attempts,
+            body_bytes=self.limits.body_bytes,
+            body_s=self.limits.body_s,
+            first_token_s=self.limits.first_token_s,
+            total_s=self.limits.total_s,
+        )
+        self._app = self._routes()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan, as ASGI says."""
+        await self._app(scope, receive, send)
+
+    def watch(self, source: StateSource) -> None:
+        """Take the state of the fleet from telemetry or a control loop from now on.
+
+        Parameters
+        ----------
+        source : StateSource
+            Whose `state` is asked for each request.
+        """
+        self.counts.source = self.energy.source = source
+
+    def _routes(self) -> Any:
+        try:
+            from starlette.applications import Starlette
+            from starlette.exceptions import HTTPException
+            from starlette.responses import Response
+            from starlette.routing import Route
+        except ImportError as error:
+            raise ConfigError(
+                "router: starlette is not installed; pip install 'voltana-ctrl[server]'"
+            ) from error
+
+        @asynccontextmanager
+        async def lifespan(app: Any) -> AsyncIterator[None]:
+            del app
+            async with self._upstream:
+                yield
+
+        async def say(request: Any, error: Exception) -> Response:
+            del request
+            status, headers = 500, {}
+            if isinstance(error, HTTPException):
+                status, headers = error.status_code, dict(error.headers or {})
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            text = {404: "no such path", 405: "method not allowed"}.get(status, "internal error")
+            content = error_json(status, kind, text)
+            return Response(content, status, headers, media_type="application/json")
+
+        pages = (
+            ("POST", "/v1/completions", self._complete),
+            ("POST", "/v1/chat/completions", self._complete),
+            ("GET", "/v1/models", self._models),
+            ("GET", "/v1/energy/{request_id}", self._energy_of),
+            ("GET", "/health", self._health),
+            ("GET", "/metrics", self._metrics),
+        )
+        app = Starlette(
+            routes=[
+                Route(path, JsonErrors(handle, partial(self._tell, path)), methods=[method])
+                for method, path, handle in pages
+            ],
+            lifespan=lifespan,
+            exception_handlers={HTTPException: say, Exception: say},
+        )
+        app.router.redirect_slashes = False
+        return app
+
+    def _tell(self, path: str, status: int) -> None:
+        self._told[path, status] += 1
+
+    def _admit(self, headers: Headers) -> None:
+        # A colon, a space and the end of the line besides.
+        if sum(len(name) + len(value) + 4 for name, value in headers) > self.limits.header_bytes:
+            raise Refused(431, "invalid_request_error", "the headers are too long")
+        if self._key is None:
+            return
+        scheme, _, token = (header(headers, b"authorization") or b"").partition(b" ")
+        is_same = hmac.compare_digest(hashlib.sha256(token.strip()).digest(), self._key)
+        if not (is_same and scheme.lower() == b"bearer"):
+            raise Refused(
+                401,
+                "authentication_error",
+                "expected a valid bearer token",
+                [(b"www-authenticate", b"Bearer")],
+            )
+
+    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._admit(scope["headers"])
+        if self.is_draining:
+            raise Refused(503, "server_error", "the router is shutting down", RETRY_AFTER)
+        if self.counts.total_req >= self.limits.in_flight_req:
+            text = "too many requests at once; come again"
+            raise Refused(429, "rate_limit_error", text, RETRY_AFTER)
+        await Exchange(self._services, scope, receive, send).run()
+
+    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del receive
+        self._admit(scope["headers"])
+        for instance in sorted(self.fleet.decode.tolist(), key=self.counts.is_down):
+            try:
+                answer = await self._upstream.get(instance, "/v1/models", scope["headers"])
+            except UpstreamFailed as failed:
+                _LOG.warning("%s", failed)
+                continue
+            await respond(send, answer.status, answer.headers, answer.head)
+            return
+        raise Refused(503, "server_error", "no engine answers; come again", RETRY_AFTER)
+
+    async def _energy_of(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del receive
+        self._admit(scope["headers"])
+        energy = self.energy.find(scope["path_params"]["request_id"])
+        if energy is None:
+            raise Refused(404, "not_found_error", "no energy is known of this request")
+        await respond(send, 200, JSON, json.dumps(energy.json()).encode())
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        down = [i for i in range(len(self.fleet)) if self.counts.is_down(i)]
+        lost = any(set(phase) <= set(down) for phase in (self.fleet.prefill, self.fleet.decode))
+        status = "draining" if self.is_draining else "unavailable" if lost else "ok"
+        told = {"status": status, "down": [self.fleet.ids[i] for i in down]}
+        await respond(send, 200 if status == "ok" else 503, JSON, json.dumps(told).encode())
+
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        await respond(send, 200, _METRICS, self._metrics_page().encode())
+
+    def _metrics_page(self) -> str:
+        seen, counts, ids = self._services.seen, self.counts, self.fleet.ids
+        families: dict[str, list[tuple[str, float]]] = {
+            "requests_total": [
+                (f'path="{path}",status="{status}"', n)
+                for (path, status), n in sorted(self._told.items())
+            ],
+            "energy_joules_total": [
+                (f'part="{part}"', energy_j) for part, energy_j in self.energy.spent_j.items()
+            ],
+            "in_flight": [
+                (f'instance="{name}"', counts.in_flight_req(i)) for i, name in enumerate(ids)
+            ],
+            "down": [(f'instance="{name}"', counts.is_down(i)) for i, name in enumerate(ids)],
+        }
+        judged = sorted(self._services.judged.items())
+        families["streams_total"] = [
+            (f'request_class="{name}"', n) for (objective, name), n in judged if objective == "any"
+        ]
+        families["streams_met_total"] = [
+            (f'objective="{objective}",request_class="{name}"', n)
+            for (objective, name), n in judged
+            if objective != "any"
+        ]
+        for name in _EVENTS:
+            families[f"{name}_total"] = [("", seen[name])]
+        lines = []
+        for name, samples in families.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines.append(f"# TYPE voltana_router_{name} {kind}")
+            for labels, value in samples:
+                tags = f"{{{labels}}}" if labels else ""
+                lines.append(f"voltana_router_{name}{tags} {float(value)!r}")
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Proof of savings: alternating blocks of policy and highest clock, and what they show."""

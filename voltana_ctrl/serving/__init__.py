@@ -1,0 +1,1 @@
+"""The bounded HTTP server that router and controller share."""

@@ -1,0 +1,226 @@
+"""An HTTP server with limits on what arrives: uvicorn, bounded heads, errors in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.serving.asgi import error_json
+
+if TYPE_CHECKING:
+    import uvicorn
+
+__all__ = ["bounded_server", "listen"]
+
+# Longer than clients keep an idle connection, so that they close it and not we.
+_KEEP_ALIVE_S = 75
+_BACKLOG = 4096
+
+
+def bounded_server(
+    app: Any,
+    *,
+    what: str,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    header_bytes: int = 1 << 16,
+    header_s: float = 10.0,
+    drain_s: float = 5.0,
+    lifespan: bool = False,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    on_exit: Callable[[], None] | None = None,
+) -> uvicorn.Server:
+    """Server of an ASGI application; `run()` serves until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    app : ASGI application
+        What is served.
+    what : str
+        What it is, for errors: `router`, `controller`.
+    host, port
+        Where to listen; port 0 for any. Sockets of :func:`listen` given to `run` go first.
+    header_bytes : int
+        Longest head of a request, that is its request line and headers.
+    header_s : float
+        How long the head may take to come.
+    drain_s : float
+        How long requests may take to end once it stops.
+    lifespan : bool
+        Whether the application wants to be told of start and end.
+    tls_cert, tls_key : Path, optional
+        Certificate chain and its key, for HTTPS.
+    on_exit : callable, optional
+        Called when the end begins.
+
+    Returns
+    -------
+    uvicorn.Server
+        Not started.
+
+    Raises
+    ------
+    ConfigError
+        If uvicorn is missing, or one of certificate and key.
+
+    Examples
+    --------
+    >>> async def app(scope, receive, send): ...
+    >>> bounded_server(app, what="controller").started
+    False
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(
+            f"{what}: uvicorn is not installed; pip install 'voltana-ctrl[server]'"
+        ) from error
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError("tls: expected certificate and key, got one of them")
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if on_exit is not None:
+                on_exit()
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=_bounded_protocol(header_bytes, header_s),
+        ws="none",
+        lifespan="on" if lifespan else "off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+        # A line over the limit is ours to refuse.
+        h11_max_incomplete_event_size=2 * header_bytes,
+        ssl_certfile=tls_cert,
+        ssl_keyfile=tls_key,
+    )
+    return Server(config)
+
+
+def listen(host: str, port: int, *, what: str) -> list[socket.socket]:
+    """Sockets that clients can connect to, before anything is promised.
+
+    Parameters
+    ----------
+    host : str
+        Name or address; one socket for each address that it has.
+    port : int
+        0 for any that is free.
+    what : str
+        Who listens, for errors.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such port.
+    BackendError
+        If it cannot be listened on.
+
+    Examples
+    --------
+    >>> sockets = listen("127.0.0.1", 0, what="router")
+    >>> sockets[0].getsockname()[1] > 0
+    True
+    >>> for one in sockets:
+    ...     one.close()
+    """
+    if not 0 <= port < 65536:  # the resolver would take the rest of it modulo 65536
+        raise ConfigError(f"{what}: port: expected 0 to 65535, got {port}")
+    made: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(found):
+            made.append(socket.create_server(address[:2], family=family, backlog=_BACKLOG))
+    except OSError as error:
+        for one in made:
+            one.close()
+        raise BackendError(
+            f"{what}: {host}:{port} cannot be listened on: {error.strerror}; choose another"
+            " --port or --host"
+        ) from error
+    return made
+
+
+def _bounded_protocol(header_bytes: int, header_s: float) -> type[asyncio.Protocol]:
+    """Uvicorn's own HTTP protocol, with limits on a request's head, and errors in JSON."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    base: Any = AutoHTTPProtocol
+
+    class Bounded(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._head_bytes = 0
+            self._head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._time_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._untime_head()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            before = self.cycle
+            if before is None or before.response_complete:
+                self._head_bytes += len(data)
+                if self._head_timer is None:
+                    self._time_head()
+            super().data_received(data)
+            if self.cycle is not before:
+                self._head_bytes = 0
+                self._untime_head()
+            elif self._head_bytes > header_bytes and not self.transport.is_closing():
+                self._refuse(431, "Request Header Fields Too Large", "the headers are too long")
+
+        def send_400_response(self, msg: str) -> None:
+            if self._head_bytes > header_bytes:
+                self._refuse(431, "Request Header Fields Too Large", "the headers are too long")
+            else:
+                self._refuse(400, "Bad Request", "this is not valid HTTP")
+            del msg
+
+        def _time_head(self) -> None:
+            self._head_timer = self.loop.call_later(header_s, self._too_slow)
+
+        def _untime_head(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _too_slow(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self._refuse(408, "Request Timeout", "the headers came too slowly")
+
+        def _refuse(self, status: int, phrase: str, message: str) -> None:
+            self._untime_head()
+            cycle = self.cycle
+            # Inside an answer an error would be read as part of it.
+            if cycle is None or cycle.response_complete or not cycle.response_started:
+                content = error_json(status, "invalid_request_error", message)
+                head = (
+                    f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
+                    f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+                )
+                self.transport.write(head.encode() + content)
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+            self.transport.close()
+
+    return Bounded

@@ -1,0 +1,572 @@
+"""The plant: a fleet simulated event by event at the resolution of engine iterations.
+
+Compiled governors and routers run inside the kernel; Python ones are asked through the same
+kernel, which returns for each question and goes on with the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl.checks import not_negative
+from voltana_ctrl.control.base import CompiledGovernor
+from voltana_ctrl.errors import ConfigError, ShapeError
+from voltana_ctrl.kernels import layout
+from voltana_ctrl.kernels.choose.base import N_MEMORY, hold_floor
+from voltana_ctrl.kernels.plant import advance as plant
+from voltana_ctrl.kernels.plant import faults as fault_kernels
+from voltana_ctrl.kernels.plant.events import touch
+from voltana_ctrl.kernels.plant.rest import order_rest
+from voltana_ctrl.kernels.route.base import by_share
+from voltana_ctrl.ports import Governor, Router
+from voltana_ctrl.routing.base import CompiledRouter
+from voltana_ctrl.sim.faults import Fault, FaultSchedule
+from voltana_ctrl.sim.workload import Workload
+from voltana_ctrl.types import (
+    Decision,
+    FleetSpec,
+    FleetState,
+    IterationBatch,
+    Observation,
+    Request,
+    RequestBatch,
+)
+from voltana_ctrl.types.packed import instance_types
+
+__all__ = ["Plant", "PlantSettings"]
+
+_NEVER = 1e300
+# Where they stand among the arrays of the kernel.
+_TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED, _PARAMS = 3, 4, 19, 20, 21
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlantSettings:
+    """How the simulated machine behaves, apart from its profiles.
+
+    Parameters
+    ----------
+    actuation_s : float
+        Dead time of a clock set; sets of one node follow one another.
+    settle_s : float
+        From the end of the call until the clock has its new value.
+    view_age_s : float
+        Age of the state that compiled routers see.
+    decode_at_arrival : bool
+        Whether the decode instance is picked when the request arrives (SGLang's P/D
+        balancer) or when its prefill is done (vLLM's proxies).
+    jitter_sd_frac : float
+        Log-normal spread of iteration times, mean 1.
+    power_noise_sd_w : float
+        White noise on power readings; energy sums stay exact.
+    log_iterations : int
+        Iterations kept between two reads; 0 for none.
+
+    Raises
+    ------
+    ConfigError
+        If a value is negative.
+
+    Examples
+    --------
+    >>> PlantSettings().settle_s
+    0.02
+    """
+
+    actuation_s: float = 0.005
+    settle_s: float = 0.02
+    view_age_s: float = 0.0
+    decode_at_arrival: bool = False
+    jitter_sd_frac: float = 0.0
+    power_noise_sd_w: float = 0.0
+    log_iterations: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "actuation_s",
+            "settle_s",
+            "view_age_s",
+            "jitter_sd_frac",
+            "power_noise_sd_w",
+            "log_iterations",
+        ):
+            not_negative(f"PlantSettings.{name}", getattr(self, name))
+
+
+class Plant:
+    """A simulated fleet under a workload.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        What is simulated.
+    workload : Workload
+        What arrives.
+    settings : PlantSettings, optional
+        Actuation, noise.
+    governors : sequence of Governor, optional
+        One per instance; all compiled with one kernel, or all Python. Without, decisions
+        write the clocks.
+    prefill_router, decode_router : Router, optional
+        Who picks instances; the shares of the latest decision by default.
+    believed : FleetSpec, optional
+        What compiled governors and routers believe about the fleet; the truth by default.
+        A governor with tables of its own, from the start or replaced since (``governor.rows``,
+        ``padded``, ``params``), speaks for its instance from the next decision on.
+    judged_s : tuple of float, optional
+        Requests that arrive in ``[from, until)`` are judged; all by default.
+    faults : sequence of Fault
+        What goes wrong and when, see :mod:`voltana_ctrl.sim.faults`.
+    seed : int
+        Of random routing and noise.
+
+    Raises
+    ------
+    ConfigError
+        If governors or faults do not match the fleet.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.workload import make_workload
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> plant = Plant(fleet, make_workload("sharegpt", rate_req_s=2.0, duration_s=20.0, seed=0))
+    >>> plant.advance(10.0)
+    >>> plant.now_s, bool(plant.read().state.energy_j.sum() > 10 * 2 * 60)
+    (10.0, True)
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSpec,
+        workload: Workload,
+        settings: PlantSettings | None = None,
+        *,
+        governors: Sequence[Governor] | None = None,
+        prefill_router: Router | None = None,
+        decode_router: Router | None = None,
+        believed: FleetSpec | None = None,
+        judged_s: tuple[float, float] = (0.0, np.inf),
+        faults: Sequence[Fault] = (),
+        seed: int = 0,
+    ) -> None:
+        self.fleet = fleet
+        self.workload = workload
+        self.settings = settings or PlantSettings()
+        n = len(fleet)
+        self._tables, self._padded, kind = instance_types(fleet)
+        self.instances = _instances(fleet, kind)
+        self.requests = _requests(workload)
+        self._sim = np.zeros(1, dtype=layout.SIM_DTYPE)
+        self._noise = np.random.default_rng([seed, 1])
+        self._start_sim(judged_s, seed)
+        largest = int(workload.output_tok.max(initial=1)) + 2
+        ring = 1 << max(1, int(largest).bit_length())
+        leaves = 1 << max(0, (n - 1).bit_length())
+        requests = max(1, len(workload))
+        self._tree = np.full(2 * leaves, _NEVER)
+        nodes = {node: k for k, node in enumerate(dict.fromkeys(i.node for i in fleet.instances))}
+        self.instances["node"] = [nodes[i.node] for i in fleet.instances]
+        self._node_free_s = np.zeros(len(nodes))
+        self._pending_s = np.zeros((n, layout.PENDING))
+        self._seen = np.zeros((n, layout.SEEN), dtype=layout.SEEN_DTYPE)
+        self._seen["freq_mhz"] = fleet.max_mhz[:, None]
+        self._done = np.zeros(requests, dtype=np.int64)
+        self._log = np.zeros(self.settings.log_iterations, dtype=layout.ITERATION_DTYPE)
+        self._governors = governors
+        self._hosted = False
+        governor, params, memory = self._take_governors(governors)
+        self._routers: dict[int, Router] = {}
+        prefill, decode = (
+            self._take_router(name, router)
+            for name, router in (("prefill", prefill_router), ("decode", decode_router))
+        )
+        believed_tables, believed_padded, _ = instance_types(believed or fleet)
+        self._arrays = (
+            self._sim,
+            self.instances,
+            self.requests,
+            self._tables,
+            self._padded,
+            np.full((n, ring), -1, dtype=np.int64),
+            self._pending_s,
+            np.zeros((n, layout.PENDING), dtype=np.int64),
+            self._node_free_s,
+            self._tree,
+            np.zeros(requests),
+            np.zeros(requests, dtype=np.int64),
+            self._seen,
+            np.zeros((layout.N_VIEW, n)),
+            np.array(fleet.prefill),
+            np.array(fleet.decode),
+            np.zeros(n + 1, dtype=np.int64),
+            self._done,
+            self._log,
+            believed_tables,
+            believed_padded,
+            params,
+            memory,
+            *prefill[1:],
+            *decode[1:],
+        )
+        self._functions = (governor, prefill[0], decode[0])
+        self._told: list[tuple[Any, ...]] = []
+        self._take_beliefs()
+        for i in range(n):
+            touch(self.instances, self._pending_s, self._tree, i)
+        self._read_done = 0
+        self._read_logged = 0
+        self._advance_hosted: Any = None
+        self._faults = FaultSchedule(fleet, faults)
+        self._struck = 0
+        if self._faults.edges_s[:1] == (0.0,):
+            self._strike()
+
+    def _start_sim(self, judged_s: tuple[float, float], seed: int) -> None:
+        sim = self._sim
+        settings = self.settings
+        sim["n_requests"] = sim["n_arrivals"] = len(self.workload)
+        for name in ("route_head", "route_tail", "held_head", "held_tail"):
+            sim[name] = -1
+        # Any odd start will do; the multiplier spreads neighbouring seeds over the state.
+        sim["rng"] = (2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64
+        sim["actuation_s"] = settings.actuation_s
+        sim["settle_s"] = settings.settle_s
+        sim["jitter_sd_frac"] = settings.jitter_sd_frac
+        sim["view_age_s"] = settings.view_age_s
+        sim["decode_at_arrival"] = settings.decode_at_arrival
+        sim["judge_from_s"], sim["judge_until_s"] = judged_s
+        concurrency = self.workload.concurrency
+        if concurrency is not None:
+            sim["closed_loop"] = 1
+            sim["n_arrivals"] = sim["next_release"] = min(concurrency, len(self.workload))
+            self.requests["arrival_s"][concurrency:] = _NEVER
+        arrival_s = self.requests["arrival_s"]
+        judged = (arrival_s >= judged_s[0]) & (arrival_s < min(judged_s[1], _NEVER))
+        sim["n_judged"] = sim["n_judged_left"] = judged.sum()
+
+    def _take_governors(self, governors: Sequence[Governor] | None) -> tuple[Any, Any, Any]:
+        n = len(self.fleet)
+        if governors is None:
+            return hold_floor, np.zeros((n, 1)), np.zeros((n, N_MEMORY))
+        if len(governors) != n:
+            raise ConfigError(
+                f"Plant.governors: expected one per instance, {n}, got {len(governors)}"
+            )
+        compiled = [one for one in governors if isinstance(one, CompiledGovernor)]
+        if len(compiled) == n and len({id(one.kernel) for one in compiled}) == 1:
+            self.instances["governed"] = 1
+            self.instances["idle_call_s"] = [one.idle_call_s for one in compiled]
+            params = np.zeros((n, max(1, *(one.params.size for one in compiled))))
+            for i, one in enumerate(compiled):
+                params[i, : one.params.size] = one.params
+            return compiled[0].kernel, params, np.zeros((n, N_MEMORY))
+        self.instances["governed"] = 2
+        self._hosted = True
+        return hold_floor, np.zeros((n, 1)), np.zeros((n, N_MEMORY))
+
+    def _take_beliefs(self) -> None:
+        """Copy what governors believe: tables of their own, and all that was replaced since."""
+        if self.instances["governed"][0] != 1:
+            return
+        compiled = [one for one in self._governors or () if isinstance(one, CompiledGovernor)]
+        now = [(one.rows, one.padded, one.params) for one in compiled]
+        if self._told:
+            changed = [
+                i
+                for i, (new, old) in enumerate(zip(now, self._told, strict=True))
+                if any(a is not b for a, b in zip(new, old, strict=True))
+            ]
+        else:
+            tables = [instance.table for instance in self.fleet.instances]
+            changed = [i for i, one in enumerate(now) if not np.array_equal(one[0], tables[i])]
+        self._told = now
+        if not changed:
+            return
+        kind = self.instances["type"].copy()
+        if not np.array_equal(kind, np.arange(len(kind))):
+            # From here on every instance is of a type of its own.
+            self.instances["type"] = np.arange(len(kind))
+            arrays = list(self._arrays)
+            for position in (_TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED):
+                arrays[position] = arrays[position][kind]
+            self._arrays = tuple(arrays)
+            self._tables, self._padded = arrays[_TABLES], arrays[_PADDED]
+        believed, sizes, params = (
+            self._arrays[position] for position in (_BELIEVED, _BELIEVED_PADDED, _PARAMS)
+        )
+        for i in changed:
+            rows, padded, settings = now[i]
+            believed[i, : len(rows)] = rows
+            believed[i, len(rows) :] = rows[-1]
+            sizes[i, : len(padded)] = padded
+            params[i, : settings.size] = settings
+
+    def _take_router(self, phase: str, router: Router | None) -> tuple[Any, Any, Any]:
+        none = np.zeros(1), np.zeros(len(self.fleet))
+        if router is None:
+            return by_share, *none
+        if isinstance(router, CompiledRouter):
+            params = router.params if router.params.size else np.zeros(1)
+            return router.kernel, params, np.zeros(len(self.fleet))
+        self._sim[f"hosted_{phase}"] = 1
+        self._hosted = True
+        self._routers[layout.ASK_PREFILL if phase == "prefill" else layout.ASK_DECODE] = router
+        return by_share, *none
+
+    @property
+    def now_s(self) -> float:
+        """Simulated time."""
+        return float(self._sim[0]["now_s"])
+
+    @property
+    def judged(self) -> tuple[int, int]:
+        """Requests that are judged, and how many of them are not done yet."""
+        return int(self._sim[0]["n_judged"]), int(self._sim[0]["n_judged_left"])
+
+    def advance(self, until_s: float, *, stop_when_judged: bool = False) -> None:
+        """Run until `until_s`, or until every judged request is done.
+
+        Parameters
+        ----------
+        until_s : float
+            Simulated time to stop at; earlier than now does nothing.
+        stop_when_judged : bool
+            Return as soon as no judged request is left.
+        """
+        if until_s < self.now_s:
+            return
+        self._sim["stop_when_judged"] = stop_when_judged
+        edges_s = self._faults.edges_s
+        while self._struck < len(edges_s) and edges_s[self._struck] <= until_s:
+            if self._run(edges_s[self._struck]) == layout.JUDGED:
+                return
+            self._strike()
+        self._run(until_s)
+
+    def _strike(self) -> None:
+        """Bring every instance into the state that the next edge of the faults leaves it in."""
+        alive, slow_frac, clamp_k = self._faults.at(self._faults.edges_s[self._struck])
+        self._struck += 1
+        inst, state = self.instances, self._arrays[: len(plant.STATE)]
+        for i in np.flatnonzero((inst["alive"] == 1) & ~alive):
+            fault_kernels.fail(*state, i)
+        for i in np.flatnonzero((inst["alive"] == 0) & alive):
+            fault_kernels.recover(*state, i)
+        for i in np.flatnonzero((inst["slow_frac"] != slow_frac) | (inst["clamp_k"] != clamp_k)):
+            fault_kernels.hinder(*state, i, slow_frac[i], clamp_k[i])
+
+    def _run(self, until_s: float) -> int:
+        """Run the kernel until `until_s`, and answer what it asks."""
+        if not self._hosted:
+            return int(plant.advance(*self._arrays, *self._functions, until_s))
+        run = self._hosted_kernel()
+        arrays, sim, governors = self._arrays, self._sim[0], self._governors
+        functions = () if run is not plant.advance else self._functions
+        while (code := run(*arrays, *functions, until_s)) > layout.JUDGED:
+            asked = int(sim["ask_index"])
+            if code == layout.ASK_GOVERNOR and governors is not None:
+                sim["answer_mhz"] = self._ask_governor(governors[asked], asked)
+            else:
+                sim["answer_instance"] = self._ask_router(code, asked)
+            sim["answered"] = 1
+        return int(code)
+
+    def _hosted_kernel(self) -> Any:
+        """Entry without function arguments, unless a compiled router needs them."""
+        if self._functions != (hold_floor, by_share, by_share):
+            return plant.advance
+        if self._advance_hosted is None:
+            from voltana_ctrl.kernels.plant.hosted import advance_by_share
+
+            self._advance_hosted = advance_by_share
+        return self._advance_hosted
+
+    def _ask_governor(self, governor: Governor, i: int) -> float:
+        one = self.instances[i]
+        head = one["prefill_head"] if one["prefill_head"] >= 0 else one["wait_head"]
+        oldest_s = self.now_s - self.requests[head]["arrival_s"] if head >= 0 else 0.0
+        # What an engine knows besides, and only compiled governors ask for.
+        known: dict[str, float] = {}
+        if isinstance(governor, CompiledGovernor):
+            known = {"batch_tok": float(one["chunk_tok"]), "t_s": self.now_s}
+        return governor.step(
+            float(one["batch_req"]),
+            float(one["kv_tok"]),
+            float(one["prefill_tok"] + one["wait_tok"]),
+            float(oldest_s),
+            float(one["floor_mhz"]),
+            float(one["ceiling_mhz"]),
+            **known,
+        )
+
+    def _ask_router(self, phase: int, r: int) -> int:
+        row = self.requests[r]
+        request = Request(
+            prompt_tok=int(row["prompt_tok"]),
+            id=r,
+            cached_tok=int(row["cached_tok"]),
+            request_class=int(row["request_class"]),
+        )
+        chosen = self._routers[phase].route(request, self.state())
+        members = self.fleet.prefill if phase == layout.ASK_PREFILL else self.fleet.decode
+        if chosen not in members:
+            raise ConfigError(
+                f"{type(self._routers[phase]).__name__}.route: expected one of the instances"
+                f" {members.tolist()}, got {chosen!r}"
+            )
+        return int(chosen)
+
+    def apply(self, decision: Decision) -> None:
+        """Carry out a decision: clocks or their range, shares, active set, power caps.
+
+        Caps that the decision leaves out stay as they are.
+
+        Raises
+        ------
+        ShapeError
+            If it was made for another number of instances.
+        """
+        self._take_beliefs()
+        inst = self.instances
+        if len(decision) != len(inst):
+            raise ShapeError(
+                f"Plant.apply: expected a decision for {len(inst)} instances, got one for"
+                f" {len(decision)}"
+            )
+        plant.settle_accounts(self._sim, inst, self._tables)
+        inst["floor_mhz"] = decision.freq_mhz
+        inst["ceiling_mhz"] = decision.freq_max_mhz
+        inst["route_frac"] = decision.route_frac
+        inst["active"] = decision.active
+        clocks = (
+            self._sim, inst, self._tables, self._padded, self._pending_s, self._tree, self._seen,
+        )  # fmt: skip
+        limits = decision.limits
+        caps_w = None if limits is None else limits.power_cap_w
+        # Without a cap it is as found, which the profile holds already.
+        caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
+        for capped in np.flatnonzero(inst["power_cap_w"] != caps_w):
+            plant.order_cap(*clocks, int(capped), float(caps_w[capped]))
+        for sleeper in np.flatnonzero(inst["sleeps"]):
+            order_rest(self._sim, inst, self._tables, self._pending_s, self._tree, sleeper)
+        for router in self._routers.values():
+            router.update(decision)
+        if self._governors is not None:
+            return
+        for i, freq_mhz in enumerate(decision.freq_mhz):
+            plant.order_clock(*clocks, self._node_free_s, i, float(freq_mhz))
+
+    def state(self) -> FleetState:
+        """State of every instance now; counts of arrivals since the last :meth:`read`."""
+        plant.settle_accounts(self._sim, self.instances, self._tables)
+        inst, now_s = self.instances, self.now_s
+        head = np.where(inst["prefill_head"] >= 0, inst["prefill_head"], inst["wait_head"])
+        waits = head >= 0
+        oldest_s = np.zeros(len(inst))
+        oldest_s[waits] = now_s - self.requests["arrival_s"][head[waits]]
+        iterates = inst["iterating"] == 1
+        power_w = np.where(iterates, inst["power_w"], inst["rest_w"])
+        if self.settings.power_noise_sd_w > 0.0:
+            noise_w = self._noise.normal(0.0, self.settings.power_noise_sd_w, len(inst))
+            power_w = np.maximum(power_w + noise_w, 0.0)
+        clock_k = np.where(iterates, inst["run_k"], np.minimum(inst["clock_k"], inst["clamp_k"]))
+        return FleetState(
+            t_s=now_s,
+            alive=inst["alive"] == 1,
+            queue_tok=inst["prefill_tok"] + inst["wait_tok"],
+            queue_req=inst["prefill_req"] + inst["wait_req"],
+            oldest_wait_s=oldest_s,
+            running_req=inst["running_req"],
+            kv_used_tok=inst["kv_tok"],
+            freq_mhz=self._tables["clock_mhz"][inst["type"], clock_k],
+            power_w=power_w,
+            energy_j=inst["prefill_j"] + inst["decode_j"] + inst["idle_j"] + inst["transfer_j"],
+            age_s=np.zeros(len(inst)),
+            arrived_req=inst["arrived_req"],
+            arrived_tok=inst["arrived_tok"],
+        )
+
+    def read(self) -> Observation:
+        """State now, and what happened since the last read."""
+        state = self.state()
+        self.instances["arrived_req"] = 0
+        self.instances["arrived_tok"] = 0
+        return Observation(
+            state=state, iterations=self._new_iterations(), finished=self._new_finished()
+        )
+
+    def _new_iterations(self) -> IterationBatch:
+        logged = int(self._sim[0]["n_logged"])
+        size = len(self._log)
+        first = max(self._read_logged, logged - size)
+        self._read_logged = logged
+        if first == logged:
+            return IterationBatch.empty()
+        rows = self._log[np.arange(first, logged) % size]
+        return IterationBatch(**{name: rows[name] for name in layout.ITERATION_DTYPE.names or ()})
+
+    def _new_finished(self) -> RequestBatch:
+        n_done = int(self._sim[0]["n_done"])
+        which = self._done[self._read_done : n_done]
+        self._read_done = n_done
+        if which.size == 0:
+            return RequestBatch.empty()
+        rows = self.requests[which]
+        return RequestBatch(
+            request=which,
+            request_class=rows["request_class"],
+            prompt_tok=rows["prompt_tok"],
+            output_tok=rows["output_tok"],
+            ttft_s=rows["first_s"] - rows["arrival_s"],
+            itl_s=(rows["done_s"] - rows["first_s"]) / np.maximum(rows["output_tok"] - 1, 1),
+            prefill_instance=rows["prefill_at"],
+            decode_instance=rows["decode_at"],
+        )
+
+
+def _instances(fleet: FleetSpec, kind: Any) -> Any:
+    inst = np.zeros(len(fleet), dtype=layout.INSTANCE_DTYPE)
+    inst["type"] = kind
+    for i, spec in enumerate(fleet.instances):
+        one, profile = inst[i], spec.profile
+        one["n_clocks"] = len(spec.clocks_mhz)
+        one["prefills"] = spec.role.prefills
+        one["decodes"] = spec.role.decodes
+        for name in ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "max_prefill_req"):
+            one[name] = getattr(spec, name)
+        one["idle_w"] = one["rest_w"] = spec.idle_w
+        one["asleep_w"], one["wake_s"], one["wake_j"] = spec.parked_w, spec.wake_s, spec.wake_j
+        one["sleeps"] = spec.parked_w < spec.idle_w or spec.wake_s > 0.0 or spec.wake_j > 0.0
+        one["transfer_latency_s"] = profile.link_latency_s
+        one["transfer_tok_s"] = profile.kv_bytes_per_tok / profile.link_bytes_s
+        one["transfer_tok_j"] = profile.transfer_j_per_tok
+        one["first_token_decode"] = profile.first_token == "decode"
+        one["clock_k"] = one["want_k"] = one["call_k"] = len(spec.clocks_mhz) - 1
+        one["clamp_k"] = len(spec.clocks_mhz) - 1
+        one["floor_mhz"] = one["ceiling_mhz"] = spec.clocks_mhz[-1]
+    for name in ("last_admitted", "prefill_head", "prefill_tail", "wait_head", "wait_tail"):
+        inst[name] = -1
+    for name in ("alive", "active", "seen"):
+        inst[name] = 1
+    for name in ("power_cap_w", "call_end_s", "idle_call_s", "wake_end_s"):
+        inst[name] = _NEVER
+    inst["slow_frac"] = 1.0
+    inst["jitter_frac"] = 1.0
+    return inst
+
+
+def _requests(workload: Workload) -> Any:
+    req = np.zeros(len(workload), dtype=layout.REQUEST_DTYPE)
+    for name in ("arrival_s", "prompt_tok", "output_tok", "cached_tok", "request_class"):
+        req[name] = getattr(workload, name)
+    req["todo_tok"] = req["prompt_tok"] - req["cached_tok"]
+    for name in ("prefill_at", "decode_at", "next", "prev", "older", "newer"):
+        req[name] = -1
+    for name in ("first_s", "done_s"):
+        req[name] = -1.0
+    return req
