@@ -1,4 +1,4 @@
-"""Prediction, fleet decisions and learning: what they cost, beside what pip can install.
+"""Prediction and learning: what they cost, beside what pip can install.
 
     pytest bench/bench_predict.py --benchmark-enable
 
@@ -13,7 +13,6 @@ import pytest
 from voltana_ctrl import FleetSpec, IterationBatch, Slo, load_profile
 from voltana_ctrl.estimate import (
     ArrivalEstimator,
-    ClockChooser,
     FleetTables,
     InstancePredictor,
     OnlineLearner,
@@ -25,9 +24,6 @@ from voltana_ctrl.kernels.learn import rls
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
-LADDERS = {"5 clocks": (1005, 1095, 1200, 1305, 1410), "81 clocks": None}
-BUDGET_US = {"5 clocks": 0.8, "81 clocks": 1.6}
-N = 512
 
 
 def within(benchmark, budget_us, per=1):
@@ -36,35 +32,6 @@ def within(benchmark, budget_us, per=1):
         took_us = benchmark.stats.stats.min * 1e6 / per
         benchmark.extra_info["us_per_item"] = round(took_us, 4)
         assert took_us <= budget_us, f"{took_us:.3f} us, budget {budget_us} us"
-
-
-def fleet_load(n):
-    random = np.random.default_rng(0)
-    half = n // 2
-    return {
-        "running_req": np.r_[np.zeros(half), random.integers(1, 500, half)],
-        "kv_used_tok": np.r_[np.zeros(half), random.uniform(0, 4e5, half)],
-        "waiting_tok": np.r_[random.uniform(0, 9000, half), np.zeros(half)],
-        "oldest_wait_s": random.uniform(0, 0.5, n),
-    }
-
-
-@pytest.mark.parametrize("ladder", LADDERS)
-def test_fleet_decision(benchmark, ladder):
-    fleet = FleetSpec.pd(prefill=N // 2, decode=N // 2, profile=PROFILE)
-    chooser = ClockChooser(fleet, SLO, ladder_mhz=LADDERS[ladder])
-    benchmark(chooser.fleet_mhz, **fleet_load(N))
-    within(benchmark, BUDGET_US[ladder], per=N)
-
-
-@pytest.mark.parametrize("ladder", LADDERS)
-def test_single_decision(benchmark, ladder):
-    fleet = FleetSpec.parse("1P1D", PROFILE)
-    chooser = ClockChooser(fleet, SLO, ladder_mhz=LADDERS[ladder])
-    benchmark.pedantic(
-        chooser.one_mhz, args=(1, 200.0, 90_000.0, 0.0, 0.0), rounds=200, iterations=1000
-    )
-    within(benchmark, 2.0)
 
 
 def test_single_prediction(benchmark):

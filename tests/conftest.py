@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
 
 # No deadline anywhere: the first call of a kernel compiles it. Continuous integration draws
 # the same examples every time; `HYPOTHESIS_PROFILE=nightly` searches wide.

@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from fake_gpus import all_given_back, fleet, machine, needs_compiler, open_backend
 
+from tests.helpers.fake_gpus import all_given_back, fleet, machine, needs_compiler, open_backend
 from voltana_ctrl import ControlLoop
 from voltana_ctrl.backends import SimBackend
 from voltana_ctrl.backends.cpufreq import CpufreqBackend

@@ -1,0 +1,1 @@
+"""Tests: one folder a room of the package; helpers, oracles, contract, house and story besides."""

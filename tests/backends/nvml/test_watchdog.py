@@ -1,0 +1,380 @@
+"""Whatever becomes of the controller, the hardware is given back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.fake_gpus import (
+    Host,
+    all_given_back,
+    decision,
+    machine,
+    needs_compiler,
+    open_backend,
+    seconds_until,
+)
+from tests.helpers.paths import ROOT
+from voltana_ctrl import ActuationDenied, BackendError
+from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
+from voltana_ctrl.backends.nvml.lockfile import LockFile, holder
+from voltana_ctrl.backends.nvml.watchdog import Watchdog
+from voltana_ctrl.errors import ConfigError
+
+pytestmark = needs_compiler
+ACTS_WITHIN_S = 2.0
+
+LOCKED = """
+backend = open_backend()
+backend.apply(decision(705, 900, limits=Limits(power_cap_w=[200, 200], mem_mhz=[810, 810])))
+say(f"set {backend._lease.watchdog._child.pid}")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    with machine(tmp_path) as fake:
+        fake.gpus[0].cap_w = 333
+        yield fake
+
+
+def as_found(fake) -> bool:
+    return [gpu.cap_w for gpu in fake.gpus] == [333, 400] and not any(
+        gpu.lock_hi_mhz or gpu.mem_lock_hi_mhz for gpu in fake.gpus
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def children(pid: int) -> set[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(child) for task in tasks for child in task.read_text().split()}
+
+
+# The controller ends
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGABRT, marks=pytest.mark.slow)],
+)
+def test_killed_controller(fake, tmp_path, number):
+    with Host(fake, tmp_path, LOCKED + "time.sleep(60)") as host:
+        watchdog = int(host.expect("set"))
+        assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [705, 900]
+        assert [gpu.cap_w for gpu in fake.gpus] == [200, 200]
+        host.send(number)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
+        seconds_until(lambda: not alive(watchdog))
+        assert list(tmp_path.glob("*.lock")) == []
+
+
+def test_ctrl_c_ends_through_the_with_block(fake, tmp_path):
+    # A shell that runs the tests in the background has Ctrl-C ignored, and children inherit it.
+    heeded = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    body = heeded + LOCKED + "with backend:\n    say('in')\n    time.sleep(60)"
+    with Host(fake, tmp_path, body) as host:
+        host.expect("set")
+        host.expect("in")
+        host.send(signal.SIGINT)
+        assert host.wait() != 0
+        assert as_found(fake)
+        assert "KeyboardInterrupt" in host.process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
+def test_our_programs_end_orderly_on_sigterm(fake, tmp_path, number):
+    body = LOCKED + "with end_on_sigterm(), backend:\n    say('in')\n    time.sleep(60)"
+    with Host(fake, tmp_path, body) as host:
+        host.expect("set")
+        host.expect("in")
+        host.send(number)
+        assert host.wait() == 128 + number
+        assert as_found(fake)
+
+
+@pytest.mark.slow
+def test_uncaught_exception(fake, tmp_path):
+    with Host(fake, tmp_path, LOCKED + "raise RuntimeError('bug')") as host:
+        host.expect("set")
+        assert host.wait() == 1
+        seconds_until(lambda: as_found(fake), ACTS_WITHIN_S)
+
+
+@pytest.mark.slow
+def test_a_process_group_that_is_killed_leaves_the_watchdog(fake, tmp_path):
+    with Host(fake, tmp_path, LOCKED + "time.sleep(60)") as host:
+        host.expect("set")
+        os.killpg(host.process.pid, signal.SIGKILL)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
+
+
+@pytest.mark.slow
+def test_signals_that_end_the_controller_do_not_end_the_watchdog(fake, tmp_path):
+    with Host(fake, tmp_path, LOCKED + "time.sleep(60)") as host:
+        watchdog = int(host.expect("set"))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(watchdog, number)
+        time.sleep(0.2)
+        assert alive(watchdog)
+        host.send(signal.SIGKILL)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
+
+
+@pytest.mark.slow
+def test_a_forked_child_does_not_keep_a_dead_controllers_clocks(fake, tmp_path):
+    # Servers fork workers, which inherit pipes and locks; they must not count as the controller.
+    body = LOCKED + (
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    backend.close()\n"  # not the owner: nothing happens
+        "    say('child')\n"
+        "    time.sleep(60)\n"
+        "    os._exit(0)\n"
+        "time.sleep(60)"
+    )
+    with Host(fake, tmp_path, body) as host:
+        host.expect("set")
+        host.expect("child")
+        assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [705, 900]
+        host.send(signal.SIGKILL)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
+        with open_backend(fake, tmp_path) as successor:
+            successor.apply(decision(705, 705))
+
+
+# The controller lives, but does nothing
+
+
+def test_frozen_controller_is_given_back_and_sets_again_when_it_thaws(fake, tmp_path):
+    body = LOCKED + "while True:\n    backend.apply(decision(705, 900))\n    time.sleep(0.05)"
+    with Host(fake, tmp_path, body) as host:
+        host.expect("set")
+        host.send(signal.SIGSTOP)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
+        host.send(signal.SIGCONT)
+        seconds_until(lambda: [gpu.lock_hi_mhz for gpu in fake.gpus] == [705, 900])
+        host.send(signal.SIGKILL)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
+
+
+def test_idle_controller_is_given_back_and_sets_again_when_used(fake, tmp_path):
+    with open_backend(fake, tmp_path, idle_s=0.3) as backend:
+        backend.apply(decision(705, 900))
+        seconds_until(lambda: fake.gpus[0].lock_hi_mhz == 0, limit_s=0.3 + ACTS_WITHIN_S)
+
+        def set_again() -> bool:
+            backend.apply(decision(705, 900))
+            return fake.gpus[0].lock_hi_mhz == 705
+
+        seconds_until(set_again)
+    assert as_found(fake)
+
+
+# The watchdog
+
+
+def test_watchdog_does_nothing_after_a_clean_close(fake, tmp_path):
+    backend = open_backend(fake, tmp_path)
+    backend.apply(decision(705, 900))
+    child = backend._lease.watchdog._child
+    backend.close()
+    assert as_found(fake)
+    assert child.poll() == 0
+    fake.gpus[0].lock_hi_mhz = 900  # the operator's, later
+    time.sleep(0.3)
+    assert fake.gpus[0].lock_hi_mhz == 900
+
+
+@pytest.mark.slow
+def test_killed_watchdog_is_replaced(fake, tmp_path):
+    with Host(fake, tmp_path, LOCKED + "time.sleep(60)") as host:
+        first = int(host.expect("set"))
+        os.kill(first, signal.SIGKILL)
+        seconds_until(lambda: children(host.process.pid) - {first})
+        time.sleep(1.0)  # for the new one to be told
+        assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [705, 900]
+        host.send(signal.SIGKILL)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
+
+
+def test_without_a_watchdog_nothing_is_set(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    with pytest.raises(BackendError, match="watchdog: cannot be started"):
+        open_backend(fake, tmp_path)
+    assert list(tmp_path.glob("*.lock")) == []
+
+
+def test_watchdog_gives_back_what_the_controller_no_longer_may(fake, tmp_path):
+    # The controller drops its privilege; the watchdog has kept the one it was started with.
+    backend = open_backend(fake, tmp_path)
+    backend.apply(decision(705, 900))
+    for gpu in fake.gpus:
+        gpu.deny_pid = os.getpid()
+    backend.close()
+    assert all(gpu.lock_hi_mhz == 0 for gpu in fake.gpus)
+    assert holder(fake.uuids[0], tmp_path) is None
+
+
+def test_what_cannot_be_given_back_is_said_and_tried_on(fake, tmp_path):
+    backend = open_backend(fake, tmp_path)
+    backend.apply(decision(705, 900))
+    fake.gpus[1].lost = 1
+    lease = backend._lease
+    with pytest.raises(ActuationDenied, match=r"could not be given back.*nvidia-smi"):
+        lease.close(watchdog_limit_s=0.3)
+    assert fake.gpus[0].lock_hi_mhz == 0
+    fake.gpus[1].lost = 0
+    seconds_until(lambda: as_found(fake))
+    backend.close()
+    lease.watchdog._child.wait(timeout=20)
+
+
+# Lock files
+
+
+def test_second_controller_is_refused_by_name(fake, tmp_path):
+    with open_backend(fake, tmp_path) as backend:
+        with pytest.raises(BackendError, match=rf"another controller.*process {os.getpid()} "):
+            open_backend(fake, tmp_path)
+        assert f"process {os.getpid()}" in holder(fake.uuids[0], tmp_path)
+        backend.apply(decision(705, 900))
+        assert fake.gpus[1].lock_hi_mhz == 900
+    assert holder(fake.uuids[0], tmp_path) is None
+
+
+@pytest.mark.slow
+def test_second_controller_in_another_process_is_refused(fake, tmp_path):
+    body = "try:\n    open_backend()\nexcept Exception as error:\n    say(f'refused {error}')"
+    with open_backend(fake, tmp_path), Host(fake, tmp_path, body) as host:
+        assert str(os.getpid()) in host.expect("refused")
+
+
+def test_successor_waits_for_the_watchdog_of_a_killed_controller(fake, tmp_path):
+    with Host(fake, tmp_path, LOCKED + "time.sleep(60)") as host:
+        host.expect("set")
+        host.send(signal.SIGKILL)
+        host.wait()
+        with open_backend(fake, tmp_path) as successor:
+            successor.apply(decision(600, 600))
+            time.sleep(0.3)
+            # The watchdog of the dead one has acted before, not after, the successor set.
+            assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [600, 600]
+    assert as_found(fake)
+
+
+def test_hardware_left_by_a_controller_and_its_watchdog_is_recovered(fake, tmp_path):
+    with Host(fake, tmp_path, LOCKED + "time.sleep(60)") as host:
+        watchdog = int(host.expect("set"))
+        host.send(signal.SIGSTOP)
+        os.kill(watchdog, signal.SIGKILL)
+        host.send(signal.SIGKILL)
+        host.wait()
+    seconds_until(lambda: not alive(watchdog))
+    assert [gpu.cap_w for gpu in fake.gpus] == [200, 200]
+    with open_backend(fake, tmp_path) as successor:
+        assert sorted(successor._lease.recovered) == sorted(fake.uuids)
+        assert as_found(fake)
+
+
+def test_lock_file_of_another_user_is_not_believed(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make a file of another user")
+    path = tmp_path / "voltana-ctrl-GPU-0.lock"
+    path.write_text(json.dumps({"give_back": FoundFile(path="x", text="y").as_dict()}))
+    os.chown(path, 65534, 65534)
+    with pytest.raises(BackendError, match="belongs to user 65534"):
+        LockFile("GPU-0", folder=tmp_path)
+
+
+def test_lock_file_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "voltana-ctrl-GPU-0.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(BackendError, match="cannot be opened"):
+        LockFile("GPU-0", folder=tmp_path)
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"owner": {}}', '{"give_back": null}\nrest'])
+def test_torn_lock_file_of_a_dead_owner_is_taken_over(tmp_path, text):
+    path = tmp_path / "voltana-ctrl-GPU-0.lock"
+    path.write_text(text)
+    lock = LockFile("GPU-0", folder=tmp_path)
+    assert not lock.recovered
+    lock.release()
+    assert not path.exists()
+
+
+def test_strange_record_in_a_lock_file_is_refused(tmp_path):
+    (tmp_path / "voltana-ctrl-GPU-0.lock").write_text('{"give_back": {"kind": "shell"}}')
+    with pytest.raises(BackendError, match="remove the file"):
+        LockFile("GPU-0", folder=tmp_path)
+
+
+def test_unusable_folder_says_so(tmp_path):
+    with pytest.raises(BackendError, match="choose another lock_dir"):
+        LockFile("GPU-0", folder=tmp_path / "absent")
+
+
+# Records
+
+
+def test_records_survive_json():
+    for record in (
+        FoundGpu(uuid="GPU-0", clock=True, restore_lock_mhz=(210, 900), power_cap_w=333.5),
+        FoundFile(path="p", text="1"),
+    ):
+        assert record_from(json.loads(json.dumps(record.as_dict()))) == record
+
+
+@pytest.mark.parametrize("values", [None, [], {}, {"kind": "gpu"}, {"kind": "file", "x": 1}])
+def test_what_is_no_record_is_refused(values):
+    with pytest.raises(ConfigError, match="give-back record"):
+        record_from(values)
+
+
+def test_one_failure_does_not_keep_the_others(tmp_path):
+    paths = [tmp_path / "absent" / "a", tmp_path / "b"]
+    problems = give_back([FoundFile(path=str(path), text="1") for path in paths])
+    assert len(problems) == 1
+    assert paths[1].read_text() == "1"
+
+
+def test_watchdog_process_ends_with_its_controller(tmp_path):
+    program = (
+        "from voltana_ctrl.backends.nvml.watchdog import Watchdog\n"
+        "watchdog = Watchdog([])\n"
+        "print(watchdog._child.pid, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seconds_until(lambda: not alive(int(done.stdout)), ACTS_WITHIN_S)
+
+
+def test_closing_twice_and_arming_nothing_is_fine():
+    watchdog = Watchdog([])
+    watchdog.arm([])
+    watchdog.close()
+    watchdog.close()
+    assert watchdog.abandon(1.0) == []
+    assert not watchdog.running
+
+
+def test_all_given_back_helper_sees_a_lock(fake):
+    fake.gpus[0].cap_w = 400
+    assert all_given_back(fake)
+    fake.gpus[1].lock_hi_mhz = 900
+    assert not all_given_back(fake)

@@ -1,0 +1,165 @@
+"""Clocks and powers of a whole fleet at a state: against twins, one instance at a time."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.oracles import naive_control
+from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
+from voltana_ctrl.control.assess import Assessor
+from voltana_ctrl.laws import length_moments
+from voltana_ctrl.types import Load
+
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+OTHER = load_profile("h100-sxm-80gb/llama-3.1-8b")
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+LENGTHS = length_moments([100, 300, 320], [101, 301, 200])
+
+
+def mixed():
+    """Two cards, a short ladder and a small batch among them."""
+    a, b, c, d = FleetSpec.parse("2P2D", PROFILE).instances
+    e, f = FleetSpec.parse("1P1D", OTHER).instances
+    return FleetSpec(
+        (
+            a,
+            dataclasses.replace(b, clocks_mhz=PROFILE.clocks_mhz[5::7]),
+            dataclasses.replace(c, max_batch=50, kv_capacity_tok=20_000),
+            dataclasses.replace(d, clocks_mhz=PROFILE.clocks_mhz[:1]),
+            dataclasses.replace(e, id="e"),
+            dataclasses.replace(f, id="f"),
+        )
+    )
+
+
+FLEETS = {"mixed": mixed(), "colocated": FleetSpec.parse("3C", PROFILE)}
+ASSESSORS = {name: Assessor(fleet, SLO) for name, fleet in FLEETS.items()}
+
+
+@st.composite
+def situations(draw):
+    name = draw(st.sampled_from(sorted(FLEETS)))
+    n = len(FLEETS[name])
+
+    def each(low, high):
+        return np.array(draw(st.lists(st.floats(low, high), min_size=n, max_size=n)))
+
+    running = np.floor(each(0.0, 900.0))
+    running[each(0.0, 1.0) < 0.3] = 0.0
+    state = dataclasses.replace(
+        FleetState.idle(n),
+        running_req=running,
+        queue_req=np.floor(each(0.0, 3.0)),
+        kv_used_tok=running * each(1.0, 900.0),
+        queue_tok=each(0.0, 9000.0),
+        oldest_wait_s=each(0.0, 0.7),
+        freq_mhz=each(0.0, 2200.0),
+    )
+    load = Load(arrival_req_s=draw(st.floats(0.0, 200.0)), lengths=LENGTHS)
+    return name, state, load, each(0.0, 1.0)
+
+
+@given(at=situations(), delay_s=st.floats(0.0, 0.3), burst=st.floats(0.0, 4.0))
+def test_needed_clocks_against_the_twin(at, delay_s, burst):
+    name, state, load, share = at
+    typical_tok = LENGTHS.prompt_tok + LENGTHS.prompt_sd_tok**2 / LENGTHS.prompt_tok
+    margin_frac = (0.02, 0.035)
+    ours = ASSESSORS[name].clocks_mhz(
+        state, load, share, margin_frac=margin_frac, delay_s=delay_s, burst_sd_frac=burst
+    )
+    theirs = [
+        naive_control.needed_mhz(
+            one, state.running_req[i], state.kv_used_tok[i], state.queue_tok[i],
+            state.oldest_wait_s[i], load.arrival_req_s * LENGTHS.prompt_tok * share[i],
+            typical_tok, SLO, margin_frac, delay_s, burst,
+        )
+        for i, one in enumerate(FLEETS[name].instances)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@given(at=situations())
+def test_token_rate_and_thrifty_clocks_against_twins(at):
+    name, state, load, _ = at
+    rows = list(
+        zip(FLEETS[name].instances, state.running_req, state.kv_used_tok, state.freq_mhz,
+            strict=True)
+    )  # fmt: skip
+    rate = sum(naive_control.decoding_tok_s(*row) for row in rows)
+    assert ASSESSORS[name].decoding_tok_s(state) == pytest.approx(rate)
+    for rests in (False, True):
+        theirs = [
+            naive_control.thrifty_mhz(*row[:3], LENGTHS.prompt_tok, 0.06, rests * row[0].idle_w)
+            for row in rows
+        ]
+        np.testing.assert_array_equal(ASSESSORS[name].thrifty_mhz(state, load, rests=rests), theirs)
+
+
+@given(at=situations(), active=st.lists(st.booleans(), min_size=6, max_size=6))
+def test_worst_power_against_the_twin(at, active):
+    name, state, load, _ = at
+    active = np.array(active[: len(state)])
+    ours = ASSESSORS[name].worst_power_w(state, load, active)
+    for i, one in enumerate(FLEETS[name].instances):
+        busy_req = state.running_req[i] + state.queue_req[i]
+        theirs = naive_control.worst_power_w(
+            one, busy_req, state.kv_used_tok[i], LENGTHS.prompt_tok, active[i]
+        )
+        assert ours[i, : len(theirs)] == pytest.approx(theirs)
+        assert np.all(ours[i, len(theirs) :] == ours[i, len(theirs) - 1])
+
+
+@given(at=situations(), budget_w=st.floats(100.0, 3000.0))
+def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
+    """Every scale at which a clock changes, tried one after another."""
+    name, state, load, wanted = at
+    fleet, assessor = FLEETS[name], ASSESSORS[name]
+    wanted = 200.0 + 1200.0 * wanted
+    worst_w = assessor.worst_power_w(state, load, np.ones(len(fleet), bool))
+    ceiling, kept = assessor.ceilings_mhz(worst_w, wanted, budget_w)
+
+    def drawn_w(clocks):
+        return sum(
+            worst_w[i, int(np.searchsorted(one.clocks_mhz, clocks[i]))]
+            for i, one in enumerate(fleet.instances)
+        )
+
+    best = None
+    pairs = list(zip(fleet.instances, wanted, strict=True))
+    for scale in sorted({clock / want for one, want in pairs for clock in one.clocks_mhz}):
+        at_most = scale * wanted * (1.0 + 1e-6)
+        clocks = [
+            max([clock for clock in one.clocks_mhz if clock <= most], default=one.clocks_mhz[0])
+            for one, most in zip(fleet.instances, at_most, strict=True)
+        ]
+        if drawn_w(clocks) <= budget_w:
+            best = clocks
+    assert kept == (best is not None)
+    np.testing.assert_array_equal(ceiling, fleet.min_mhz if best is None else best)
+    assert assessor.drawn_w(worst_w, ceiling) == pytest.approx(drawn_w(ceiling))
+
+
+@given(at=situations(), budget_w=st.floats(100.0, 3000.0))
+def test_decode_comes_first_under_a_budget(at, budget_w):
+    name, state, load, wanted = at
+    fleet, assessor = FLEETS[name], ASSESSORS[name]
+    wanted = 200.0 + 1200.0 * wanted
+    worst_w = assessor.worst_power_w(state, load, np.ones(len(fleet), bool))
+    ceiling, kept = assessor.decode_first_mhz(worst_w, wanted, budget_w)
+    drawn_w = assessor.drawn_w(worst_w, ceiling)
+    assert kept == (assessor.drawn_w(worst_w, fleet.min_mhz) <= budget_w)
+    assert drawn_w <= budget_w or np.array_equal(ceiling, fleet.min_mhz)
+    decodes = np.array([one.role.decodes for one in fleet.instances])
+    enough = np.minimum(wanted, fleet.max_mhz)
+    if assessor.drawn_w(worst_w, np.where(decodes, wanted, fleet.min_mhz)) <= budget_w:
+        assert np.all(ceiling[decodes] >= enough[decodes] - 1e-9)
+    elif kept:
+        # Nothing for prefill before decode has what it needs.
+        assert np.array_equal(ceiling[~decodes], fleet.min_mhz[~decodes])
+    # As fair to all as can be gives decode no more where it needs all.
+    equal, _ = assessor.ceilings_mhz(worst_w, wanted, budget_w)
+    if np.any(equal[decodes] < enough[decodes] - 1e-9):
+        assert np.all(ceiling[~decodes] <= equal[~decodes] + 1e-9)

@@ -1,0 +1,152 @@
+"""The fast layer: against its twin, monotone, bounded, and what it does to tails."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.oracles import naive_control
+from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
+from voltana_ctrl.control.governor import IterationGovernor
+from voltana_ctrl.kernels.choose.governor import squared_tok
+from voltana_ctrl.laws import prefill_s
+
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+FLEET = FleetSpec.parse("1P1D", PROFILE)
+PREFILL, DECODE = FLEET.instances
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+CLOCKS = st.sampled_from(PROFILE.clocks_mhz.tolist())
+
+
+def fresh(instance, **settings):
+    return IterationGovernor(instance, SLO, **settings)
+
+
+@given(n=st.integers(1, 1024), context=st.floats(10.0, 800.0), floor=CLOCKS, ceiling=CLOCKS)
+def test_decode_against_the_twin(n, context, floor, ceiling):
+    floor = min(floor, ceiling)
+    got = fresh(DECODE).step(n, n * context, 0.0, 0.0, floor, ceiling, t_s=0.0)
+    expected = naive_control.decode_clock(
+        PROFILE.table, PROFILE.padded_batch(), n, n * context, 0.06 / 1.035, floor, ceiling
+    )
+    assert got == expected
+    assert floor <= got <= ceiling
+
+
+@given(
+    waiting=st.floats(1.0, 20_000.0), more=st.floats(0.0, 5_000.0), wait=st.floats(0.0, 0.6),
+    later=st.floats(0.0, 0.3), ceiling=CLOCKS,
+)  # fmt: skip
+def test_a_longer_queue_or_wait_never_lowers_the_clock(waiting, more, wait, later, ceiling):
+    base = fresh(PREFILL).step(0, 0, waiting, wait, 210.0, ceiling, t_s=0.0)
+    longer = fresh(PREFILL).step(0, 0, waiting + more, wait, 210.0, ceiling, t_s=0.0)
+    older = fresh(PREFILL).step(0, 0, waiting, wait + later, 210.0, ceiling, t_s=0.0)
+    assert longer >= base
+    assert older >= base
+    assert max(base, longer, older) <= ceiling
+
+
+def test_raises_at_once_and_lowers_after_the_dwell():
+    governor = fresh(DECODE, dwell_s=1.0)
+    low = governor.step(10, 4e3, 0, 0.0, 210.0, 1410.0, t_s=0.0)
+    high = governor.step(500, 2.2e5, 0, 0.0, 210.0, 1410.0, t_s=0.1)
+    assert high > low
+    assert governor.step(10, 4e3, 0, 0.0, 210.0, 1410.0, t_s=0.5) == high
+    assert governor.step(10, 4e3, 0, 0.0, 210.0, 1410.0, t_s=1.2) == low
+
+
+def test_a_ceiling_that_falls_is_obeyed_within_the_dwell():
+    governor = fresh(DECODE, dwell_s=10.0)
+    governor.step(500, 2.2e5, 0, 0.0, 210.0, 1410.0, t_s=0.0)
+    assert governor.step(500, 2.2e5, 0, 0.0, 210.0, 600.0, t_s=0.1) == 600.0
+
+
+def test_slack_for_the_actuation_delay():
+    """The same queue, known to be answered later, asks for a higher clock."""
+    sluggish, instant = fresh(PREFILL, delay_s=0.2), fresh(PREFILL, delay_s=0.0)
+    for governor in (sluggish, instant):
+        governor.step(0, 0, 0.0, 0.0, 210.0, 210.0, t_s=0.0)  # both at the lowest clock
+    queue = (0, 0, 1500.0, 0.2, 210.0, 1410.0)
+    assert sluggish.step(*queue, t_s=0.1) > instant.step(*queue, t_s=0.1)
+
+
+def test_expected_arrivals_ask_for_a_higher_clock():
+    busy, quiet = fresh(PREFILL), fresh(PREFILL)
+    for k in range(200):
+        busy.step(0, 0, 900.0 + 500.0 * (k % 2), 0.05, 210.0, 1410.0, t_s=0.1 * k)
+        quiet.step(0, 0, 40.0, 0.05, 210.0, 1410.0, t_s=0.1 * k)
+    late = (0, 0, 900.0, 0.05, 210.0, 1410.0)
+    assert busy.step(*late, t_s=20.1) > quiet.step(*late, t_s=20.1)
+
+
+def test_a_colocated_instance_makes_up_for_iterations_that_prompts_stretched():
+    mixed = FleetSpec.parse("1C", PROFILE).instances[0]
+    steps = {}
+    for name, repay_tok in (("patient", 1e9), ("prompt", 32.0)):
+        governor = fresh(mixed, repay_tok=repay_tok, memory_s=1e-3)
+        clock_of = [
+            # One iteration of 0.3 s among steps of 50 ms.
+            governor.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=t_s)
+            for t_s in (0.0, 0.05, 0.35, *np.arange(0.4, 3.0, 0.05))
+        ]
+        steps[name] = np.array(clock_of)
+    assert (steps["patient"] == steps["patient"][0]).all()
+    assert steps["prompt"][2] > steps["patient"][2]
+    # 0.24 s behind, 8 ms gained per token: made up within some 30 of them, and then no more.
+    assert (steps["prompt"][3:20] > steps["patient"][0]).all()
+    assert steps["prompt"][-1] == steps["patient"][0]
+    # A decode instance has no prompts, so a late call is nobody's delay.
+    decode = fresh(DECODE)
+    assert decode.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, t_s=0.0) == decode.step(
+        150, 6e4, 0.0, 0.0, 210.0, 1410.0, t_s=0.4
+    )
+
+
+@given(
+    before=st.integers(0, 50), behind=st.integers(0, 50), long_tok=st.integers(1, 200),
+    typical=st.integers(1, 60), done_frac=st.floats(0.0, 1.0),
+)  # fmt: skip
+def test_squared_context_against_the_sum_over_tokens(before, behind, long_tok, typical, done_frac):
+    done = int(done_frac * (before + long_tok + behind))
+    left, ahead = before + long_tok + behind - done, before + long_tok - done
+    own = sum(2 * at + 1 for at in range(min(long_tok, max(0, done - before)), long_tok))
+    others = [max(0, before - done), min(behind, left)]
+    expected = own + sum(tok * min(tok, typical) for tok in others)
+    assert squared_tok(left, ahead, long_tok, typical) == expected
+
+
+BIG = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3-70b-tp4")).instances[0]
+
+
+def serve(prompt_tok):
+    """Time and clocks of one prompt on an otherwise idle instance, part by part."""
+    governor = IterationGovernor(BIG, Slo(ttft_s=30.0, itl_s=0.1), delay_s=0.0)
+    done, t_s, clocks = 0.0, 0.0, []
+    while done < prompt_tok:
+        part = min(BIG.prefill_budget_tok, prompt_tok - done)
+        clocks.append(governor.step(0, 0, prompt_tok - done, t_s, 210.0, 1410.0, t_s=t_s))
+        row = BIG.table[np.searchsorted(BIG.clocks_mhz, clocks[-1])]
+        t_s += float(prefill_s(row, part, (done + part) ** 2 - done**2))
+        done += part
+    return t_s, np.array(clocks)
+
+
+@pytest.mark.parametrize("prompt_tok", [9_000, 30_000, 60_000, 75_000])
+def test_a_long_prompt_is_done_in_time_at_a_steady_clock(prompt_tok):
+    """The last parts of a long prompt take longest, which is known when it begins."""
+    took_s, clocks = serve(prompt_tok)
+    assert took_s <= 30.0
+    assert clocks.max() <= 1.1 * clocks[0]
+
+
+def test_a_prompt_that_no_clock_serves_in_time_takes_least_energy():
+    took_s, clocks = serve(120_000)
+    assert took_s > 30.0
+    assert (clocks == 1095.0).all()
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="margin_frac"):
+        fresh(DECODE, margin_frac=(-2.0, 0.0))
+    with pytest.raises(ConfigError, match="delay_s"):
+        fresh(DECODE, delay_s=np.nan)
