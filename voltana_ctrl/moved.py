@@ -16,8 +16,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["MODULES", "NAMES", "find_moved", "forward"]
-
 _PACKAGE = "voltana_ctrl"
 
 #: Old module and the new one, which has its names.
@@ -54,42 +52,73 @@ NAMES: dict[str, dict[str, Sequence[str]]] = {
         "types": ("Load",),
     },
     "integrations": {
-        "backends.modelled": ("ModelledGpus",),
-        "backends.nvml.meters": ("GpuMeters",),
-        "engines.endpoints": ("ENGINES", "Endpoint", "load_endpoints"),
-        "engines.fpm.reader": ("FpmReader", "dynamo_fpm_addresses"),
-        "engines.limits": ("write_limits",),
-        "engines.scrape": ("Scraper",),
-        "engines.telemetry": ("EngineBackend",),
-        "engines.traffic": ("FinishedRequest", "Traffic"),
-        "live.agent": ("Agent", "AgentSettings"),
-        "live.exporter": ("Exporter",),
-        "live.hub": ("HubBackend",),
-        "live.node": ("NodeBackend", "node_clocks"),
-        "live.ticklog": ("TickLog", "write_parquet"),
-        "profiling.client": ("LoadClient",),
-        "profiling.engine": ("Engine", "ProfileAborted", "ProfileRun"),
-        "profiling.profiler": ("profile_engine",),
-        "profiling.sweep": (
-            "ProfilePlan", "ProfilePoint", "Sweep", "plan_profile", "spread_clocks",
+        "backends": (
+            "GpuMeters",
+            "ModelledGpus",
         ),
-        "router.app": ("Proxy", "ProxyLimits"),
-        "router.energy": ("EnergyBook", "RequestEnergy"),
-        "router.ledger": ("Flight", "InFlight"),
-        "router.policy": ("PolicyRouters", "StateSource"),
-        "router.server": ("proxy_server",),
-        "savings.blocks": ("Block", "BlockMeter", "read_blocks"),
-        "savings.evidence": ("Interval", "Savings"),
-        "savings.proof": ("estimate_savings", "savings_of_log"),
-        "savings.switchback": ("SwitchbackController",),
+        "engines": (
+            "ENGINES",
+            "Endpoint",
+            "EngineBackend",
+            "FinishedRequest",
+            "FpmReader",
+            "Scraper",
+            "Traffic",
+            "dynamo_fpm_addresses",
+            "load_endpoints",
+            "write_limits",
+        ),
+        "live": (
+            "Agent",
+            "AgentSettings",
+            "Exporter",
+            "HubBackend",
+            "NodeBackend",
+            "TickLog",
+            "node_clocks",
+            "write_parquet",
+        ),
+        "profiling": (
+            "Engine",
+            "LoadClient",
+            "ProfileAborted",
+            "ProfilePlan",
+            "ProfilePoint",
+            "ProfileRun",
+            "Sweep",
+            "plan_profile",
+            "profile_engine",
+            "spread_clocks",
+        ),
+        "router": (
+            "EnergyBook",
+            "Flight",
+            "InFlight",
+            "PolicyRouters",
+            "Proxy",
+            "ProxyLimits",
+            "RequestEnergy",
+            "StateSource",
+            "proxy_server",
+        ),
+        "savings": (
+            "Block",
+            "BlockMeter",
+            "Interval",
+            "Savings",
+            "SwitchbackController",
+            "estimate_savings",
+            "read_blocks",
+            "savings_of_log",
+        ),
     },
-    "loop": {"clock": ("SimClock", "WallClock")},
+    "loop": {"clock": ("SimClock",)},
     "physics": {"types": ("Lengths",)},
-}  # fmt: skip
+}
 #: Names that changed besides.
 _RENAMED = {
-    ("integrations", "ClaimRefused"): ("savings.evidence", "EvidenceRefused"),
-    ("integrations", "Reading"): ("engines.reading", "EngineReading"),
+    ("integrations", "ClaimRefused"): ("savings", "EvidenceRefused"),
+    ("integrations", "Reading"): ("engines", "EngineReading"),
 }
 
 
@@ -116,10 +145,10 @@ def forward(module: str) -> Callable[[str], object]:
     >>> import warnings
     >>> with warnings.catch_warnings(record=True) as told:
     ...     warnings.simplefilter("always")
-    ...     forward("voltana_ctrl.loop")("WallClock").__module__
+    ...     forward("voltana_ctrl.loop")("SimClock").__module__
     'voltana_ctrl.clock'
     >>> str(told[0].message)
-    'voltana_ctrl.loop.WallClock is now voltana_ctrl.clock.WallClock; the old path goes with 0.2'
+    'voltana_ctrl.loop.SimClock is now voltana_ctrl.clock.SimClock; the old path goes with 0.2'
     """
     old = module.removeprefix(f"{_PACKAGE}.")
 

@@ -97,8 +97,8 @@ def test_import_loads_nothing_heavy(statement):
 # Known by these names: `cv` is a coefficient of variation, `pmf` a probability mass function,
 # a batch is counted in requests.
 WITHOUT_UNIT = {"attainment", "cv", "host_score", "padded_batch", "pmf"}
-# Where quantities enter in the units of vendors; the command line is in modules of its own.
-BOUNDARY = {"units.py"}
+# Where numbers are of any unit, or enter in the units of vendors.
+BOUNDARY = {"checks.py", "control/slots.py", "fit/robust.py", "units.py"}
 FLOATS = {"float", "ArrayLike", "F64", "NDArray[np.float64]"}
 SUFFIX = re.compile(r"(^|_)(" + "|".join(suffix[1:] for suffix in SUFFIXES) + r")\d?$")
 

@@ -18,7 +18,8 @@ import voltana_ctrl
 from tests.helpers.paths import ROOT
 
 DOCS = ROOT / "docs"
-UNCHECKED = {"voltana_ctrl.cli"}  # `voltana-ctrl --help` is its reference
+# `voltana-ctrl --help` is the reference of the one; the other goes with the next release.
+UNCHECKED = {"voltana_ctrl.cli", "voltana_ctrl.moved"}
 
 
 def public_modules() -> list[ModuleType]:
@@ -30,7 +31,13 @@ def public_modules() -> list[ModuleType]:
     ]
     modules = {name: importlib.import_module(name) for name in names}
     declaring = {name for name, module in modules.items() if hasattr(module, "__all__")}
-    return [modules[name] for name in sorted(declaring) if name.rpartition(".")[0] not in declaring]
+    return [modules[name] for name in sorted(declaring) if not spoken_for(name, declaring)]
+
+
+def spoken_for(name: str, declaring: set[str]) -> bool:
+    """Whether a package around a module, but for the whole one, says what is public of it."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in declaring for length in range(2, len(parts)))
 
 
 MODULES = public_modules()

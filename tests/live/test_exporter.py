@@ -216,7 +216,7 @@ def test_dashboard_asks_only_for_what_is_exported(ran):
     watching.on_tick(record(in_force=False))
     page = exporter.page().decode() + watching.page().decode()
     exported = set(re.findall(r"^(voltana_ctrl_\w+?)(?:\{| )", page, re.MULTILINE))
-    text = files("voltana_ctrl.integrations").joinpath("dashboard.json").read_text("utf-8")
+    text = files("voltana_ctrl.live").joinpath("dashboard.json").read_text("utf-8")
     dashboard = json.loads(text)
     asked = set()
     for panel in dashboard["panels"]:

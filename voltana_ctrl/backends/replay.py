@@ -165,7 +165,7 @@ class ReplayBackend:
     Parameters
     ----------
     path : Path
-        Written by :class:`Recorder` or :class:`~voltana_ctrl.live.ticklog.TickLog`, lines of
+        Written by :class:`Recorder` or :class:`~voltana_ctrl.live.TickLog`, lines of
         JSON or Parquet; a torn last line (the host died) is left out.
 
     Raises

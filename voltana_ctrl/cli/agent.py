@@ -107,7 +107,7 @@ def agent(
 ) -> None:
     """Watch, advise or control the engines of a node; SIGTERM ends, SIGUSR1 gives back."""
     if dashboard:
-        typer.echo(files("voltana_ctrl.integrations").joinpath("dashboard.json").read_text("utf-8"))
+        typer.echo(files("voltana_ctrl.live").joinpath("dashboard.json").read_text("utf-8"))
         return
     if setter:
         _run_setter(gpu, uid, socket, low_mhz, high_mhz, max_sets_s)

@@ -54,7 +54,7 @@ class ClockThread:
     clocks_mhz : ndarray
         Supported clocks, ascending.
     limits : Path, optional
-        File of :func:`~voltana_ctrl.engines.limits.write_limits`. Where it is older than 2 s the
+        File of :func:`~voltana_ctrl.engines.write_limits`. Where it is older than 2 s the
         controller is gone: the floor rises to the last ceiling.
 
     Examples

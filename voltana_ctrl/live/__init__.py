@@ -1,1 +1,5 @@
 """A fleet while it runs: agents of nodes, their controller, metrics and logs."""
+
+from voltana_ctrl.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

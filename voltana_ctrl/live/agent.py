@@ -121,8 +121,8 @@ class Agent:
     Parameters
     ----------
     backend : Switchable
-        The node (:class:`~voltana_ctrl.live.node.NodeBackend`), or the nodes that
-        report (:class:`~voltana_ctrl.live.hub.HubBackend`); closed with the agent.
+        The node (:class:`~voltana_ctrl.live.NodeBackend`), or the nodes that
+        report (:class:`~voltana_ctrl.live.HubBackend`); closed with the agent.
     controller : Controller, optional
         The policy; none where the agent only observes.
     settings : AgentSettings, optional

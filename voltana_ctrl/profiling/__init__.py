@@ -1,1 +1,5 @@
 """The profiler: a live engine measured over clocks and loads, into a table for `fit`."""
+
+from voltana_ctrl.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

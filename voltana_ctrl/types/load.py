@@ -25,6 +25,7 @@ class Lengths:
 
     Examples
     --------
+    >>> from voltana_ctrl.laws import length_moments
     >>> length_moments([100], [101]).context_tok
     150.0
     """

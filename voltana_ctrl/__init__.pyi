@@ -1,0 +1,33 @@
+from voltana_ctrl.clock import SimClock as SimClock
+from voltana_ctrl.clock import WallClock as WallClock
+from voltana_ctrl.control import Controller as Controller
+from voltana_ctrl.control import IterationGovernor as IterationGovernor
+from voltana_ctrl.control import MpcController as MpcController
+from voltana_ctrl.errors import ActuationDenied as ActuationDenied
+from voltana_ctrl.errors import BackendError as BackendError
+from voltana_ctrl.errors import ConfigError as ConfigError
+from voltana_ctrl.errors import ShapeError as ShapeError
+from voltana_ctrl.errors import TelemetryStale as TelemetryStale
+from voltana_ctrl.errors import VoltanaError as VoltanaError
+from voltana_ctrl.experiment import compare as compare
+from voltana_ctrl.guard import Guard as Guard
+from voltana_ctrl.loop import ControlLoop as ControlLoop
+from voltana_ctrl.profiles import list_profiles as list_profiles
+from voltana_ctrl.profiles import load_profile as load_profile
+from voltana_ctrl.routing import PricedRouter as PricedRouter
+from voltana_ctrl.types import Decision as Decision
+from voltana_ctrl.types import FleetSpec as FleetSpec
+from voltana_ctrl.types import FleetState as FleetState
+from voltana_ctrl.types import InstanceSpec as InstanceSpec
+from voltana_ctrl.types import IterationBatch as IterationBatch
+from voltana_ctrl.types import Observation as Observation
+from voltana_ctrl.types import PowerBudget as PowerBudget
+from voltana_ctrl.types import Profile as Profile
+from voltana_ctrl.types import Request as Request
+from voltana_ctrl.types import RequestBatch as RequestBatch
+from voltana_ctrl.types import Role as Role
+from voltana_ctrl.types import Slo as Slo
+from voltana_ctrl.types import Status as Status
+from voltana_ctrl.types import TickRecord as TickRecord
+
+__version__: str

@@ -1,0 +1,9 @@
+from voltana_ctrl.backends.cpufreq import CpufreqBackend as CpufreqBackend
+from voltana_ctrl.backends.modelled import ModelledGpus as ModelledGpus
+from voltana_ctrl.backends.nvml.dead_time import DeadTime as DeadTime
+from voltana_ctrl.backends.nvml.dead_time import measure_dead_time as measure_dead_time
+from voltana_ctrl.backends.nvml.gpus import NvmlBackend as NvmlBackend
+from voltana_ctrl.backends.nvml.meters import GpuMeters as GpuMeters
+from voltana_ctrl.backends.replay import Recorder as Recorder
+from voltana_ctrl.backends.replay import ReplayBackend as ReplayBackend
+from voltana_ctrl.backends.sim import SimBackend as SimBackend

@@ -1,0 +1,10 @@
+from voltana_ctrl.profiling.client import LoadClient as LoadClient
+from voltana_ctrl.profiling.engine import Engine as Engine
+from voltana_ctrl.profiling.engine import ProfileAborted as ProfileAborted
+from voltana_ctrl.profiling.engine import ProfileRun as ProfileRun
+from voltana_ctrl.profiling.profiler import profile_engine as profile_engine
+from voltana_ctrl.profiling.sweep import ProfilePlan as ProfilePlan
+from voltana_ctrl.profiling.sweep import ProfilePoint as ProfilePoint
+from voltana_ctrl.profiling.sweep import Sweep as Sweep
+from voltana_ctrl.profiling.sweep import plan_profile as plan_profile
+from voltana_ctrl.profiling.sweep import spread_clocks as spread_clocks

@@ -1,0 +1,9 @@
+from voltana_ctrl.savings.blocks import Block as Block
+from voltana_ctrl.savings.blocks import BlockMeter as BlockMeter
+from voltana_ctrl.savings.blocks import read_blocks as read_blocks
+from voltana_ctrl.savings.evidence import EvidenceRefused as EvidenceRefused
+from voltana_ctrl.savings.evidence import Interval as Interval
+from voltana_ctrl.savings.evidence import Savings as Savings
+from voltana_ctrl.savings.proof import estimate_savings as estimate_savings
+from voltana_ctrl.savings.proof import savings_of_log as savings_of_log
+from voltana_ctrl.savings.switchback import SwitchbackController as SwitchbackController
