@@ -19,7 +19,6 @@ from voltana_ctrl.estimate import (
     predict_decode,
 )
 from voltana_ctrl.estimate.margin import MarginTracker
-from voltana_ctrl.kernels.learn import learner as learn
 from voltana_ctrl.kernels.learn import rls
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
@@ -88,7 +87,7 @@ def test_rls_batched(benchmark):
     )
     state = learner.init()
     benchmark(learner.update, state, records)
-    within(benchmark, 1.0, per=len(k) * (learn.N_TILES + 1))
+    within(benchmark, 1.0, per=len(k) * (learner.N_TILES + 1))
 
 
 def test_margin_update(benchmark):

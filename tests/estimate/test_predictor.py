@@ -19,7 +19,7 @@ from voltana_ctrl.estimate import (
     predict_decode,
     predict_prefill,
 )
-from voltana_ctrl.kernels.learn import learner as learn
+from voltana_ctrl.kernels.learn import learner as learner_kernels
 from voltana_ctrl.kernels.learn import predictor as kernels
 from voltana_ctrl.kernels.learn import rls
 from voltana_ctrl.ports import Predictor
@@ -170,7 +170,7 @@ def test_nothing_is_compiled_in_the_loop():
     """Frozen, writable, integer and float input all reach the compiled signature."""
     compiled = [
         kernel
-        for module in (kernels, learn, rls)
+        for module in (kernels, learner_kernels, rls)
         for kernel in vars(module).values()
         if hasattr(kernel, "signatures")
     ]
@@ -465,7 +465,7 @@ def test_mixed_iterations_teach_both_phases(decode_frac, prefill_frac, noise):
     learner = OnlineLearner(TABLES)
     records = mixed_of(600, decode_frac=decode_frac, prefill_frac=prefill_frac, noise=noise)
     state = learner.update(learner.init(), records)
-    assert state.counts[2, learn.LEARNED] > 290  # the others follow a change of the clock
+    assert state.counts[2, learner_kernels.LEARNED] > 290  # the others follow a change of the clock
     tables = learner.tables(state)
     n_req = np.array([16, 80, 250])
     got, was = (predict_decode(of, 2, 1005.0, n_req, 400 * n_req).time_s for of in (tables, TABLES))
@@ -497,10 +497,10 @@ def test_a_mixed_iteration_moves_each_phase_by_its_doubt():
     total_s = sum(decode) + sum(prefill)
     h_d, h_p = (np.kron(part, [1, x]) / total_s for part in (decode, prefill))
     cov = before.covariance[2, 0]
-    spread = learn.MIXED + h_d @ cov @ h_d + h_p @ cov @ h_p
+    spread = learner_kernels.MIXED + h_d @ cov @ h_d + h_p @ cov @ h_p
     error = record.wall_s[0] / total_s - 1.0
     start = np.array([1.0, 0.0] * 3)
-    for model, h in ((0, h_d), (learn.PREFILL_TIME, h_p)):
+    for model, h in ((0, h_d), (learner_kernels.PREFILL_TIME, h_p)):
         wanted = start + cov @ h * error / spread
         np.testing.assert_allclose(after.terms_frac[2, model], wanted, rtol=1e-9)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from importlinter.cli import lint_imports
 
 from tests.helpers.paths import ROOT
 from voltana_ctrl.units import SUFFIXES
@@ -42,16 +41,80 @@ def relative(path: Path) -> str:
 # Walls
 
 
-def test_rooms_import_only_downwards(monkeypatch, capfd):
-    monkeypatch.chdir(ROOT)
-    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
-    assert status == 0, capfd.readouterr().out
+def test_rooms_import_only_downwards():
+    # In a process of its own: it configures logging, which would silence our loggers here.
+    program = (
+        "from importlinter.cli import lint_imports\nraise SystemExit(lint_imports(no_cache=True))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_modules_stay_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{relative(path)} has {lines} lines: split it by purpose"
+
+
+# Tests mirror the rooms
+
+TESTS = ROOT / "tests"
+#: Folders of tests that are no room of the package.
+BESIDE = {"contract", "helpers", "house", "oracles", "story"}
+
+
+def mirrored(path: Path, package: Path = PACKAGE) -> bool:
+    """Whether a test file is named after a module, a room, or a module and what it is about.
+
+    Such as ``router/test_app.py`` and ``router/test_app_hostile.py`` of ``router/app.py``, or
+    ``report/test_report.py`` of the room ``report``.
+    """
+    room = package / path.parent
+    words = path.stem.removeprefix("test_").split("_")
+    names = ["_".join(words[:length]) for length in range(len(words), 0, -1)]
+    return room.is_dir() and any(
+        (room / f"{name}.py").is_file() or (room / name).is_dir() or name == room.name
+        for name in names
+    )
+
+
+TEST_FILES = [
+    path.relative_to(TESTS)
+    for path in sorted(TESTS.rglob("test_*.py"))
+    if path.relative_to(TESTS).parts[0] not in BESIDE
+]
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=str)
+def test_test_files_stand_where_the_code_stands(path):
+    assert mirrored(path), f"tests/{path} mirrors nothing in voltana_ctrl/{path.parent}"
+
+
+def test_every_room_has_its_tests():
+    without = {"serving", "fakes"}  # exercised by those who use them: router, live, backends
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    tested = {path.parts[0] for path in TEST_FILES}
+    assert rooms - without <= tested
+    assert {path.parts[0] for path in TEST_FILES if len(path.parts) > 1} <= rooms
+
+
+@pytest.mark.parametrize(
+    ("path", "right"),
+    [
+        ("router/test_app.py", True),
+        ("router/test_app_hostile.py", True),
+        ("backends/nvml/test_gpus.py", True),
+        ("report/test_report.py", True),
+        ("test_guard.py", True),
+        ("router/test_guard.py", False),
+        ("nowhere/test_app.py", False),
+        ("test_nothing.py", False),
+    ],
+)
+def test_the_mirror_check_tells_right_from_wrong(path, right):
+    assert mirrored(Path(path)) == right
 
 
 # The cost of an import

@@ -8,10 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voltana_ctrl import load_profile
-from voltana_ctrl.kernels import law as cost
-from voltana_ctrl.kernels import layout
-from voltana_ctrl.kernels.plant import advance as plant
-from voltana_ctrl.kernels.plant import events
+from voltana_ctrl.kernels import law, layout
+from voltana_ctrl.kernels.plant import advance, events
 from voltana_ctrl.laws import decode_j, decode_s, prefill_s
 from voltana_ctrl.profiles import list_profiles
 
@@ -30,7 +28,7 @@ def test_an_iteration_is_its_two_parts(name, k, n, context, chunk, start) -> Non
     padded = int(profile.padded_batch(300)[n])
     kv_tok = n * context
     tok2 = (start + chunk) ** 2 - start**2
-    wall_s, decoded_j, prefilled_j = cost.iteration_cost(row, padded, n, kv_tok, chunk, tok2)
+    wall_s, decoded_j, prefilled_j = law.iteration_cost(row, padded, n, kv_tok, chunk, tok2)
     apart_s = float(prefill_s(row, chunk, tok2)) if chunk else 0.0
     if chunk and n:
         apart_s -= row["prefill_base_s"]  # the weights are read once
@@ -44,13 +42,13 @@ def test_an_iteration_is_its_two_parts(name, k, n, context, chunk, start) -> Non
 @given(name=names, k=st.integers(0, 80), n=st.integers(1, 1000), kv_tok=st.floats(0.0, 4e5))
 def test_times_of_one_phase_are_the_laws(name, k, n, kv_tok) -> None:
     row = load_profile(name).table[k]
-    assert cost.decode_s(row, n, kv_tok) == pytest.approx(float(decode_s(row, n, kv_tok)))
-    assert cost.prefill_s(row, n, kv_tok) == pytest.approx(float(prefill_s(row, n, kv_tok)))
+    assert law.decode_s(row, n, kv_tok) == pytest.approx(float(decode_s(row, n, kv_tok)))
+    assert law.prefill_s(row, n, kv_tok) == pytest.approx(float(prefill_s(row, n, kv_tok)))
 
 
 @given(freq_mhz=st.floats(0.0, 3000.0), n_clocks=st.integers(1, 81))
 def test_quantise_up_is_the_lowest_clock_that_is_enough(freq_mhz, n_clocks) -> None:
-    k = cost.quantise_up(REFERENCE.table.copy(), n_clocks, freq_mhz)
+    k = law.quantise_up(REFERENCE.table.copy(), n_clocks, freq_mhz)
     clocks_mhz = REFERENCE.clocks_mhz[:n_clocks]
     enough = [j for j, mhz in enumerate(clocks_mhz) if mhz >= freq_mhz]
     assert k == (enough[0] if enough else n_clocks - 1)
@@ -101,7 +99,9 @@ def generator(seed: int) -> np.ndarray:
 
 def test_uniform_numbers_are_uniform_and_seeds_are_unlike() -> None:
     n = 20_000
-    drawn = np.array([[plant._uniform(sim[0]) for _ in range(n)] for sim in map(generator, (0, 1))])
+    drawn = np.array(
+        [[advance._uniform(sim[0]) for _ in range(n)] for sim in map(generator, (0, 1))]
+    )
     assert np.all((drawn >= 0.0) & (drawn < 1.0))
     for row in drawn:
         counts = np.histogram(row, bins=20, range=(0.0, 1.0))[0]
@@ -113,7 +113,7 @@ def test_uniform_numbers_are_uniform_and_seeds_are_unlike() -> None:
 
 def test_jitter_has_mean_one_and_the_spread_asked_for() -> None:
     sim = generator(7)
-    drawn = np.array([plant._jitter(sim[0], 0.3) for _ in range(20_000)])
+    drawn = np.array([advance._jitter(sim[0], 0.3) for _ in range(20_000)])
     assert drawn.mean() == pytest.approx(1.0, abs=4 * 0.307 / np.sqrt(20_000))
     assert np.log(drawn).std() == pytest.approx(0.3, rel=0.03)
 

@@ -18,7 +18,7 @@ from tests.oracles.queueing import (
     padded_mean_req,
 )
 from voltana_ctrl.errors import ConfigError, ShapeError
-from voltana_ctrl.kernels import law as cost
+from voltana_ctrl.kernels import law
 from voltana_ctrl.laws import (
     at_clock,
     decode_equilibrium,
@@ -199,7 +199,7 @@ def test_no_roof_is_the_line_to_the_last_bit(name: str, n: int, kv_tok: float) -
     line = rows["decode_base_s"] + rows["decode_req_s"] * n + rows["decode_kv_s"] * kv_tok
     expected = np.maximum(line, rows["decode_floor_s"])
     np.testing.assert_array_equal(decode_s(rows, n, kv_tok), expected)
-    compiled = [cost.decode_s(row, float(n), kv_tok) for row in rows]
+    compiled = [law.decode_s(row, float(n), kv_tok) for row in rows]
     np.testing.assert_array_equal(compiled, expected)
 
 

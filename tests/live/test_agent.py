@@ -25,6 +25,7 @@ from tests.helpers.fake_gpus import (
 from tests.helpers.fake_pages import Pages
 from voltana_ctrl import ConfigError, Decision, FleetState, Observation, PowerBudget, Slo
 from voltana_ctrl.backends import ReplayBackend
+from voltana_ctrl.backends.nvml import meters as gpu_meters
 from voltana_ctrl.backends.nvml.driver import GpuReader, Nvml
 from voltana_ctrl.backends.nvml.meters import GpuMeters
 from voltana_ctrl.control import StaticController
@@ -124,15 +125,14 @@ def test_the_walk_would_see_what_can_set(fake, tmp_path):
 
 @pytest.mark.parametrize("mode", ["observe", "advise"])
 def test_the_command_builds_nothing_that_can_set(fake, tmp_path, engines, monkeypatch, mode):
-    from voltana_ctrl.backends.nvml import meters as gpu_meters
-    from voltana_ctrl.cli import agent as _agent
+    from voltana_ctrl.cli import agent
     from voltana_ctrl.engines.endpoints import load_endpoints
     from voltana_ctrl.engines.telemetry import EngineBackend
 
     monkeypatch.setattr(gpu_meters, "Nvml", lambda _=None: Nvml(fake.library))
     spec, endpoints = load_endpoints(fleet_file(tmp_path, fake, engines))
     chosen = {one.instance: one.gpus for one in endpoints}
-    backend = _agent._node(spec, endpoints, chosen, mode, None, tmp_path)
+    backend = agent._node(spec, endpoints, chosen, mode, None, tmp_path)
     controller = node_policy(spec, SLO, "mpc") if mode == "advise" else None
     with Agent(backend, controller, AgentSettings(mode=mode)) as agent:
         agent.run(duration_s=0.5)
@@ -568,7 +568,6 @@ def test_command_refuses_in_one_line(fake, tmp_path, engines, monkeypatch, capsy
         if "--serve" in arguments:
             monkeypatch.setenv("VOLTANA_CTRL_TOKEN", "0123456789abcdef")
         arguments = ("--fleet", fleet_file(tmp_path, fake, engines), *arguments, *alone(tmp_path))
-    from voltana_ctrl.backends.nvml import meters as gpu_meters
 
     monkeypatch.setattr(gpu_meters, "Nvml", lambda _=None: Nvml(fake.library))
     monkeypatch.setattr(sys, "argv", ["voltana-ctrl", "agent", *map(str, arguments)])

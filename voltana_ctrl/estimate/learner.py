@@ -110,23 +110,22 @@ class OnlineLearner:
 
     def init(self) -> Learned:
         """State before the first record: the prior, widely uncertain."""
-        from voltana_ctrl.kernels.learn import learner as learn
-        from voltana_ctrl.kernels.learn import rls
+        from voltana_ctrl.kernels.learn import learner, rls
 
         n = len(self.prior)
-        terms = np.zeros((n, learn.N_MODELS, rls.N_TERMS))
+        terms = np.zeros((n, learner.N_MODELS, rls.N_TERMS))
         terms[:, :, ::2] = 1.0
         one = np.empty((rls.N_TERMS, rls.N_TERMS))
         rls.restart(one)
-        notes = np.zeros((n, learn.N_MODELS, rls.N_NOTES))
+        notes = np.zeros((n, learner.N_MODELS, rls.N_NOTES))
         notes[:, :, rls.ERROR_FRAC] = rls.FIRST_ERROR
         notes[:, :, rls.SCORE_FRAC2] = rls.FIRST_ERROR**2
         return Learned(
             terms_frac=terms,
-            covariance=np.tile(one, (n, learn.N_MODELS, 1, 1)),
+            covariance=np.tile(one, (n, learner.N_MODELS, 1, 1)),
             notes=notes,
             tile=np.zeros(n, dtype=np.int64),
-            counts=np.zeros((n, learn.N_COUNTS)),
+            counts=np.zeros((n, learner.N_COUNTS)),
         )
 
     def update(self, state: Learned, iterations: IterationBatch) -> Learned:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.kernels import layout
-from voltana_ctrl.kernels.plant import advance as plant
+from voltana_ctrl.kernels.plant import advance
 from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.types import Slo
 
@@ -31,7 +31,7 @@ def snapshot(simulated: Plant) -> Any:
     >>> float(snapshot(run)["idle_j"].sum())
     0.0
     """
-    plant.settle_accounts(simulated._sim, simulated.instances, simulated._tables)
+    advance.settle_accounts(simulated._sim, simulated.instances, simulated._tables)
     return simulated.instances.copy()
 
 

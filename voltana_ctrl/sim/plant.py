@@ -17,7 +17,7 @@ from voltana_ctrl.control.base import CompiledGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.kernels import layout
 from voltana_ctrl.kernels.choose.base import N_MEMORY, hold_floor
-from voltana_ctrl.kernels.plant import advance as plant
+from voltana_ctrl.kernels.plant import advance
 from voltana_ctrl.kernels.plant import faults as fault_kernels
 from voltana_ctrl.kernels.plant.events import touch
 from voltana_ctrl.kernels.plant.rest import order_rest
@@ -352,7 +352,7 @@ class Plant:
         """Bring every instance into the state that the next edge of the faults leaves it in."""
         alive, slow_frac, clamp_k = self._faults.at(self._faults.edges_s[self._struck])
         self._struck += 1
-        inst, state = self.instances, self._arrays[: len(plant.STATE)]
+        inst, state = self.instances, self._arrays[: len(advance.STATE)]
         for i in np.flatnonzero((inst["alive"] == 1) & ~alive):
             fault_kernels.fail(*state, i)
         for i in np.flatnonzero((inst["alive"] == 0) & alive):
@@ -363,10 +363,10 @@ class Plant:
     def _run(self, until_s: float) -> int:
         """Run the kernel until `until_s`, and answer what it asks."""
         if not self._hosted:
-            return int(plant.advance(*self._arrays, *self._functions, until_s))
+            return int(advance.advance(*self._arrays, *self._functions, until_s))
         run = self._hosted_kernel()
         arrays, sim, governors = self._arrays, self._sim[0], self._governors
-        functions = () if run is not plant.advance else self._functions
+        functions = () if run is not advance.advance else self._functions
         while (code := run(*arrays, *functions, until_s)) > layout.JUDGED:
             asked = int(sim["ask_index"])
             if code == layout.ASK_GOVERNOR and governors is not None:
@@ -379,7 +379,7 @@ class Plant:
     def _hosted_kernel(self) -> Any:
         """Entry without function arguments, unless a compiled router needs them."""
         if self._functions != (hold_floor, by_share, by_share):
-            return plant.advance
+            return advance.advance
         if self._advance_hosted is None:
             from voltana_ctrl.kernels.plant.hosted import advance_by_share
 
@@ -438,7 +438,7 @@ class Plant:
                 f"Plant.apply: expected a decision for {len(inst)} instances, got one for"
                 f" {len(decision)}"
             )
-        plant.settle_accounts(self._sim, inst, self._tables)
+        advance.settle_accounts(self._sim, inst, self._tables)
         inst["floor_mhz"] = decision.freq_mhz
         inst["ceiling_mhz"] = decision.freq_max_mhz
         inst["route_frac"] = decision.route_frac
@@ -451,7 +451,7 @@ class Plant:
         # Without a cap it is as found, which the profile holds already.
         caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
         for capped in np.flatnonzero(inst["power_cap_w"] != caps_w):
-            plant.order_cap(*clocks, int(capped), float(caps_w[capped]))
+            advance.order_cap(*clocks, int(capped), float(caps_w[capped]))
         for sleeper in np.flatnonzero(inst["sleeps"]):
             order_rest(self._sim, inst, self._tables, self._pending_s, self._tree, sleeper)
         for router in self._routers.values():
@@ -459,11 +459,11 @@ class Plant:
         if self._governors is not None:
             return
         for i, freq_mhz in enumerate(decision.freq_mhz):
-            plant.order_clock(*clocks, self._node_free_s, i, float(freq_mhz))
+            advance.order_clock(*clocks, self._node_free_s, i, float(freq_mhz))
 
     def state(self) -> FleetState:
         """State of every instance now; counts of arrivals since the last :meth:`read`."""
-        plant.settle_accounts(self._sim, self.instances, self._tables)
+        advance.settle_accounts(self._sim, self.instances, self._tables)
         inst, now_s = self.instances, self.now_s
         head = np.where(inst["prefill_head"] >= 0, inst["prefill_head"], inst["wait_head"])
         waits = head >= 0
