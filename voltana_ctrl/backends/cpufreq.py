@@ -281,8 +281,10 @@ class CpufreqBackend:
                         orders.append((policy, policy.found_khz))
                 else:
                     orders.append((policy, policy.supported(float(cpu_mhz[i]))))
+        guarded = self._lease.guarded
         for policy, khz in orders:
-            if policy.set_khz != khz:
+            lowers = khz < (policy.found_khz if policy.set_khz is None else policy.set_khz)
+            if policy.set_khz != khz and (guarded or not lowers):
                 found = FoundFile(path=str(policy.path), text=str(policy.found_khz))
                 with self._lease.touch(str(policy.folder), found):
                     policy.set(khz)

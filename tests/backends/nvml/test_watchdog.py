@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.helpers.fake_gpus import (
@@ -25,6 +26,7 @@ from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, 
 from voltana_ctrl.backends.nvml.lockfile import LockFile, holder
 from voltana_ctrl.backends.nvml.watchdog import Watchdog
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import Limits
 
 pytestmark = needs_compiler
 ACTS_WITHIN_S = 2.0
@@ -378,3 +380,152 @@ def test_all_given_back_helper_sees_a_lock(fake):
     assert all_given_back(fake)
     fake.gpus[1].lock_hi_mhz = 900
     assert not all_given_back(fake)
+
+
+# Nothing of the current folder runs in it
+
+
+EVIL = "import os; open(os.environ['MARK'], 'a').write(__name__)\n"
+
+
+def test_nothing_in_the_current_folder_is_run(tmp_path):
+    """The watchdog may be root, and the folder where it was started may be anybody's."""
+    folder = tmp_path / "anybodys"
+    folder.mkdir()
+    for name in ("json", "select", "signal", "subprocess", "syslog", "ctypes", "pynvml", "numpy"):
+        (folder / f"{name}.py").write_text(EVIL)
+    program = (
+        f"import sys; sys.path.append({str(ROOT)!r})\n"
+        "from voltana_ctrl.backends.nvml.giveback import FoundFile\n"
+        "from voltana_ctrl.backends.nvml.watchdog import Watchdog\n"
+        "sys.path.insert(0, '')\n"  # as `python -c` and `python -m` do
+        "watchdog = Watchdog([])\n"
+        "watchdog.arm([FoundFile(path='found', text='1')])\n"
+        "print(watchdog.abandon(20.0))\n"
+    )
+    mark = tmp_path / "mark"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        cwd=folder,
+        env={**os.environ, "MARK": str(mark), "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == "[]"
+    assert not mark.exists(), f"ran {mark.read_text()} from the current folder"
+    assert (folder / "found").read_text() == "1"  # a relative record is of the controller's folder
+
+
+# The record is never lost
+
+DIES_WHILE_ITS_WATCHDOG_IS_REPLACED = """
+from voltana_ctrl.backends.nvml.watchdog import Watchdog
+start = Watchdog._start
+def start_and_die(self):
+    {before}
+    child = start(self)
+    os.kill(os.getpid(), signal.SIGKILL)  # before another word reaches the new one
+    return child
+Watchdog._start = start_and_die
+os.kill(backend._lease.watchdog._child.pid, signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "pass",
+        pytest.param("self._plan = type(self._plan)()", id="from the lock files alone"),
+    ],
+)
+def test_controller_that_dies_before_its_new_watchdog_is_told(fake, tmp_path, before):
+    body = LOCKED + DIES_WHILE_ITS_WATCHDOG_IS_REPLACED.format(before=before)
+    with Host(fake, tmp_path, body) as host:
+        host.expect("set")
+        assert host.wait() == -signal.SIGKILL
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
+        seconds_until(lambda: list(tmp_path.glob("*.lock")) == [])
+
+
+def test_a_record_that_was_not_carried_out_is_not_deleted(fake, tmp_path):
+    body = LOCKED + (
+        "lock = backend._lease._locks[uuids[0]]\n"
+        'os.pwrite(lock.fd, b\'{"give_back": {"kind": "another"}}\\n\', 0)\n'
+        "say('spoiled')\n"
+        "time.sleep(60)"
+    )
+    with Host(fake, tmp_path, body) as host:
+        watchdog = int(host.expect("set"))
+        host.expect("spoiled")
+        host.send(signal.SIGKILL)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S  # it was told by the pipe
+        seconds_until(lambda: not alive(watchdog))
+        kept = [path.read_text() for path in tmp_path.glob("*.lock")]
+        assert any("another" in text for text in kept)
+
+
+# A guard that is frozen or dead
+
+
+def test_frozen_watchdog_is_replaced_and_meanwhile_nothing_is_lowered(fake, tmp_path):
+    with open_backend(fake, tmp_path) as backend:
+        backend.apply(decision(900, 900))
+        watchdog = backend._lease.watchdog
+        frozen = watchdog._child.pid
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            seconds_until(lambda: not watchdog.answers, 5.0)
+            backend.apply(decision(705, 1200))
+            if not watchdog.restarts:  # it was not replaced while we looked
+                assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [900, 1200]
+            seconds_until(lambda: watchdog.restarts == 1 and watchdog.answers, 10.0)
+            assert not alive(frozen)  # it cannot thaw and give back under our hands
+            backend.apply(decision(705, 1200))
+            assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [705, 1200]
+        finally:
+            if alive(frozen):
+                os.kill(frozen, signal.SIGCONT)
+    assert as_found(fake)
+
+
+def test_nothing_is_lowered_while_the_watchdog_is_dead(fake, tmp_path, monkeypatch):
+    with open_backend(fake, tmp_path) as backend:
+        backend.apply(decision(900, 900, limits=Limits(power_cap_w=[300, 300])))
+        watchdog = backend._lease.watchdog
+        monkeypatch.setattr(type(watchdog), "answers", property(lambda self: False))
+        backend.apply(decision(705, 1410, limits=Limits(power_cap_w=[200, np.inf])))
+        assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [900, 1410]
+        assert [gpu.cap_w for gpu in fake.gpus] == [300, 400]
+        monkeypatch.undo()
+        backend.apply(decision(705, 1410, limits=Limits(power_cap_w=[200, np.inf])))
+        assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [705, 1410]
+        assert [gpu.cap_w for gpu in fake.gpus] == [200, 400]
+    assert as_found(fake)
+
+
+@pytest.mark.slow
+def test_a_watchdog_that_waits_for_a_cpu_is_not_replaced(tmp_path):
+    """Many who want its only CPU, it last of all: late answers, and no churn."""
+    watchdog = Watchdog([])
+    cpu = min(os.sched_getaffinity(0))
+    pid = watchdog._child.pid
+    os.sched_setaffinity(pid, {cpu})
+    os.setpriority(os.PRIO_PROCESS, pid, 19)
+    spin = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(spin) for _ in range(12)]
+    try:
+        for process in busy:
+            os.sched_setaffinity(process.pid, {cpu})
+        until_s = time.monotonic() + 10.0
+        while time.monotonic() < until_s:
+            watchdog.seen()
+            time.sleep(0.05)
+        assert watchdog.restarts == 0
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+        watchdog.close()

@@ -7,6 +7,7 @@ was touched: a lock that an operator set on something we never set stays.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class FoundGpu:
     memory: bool = False
     restore_lock_mhz: tuple[int, int] | None = None
     power_cap_w: float | None = None
+
+    def __post_init__(self) -> None:
+        # Whoever reads the record may have been started in another folder.
+        if self.library is not None:
+            object.__setattr__(self, "library", os.path.abspath(self.library))
 
     @property
     def touched(self) -> bool:
@@ -108,6 +114,10 @@ class FoundFile:
 
     path: str
     text: str
+
+    def __post_init__(self) -> None:
+        # As for a GPU's library.
+        object.__setattr__(self, "path", os.path.abspath(self.path))
 
     @property
     def touched(self) -> bool:

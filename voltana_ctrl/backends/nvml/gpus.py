@@ -42,7 +42,7 @@ class _Order:
     """What one GPU shall be set to; None leaves it, or gives back what was set."""
 
     held: HeldGpu
-    lock_mhz: int
+    lock_mhz: int | None
     mem_mhz: int | None = None
     cap_w: float | None = None
 
@@ -338,7 +338,7 @@ class NvmlBackend:
                 mhz = self._supported(held, float(decision.freq_mhz[i]))
                 orders.append(_Order(held, mhz, mem_mhz, cap_w))
         # First what lowers power, so that the sum never passes a budget on the way.
-        orders.sort(key=lambda order: order.lock_mhz > (order.held.lock_mhz or np.inf))
+        orders.sort(key=lambda order: (order.lock_mhz or 0) > (order.held.lock_mhz or np.inf))
         return orders
 
     def _supported(self, held: HeldGpu, freq_mhz: float) -> int:
@@ -406,8 +406,10 @@ class NvmlBackend:
             raise failure
 
     def _set(self, order: _Order) -> None:
+        if self._lease is not None and not self._lease.guarded:
+            order = _without_lowering(order)
         held = order.held
-        if held.lock_mhz != order.lock_mhz:
+        if order.lock_mhz is not None and held.lock_mhz != order.lock_mhz:
             held.lock_mhz = None  # unknown, should the call fail half-way
             with self._touch(held, replace(held.touched, clock=True)):
                 begin_s = time.perf_counter()
@@ -499,6 +501,25 @@ class NvmlBackend:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _without_lowering(order: _Order) -> _Order:
+    """What of an order raises: all that may be set while nobody would give it back.
+
+    The rest stays as it is, and is ordered again by the next decision.
+    """
+    held = order.held
+    lock_mhz = order.lock_mhz
+    if lock_mhz is not None and lock_mhz < (held.lock_mhz or max(held.clocks_mhz)):
+        lock_mhz = held.lock_mhz
+    mem_mhz = order.mem_mhz
+    if mem_mhz is not None and (held.mem_mhz is None or mem_mhz < held.mem_mhz):
+        mem_mhz = held.mem_mhz
+    cap_w = order.cap_w
+    in_force_w = held.found_cap_w if held.cap_w is None else held.cap_w
+    if cap_w is not None and (in_force_w is None or cap_w < in_force_w):
+        cap_w = held.cap_w
+    return _Order(held, lock_mhz, mem_mhz, cap_w)
 
 
 def _in_force(order: _Order) -> bool:

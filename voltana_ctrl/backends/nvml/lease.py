@@ -70,6 +70,11 @@ class Lease:
             undo.pop_all()
 
     @property
+    def guarded(self) -> bool:
+        """Whether somebody answers who would give it back: while nobody does, lower nothing."""
+        return self.watchdog.answers
+
+    @property
     def recovered(self) -> tuple[str, ...]:
         """Hardware that a dead controller had left changed, and that was given back first."""
         return tuple(name for name, lock in self._locks.items() if lock.recovered)

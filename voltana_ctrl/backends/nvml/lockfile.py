@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
+from voltana_ctrl.backends.nvml.process import process_start
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 
 __all__ = ["LOCK_DIR", "LockFile"]
@@ -63,7 +64,8 @@ class LockFile:
     def __init__(self, hardware: str, *, folder: Path = LOCK_DIR, wait_s: float = 3.0) -> None:
         self.hardware = hardware
         name = re.sub(r"[^\w.-]", "_", hardware)
-        self.path = Path(folder) / f"voltana-ctrl-{name}.lock"
+        # Absolute, as processes of ours that start elsewhere are told of it.
+        self.path = Path(folder).absolute() / f"voltana-ctrl-{name}.lock"
         self.recovered = False
         self.fd = self._acquire(wait_s)
         try:
@@ -118,13 +120,12 @@ class LockFile:
         )
 
     def _recover(self) -> None:
-        found = _read(self.fd).get("give_back")
-        if found is None:
-            return
         try:
-            record = record_from(found)
+            record = read_record(self.fd)
         except ConfigError as error:
             raise BackendError(f"lock file {self.path}: {error}; remove the file") from error
+        if record is None:
+            return
         problems = give_back([record])
         if problems:
             raise ActuationDenied(
@@ -166,6 +167,18 @@ class LockFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def read_record(fd: int) -> FoundFile | FoundGpu | None:
+    """How a lock file says that its hardware is given back; None where nothing was touched.
+
+    Raises
+    ------
+    ConfigError
+        If what it says is not a record.
+    """
+    found = _read(fd).get("give_back")
+    return None if found is None else record_from(found)
 
 
 def remove_if_ours(fd: int, path: Path) -> None:
@@ -210,19 +223,10 @@ def _read(fd: int) -> dict[str, Any]:
 
 def _owner() -> dict[str, Any]:
     pid = os.getpid()
-    return {"pid": pid, "start": _start(pid), "command": " ".join(sys.argv[:3])[:200]}
+    return {"pid": pid, "start": process_start(pid), "command": " ".join(sys.argv[:3])[:200]}
 
 
 def _alive(owner: dict[str, Any]) -> bool:
     pid = owner.get("pid")
-    return isinstance(pid, int) and _start(pid) is not None and _start(pid) == owner.get("start")
-
-
-def _start(pid: int) -> str | None:
-    """When a process started, so that a reused number is not taken for the same process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else fields[19]
+    started = process_start(pid) if isinstance(pid, int) else None
+    return started is not None and started == owner.get("start")

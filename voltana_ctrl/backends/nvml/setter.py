@@ -281,6 +281,7 @@ class Setter:
             gpu: TokenBucket(policy.max_sets_s, policy.burst) for gpu in policy.clocks_mhz
         }
         self._owners: dict[str, _Peer] = {}
+        self._held_mhz: dict[str, int] = {}
         self._to_reset: set[str] = set()
         self._listener = _listen(self._path)
         self._selector = selectors.DefaultSelector()
@@ -373,7 +374,14 @@ class Setter:
             clock=True,
             restore_lock_mhz=self._restore_lock_mhz,
         )
+        highest_mhz = self._held_mhz.get(request.gpu, max(gpu.clocks_mhz))
+        if request.hi_mhz < highest_mhz and not self._lease.guarded:
+            raise BackendError(
+                f"setter: its watchdog does not answer, so that GPU {request.gpu} may not be set"
+                f" below {highest_mhz} MHz until it does"
+            )
         self._to_reset.discard(request.gpu)
+        self._held_mhz[request.gpu] = request.hi_mhz
         with self._lease.touch(request.gpu, record):
             gpu.lock_clock(request.lo_mhz, request.hi_mhz)
 
@@ -406,6 +414,7 @@ class Setter:
             self._to_reset.discard(gpu)
 
     def _give_back(self, gpu: str) -> None:
+        self._held_mhz.pop(gpu, None)
         if self._restore_lock_mhz is None:
             self._gpus[gpu].reset_clock()
         else:

@@ -1,15 +1,21 @@
 """A small process that outlives its controller and gives the hardware back when it dies.
 
-The controller writes to a pipe: what it is about to touch, before it does; a beat four times a
-second; a farewell when it has given everything back itself. The pipe's end without a farewell
-(the controller was killed) or silence (it is frozen) makes the watchdog act. It holds the
-controller's lock files open, so that no successor can start in between.
+The controller hands over what it has touched so far when it starts the process, and writes to a
+pipe: what it is about to touch, before it does; a beat four times a second, which is answered; a
+farewell when it has given everything back itself. The pipe's end without a farewell (the
+controller was killed) or silence (it is frozen) makes the watchdog act: it gives back what it was
+told of, and what the controller's lock files tell. It holds these open, so that no successor can
+start in between.
+
+Guards are watched in turn. A watchdog that does not answer for a second is killed, unless it only
+waits for a CPU, and a new one is started; meanwhile nothing is lowered (:attr:`Watchdog.answers`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import signal
@@ -24,19 +30,27 @@ from pathlib import Path
 from typing import Any
 
 from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
-from voltana_ctrl.backends.nvml.lockfile import LockFile, remove_if_ours
-from voltana_ctrl.errors import BackendError
+from voltana_ctrl.backends.nvml.lockfile import LockFile, read_record, remove_if_ours
+from voltana_ctrl.backends.nvml.process import process_state
+from voltana_ctrl.errors import BackendError, ConfigError
 
 __all__ = ["Watchdog"]
+
+_log = logging.getLogger(__name__)
 
 _BEAT_S = 0.25
 _SILENCE_S = 1.5
 _START_LIMIT_S = 30.0
 _RETRY_S = 0.2
 _GIVE_UP_S = 60.0
-# The child must find this package where the host found it, however that was.
+# A watchdog that has not answered for so long is taken for frozen.
+_ANSWER_S = 1.0
+# The child may run as root wherever it was started: it is isolated (no current folder, no
+# PYTHON* variables, no user's packages), begins with the standard library alone, and then finds
+# this package and the driver's binding where the host found them.
+_FLAGS = ("-I", "-S")
 _PROGRAM = (
-    "import json, sys; settings = json.loads(sys.argv[1]); sys.path[:] = settings['path'];"
+    "import json, sys; settings = json.loads(sys.argv[1]); sys.path += settings['path'];"
     " from voltana_ctrl.backends.nvml.watchdog import main; main(settings)"
 )
 
@@ -79,7 +93,9 @@ class Watchdog:
         self._idle_s = idle_s
         self._on_acted = on_acted
         self._pid = os.getpid()
-        self._plan = b""
+        self._plan: list[dict[str, Any]] = []
+        self._asked_s: float | None = None  # the first beat that is not answered yet
+        self._restarts = 0
         self._seen_s = time.monotonic()
         self._writing = threading.Lock()
         self._closing = threading.Event()
@@ -94,20 +110,33 @@ class Watchdog:
         """Whether the watchdog process lives."""
         return self._child.poll() is None
 
+    @property
+    def answers(self) -> bool:
+        """Whether it lives and answers: only then may anything be lowered."""
+        asked_s = self._asked_s
+        return self.running and (asked_s is None or time.monotonic() - asked_s < _ANSWER_S)
+
+    @property
+    def restarts(self) -> int:
+        """How often it had to be replaced because it was dead or frozen."""
+        return self._restarts
+
     def _start(self) -> subprocess.Popen[bytes]:
         settings = {
-            "path": sys.path,
+            "path": _package_path(),
             "locks": [[lock.fd, str(lock.path)] for lock in self._locks],
+            "plan": self._plan,
         }
         try:
             child = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps(settings)],
+                [sys.executable, *_FLAGS, "-c", _PROGRAM, json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
                 pass_fds=[lock.fd for lock in self._locks],
                 start_new_session=True,
+                cwd="/",
             )
         except OSError as error:
             raise BackendError(f"watchdog: cannot be started: {error}") from error
@@ -133,8 +162,8 @@ class Watchdog:
         BackendError
             If the watchdog cannot be told; then the hardware must not be touched.
         """
-        self._plan = json.dumps([record.as_dict() for record in records]).encode() + b"\n"
-        self._send(self._plan)
+        self._plan = [record.as_dict() for record in records]
+        self._send(json.dumps(self._plan).encode() + b"\n")
 
     def seen(self) -> None:
         """Note that the controller is at work."""
@@ -146,12 +175,15 @@ class Watchdog:
                 _write(self._child, line)
             except OSError:
                 # Somebody killed it. The hardware is ours still, and needs a new one.
-                _reap(self._child)
-                self._child = self._start()
-                try:
-                    _write(self._child, self._plan)
-                except OSError as error:
-                    raise BackendError(f"watchdog: died twice: {error}") from error
+                self._replace()
+
+    def _replace(self) -> None:
+        """Start a new one, which is told everything, once the old one can do nothing more."""
+        self._child.kill()
+        _reap(self._child)
+        self._restarts += 1
+        self._child = self._start()
+        self._asked_s = None
 
     def _beat(self) -> None:
         while not self._closing.wait(_BEAT_S):
@@ -159,7 +191,21 @@ class Watchdog:
                 # Without a watchdog arm() fails at the next touch; a beat has nobody to tell.
                 with contextlib.suppress(BackendError):
                     self._send(b"beat\n")
-            if _line(self._child, 0.0) == "acted" and self._on_acted is not None:
+                    self._asked_s = self._asked_s or time.monotonic()
+            self._hear()
+            if self.running and not self.answers and process_state(self._child.pid) != "R":
+                # Stopped, or stuck in a call; one that waits for a CPU will answer when it gets it.
+                self._hear()
+                if not self.answers:
+                    _log.warning("voltana-ctrl: the watchdog did not answer and is replaced")
+                    with contextlib.suppress(BackendError), self._writing:
+                        self._replace()
+
+    def _hear(self) -> None:
+        """Take what it has said."""
+        while said := _line(self._child, 0.0):
+            self._asked_s = None
+            if said == "acted" and self._on_acted is not None:
                 self._on_acted()
 
     def _stop_beating(self) -> None:
@@ -191,7 +237,7 @@ class Watchdog:
         if child.stdin is not None:
             child.stdin.close()
         said, until_s = "", time.monotonic() + limit_s
-        # Its last word counts: an earlier one may be about a silence.
+        # Its last word counts: earlier ones answer beats, or are about a silence.
         while line := _line(child, max(0.0, until_s - time.monotonic())):
             said = line
         if said == "acted":
@@ -217,6 +263,17 @@ def _call_if_there(method: weakref.WeakMethod[Callable[[], None]]) -> None:
     function = method()
     if function is not None:
         function()
+
+
+def _package_path() -> list[str]:
+    """Where this package and what it imports are found: the host's path without what is relative.
+
+    A relative entry, such as the empty one for the current folder, would mean another folder in the
+    child, or one that anybody may write to.
+    """
+    home = str(Path(__file__).absolute().parents[3])
+    found = [entry for entry in sys.path if os.path.isabs(entry)]
+    return found if home in found else [home, *found]
 
 
 def _write(child: subprocess.Popen[bytes], line: bytes) -> None:
@@ -246,7 +303,8 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
         child.wait(5.0)
     except subprocess.TimeoutExpired:
         child.kill()
-        child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # in the kernel; it runs no more
+            child.wait(5.0)
 
 
 # The watchdog process
@@ -257,26 +315,28 @@ def main(settings: Mapping[str, Any]) -> None:
     # What ends the controller (Ctrl-C, a service manager) must not end its watchdog.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
+    os.set_blocking(1, False)  # a controller that does not listen must not hold it up
+    plan = [record_from(values) for values in settings["plan"]]
+    locks = [(fd, Path(path)) for fd, path in settings["locks"]]
     _say("ready")
-    if _watch():
-        for fd, path in settings["locks"]:
-            remove_if_ours(fd, Path(path))
+    if _watch(plan, locks):
+        for fd, path in locks:
+            remove_if_ours(fd, path)
 
 
-def _watch() -> bool:
+def _watch(records: list[FoundGpu | FoundFile], locks: Sequence[tuple[int, Path]]) -> bool:
     """Whether the controller died and everything was given back."""
-    records: list[FoundGpu | FoundFile] = []
     rest = b""
     acted = False
     while True:
         if not select.select([0], [], [], _SILENCE_S)[0]:
-            if not acted and not _act(records, give_up_s=0.0):
+            if not acted and not _act(records, locks, give_up_s=0.0):
                 acted = True
                 _say("acted")
             continue
         data = os.read(0, 65536)
         if not data:
-            problems = _act(records, give_up_s=_GIVE_UP_S)
+            problems = _act(records, locks, give_up_s=_GIVE_UP_S)
             _say(problems[0].replace("\n", " ") if problems else "acted")
             return not problems
         *lines, rest = (rest + data).split(b"\n")
@@ -286,17 +346,38 @@ def _watch() -> bool:
                 return False
             if line.startswith(b"["):
                 records = [record_from(values) for values in json.loads(line)]
+        _say("alive")
 
 
-def _act(records: Sequence[FoundGpu | FoundFile], *, give_up_s: float) -> list[str]:
+def _written(locks: Sequence[tuple[int, Path]]) -> tuple[list[FoundGpu | FoundFile], list[str]]:
+    """Records in the controller's lock files, and what is wrong with those that hold none."""
+    found: list[FoundGpu | FoundFile] = []
+    problems: list[str] = []
+    for fd, path in locks:
+        try:
+            record = read_record(fd)
+        except (ConfigError, OSError) as error:
+            problems.append(f"lock file {path}: {error}")
+        else:
+            found += [] if record is None else [record]
+    return found, problems
+
+
+def _act(
+    told: Sequence[FoundGpu | FoundFile], locks: Sequence[tuple[int, Path]], *, give_up_s: float
+) -> list[str]:
+    """Give everything back; what could not be, in words."""
     until_s = time.monotonic() + give_up_s
+    written, unreadable = _written(locks)
+    records = [*told, *(record for record in written if record not in told)]
     while problems := give_back(records):
         if time.monotonic() >= until_s:
             break
         time.sleep(_RETRY_S)
+    problems += unreadable
     level = syslog.LOG_ERR if problems else syslog.LOG_WARNING
-    told = "; ".join(problems) or f"{len(records)} given back"
-    syslog.syslog(level, f"voltana-ctrl: the controller is gone or silent: {told}")
+    outcome = "; ".join(problems) or f"{len(records)} given back"
+    syslog.syslog(level, f"voltana-ctrl: the controller is gone or silent: {outcome}")
     return problems
 
 

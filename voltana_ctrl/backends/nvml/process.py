@@ -1,0 +1,62 @@
+"""What the kernel says of another process: when it started, and whether it can run at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["process_start", "process_state"]
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, so that a reused number is not taken for the same process.
+
+    Parameters
+    ----------
+    pid : int
+        Its number.
+
+    Returns
+    -------
+    str or None
+        Clock ticks since boot; None where no such process lives.
+
+    Examples
+    --------
+    >>> import os
+    >>> process_start(os.getpid()) == process_start(os.getpid())
+    True
+    """
+    fields = _fields(pid)
+    return None if not fields or fields[0] in ("Z", "X") else fields[19]
+
+
+def process_state(pid: int) -> str:
+    """Letter of its state (proc(5)): R runs or waits for a CPU, S sleeps, T is stopped, Z is dead.
+
+    Parameters
+    ----------
+    pid : int
+        Its number.
+
+    Returns
+    -------
+    str
+        One letter; empty where no such process is left.
+
+    Examples
+    --------
+    >>> import os
+    >>> process_state(os.getpid())
+    'R'
+    """
+    fields = _fields(pid)
+    return fields[0] if fields else ""
+
+
+def _fields(pid: int) -> list[str]:
+    """Fields of its status from the third on; the second, its name, may hold anything."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
