@@ -8,6 +8,7 @@ from tests.helpers.fake_gpus import decision, fleet
 from voltana_ctrl import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.backends import SimBackend
 from voltana_ctrl.backends.cpufreq import CpufreqBackend, CpuPolicy, cpu_policies
+from voltana_ctrl.backends.nvml.watchdog import Watchdog
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import Limits
 
@@ -129,3 +130,15 @@ def test_the_plant_is_closed_with_it(tree):
         backend.read()
     with pytest.raises(BackendError, match="closed"):
         backend._inner.apply(replace(decision(1005, 705)))
+
+
+def test_nothing_is_lowered_while_the_watchdog_does_not_answer(tree, monkeypatch):
+    with open_backend(tree) as backend:
+        backend.apply(limited(2000.0, 2000.0))
+        with monkeypatch.context() as frozen:
+            frozen.setattr(Watchdog, "answers", property(lambda self: False))
+            backend.apply(limited(1200.0, 3000.0))
+            assert ceilings_mhz(tree)[:2] == [2000.0, 3000.0]
+        backend.apply(limited(1200.0, 3000.0))
+        assert ceilings_mhz(tree)[:2] == [1200.0, 3000.0]
+    assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]

@@ -59,6 +59,26 @@ def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path, environme
     assert "mine:Slow" in done.stdout
 
 
+def test_nothing_else_in_the_working_folder_is_run(tmp_path, root):
+    """The folder may be anybody's, and who runs the command may be root."""
+    folder, script, mark = tmp_path / "anybodys", tmp_path / "voltana-ctrl", tmp_path / "mark"
+    folder.mkdir()
+    evil = "import os; open(os.environ['MARK'], 'a').write(__name__ + ' ')\n"
+    for name in ("csv", "ctypes", "glob", "importlib_metadata", "numba", "statistics", "tomllib"):
+        (folder / f"{name}.py").write_text(evil)
+    script.write_text("from voltana_ctrl.cli import main; main()\n")
+    for command in ("profiles", "policies", "doctor"):
+        subprocess.run(
+            [sys.executable, script, command],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(root), "MARK": str(mark)},
+            capture_output=True,
+            check=True,
+            timeout=120,
+        )
+    assert not mark.exists(), mark.read_text()
+
+
 @pytest.mark.slow
 def test_processes_give_the_same_figures(tmp_path, environment):
     figures = []

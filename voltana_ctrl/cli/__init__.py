@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Annotated, Any
 
@@ -69,8 +68,6 @@ def _version(
 
 def main() -> None:
     """Run the command line; bad input ends with status 2 and one line on stderr."""
-    # A policy given as module:Class is looked for where the user is.
-    sys.path.insert(0, os.getcwd())
     # As a library the package is silent.
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from voltana_ctrl.cli.options import above_zero, check_outputs
+from voltana_ctrl.cli.options import above_zero, check_outputs, look_here
 from voltana_ctrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def agent(
     if controller is not None and serve is not None:
         raise ConfigError("agent: expected --controller at a node or --serve, got both")
     above_zero(tick_ms=tick_ms, switchback=switchback, duration=duration)
+    look_here([policy])
     check_outputs({"log": log}, suffix=".jsonl")
     certificate = tls_cert or tls_certificate
     spec, endpoints = load_endpoints(fleet)

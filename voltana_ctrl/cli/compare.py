@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from voltana_ctrl.cli.options import above_zero, check_outputs, numbers, processes, progress
+from voltana_ctrl.cli.options import (
+    above_zero,
+    check_outputs,
+    look_here,
+    numbers,
+    processes,
+    progress,
+)
 from voltana_ctrl.errors import ConfigError
 
 #: Policies that are asked at every tick, which takes longer than the simulation.
@@ -107,6 +114,7 @@ def compare(
         check_plot(plot_path, shown)
     rates = numbers("rate", rate)
     names = [part.strip() for part in policies.split(",")] if policies else list(HEADLINE)
+    look_here(names)
     promises = Slo.parse(slo)
     power_budget = None if power_budget_w is None else PowerBudget.parse(power_budget_w)
     process = None if arrivals is None else parse_arrivals(arrivals)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -65,6 +66,15 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 def pairs(option: str, texts: list[str] | None) -> list[tuple[str, str]]:
     """Names and values of an option that is given as NAME=VALUE, any number of times."""
     return [_pair(option, text) for text in texts or []]
+
+
+def look_here(policies: Iterable[str]) -> None:
+    """Let a policy given as module:Class be found where the user is, after everywhere else.
+
+    Without one the current folder is never looked into: it may be anybody's, and we may be root.
+    """
+    if any(":" in policy for policy in policies) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def above_zero(**options: float | None) -> None:

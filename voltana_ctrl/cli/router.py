@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from voltana_ctrl.cli.options import look_here
 from voltana_ctrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def router(
         spec, endpoints = load_endpoints(fleet)
     else:
         spec, endpoints = _quick(engine, profile, prefill or [], decode or [], both or [])
+    look_here([policy])
     limits = ProxyLimits(
         body_bytes=max_body_mb << 20,
         in_flight_req=max_in_flight,

@@ -57,6 +57,7 @@ class InProcessWatchdog:
 
     # Set by the test: the fake GPUs on which permission can be withdrawn from the controller.
     fake: FakeNvml
+    answers = True
 
     def __init__(self, locks, *, idle_s, on_acted):
         self.locks = locks

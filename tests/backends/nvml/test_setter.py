@@ -475,3 +475,24 @@ def test_setter_ends_orderly_on_sigterm(fake, tmp_path):
 def test_it_needs_a_gpu_that_exists(fake, tmp_path):
     with pytest.raises(ConfigError, match="no such GPU"):
         run_setter(["GPU-x"], [0], tmp_path / "s", lock_dir=tmp_path, library=fake.library)
+
+
+def test_nothing_is_lowered_while_its_watchdog_does_not_answer(fake, tmp_path, monkeypatch):
+    from voltana_ctrl.backends.nvml.watchdog import Watchdog
+
+    with Running(fake, tmp_path) as setter:
+        client = SetterClient(setter.path)
+        gpu = client.gpu(fake.uuids[0])
+        gpu.lock_clock(900, 900)
+        with monkeypatch.context() as frozen:
+            frozen.setattr(Watchdog, "answers", property(lambda self: False))
+            with pytest.raises(BackendError, match="watchdog does not answer"):
+                gpu.lock_clock(705, 705)
+            assert fake.gpus[0].lock_hi_mhz == 900
+            gpu.lock_clock(1200, 1200)  # up is always let through, and so is giving back
+            assert fake.gpus[0].lock_hi_mhz == 1200
+            gpu.reset_clock()
+            assert fake.gpus[0].lock_hi_mhz == 0
+        gpu.lock_clock(705, 705)
+        assert fake.gpus[0].lock_hi_mhz == 705
+        client.close()
