@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import voltana_ctrl  # noqa: E402  (the checkout, whether installed or not)
+from voltana_ctrl.lazy import listed_names  # noqa: E402
 
 project = "voltana-ctrl"
 author = "the voltana-ctrl authors"
@@ -51,7 +52,7 @@ autosummary_ignore_module_all = False
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!voltana_ctrl).*"),
-    (r"py:.*", r"voltana_ctrl\._.*"),
+    (r"py:.*", r"voltana_ctrl\.kernels.*"),
 ]
 
 # Docstring examples run under pytest; here run those written in the pages.
@@ -63,9 +64,10 @@ def resolve_exported_name(
 ) -> Any:
     """Lead `voltana_ctrl.Name` to the module that documents it."""
     package, _, name = node.get("reftarget", "").rpartition(".")
-    if package != "voltana_ctrl" or name not in voltana_ctrl._HOME:
+    home = listed_names("voltana_ctrl").get(name)
+    if package != "voltana_ctrl" or home is None:
         return None
-    target = f"voltana_ctrl.{voltana_ctrl._HOME[name]}.{name}"
+    target = f"{home}.{name}"
     domain = env.get_domain("py")
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
 

@@ -14,7 +14,29 @@ from collections.abc import Callable
 from importlib import import_module
 from pkgutil import get_data
 
-__all__ = ["lazy_names"]
+__all__ = ["lazy_names", "listed_names"]
+
+
+def listed_names(package: str) -> dict[str, str]:
+    """Names that the stub of a lazy package lists, each with the module that it is imported from.
+
+    Parameters
+    ----------
+    package : str
+        Its ``__name__``.
+
+    Examples
+    --------
+    >>> listed_names("voltana_ctrl.backends")["SimBackend"]
+    'voltana_ctrl.backends.sim'
+    """
+    stub = get_data(package, "__init__.pyi") or b""
+    return {
+        alias.name: node.module or ""
+        for node in ast.parse(stub).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 def lazy_names(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
@@ -38,13 +60,7 @@ def lazy_names(package: str) -> tuple[Callable[[str], object], Callable[[], list
     >>> "SimBackend" in names, getattr_("SimBackend").__module__
     (True, 'voltana_ctrl.backends.sim')
     """
-    stub = get_data(package, "__init__.pyi") or b""
-    homes = {
-        alias.name: node.module or ""
-        for node in ast.parse(stub).body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    homes = listed_names(package)
 
     def getattr_(name: str) -> object:
         if name not in homes:

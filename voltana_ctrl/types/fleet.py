@@ -333,7 +333,7 @@ class FleetSpec:
         `clocks_mhz`, `kv_capacity_tok`, `max_batch`, `prefill_budget_tok`,
         `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`. A table `engine` says where
         the running engine of an instance is; it is read by
-        :func:`voltana_ctrl.engines.endpoints.load_endpoints` and means nothing here.
+        :func:`voltana_ctrl.engines.load_endpoints` and means nothing here.
 
         Parameters
         ----------
