@@ -104,8 +104,8 @@ class Governor(Protocol):
     """Picks the clock of one instance before each of its iterations.
 
     Compiled governors carry a Numba function of the signature
-    :data:`voltana_ctrl.kernels.choose.base.GOVERNOR_SIGNATURE` besides, so that the simulator can call
-    them without Python.
+    :data:`voltana_ctrl.kernels.choose.base.GOVERNOR_SIGNATURE` besides, so that the simulator can
+    call them without Python.
 
     Examples
     --------

@@ -1,15 +1,18 @@
 """Kernels that stand alone: costs, the event tree, the heap of transfers, random numbers."""
 
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import njit, types
 
 from voltana_ctrl import load_profile
 from voltana_ctrl.kernels import law, layout
 from voltana_ctrl.kernels.plant import advance, events
+from voltana_ctrl.kernels.plant.functions import resolved
 from voltana_ctrl.laws import decode_j, decode_s, prefill_s
 from voltana_ctrl.profiles import list_profiles
 
@@ -133,3 +136,31 @@ def test_padded_sizes_never_shrink_a_batch() -> None:
         assert np.all(padded >= np.arange(padded.size))
         assert np.all(np.diff(padded) >= 0)
     assert dataclasses.replace(REFERENCE, batch_steps=()).padded_batch(9).tolist() == [*range(10)]
+
+
+# ---- functions as arguments ---------------------------------------------------------------
+
+
+def test_a_resolved_function_is_looked_up_no_more() -> None:
+    signature = types.float64(types.float64)
+    of_function = types.FunctionType(signature)
+
+    @njit(signature)
+    def twice(x):
+        return 2.0 * x
+
+    @njit(types.float64(of_function, types.float64))
+    def applied(function, x):
+        return function(x)
+
+    once = resolved(twice, signature)
+    assert applied(once, 3.0) == applied(twice, 3.0) == 6.0
+    with mock.patch.object(type(twice), "get_compile_result", side_effect=AssertionError):
+        assert applied(once, 4.0) == 8.0
+        with pytest.raises(AssertionError):
+            applied(twice, 4.0)
+    assert len(applied.signatures) == 1
+
+
+def test_what_is_not_compiled_is_passed_on_as_it_is() -> None:
+    assert resolved(len, None) is len

@@ -16,12 +16,13 @@ from voltana_ctrl.checks import not_negative
 from voltana_ctrl.control.base import CompiledGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.kernels import layout
-from voltana_ctrl.kernels.choose.base import N_MEMORY, hold_floor
+from voltana_ctrl.kernels.choose.base import GOVERNOR_SIGNATURE, N_MEMORY, hold_floor
 from voltana_ctrl.kernels.plant import advance
 from voltana_ctrl.kernels.plant import faults as fault_kernels
 from voltana_ctrl.kernels.plant.events import touch
+from voltana_ctrl.kernels.plant.functions import resolved
 from voltana_ctrl.kernels.plant.rest import order_rest
-from voltana_ctrl.kernels.route.base import by_share
+from voltana_ctrl.kernels.route.base import ROUTER_SIGNATURE, by_share
 from voltana_ctrl.ports import Governor, Router
 from voltana_ctrl.routing.base import CompiledRouter
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
@@ -213,7 +214,10 @@ class Plant:
             *prefill[1:],
             *decode[1:],
         )
-        self._functions = (governor, prefill[0], decode[0])
+        kernels = (governor, prefill[0], decode[0])
+        self._answers_itself = kernels == (hold_floor, by_share, by_share)
+        signatures = (GOVERNOR_SIGNATURE, ROUTER_SIGNATURE, ROUTER_SIGNATURE)
+        self._functions = tuple(map(resolved, kernels, signatures))
         self._told: list[tuple[Any, ...]] = []
         self._take_beliefs()
         for i in range(n):
@@ -378,7 +382,7 @@ class Plant:
 
     def _hosted_kernel(self) -> Any:
         """Entry without function arguments, unless a compiled router needs them."""
-        if self._functions != (hold_floor, by_share, by_share):
+        if not self._answers_itself:
             return advance.advance
         if self._advance_hosted is None:
             from voltana_ctrl.kernels.plant.hosted import advance_by_share
