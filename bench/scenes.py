@@ -1,14 +1,14 @@
-"""Forty-four small comparisons whose figures are kept, to see what a change of the code changes.
+"""Forty-six small comparisons whose figures are kept, to see what a change of the code changes.
 
     python bench/scenes.py before/          # on the old code: one JSON file a scene
     python bench/scenes.py after/           # on the new code
     python bench/scenes.py --difference before/ after/
 
 The scenes cross fleets, policies, workloads, faults and budgets. What a clock on the wall measured
-is left out of the files, and a scene whose file is there is not run again. A change that keeps the
-behaviour leaves the files the same byte for
-byte `--difference` names each file that is not, with its largest relative change of power and
-its largest change of attainment; the exit status is 1 if there is one.
+is left out of the files, so that a change which keeps the behaviour leaves them the same byte for
+byte. `--difference` names each file that is not, with its largest relative change of power and its
+largest change of attainment; the exit status is 1 if there is one. A scene whose file is there
+is not run again.
 """
 
 import argparse

@@ -12,7 +12,18 @@ import voltana_ctrl
 from tests.helpers.paths import ROOT
 from voltana_ctrl import loop, moved
 
-# Every path that was in README, documentation or reference before the rooms.
+
+def public_name(module: str) -> str:
+    """Return a name that a module makes public."""
+    new = importlib.import_module(f"voltana_ctrl.{module}")
+    own = [
+        name
+        for name, value in vars(new).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("voltana_ctrl")
+    ]
+    return sorted(getattr(new, "__all__", own))[0]
+
+
 OLD = sorted(
     {
         f"{old}.{name}"
@@ -21,20 +32,8 @@ OLD = sorted(
         for name in names
     }
     | {".".join(pair) for pair in moved._RENAMED}
-    | {
-        "backends.doctor.examine", "backends.held.GpuCapability", "backends.lease.end_on_sigterm",
-        "backends.setter.Setter", "backends.setter_client.SetterClient",
-        "control.headroom.HeadroomFilter", "control.mpc.Planner", "integrations.messages.NodeOrder",
-        "integrations.node.power_ceilings_mhz", "integrations.pod_power.power_limits_w",
-        "integrations.savings.estimate_savings", "integrations.sglang.register",
-        "integrations.switchback.SwitchbackController", "integrations.vllm.SchedulerHook",
-        "margin.MarginTracker", "model.LinearModel", "model.decode_model", "model.prefill_model",
-        "physics.decode_equilibrium", "physics.decode_s", "physics.prefill_equilibrium",
-        "predict.FleetTables", "predict.OnlineLearner", "predict.predict_decode",
-        "predict.predict_prefill", "sim.clock.SimClock", "sim.engine.Plant",
-        "sim.engine.PlantSettings", "sim.meter.PowerMeter",
-    }
-)  # fmt: skip
+    | {f"{old}.{public_name(new)}" for old, new in moved.MODULES.items()}
+)
 
 
 @pytest.mark.parametrize("path", OLD)

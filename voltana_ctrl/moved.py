@@ -20,32 +20,103 @@ _PACKAGE = "voltana_ctrl"
 
 #: Old module and the new one, which has its names.
 MODULES = {
+    "backends.assignment": "backends.nvml.assignment",
+    "backends.dead_time": "backends.nvml.dead_time",
     "backends.doctor": "backends.nvml.doctor",
+    "backends.giveback": "backends.nvml.giveback",
+    "backends.gpus": "backends.nvml.gpus",
     "backends.held": "backends.nvml.held",
     "backends.lease": "backends.nvml.lease",
+    "backends.lockfile": "backends.nvml.lockfile",
+    "backends.logfile": "backends.log",
     "backends.setter": "backends.nvml.setter",
     "backends.setter_client": "backends.nvml.setter_client",
+    "backends.watchdog": "backends.nvml.watchdog",
+    "backends.worker": "backends.nvml.worker",
+    "control.adaptive": "control.baselines.adaptive",
+    "control.dualscale": "control.baselines.dualscale",
+    "control.governors": "control.baselines.ecofreq",
     "control.headroom": "estimate.headroom",
+    "control.load": "estimate.load",
     "control.mpc": "control.plan",
+    "control.needs": "control.assess",
+    "control.packing": "control.baselines.packing",
+    "control.regime": "estimate.regime",
+    "control.threshold": "control.baselines.threshold",
+    "integrations.agent": "live.agent",
+    "integrations.blocks": "savings.blocks",
+    "integrations.claim": "savings.evidence",
+    "integrations.clock_thread": "engines.clock_thread",
+    "integrations.endpoints": "engines.endpoints",
+    "integrations.exporter": "live.exporter",
+    "integrations.fpm": "engines.fpm.messages",
+    "integrations.fpm_publisher": "engines.fpm.publisher",
+    "integrations.fpm_reader": "engines.fpm.reader",
+    "integrations.fpm_state": "engines.fpm.state",
+    "integrations.gpu_meters": "backends.nvml.meters",
+    "integrations.hub": "live.hub",
+    "integrations.in_engine": "engines.in_engine",
+    "integrations.link": "live.link",
+    "integrations.load_client": "profiling.client",
     "integrations.messages": "live.orders",
+    "integrations.metric_names": "engines.names",
+    "integrations.metrics_page": "engines.page",
+    "integrations.modelled_gpus": "backends.modelled",
     "integrations.node": "live.node",
+    "integrations.nodecontrol": "live.node_control",
     "integrations.pod_power": "live.pod_power",
+    "integrations.profiled_engine": "profiling.engine",
+    "integrations.profiled_gpus": "profiling.gpus",
+    "integrations.profiler": "profiling.profiler",
+    "integrations.proxy": "router.app",
+    "integrations.proxy_body": "router.body",
+    "integrations.proxy_dialects": "router.dialects",
+    "integrations.proxy_energy": "router.energy",
+    "integrations.proxy_exchange": "router.exchange",
+    "integrations.proxy_ledger": "router.ledger",
+    "integrations.proxy_policy": "router.policy",
+    "integrations.proxy_upstream": "router.upstream",
+    "integrations.proxy_uvicorn": "router.server",
+    "integrations.reading": "engines.reading",
     "integrations.savings": "savings.proof",
+    "integrations.scrape": "engines.scrape",
     "integrations.sglang": "engines.sglang",
+    "integrations.sweep": "profiling.sweep",
     "integrations.switchback": "savings.switchback",
+    "integrations.telemetry": "engines.telemetry",
+    "integrations.ticklog": "live.ticklog",
+    "integrations.traffic": "engines.traffic",
     "integrations.vllm": "engines.vllm",
+    "integrations.waiting_line": "engines.waiting_line",
     "margin": "estimate.margin",
     "model": "control.model",
     "physics": "laws",
+    "physics.actuators": "laws.actuators",
+    "physics.decode": "laws.equilibrium",
+    "physics.iteration": "laws.iteration",
+    "physics.lengths": "laws.lengths",
+    "physics.prefill": "laws.equilibrium",
     "predict": "estimate",
+    "predict.online": "estimate.learner",
+    "predict.tables": "estimate.predictor",
+    "profiles.laws": "profiles.format",
     "sim.clock": "clock",
     "sim.engine": "sim.plant",
     "sim.meter": "sim.power",
+    "testing.fake_nvml": "fakes.nvml",
+    "testing.laws": "testing.conformance",
 }
 #: Old module, and its names by the new module that each is in.
 NAMES: dict[str, dict[str, Sequence[str]]] = {
     "backends.nvml": {
-        "backends.nvml.driver": ("Gpu", "GpuLost", "GpuReader", "GpuReading", "Nvml"),
+        "backends.nvml.driver": (
+            "Gpu",
+            "GpuLost",
+            "GpuReader",
+            "GpuReading",
+            "Nvml",
+            "NvmlMissing",
+        ),
     },
     "control": {
         "estimate": ("LoadFilter", "LoadMemory", "Regime", "RegimeFilter", "RegimeMemory"),
@@ -112,11 +183,19 @@ NAMES: dict[str, dict[str, Sequence[str]]] = {
             "savings_of_log",
         ),
     },
+    "control.governors": {"control.base": ("CompiledGovernor",)},
+    "integrations.clock_thread": {"engines.limits": ("write_limits",)},
     "loop": {"clock": ("SimClock",)},
     "physics": {"types": ("Lengths",)},
+    "physics.lengths": {"types": ("Lengths",)},
 }
+#: Old packages, whose modules are looked for behind them.
+_PACKAGES = ("integrations", "physics", "predict")
 #: Names that changed besides.
 _RENAMED = {
+    ("integrations.claim", "ClaimRefused"): ("savings", "EvidenceRefused"),
+    ("integrations.reading", "Reading"): ("engines", "EngineReading"),
+    ("sim.detail", "Recorder"): ("sim.detail", "DetailSampler"),
     ("integrations", "ClaimRefused"): ("savings", "EvidenceRefused"),
     ("integrations", "Reading"): ("engines", "EngineReading"),
 }
@@ -181,7 +260,7 @@ class _MovedFinder(MetaPathFinder, Loader):
         if old == fullname or not (old in MODULES or old in NAMES):
             return None
         del path, target  # no file is looked for
-        return ModuleSpec(fullname, self, is_package=old == "integrations")
+        return ModuleSpec(fullname, self, is_package=old in _PACKAGES)
 
     def create_module(self, spec: ModuleSpec) -> None:
         del spec  # an ordinary module will do

@@ -45,7 +45,7 @@ class CompiledRouter:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
-    >>> from voltana_ctrl.kernels.route.base import shortest
+    >>> from voltana_ctrl.kernels.route.baselines import shortest
     >>> fleet = FleetSpec.parse("1P3D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> router = CompiledRouter(fleet, "decode", shortest)
     >>> router.route(Request(prompt_tok=100), FleetState.idle(4))

@@ -65,7 +65,7 @@ def random_router(fleet: FleetSpec, phase: Phase, *, seed: int = 0) -> CompiledR
     >>> random_router(fleet, "prefill").route(Request(prompt_tok=9), FleetState.idle(3)) < 2
     True
     """
-    from voltana_ctrl.kernels.route.base import at_random
+    from voltana_ctrl.kernels.route.baselines import at_random
 
     return CompiledRouter(fleet, phase, at_random, seed=seed)
 
@@ -87,7 +87,7 @@ def least_queue_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> least_queue_router(fleet, "prefill").route(Request(prompt_tok=9), FleetState.idle(3))
     0
     """
-    from voltana_ctrl.kernels.route.base import least_queue
+    from voltana_ctrl.kernels.route.baselines import least_queue
 
     return CompiledRouter(fleet, phase, least_queue)
 
@@ -109,7 +109,7 @@ def shortest_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> shortest_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(3))
     1
     """
-    from voltana_ctrl.kernels.route.base import shortest
+    from voltana_ctrl.kernels.route.baselines import shortest
 
     return CompiledRouter(fleet, phase, shortest)
 
@@ -131,7 +131,7 @@ def tile_aware_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     >>> tile_aware_router(fleet, "decode").route(Request(prompt_tok=9), FleetState.idle(3))
     1
     """
-    from voltana_ctrl.kernels.route.base import tile_aware
+    from voltana_ctrl.kernels.route.baselines import tile_aware
 
     return CompiledRouter(fleet, phase, tile_aware)
 
@@ -169,7 +169,7 @@ def fadr_router(
     >>> router.route(Request(prompt_tok=9), FleetState.idle(3))
     1
     """
-    from voltana_ctrl.kernels.route.base import fadr
+    from voltana_ctrl.kernels.route.baselines import fadr
 
     members = fleet.prefill if phase == "prefill" else fleet.decode
     ladders = {fleet.instances[i].clocks_mhz.tobytes() for i in members}

@@ -9,10 +9,13 @@ import numpy as np
 
 from voltana_ctrl.checks import freeze_fields
 from voltana_ctrl.errors import ShapeError
+from voltana_ctrl.moved import forward
 from voltana_ctrl.sim.metrics import judged_latencies, snapshot
 from voltana_ctrl.sim.plant import Plant
 
 __all__ = ["DetailSampler", "RunDetail"]
+
+__getattr__ = forward(__name__)
 
 #: Intervals that the window is cut into.
 INTERVALS = 120

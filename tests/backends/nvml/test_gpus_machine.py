@@ -2,7 +2,7 @@
 
 The watchdog process is replaced by a double in this process that gets the same messages and
 gives back from them alone, so that thousands of controllers can be killed in a minute; the real
-one is killed for real in test_watchdog.py and test_hardware_faults.py.
+one is killed for real in test_watchdog.py and test_gpus_faults.py.
 """
 
 import os

@@ -26,6 +26,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -266,14 +267,18 @@ def _call_if_there(method: weakref.WeakMethod[Callable[[], None]]) -> None:
 
 
 def _package_path() -> list[str]:
-    """Where this package and what it imports are found: the host's path without what is relative.
+    """Folders that hold this package and the driver's binding, as the host finds them.
 
-    A relative entry, such as the empty one for the current folder, would mean another folder in the
-    child, or one that anybody may write to.
+    Nothing else that a watchdog imports is outside the standard library. A relative entry of the
+    host's path, such as the empty one for the current folder, is not looked into: it may be
+    anybody's.
     """
-    home = str(Path(__file__).absolute().parents[3])
-    found = [entry for entry in sys.path if os.path.isabs(entry)]
-    return found if home in found else [home, *found]
+    folders = [str(Path(__file__).absolute().parents[3])]
+    binding = PathFinder.find_spec("pynvml", [each for each in sys.path if os.path.isabs(each)])
+    if binding is not None and binding.origin is not None:
+        above = 2 if binding.submodule_search_locations else 1
+        folders.append(str(Path(binding.origin).parents[above - 1]))
+    return folders
 
 
 def _write(child: subprocess.Popen[bytes], line: bytes) -> None:

@@ -4,7 +4,7 @@
  *
  * The GPUs live in a file that every process maps (environment: FAKE_NVML_STATE), so that a lock
  * outlives the process that set it, as it does on a real GPU. Each GPU is an array of doubles in
- * the order of `enum field`; fake_nvml.py names them in the same order. As with the real library,
+ * the order of `enum field`; __init__.py beside this file names them in the same order. As with the real library,
  * a clock lock can be set and reset but not read; only the test, through the file, sees it.
  *
  * Power is by default that of an A800 in prefill (see docs/hardware.md):

@@ -1,4 +1,4 @@
-"""The compiled governor port, and the shipped governors.
+"""The compiled governor port, and the governor that runs at the floor.
 
 A governor is a function of :data:`GOVERNOR_SIGNATURE`; it is called before each iteration and
 returns the clock in MHz that the iteration should run at:
