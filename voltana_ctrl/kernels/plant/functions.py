@@ -9,8 +9,6 @@ from typing import Any
 from numba.core.dispatcher import Dispatcher
 from numba.core.types.function_type import CompileResultWAP
 
-__all__ = ["resolved"]
-
 
 def resolved(function: Any, signature: Any) -> Any:
     """Make a compiled function ready to be passed many times.
