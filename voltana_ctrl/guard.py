@@ -17,6 +17,7 @@ from voltana_ctrl.types import (
     Observation,
     Status,
 )
+from voltana_ctrl.types.ladder import row_down, row_up
 
 __all__ = ["Guard"]
 
@@ -161,7 +162,7 @@ class Guard:
         """Highest supported clock at or below each; the lowest there is if none."""
         return np.array(
             [
-                clocks[max(0, int(np.searchsorted(clocks, wanted, side="right")) - 1)]
+                clocks[row_down(clocks, wanted)]
                 for clocks, wanted in zip(self._clocks_mhz, wanted_mhz, strict=True)
             ]
         )
@@ -170,7 +171,7 @@ class Guard:
         """Lowest supported clock at or above each; the highest there is if none."""
         return np.array(
             [
-                clocks[min(len(clocks) - 1, int(np.searchsorted(clocks, wanted)))]
+                clocks[row_up(clocks, wanted)]
                 for clocks, wanted in zip(self._clocks_mhz, wanted_mhz, strict=True)
             ]
         )

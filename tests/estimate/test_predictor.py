@@ -472,7 +472,7 @@ def test_mixed_iterations_teach_both_phases(decode_frac, prefill_frac, noise):
     # The decode part was never seen alone.
     assert np.abs(got / was / decode_frac - 1.0).mean() < 0.02 + noise
     ratio = tables.table[2, :, 11] / TABLES.table[2, :, 11]
-    assert kernels.PREFILL_TOK_S == 11
+    assert learner_kernels.PREFILL_TOK_S == 11
     assert ratio == pytest.approx(np.full(81, prefill_frac), rel=0.02 + noise)
     power = predict_decode(tables, 2, 1005.0, 80, 32e3).power_w
     assert power == pytest.approx(predict_decode(TABLES, 2, 1005.0, 80, 32e3).power_w, rel=0.05)

@@ -13,8 +13,9 @@ from voltana_ctrl import load_profile
 from voltana_ctrl.kernels import law, layout
 from voltana_ctrl.kernels.plant import advance, events
 from voltana_ctrl.kernels.plant.functions import resolved
-from voltana_ctrl.laws import decode_j, decode_s, prefill_s
+from voltana_ctrl.laws import batch_j, decode_j, decode_s, prefill_s
 from voltana_ctrl.profiles import list_profiles
+from voltana_ctrl.types import ladder
 
 REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 names = st.sampled_from(list_profiles())
@@ -49,12 +50,27 @@ def test_times_of_one_phase_are_the_laws(name, k, n, kv_tok) -> None:
     assert law.prefill_s(row, n, kv_tok) == pytest.approx(float(prefill_s(row, n, kv_tok)))
 
 
-@given(freq_mhz=st.floats(0.0, 3000.0), n_clocks=st.integers(1, 81))
-def test_quantise_up_is_the_lowest_clock_that_is_enough(freq_mhz, n_clocks) -> None:
-    k = law.quantise_up(REFERENCE.table.copy(), n_clocks, freq_mhz)
-    clocks_mhz = REFERENCE.clocks_mhz[:n_clocks]
-    enough = [j for j, mhz in enumerate(clocks_mhz) if mhz >= freq_mhz]
-    assert k == (enough[0] if enough else n_clocks - 1)
+@given(name=names, k=st.integers(0, 80), n=st.floats(0.0, 1000.0), kv_tok=st.floats(0.0, 5e5))
+def test_energy_of_a_batch_is_that_of_the_laws(name, k, n, kv_tok) -> None:
+    row = load_profile(name).table[k]
+    assert law.batch_j(row, n, kv_tok) == pytest.approx(float(batch_j(row, n, kv_tok)))
+    step_s = law.decode_s(row, n, kv_tok)
+    assert law.decode_j(row, step_s, n, kv_tok) == pytest.approx(float(decode_j(row, n, kv_tok)))
+
+
+@given(
+    freq_mhz=st.one_of(st.floats(0.0, 3000.0), st.integers(14, 94).map(lambda k: 15.0 * k)),
+    n_clocks=st.integers(1, 81),
+)
+def test_rounding_to_a_clock_is_as_its_words_say(freq_mhz, n_clocks) -> None:
+    rows, clocks_mhz = REFERENCE.table.copy(), REFERENCE.clocks_mhz[:n_clocks]
+    enough = [k for k, mhz in enumerate(clocks_mhz) if mhz >= freq_mhz]
+    below = [k for k, mhz in enumerate(clocks_mhz) if mhz <= freq_mhz]
+    up, down = enough[0] if enough else n_clocks - 1, below[-1] if below else 0
+    assert law.row_up(rows, n_clocks, freq_mhz) == ladder.row_up(clocks_mhz, freq_mhz) == up
+    assert law.row_down(rows, n_clocks, freq_mhz) == ladder.row_down(clocks_mhz, freq_mhz) == down
+    nearest = int(np.argmin(np.abs(clocks_mhz - freq_mhz)))
+    assert law.row_nearest(rows, n_clocks, freq_mhz) == nearest
 
 
 # ---- the event tree and the heap ----------------------------------------------------------

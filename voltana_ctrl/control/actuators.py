@@ -21,6 +21,7 @@ from voltana_ctrl.types import (
     Status,
     limits_of,
 )
+from voltana_ctrl.types.ladder import row_up
 
 __all__ = ["ActuatorChooser", "ActuatorMemory"]
 
@@ -256,7 +257,7 @@ class _Choice:
         """Savings at the measured loads around this one, shape (n_loads, n_settings)."""
         clocks_mhz = self.instance.clocks_mhz
         # The guard rounds up in the same way.
-        clock = min(int(np.searchsorted(clocks_mhz, freq_mhz)), len(clocks_mhz) - 1)
+        clock = row_up(clocks_mhz, freq_mhz)
         loads = []
         role = self.instance.role
         if role.prefills:

@@ -19,6 +19,7 @@ import numpy as np
 from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types import Decision, FleetSpec, InstanceSpec, Observation, Profile
+from voltana_ctrl.types.ladder import row_up
 
 __all__ = ["CompiledGovernor", "Controller"]
 
@@ -212,6 +213,4 @@ class CompiledGovernor:
             float(ceiling_mhz),
         )
         clocks_mhz = self.rows["clock_mhz"]
-        wanted_mhz = min(needed_mhz, ceiling_mhz)
-        k = min(int(np.searchsorted(clocks_mhz, wanted_mhz)), len(clocks_mhz) - 1)
-        return float(clocks_mhz[k])
+        return float(clocks_mhz[row_up(clocks_mhz, min(needed_mhz, ceiling_mhz))])

@@ -8,8 +8,9 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, Bool
 from voltana_ctrl.control.target import Target
-from voltana_ctrl.laws import decode_s
+from voltana_ctrl.laws import batch_j, decode_s
 from voltana_ctrl.types import FleetSpec, InstanceSpec, Load
+from voltana_ctrl.types.ladder import row_down
 
 __all__ = [
     "UniformCeiling",
@@ -50,12 +51,8 @@ def highest_power_w(instance: InstanceSpec) -> F64:
         running_req = np.arange(1.0, instance.max_batch + 1.0)
         for kv_tok in (running_req, float(instance.kv_capacity_tok)):
             step_s = decode_s(rows, running_req, kv_tok)
-            batch_j = (
-                rows["decode_iter_j"]
-                + rows["decode_req_j"] * running_req
-                + rows["decode_kv_j"] * kv_tok
-            )
-            worst = np.maximum(worst, (rows["decode_power_w"] + batch_j / step_s).max(axis=1))
+            power_w = rows["decode_power_w"] + batch_j(rows, running_req, kv_tok) / step_s
+            worst = np.maximum(worst, power_w.max(axis=1))
     return worst
 
 
@@ -83,9 +80,9 @@ class UniformCeiling:
         self._clocks_mhz = np.zeros((len(levels_mhz), len(fleet)))
         self._worst_w = np.zeros_like(self._clocks_mhz)
         for i, one in enumerate(fleet.instances):
-            k = np.searchsorted(one.clocks_mhz, levels_mhz, side="right") - 1
-            self._clocks_mhz[:, i] = one.clocks_mhz[np.maximum(k, 0)]
-            self._worst_w[:, i] = highest_power_w(one)[np.maximum(k, 0)]
+            rows = [row_down(one.clocks_mhz, level_mhz) for level_mhz in levels_mhz]
+            self._clocks_mhz[:, i] = one.clocks_mhz[rows]
+            self._worst_w[:, i] = highest_power_w(one)[rows]
 
     def under(self, limit_w: float, busy: Bool | None = None) -> F64:
         """Clock of each instance; the lowest where even that may exceed the limit.

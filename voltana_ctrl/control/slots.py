@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64
-from voltana_ctrl.laws import decode_tangent
+from voltana_ctrl.laws import batch_j, decode_tangent
 from voltana_ctrl.types import PROFILE_DTYPE, FleetSpec, InstanceSpec, Role
 
 __all__ = ["Slots"]
@@ -135,10 +135,7 @@ class Slots:
             kv = batch * lengths.context_tok
             line, _ = decode_tangent(rows, rows, batch)
             step_s = line["decode_base_s"] + line["decode_req_s"] * batch + line["decode_kv_s"] * kv
-            per_step_j = (
-                rows["decode_iter_j"] + rows["decode_req_j"] * batch + rows["decode_kv_j"] * kv
-            )
-            drawn: F64 = rows["decode_power_w"] + per_step_j / step_s
+            drawn: F64 = rows["decode_power_w"] + batch_j(rows, batch, kv) / step_s
             return drawn
 
         here = at(rows, n)

@@ -15,6 +15,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.types.ladder import row_down
 
 __all__ = ["ClockThread", "SetsOneClock"]
 
@@ -175,8 +176,7 @@ class ClockThread:
         """Highest supported clock at or below this one; the lowest there is if none."""
         if not np.isfinite(freq_mhz):
             raise ConfigError(f"limits: expected clocks, got {freq_mhz}")
-        k = int(np.searchsorted(self._clocks_mhz, freq_mhz, side="right")) - 1
-        return float(self._clocks_mhz[max(0, k)])
+        return float(self._clocks_mhz[row_down(self._clocks_mhz, freq_mhz)])
 
     def close(self) -> None:
         """Give the clock back; may be called twice."""

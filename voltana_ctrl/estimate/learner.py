@@ -156,7 +156,7 @@ class OnlineLearner:
         terms, covariance, notes, tile, counts = after
         prior = self.prior
         learn(
-            prior.table, prior.n_clocks, prior.padded_req, iterations.instance,
+            prior.records, prior.n_clocks, prior.padded_req, iterations.instance,
             iterations.wall_s, iterations.freq_mhz, iterations.batch_req,
             iterations.prefill_tok, iterations.kv_tok, iterations.energy_j,
             terms, covariance, notes, tile, counts, self.forget,

@@ -102,9 +102,14 @@ class FleetTables:
             padded[i] = one.profile.padded_batch(n_sizes - 1)
         return cls(table=table, n_clocks=n_clocks, padded_req=padded)
 
+    @property
+    def records(self) -> Any:
+        """The table as kernels take it: dtype PROFILE_DTYPE, shape (n, n_clocks)."""
+        return self.table.view(PROFILE_DTYPE)[:, :, 0]
+
     def rows(self, instance: int) -> Any:
         """Profile rows of one instance, dtype PROFILE_DTYPE, shape (n_clocks of it,)."""
-        return self.table[instance, : self.n_clocks[instance]].view(PROFILE_DTYPE)[:, 0]
+        return self.records[instance, : self.n_clocks[instance]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -171,7 +176,7 @@ def predict_decode(
 
     shape, (i, f, n, kv) = _questions(tables, instance, freq_mhz, running_req, kv_used_tok)
     out = np.empty((len(i), 3))
-    decode_many(tables.table, tables.n_clocks, tables.padded_req, i, f, n, kv, out)
+    decode_many(tables.records, tables.n_clocks, tables.padded_req, i, f, n, kv, out)
     return _prediction(out, shape)
 
 
@@ -218,7 +223,7 @@ def predict_prefill(
 
     shape, (i, f, tok, tok2) = _questions(tables, instance, freq_mhz, new_tok, square_tok2)
     out = np.empty((len(i), 3))
-    prefill_many(tables.table, tables.n_clocks, i, f, tok, tok2, out)
+    prefill_many(tables.records, tables.n_clocks, i, f, tok, tok2, out)
     return _prediction(out, shape)
 
 
@@ -250,8 +255,8 @@ class InstancePredictor:
         from voltana_ctrl.kernels.learn.predictor import decode_one, prefill_one
 
         _questions(tables, instance)
-        self._decode = (tables.table, tables.n_clocks, tables.padded_req, int(instance))
-        self._prefill = (tables.table, tables.n_clocks, int(instance))
+        self._decode = (tables.records, tables.n_clocks, tables.padded_req, int(instance))
+        self._prefill = (tables.records, tables.n_clocks, int(instance))
         self._decode_one = decode_one
         self._prefill_one = prefill_one
 

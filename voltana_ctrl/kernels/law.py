@@ -1,4 +1,7 @@
-"""What one iteration takes and costs, compiled."""
+"""What one iteration takes and costs, and the clock ladder, compiled.
+
+The twin of :mod:`voltana_ctrl.laws.iteration` and :mod:`voltana_ctrl.types.ladder`.
+"""
 
 from numba import from_dtype, njit, types
 
@@ -6,6 +9,46 @@ from voltana_ctrl.kernels.layout import PROFILE_DTYPE
 
 ROW = from_dtype(PROFILE_DTYPE)
 F8, I8 = types.float64, types.int64
+#: Rows of one instance, ascending clocks; only read.
+ROWS = types.Array(ROW, 1, "C", readonly=True)
+
+
+@njit(F8(ROW, F8, F8), cache=True)
+def decode_s(row, padded_req, kv_tok):
+    """Time of a decode iteration [s]: ``max(floor, max(base + req n, roof n) + kv K)``."""
+    line = row["decode_base_s"] + row["decode_req_s"] * padded_req
+    bent = max(line, row["decode_roof_s"] * padded_req)
+    return max(bent + row["decode_kv_s"] * kv_tok, row["decode_floor_s"])
+
+
+@njit(F8(ROW, F8, F8), cache=True)
+def batch_j(row, batch_req, kv_tok):
+    """Energy that a decode iteration takes besides what is drawn all the time [J].
+
+    ``E = iter + req n + kv K``: its mean power is ``P_on + E / T``.
+    """
+    return row["decode_iter_j"] + row["decode_req_j"] * batch_req + row["decode_kv_j"] * kv_tok
+
+
+@njit(F8(ROW, F8, F8, F8), cache=True)
+def decode_j(row, time_s, batch_req, kv_tok):
+    """Energy of a decode iteration of this length [J]: ``E = T P_on + iter + req n + kv K``."""
+    return (
+        time_s * row["decode_power_w"]
+        + row["decode_iter_j"]
+        + row["decode_req_j"] * batch_req
+        + row["decode_kv_j"] * kv_tok
+    )
+
+
+@njit(F8(ROW, F8, F8), cache=True)
+def prefill_s(row, chunk_tok, chunk_tok2):
+    """Time of a prefill iteration [s]: ``base + tok N + tok2 Q``."""
+    return (
+        row["prefill_base_s"]
+        + row["prefill_tok_s"] * chunk_tok
+        + row["prefill_tok2_s"] * chunk_tok2
+    )
 
 
 @njit(types.UniTuple(F8, 3)(ROW, F8, F8, F8, F8, F8), cache=True)
@@ -15,47 +58,22 @@ def iteration_cost(row, padded_req, batch_req, kv_tok, chunk_tok, chunk_tok2):
     Decode and prefill parts follow one another; the launch cost of prefill is paid only
     when nothing decodes, since the weights are read once.
     """
-    decode_s = 0.0
-    decode_j = 0.0
-    prefill_s = 0.0
+    step_s = 0.0
+    step_j = 0.0
+    chunk_s = 0.0
     if batch_req > 0.0:
-        decode_s = row["decode_base_s"] + row["decode_req_s"] * padded_req
-        decode_s = max(decode_s, row["decode_roof_s"] * padded_req)
-        decode_s = max(decode_s + row["decode_kv_s"] * kv_tok, row["decode_floor_s"])
-        decode_j = (
-            decode_s * row["decode_power_w"]
-            + row["decode_iter_j"]
-            + row["decode_req_j"] * batch_req
-            + row["decode_kv_j"] * kv_tok
-        )
+        step_s = decode_s(row, padded_req, kv_tok)
+        step_j = decode_j(row, step_s, batch_req, kv_tok)
     if chunk_tok > 0.0:
-        prefill_s = row["prefill_tok_s"] * chunk_tok + row["prefill_tok2_s"] * chunk_tok2
+        chunk_s = row["prefill_tok_s"] * chunk_tok + row["prefill_tok2_s"] * chunk_tok2
         if batch_req == 0.0:
-            prefill_s += row["prefill_base_s"]
-    return decode_s + prefill_s, decode_j, prefill_s * row["prefill_power_w"]
+            chunk_s += row["prefill_base_s"]
+    return step_s + chunk_s, step_j, chunk_s * row["prefill_power_w"]
 
 
-@njit(F8(ROW, F8, F8), cache=True)
-def decode_s(row, padded_req, kv_tok):
-    """Time of a decode iteration [s]."""
-    line = row["decode_base_s"] + row["decode_req_s"] * padded_req
-    bent = max(line, row["decode_roof_s"] * padded_req)
-    return max(bent + row["decode_kv_s"] * kv_tok, row["decode_floor_s"])
-
-
-@njit(F8(ROW, F8, F8), cache=True)
-def prefill_s(row, chunk_tok, chunk_tok2):
-    """Time of a prefill iteration [s]."""
-    return (
-        row["prefill_base_s"]
-        + row["prefill_tok_s"] * chunk_tok
-        + row["prefill_tok2_s"] * chunk_tok2
-    )
-
-
-@njit(I8(types.Array(ROW, 1, "C"), I8, F8), cache=True)
-def quantise_up(rows, n_clocks, freq_mhz):
-    """Index of the lowest clock at or above `freq_mhz`; the highest if there is none."""
+@njit(I8(ROWS, I8, F8), cache=True)
+def row_up(rows, n_clocks, freq_mhz):
+    """Row of the lowest clock at or above this one; the highest if there is none."""
     low = 0
     high = n_clocks - 1
     while low < high:
@@ -64,4 +82,32 @@ def quantise_up(rows, n_clocks, freq_mhz):
             high = middle
         else:
             low = middle + 1
+    return low
+
+
+@njit(I8(ROWS, I8, F8), cache=True)
+def row_nearest(rows, n_clocks, freq_mhz):
+    """Row of the clock nearest to this one; of two equally near the lower."""
+    low = 0
+    high = n_clocks - 1
+    while low < high:
+        middle = (low + high) // 2
+        if 0.5 * (rows[middle]["clock_mhz"] + rows[middle + 1]["clock_mhz"]) >= freq_mhz:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@njit(I8(ROWS, I8, F8), cache=True)
+def row_down(rows, n_clocks, freq_mhz):
+    """Row of the highest clock at or below this one; the lowest if there is none."""
+    low = 0
+    high = n_clocks - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if rows[middle]["clock_mhz"] <= freq_mhz:
+            low = middle
+        else:
+            high = middle - 1
     return low

@@ -17,6 +17,7 @@ from voltana_ctrl.laws.equilibrium import (
 )
 from voltana_ctrl.laws.iteration import (
     at_clock,
+    batch_j,
     decode_j,
     decode_s,
     decode_tangent,
@@ -31,6 +32,7 @@ __all__ = [
     "DecodeEquilibrium",
     "PrefillEquilibrium",
     "at_clock",
+    "batch_j",
     "compare_actuators",
     "decode_equilibrium",
     "decode_j",

@@ -125,7 +125,7 @@ def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, An
 def decode_j(
     rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
 ) -> F64:
-    """Energy of one decode iteration.
+    """Energy of one decode iteration: ``T P_on + iter + req n + kv K``.
 
     Parameters
     ----------
@@ -140,9 +140,34 @@ def decode_j(
     >>> power_w[[0, -1]].round(1)
     array([114.3, 317.2])
     """
+    held_j = decode_s(rows, running_req, kv_tok, padded_req) * rows["decode_power_w"]
+    energy_j: F64 = held_j + batch_j(rows, running_req, kv_tok)
+    return energy_j
+
+
+def batch_j(rows: Any, running_req: ArrayLike, kv_tok: ArrayLike) -> F64:
+    """Energy that one decode iteration takes besides what is drawn all the time.
+
+    ``iter + req n + kv K``; the mean power of an iteration of time ``T`` is ``P_on`` plus this
+    over ``T``.
+
+    Parameters
+    ----------
+    rows : ndarray, dtype PROFILE_DTYPE
+        Coefficients.
+    running_req, kv_tok : array_like
+        Requests in the batch and their tokens in the KV cache.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> row = load_profile("a100-sxm-80gb/llama-3.1-8b").table[-1]
+    >>> power_w = row["decode_power_w"] + batch_j(row, 60, 26040) / decode_s(row, 60, 26040)
+    >>> float(power_w.round(1))
+    317.2
+    """
     energy_j: F64 = (
-        decode_s(rows, running_req, kv_tok, padded_req) * rows["decode_power_w"]
-        + rows["decode_iter_j"]
+        rows["decode_iter_j"]
         + rows["decode_req_j"] * np.asarray(running_req, dtype=np.float64)
         + rows["decode_kv_j"] * np.asarray(kv_tok, dtype=np.float64)
     )

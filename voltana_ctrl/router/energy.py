@@ -227,10 +227,10 @@ class EnergyBook:
         if i >= 0 and flight.output_tok:
             tok, cached = float(flight.prompt_tok), float(min(cached_tok, flight.prompt_tok))
             load = (freq_mhz[i], tok - cached, tok**2 - cached**2)
-            prefill_j = self._prefill_one(tables.table, tables.n_clocks, i, *load)[_ENERGY_J]
+            prefill_j = self._prefill_one(tables.records, tables.n_clocks, i, *load)[_ENERGY_J]
         if j >= 0 and flight.output_tok > 1:
             load = (freq_mhz[j], flight.batch_req, flight.kv_tok)
-            of = (tables.table, tables.n_clocks, tables.padded_req)
+            of = (tables.records, tables.n_clocks, tables.padded_req)
             step_j = self._decode_one(*of, j, *load)[_ENERGY_J]
             decode_j = step_j / flight.batch_req * (flight.output_tok - 1)
         return float(prefill_j), float(decode_j)

@@ -21,6 +21,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, I64, Bool, not_negative, positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import FleetSpec
+from voltana_ctrl.types.ladder import row_down
 
 __all__ = [
     "ClockClamp",
@@ -246,7 +247,7 @@ class FaultSchedule:
                 else:
                     clamp_mhz[i] = min(clamp_mhz[i], fault.clamp_mhz)
         clamp_k = [
-            int(np.searchsorted(one.clocks_mhz, mhz, side="right")) - 1
+            row_down(one.clocks_mhz, mhz)
             for one, mhz in zip(self._fleet.instances, clamp_mhz, strict=True)
         ]
         return alive, slow_frac, np.array(clamp_k, dtype=np.int64)

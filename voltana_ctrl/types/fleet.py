@@ -14,6 +14,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, I64, count, not_negative
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types.ladder import row_up
 from voltana_ctrl.types.profile import Profile
 
 
@@ -177,8 +178,7 @@ class InstanceSpec:
         """
         if ladder_mhz is None:
             return list(range(len(self.clocks_mhz)))
-        rows = np.searchsorted(self.clocks_mhz, np.asarray(ladder_mhz, dtype=np.float64))
-        return sorted({int(min(row, len(self.clocks_mhz) - 1)) for row in rows})
+        return sorted({row_up(self.clocks_mhz, freq_mhz) for freq_mhz in ladder_mhz})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ from voltana_ctrl.control.budget import UniformCeiling
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.laws import decode_s
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, PowerBudget, Slo
+from voltana_ctrl.types.ladder import row_up
 
 __all__ = ["PackingController", "PackingMemory"]
 
@@ -219,8 +220,7 @@ class PackingController(Controller):
 
     def _row(self, i: int, freq_mhz: float) -> np.ndarray:
         table = self._tables[i]
-        k = int(np.searchsorted(table["clock_mhz"], freq_mhz))
-        row: np.ndarray = table[min(k, len(table) - 1)]
+        row: np.ndarray = table[row_up(table["clock_mhz"], freq_mhz)]
         return row
 
 

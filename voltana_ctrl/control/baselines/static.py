@@ -7,6 +7,7 @@ from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.budget import UniformCeiling
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import Decision, FleetSpec, Observation, PowerBudget
+from voltana_ctrl.types.ladder import row_up
 
 __all__ = ["StaticBudgetController", "StaticController"]
 
@@ -52,7 +53,7 @@ class StaticController(Controller):
             )
         self._freq_mhz = fleet.max_mhz
         for i, instance in enumerate(fleet.instances):
-            self._freq_mhz[i] = instance.clocks_mhz[instance.clocks_mhz >= freq_mhz][0]
+            self._freq_mhz[i] = instance.clocks_mhz[row_up(instance.clocks_mhz, freq_mhz)]
 
     def init(self) -> None:
         """No memory."""

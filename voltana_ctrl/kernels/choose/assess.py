@@ -8,7 +8,7 @@ import math
 
 from numba import njit, types
 
-from voltana_ctrl.kernels.law import ROW, decode_s
+from voltana_ctrl.kernels.law import ROW, batch_j, decode_s, row_down, row_up
 
 F8, I8 = types.float64, types.int64
 TABLES = types.Array(ROW, 2, "C", readonly=True)
@@ -18,34 +18,6 @@ F8_1 = types.Array(F8, 1, "C", readonly=True)
 F8_2 = types.Array(F8, 2, "C", readonly=True)
 BOOL_1 = types.Array(types.boolean, 1, "C", readonly=True)
 OUT_F8_1, OUT_F8_2 = types.Array(F8, 1, "C"), types.Array(F8, 2, "C")
-
-
-@njit(I8(TABLES, I8, I8, F8), cache=True)
-def _row_at_least(tables, kind, n_clocks, clock_mhz):
-    """Row of the lowest clock at or above this one; the top if there is none."""
-    low = 0
-    high = n_clocks - 1
-    while low < high:
-        middle = (low + high) // 2
-        if tables[kind, middle]["clock_mhz"] >= clock_mhz:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@njit(I8(TABLES, I8, I8, F8), cache=True)
-def _row_at_most(tables, kind, n_clocks, clock_mhz):
-    """Row of the highest clock at or below this one; the bottom if there is none."""
-    low = 0
-    high = n_clocks - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tables[kind, middle]["clock_mhz"] <= clock_mhz:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 @njit(
@@ -107,7 +79,8 @@ def decoding_tok_s(
     for i in range(len(kind)):
         n = min(int(running_req[i]), max_batch[i])
         if decodes[i] > 0 and n > 0:
-            row = tables[kind[i], _row_at_least(tables, kind[i], n_clocks[i], freq_mhz[i])]
+            rows = tables[kind[i]]
+            row = rows[row_up(rows, n_clocks[i], freq_mhz[i])]
             total += n / decode_s(row, float(padded[kind[i], n]), kv_used_tok[i])
     return total
 
@@ -136,8 +109,7 @@ def thrifty(
                 step_s = decode_s(row, size_req, kv_tok)
                 if step_s > itl_s:
                     continue
-                energy_j = step_s * (row["decode_power_w"] - sunk_w[i]) + row["decode_iter_j"]
-                energy_j = energy_j + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
+                energy_j = step_s * (row["decode_power_w"] - sunk_w[i]) + batch_j(row, n, kv_tok)
             else:
                 energy_j = (row["prefill_power_w"] - sunk_w[i]) * row["prefill_tok_s"]
             if energy_j < least_j:
@@ -167,9 +139,8 @@ def worst_power(
                 if works and prefills[i] > 0:
                     worst_w = max(worst_w, row["prefill_power_w"])
                 if works and decodes[i] > 0:
-                    per_step_j = row["decode_iter_j"] + row["decode_req_j"] * n
-                    per_step_j = per_step_j + row["decode_kv_j"] * kv_tok
-                    drawn_w = row["decode_power_w"] + per_step_j / decode_s(row, n, kv_tok)
+                    step_s = decode_s(row, n, kv_tok)
+                    drawn_w = row["decode_power_w"] + batch_j(row, n, kv_tok) / step_s
                     worst_w = max(worst_w, drawn_w)
             power_w[i, k] = worst_w
 
@@ -178,7 +149,7 @@ def worst_power(
 def raised(tables, kind, n_clocks, power_w, clock_mhz, raised_mhz, drawn_w):
     """Clocks raised to supported ones, and power there."""
     for i in range(len(kind)):
-        k = _row_at_least(tables, kind[i], n_clocks[i], clock_mhz[i])
+        k = row_up(tables[kind[i]], n_clocks[i], clock_mhz[i])
         raised_mhz[i] = tables[kind[i], k]["clock_mhz"]
         drawn_w[i] = power_w[i, k]
 
@@ -188,7 +159,7 @@ def scaled(tables, kind, n_clocks, power_w, wanted_mhz, scale, clock_mhz):
     """Clocks in this proportion to those wanted, lowered to supported ones; what they draw."""
     total_w = 0.0
     for i in range(len(kind)):
-        k = _row_at_most(tables, kind[i], n_clocks[i], scale * wanted_mhz[i])
+        k = row_down(tables[kind[i]], n_clocks[i], scale * wanted_mhz[i])
         clock_mhz[i] = tables[kind[i], k]["clock_mhz"]
         total_w += power_w[i, k]
     return total_w

@@ -4,7 +4,7 @@ import math
 
 from numba import njit, types
 
-from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
+from voltana_ctrl.kernels.law import ROW, batch_j, decode_s, prefill_s
 
 F8, I8 = types.float64, types.int64
 
@@ -37,10 +37,9 @@ def governed_batches(rows, padded, context_tok, pace_frac, target_s, needed_k, s
             k += 1
             time_s = pace_frac * decode_s(rows[k], size_req, kv_tok)
         row = rows[k]
-        batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
         needed_k[n] = k
         step_s[n] = time_s
-        power_w[n] = row["decode_power_w"] + batch_j / time_s
+        power_w[n] = row["decode_power_w"] + batch_j(row, float(n), kv_tok) / time_s
 
 
 @njit(
@@ -77,8 +76,7 @@ def station(
             k = floor_k
             kv_tok = n * context_tok
             time_s = pace_frac * decode_s(row, float(padded[n]), kv_tok)
-            batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
-            drawn_w = row["decode_power_w"] + batch_j / time_s
+            drawn_w = row["decode_power_w"] + batch_j(row, float(n), kv_tok) / time_s
         used = arrival_req_s * prompt_s[k]
         if used > 0.0:
             if used >= 1.0:

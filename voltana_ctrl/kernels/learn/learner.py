@@ -22,17 +22,9 @@ import math
 import numpy as np
 from numba import njit, types
 
+from voltana_ctrl.kernels.law import batch_j, row_nearest
+from voltana_ctrl.kernels.layout import PROFILE_DTYPE
 from voltana_ctrl.kernels.learn.predictor import (
-    CLOCK_MHZ,
-    DECODE_BASE_S,
-    DECODE_FLOOR_S,
-    DECODE_ITER_J,
-    DECODE_KV_J,
-    DECODE_KV_S,
-    DECODE_POWER_W,
-    DECODE_REQ_J,
-    DECODE_REQ_S,
-    DECODE_ROOF_S,
     F8,
     F8_1,
     F8_2,
@@ -43,10 +35,7 @@ from voltana_ctrl.kernels.learn.predictor import (
     IN_I8_1,
     IN_I8_2,
     MOST,
-    PREFILL_BASE_S,
-    PREFILL_POWER_W,
-    PREFILL_TOK2_S,
-    PREFILL_TOK_S,
+    TABLES,
     padded_size,
 )
 from voltana_ctrl.kernels.learn.rls import (
@@ -102,39 +91,26 @@ def executed_size(padded, i, tile, running_req):
     return math.ceil(running_req / width) * width
 
 
-@njit(I8(IN_F8_3, I8, I8, F8), cache=True)
-def _nearest(table, i, n_clocks, freq_mhz):
-    low = 0
-    high = n_clocks - 1
-    while low < high:
-        middle = (low + high) // 2
-        if 0.5 * (table[i, middle, CLOCK_MHZ] + table[i, middle + 1, CLOCK_MHZ]) >= freq_mhz:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 @njit(types.void(F8_1, I8, F8, F8), cache=True)
 def _part(phi, part, share_frac, tilt):
     phi[2 * part] = share_frac
     phi[2 * part + 1] = share_frac * tilt
 
 
-@njit(F8(IN_F8_3, I8, I8, F8, F8, F8, F8_1), cache=True)
+@njit(F8(TABLES, I8, I8, F8, F8, F8, F8_1), cache=True)
 def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
     """Prior time of a decode iteration [s]; its parts' shares into `phi`."""
-    base_s = table[i, k, DECODE_BASE_S]
-    req_s = table[i, k, DECODE_REQ_S] * size_req
-    kv_s = table[i, k, DECODE_KV_S] * kv_tok
-    if table[i, k, DECODE_ROOF_S] * size_req > base_s + req_s:
+    base_s = table[i, k]["decode_base_s"]
+    req_s = table[i, k]["decode_req_s"] * size_req
+    kv_s = table[i, k]["decode_kv_s"] * kv_tok
+    if table[i, k]["decode_roof_s"] * size_req > base_s + req_s:
         # Computing, which grows with the batch, takes longer than all else but KV.
         base_s = 0.0
-        req_s = table[i, k, DECODE_ROOF_S] * size_req
+        req_s = table[i, k]["decode_roof_s"] * size_req
     total_s = base_s + req_s + kv_s
-    if total_s <= table[i, k, DECODE_FLOOR_S]:
+    if total_s <= table[i, k]["decode_floor_s"]:
         # A floor is a matter of launching, as the base is: they share a scale.
-        base_s = total_s = table[i, k, DECODE_FLOOR_S]
+        base_s = total_s = table[i, k]["decode_floor_s"]
         req_s = kv_s = 0.0
     if not total_s > 0.0:
         return 0.0
@@ -144,11 +120,11 @@ def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
     return total_s
 
 
-@njit(F8(IN_F8_3, I8, I8, F8, F8, F8, F8_1), cache=True)
+@njit(F8(TABLES, I8, I8, F8, F8, F8, F8_1), cache=True)
 def _prefill_parts(table, i, k, tilt, tok, n_req, phi):
     """Prior time of the prefill of an iteration [s]; its parts' shares into `phi`."""
-    base_s = table[i, k, PREFILL_BASE_S] if n_req == 0.0 else 0.0
-    tok_s = table[i, k, PREFILL_TOK_S] * tok
+    base_s = table[i, k]["prefill_base_s"] if n_req == 0.0 else 0.0
+    tok_s = table[i, k]["prefill_tok_s"] * tok
     if not base_s + tok_s > 0.0:
         return 0.0
     phi[:] = 0.0
@@ -158,13 +134,13 @@ def _prefill_parts(table, i, k, tilt, tok, n_req, phi):
 
 
 @njit(
-    F8(IN_F8_3, IN_I8_1, IN_I8_2, I8, F8, F8, F8, F8, F8_3, I8_1, F8_1),
+    F8(TABLES, IN_I8_1, IN_I8_2, I8, F8, F8, F8, F8, F8_3, I8_1, F8_1),
     cache=True,
 )
 def _expected_s(table, n_clocks, padded, i, freq_mhz, n_req, tok, kv_tok, theta, chosen, phi):
     """Time of an iteration at a clock, as learned so far [s]."""
-    k = _nearest(table, i, n_clocks[i], freq_mhz)
-    tilt = tilt_of(freq_mhz, table[i, 0, CLOCK_MHZ], table[i, n_clocks[i] - 1, CLOCK_MHZ])
+    k = row_nearest(table[i], n_clocks[i], freq_mhz)
+    tilt = tilt_of(freq_mhz, table[i, 0]["clock_mhz"], table[i, n_clocks[i] - 1]["clock_mhz"])
     total_s = 0.0
     if n_req > 0.0:
         size_req = executed_size(padded, i, chosen[i], n_req)
@@ -183,7 +159,7 @@ def _sane(value, prior):
 
 @njit(
     types.void(
-        IN_F8_3, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1
+        TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1
     ),
     cache=True,
 )  # fmt: skip
@@ -223,7 +199,7 @@ def _learn_tiles(
 
 
 @njit(
-    I8(IN_F8_3, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1),
+    I8(TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1),
     cache=True,
 )
 def _learn_decode(
@@ -238,12 +214,8 @@ def _learn_decode(
         table, padded, i, k, tilt, wall_s, n_req, kv_tok, 0.0, 0.0, theta, cov, notes, chosen,
         forget, phi,
     )  # fmt: skip
-    held_j = wall_s * table[i, k, DECODE_POWER_W]
-    rest_j = (
-        table[i, k, DECODE_ITER_J]
-        + table[i, k, DECODE_REQ_J] * n_req
-        + table[i, k, DECODE_KV_J] * kv_tok
-    )
+    held_j = wall_s * table[i, k]["decode_power_w"]
+    rest_j = batch_j(table[i, k], n_req, kv_tok)
     if _sane(energy_j, held_j + rest_j):
         phi[:] = 0.0
         _part(phi, 0, held_j / (held_j + rest_j), tilt)
@@ -256,7 +228,7 @@ def _learn_decode(
 
 
 @njit(
-    I8(IN_F8_3, I8, I8, F8, F8, F8, F8, F8_3, F8_4, F8_3, F8, F8_1),
+    I8(TABLES, I8, I8, F8, F8, F8, F8, F8_3, F8_4, F8_3, F8, F8_1),
     cache=True,
 )
 def _learn_prefill(table, i, k, tilt, wall_s, tok, energy_j, theta, cov, notes, forget, phi):
@@ -266,7 +238,7 @@ def _learn_prefill(table, i, k, tilt, wall_s, tok, energy_j, theta, cov, notes, 
         return 0
     m = PREFILL_TIME
     learn_guarded(theta[i, m], cov[i, m], phi, notes[i, m], wall_s / prior_s, 0.0, forget)
-    prior_j = wall_s * table[i, k, PREFILL_POWER_W]
+    prior_j = wall_s * table[i, k]["prefill_power_w"]
     if _sane(energy_j, prior_j):
         phi[:] = 0.0
         _part(phi, 0, 1.0, tilt)
@@ -276,7 +248,7 @@ def _learn_prefill(table, i, k, tilt, wall_s, tok, energy_j, theta, cov, notes, 
 
 
 @njit(
-    I8(IN_F8_3, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1, F8_1),
+    I8(TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1, F8_1),
     cache=True,
 )
 def _learn_mixed(
@@ -311,13 +283,9 @@ def _learn_mixed(
     )
     # Power: the time is shared as it was expected.
     decode_frac = said_d_s / (said_d_s + said_p_s)
-    held_j = decode_frac * wall_s * table[i, k, DECODE_POWER_W]
-    rest_j = (
-        table[i, k, DECODE_ITER_J]
-        + table[i, k, DECODE_REQ_J] * n_req
-        + table[i, k, DECODE_KV_J] * kv_tok
-    )
-    prefill_j = (1.0 - decode_frac) * wall_s * table[i, k, PREFILL_POWER_W]
+    held_j = decode_frac * wall_s * table[i, k]["decode_power_w"]
+    rest_j = batch_j(table[i, k], n_req, kv_tok)
+    prefill_j = (1.0 - decode_frac) * wall_s * table[i, k]["prefill_power_w"]
     if not (prefill_j > 0.0 and _sane(energy_j, held_j + rest_j + prefill_j)):
         return 1
     d, m = DECODE_ENERGY, PREFILL_ENERGY
@@ -344,7 +312,7 @@ def _learn_mixed(
 
 @njit(
     types.void(
-        IN_F8_3, IN_I8_1, IN_I8_2, IN_I8_1, *(IN_F8_1,) * 6,
+        TABLES, IN_I8_1, IN_I8_2, IN_I8_1, *(IN_F8_1,) * 6,
         F8_3, F8_4, F8_3, I8_1, F8_2, F8,
     ),
     cache=True,
@@ -391,8 +359,8 @@ def learn(
                 continue
             at_mhz = slow_mhz if wall_s[j] > longest_s else fast_mhz
             used_j = 0.0
-        k = _nearest(table, i, n_clocks[i], at_mhz)
-        tilt = tilt_of(at_mhz, table[i, 0, CLOCK_MHZ], table[i, n_clocks[i] - 1, CLOCK_MHZ])
+        k = row_nearest(table[i], n_clocks[i], at_mhz)
+        tilt = tilt_of(at_mhz, table[i, 0]["clock_mhz"], table[i, n_clocks[i] - 1]["clock_mhz"])
         if n_req > 0.0 and tok > 0.0:
             used = _learn_mixed(
                 table, padded, i, k, tilt, wall_s[j], n_req, tok, kv, used_j,
@@ -408,6 +376,26 @@ def learn(
                 table, i, k, tilt, wall_s[j], tok, used_j, theta, cov, notes, forget, phi
             )
         counts[i, LEARNED if used == 1 else REFUSED] += 1.0
+
+
+# Here columns of equal kind are treated alike, so that coefficients are one float64 array
+# ``table[instance, clock, column]``: the records of PROFILE_DTYPE seen as plain numbers.
+(
+    CLOCK_MHZ,
+    DECODE_BASE_S,
+    DECODE_REQ_S,
+    DECODE_KV_S,
+    DECODE_FLOOR_S,
+    DECODE_ROOF_S,
+    DECODE_POWER_W,
+    DECODE_ITER_J,
+    DECODE_REQ_J,
+    DECODE_KV_J,
+    PREFILL_BASE_S,
+    PREFILL_TOK_S,
+    PREFILL_TOK2_S,
+    PREFILL_POWER_W,
+) = range(len(PROFILE_DTYPE.names or ()))
 
 
 @njit(types.void(IN_F8_3, I8, I8, I8, IN_F8_1, I8, F8, F8_3), cache=True)

@@ -1,40 +1,21 @@
 """The latency and energy predictor, compiled.
 
-Coefficients are one float64 array ``table[instance, clock, column]``; its columns are the
-fields of PROFILE_DTYPE in order, so that a row is a profile row seen as plain numbers.
+Coefficients are records of PROFILE_DTYPE, ``table[instance, clock]``.
 """
 
 import math
 
 from numba import njit, types
 
-from voltana_ctrl.kernels.layout import PROFILE_DTYPE
+from voltana_ctrl.kernels.law import ROW, decode_j, decode_s, prefill_s, row_down
 
 F8, I8 = types.float64, types.int64
+TABLES = types.Array(ROW, 2, "C", readonly=True)
 F8_1, F8_2, F8_3 = (types.Array(F8, dimension, "C") for dimension in (1, 2, 3))
 # What is only read may be read-only: states and tables are frozen.
 IN_F8_1, IN_F8_2, IN_F8_3 = (types.Array(F8, d, "C", readonly=True) for d in (1, 2, 3))
 IN_I8_1, IN_I8_2 = (types.Array(I8, dimension, "C", readonly=True) for dimension in (1, 2))
 
-(
-    CLOCK_MHZ,
-    DECODE_BASE_S,
-    DECODE_REQ_S,
-    DECODE_KV_S,
-    DECODE_FLOOR_S,
-    DECODE_ROOF_S,
-    DECODE_POWER_W,
-    DECODE_ITER_J,
-    DECODE_REQ_J,
-    DECODE_KV_J,
-    PREFILL_BASE_S,
-    PREFILL_TOK_S,
-    PREFILL_TOK2_S,
-    PREFILL_POWER_W,
-) = range(len(PROFILE_DTYPE.names or ()))
-
-#: Columns of what a decision must keep to.
-TTFT_S, ITL_S, BUDGET_TOK = range(3)
 #: Loads are clipped to [0, this], so that finite questions have finite answers.
 MOST = 1e12
 
@@ -56,66 +37,28 @@ def padded_size(padded, i, running_req):
     return float(padded[i, math.ceil(running_req)])
 
 
-@njit(F8(IN_F8_3, I8, I8, F8, F8), cache=True)
-def decode_time_s(table, i, k, size_req, kv_tok):
-    """Time of a decode iteration at ladder clock k [s]."""
-    line = table[i, k, DECODE_BASE_S] + table[i, k, DECODE_REQ_S] * size_req
-    bent = max(line, table[i, k, DECODE_ROOF_S] * size_req)
-    return max(bent + table[i, k, DECODE_KV_S] * kv_tok, table[i, k, DECODE_FLOOR_S])
-
-
-@njit(F8(IN_F8_3, I8, I8, F8, F8), cache=True)
-def prefill_time_s(table, i, k, new_tok, square_tok2):
-    """Time of a prefill iteration at ladder clock k [s]."""
-    return (
-        table[i, k, PREFILL_BASE_S]
-        + table[i, k, PREFILL_TOK_S] * new_tok
-        + table[i, k, PREFILL_TOK2_S] * square_tok2
-    )
-
-
-@njit(types.UniTuple(F8, 2)(IN_F8_3, I8, I8, F8, F8, F8), cache=True)
+@njit(types.UniTuple(F8, 2)(TABLES, I8, I8, F8, F8, F8), cache=True)
 def _decode_at(table, i, k, running_req, size_req, kv_tok):
-    time_s = decode_time_s(table, i, k, size_req, kv_tok)
-    energy_j = (
-        time_s * table[i, k, DECODE_POWER_W]
-        + table[i, k, DECODE_ITER_J]
-        + table[i, k, DECODE_REQ_J] * running_req
-        + table[i, k, DECODE_KV_J] * kv_tok
-    )
-    return time_s, energy_j
+    time_s = decode_s(table[i, k], size_req, kv_tok)
+    return time_s, decode_j(table[i, k], time_s, running_req, kv_tok)
 
 
-@njit(I8(IN_F8_3, I8, I8, F8), cache=True)
-def clock_below(table, i, n_clocks, freq_mhz):
-    """Index of the highest ladder clock at or below `freq_mhz`, the lowest if there is none."""
-    low = 0
-    high = n_clocks - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if table[i, middle, CLOCK_MHZ] <= freq_mhz:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@njit(F8(IN_F8_3, I8, I8, I8, F8), cache=True)
+@njit(F8(TABLES, I8, I8, I8, F8), cache=True)
 def _above_frac(table, i, n_clocks, k, freq_mhz):
     """How far `freq_mhz` lies from clock k to the next; 0 beyond either end of the ladder."""
-    if k + 1 >= n_clocks or not freq_mhz > table[i, k, CLOCK_MHZ]:
+    if k + 1 >= n_clocks or not freq_mhz > table[i, k]["clock_mhz"]:
         return 0.0
-    step_mhz = table[i, k + 1, CLOCK_MHZ] - table[i, k, CLOCK_MHZ]
-    return (freq_mhz - table[i, k, CLOCK_MHZ]) / step_mhz
+    step_mhz = table[i, k + 1]["clock_mhz"] - table[i, k]["clock_mhz"]
+    return (freq_mhz - table[i, k]["clock_mhz"]) / step_mhz
 
 
-@njit(types.UniTuple(F8, 3)(IN_F8_3, IN_I8_1, IN_I8_2, I8, F8, F8, F8), cache=True)
+@njit(types.UniTuple(F8, 3)(TABLES, IN_I8_1, IN_I8_2, I8, F8, F8, F8), cache=True)
 def decode_one(table, n_clocks, padded, i, freq_mhz, running_req, kv_tok):
     """ITL [s], energy [J] and mean power [W] of a decode iteration, linear between clocks."""
     n_req = load_of(running_req)
     size_req = padded_size(padded, i, n_req)
     kv = load_of(kv_tok)
-    k = clock_below(table, i, n_clocks[i], freq_mhz)
+    k = row_down(table[i], n_clocks[i], freq_mhz)
     above = _above_frac(table, i, n_clocks[i], k, freq_mhz)
     time_s, energy_j = _decode_at(table, i, k, n_req, size_req, kv)
     power_w = energy_j / time_s if time_s > 0.0 else 0.0
@@ -128,22 +71,22 @@ def decode_one(table, n_clocks, padded, i, freq_mhz, running_req, kv_tok):
     return time_s, energy_j, power_w
 
 
-@njit(types.UniTuple(F8, 3)(IN_F8_3, IN_I8_1, I8, F8, F8, F8), cache=True)
+@njit(types.UniTuple(F8, 3)(TABLES, IN_I8_1, I8, F8, F8, F8), cache=True)
 def prefill_one(table, n_clocks, i, freq_mhz, new_tok, square_tok2):
     """Time [s], energy [J] and power [W] of a prefill iteration, linear between clocks."""
     tok = load_of(new_tok)
     tok2 = load_of(square_tok2)
-    k = clock_below(table, i, n_clocks[i], freq_mhz)
+    k = row_down(table[i], n_clocks[i], freq_mhz)
     above = _above_frac(table, i, n_clocks[i], k, freq_mhz)
-    time_s = prefill_time_s(table, i, k, tok, tok2)
-    power_w = table[i, k, PREFILL_POWER_W]
+    time_s = prefill_s(table[i, k], tok, tok2)
+    power_w = table[i, k]["prefill_power_w"]
     if above > 0.0:
-        time_s += above * (prefill_time_s(table, i, k + 1, tok, tok2) - time_s)
-        power_w += above * (table[i, k + 1, PREFILL_POWER_W] - power_w)
+        time_s += above * (prefill_s(table[i, k + 1], tok, tok2) - time_s)
+        power_w += above * (table[i, k + 1]["prefill_power_w"] - power_w)
     return time_s, time_s * power_w, power_w
 
 
-@njit(types.void(IN_F8_3, IN_I8_1, IN_I8_2, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)
+@njit(types.void(TABLES, IN_I8_1, IN_I8_2, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)
 def decode_many(table, n_clocks, padded, instance, freq_mhz, running_req, kv_tok, out):
     """`decode_one` for each row of the questions, into the rows of `out`."""
     for j in range(len(instance)):
@@ -152,7 +95,7 @@ def decode_many(table, n_clocks, padded, instance, freq_mhz, running_req, kv_tok
         )
 
 
-@njit(types.void(IN_F8_3, IN_I8_1, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)
+@njit(types.void(TABLES, IN_I8_1, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)
 def prefill_many(table, n_clocks, instance, freq_mhz, new_tok, square_tok2, out):
     """`prefill_one` for each row of the questions, into the rows of `out`."""
     for j in range(len(instance)):

@@ -11,7 +11,7 @@ import numpy as np
 from numba import from_dtype, njit, types
 
 from voltana_ctrl.kernels.choose.base import GOVERNOR
-from voltana_ctrl.kernels.law import quantise_up
+from voltana_ctrl.kernels.law import row_up
 from voltana_ctrl.kernels.layout import (
     ASK_DECODE,
     ASK_GOVERNOR,
@@ -318,7 +318,7 @@ def settle_accounts(sims, inst, tables):
 def order_clock(sims, inst, tables, padded, pending_s, tree, seen, node_free_s, i, freq_mhz):
     """The loop sets a clock (no governor runs on this instance)."""
     one = inst[i]
-    k = quantise_up(tables[one["type"]], one["n_clocks"], freq_mhz)
+    k = row_up(tables[one["type"]], one["n_clocks"], freq_mhz)
     request_clock(sims[0], one, tables, padded, node_free_s, k, sims[0]["now_s"])
     remember(inst, tables, seen, i, sims[0]["now_s"])
     touch(inst, pending_s, tree, i)
@@ -442,7 +442,7 @@ def advance(
                         governor_memory[i], governor,
                     )  # fmt: skip
                 wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
-                k = quantise_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
+                k = row_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
                 request_clock(sim, one, tables, padded, node_free_s, k, sim["now_s"])
             one["prepared"] = 0
             one["listed"] = 0
@@ -499,7 +499,7 @@ def advance(
                     governor_memory[i], governor,
                 )  # fmt: skip
                 wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
-                k = quantise_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
+                k = row_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
                 request_clock(sim, one, tables, padded, node_free_s, k, t_s)
             if not ended:
                 remember(inst, tables, seen, i, t_s)
