@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -12,7 +12,14 @@ from voltana_ctrl.clock import WallClock
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.guard import Guard
 from voltana_ctrl.moved import forward
-from voltana_ctrl.ports import Backend, Clock, Observer, Router
+from voltana_ctrl.ports import (
+    Backend,
+    Clock,
+    Observer,
+    Router,
+    backend_extras,
+    controller_extras,
+)
 from voltana_ctrl.types import Decision, FleetState, TickRecord
 
 __all__ = ["ControlLoop"]
@@ -36,22 +43,22 @@ class ControlLoop:
     backend : Backend
         Simulated, replayed or real plant.
     controller : Controller or object with init/decide
-        The policy. Its `period_s` is the period of the loop, 0.1 s if it has none; what its
-        `notes(memory)` returns, if it has that, goes into the records.
+        The policy; see :mod:`voltana_ctrl.ports` for what it may bring besides.
     guard : Guard, optional
         The veto; if left out one with default settings, and with what the backend says that
-        other actuators may be set to (`backend.limit_ranges`) if it does.
+        other actuators may be set to.
     router : Router, optional
         Told every applied decision.
     clock : Clock, optional
-        The backend's own (`backend.clock`) if it has one, else the wall clock.
+        The backend's own if it has one, else the wall clock.
     observers : sequence of Observer
         Called with every TickRecord.
 
     Raises
     ------
     ConfigError
-        If the controller has no init/decide.
+        If the controller has no init/decide, or it or the backend bring something else under the
+        name of something that they may bring.
 
     Examples
     --------
@@ -86,18 +93,16 @@ class ControlLoop:
                 )
         self.backend = backend
         self.controller = controller
-        self.guard = guard or Guard(backend.spec, ranges=getattr(backend, "limit_ranges", None))
+        brought, self._controller_extras = backend_extras(backend), controller_extras(controller)
+        self.guard = guard or Guard(backend.spec, ranges=brought.limit_ranges)
         self.router = router
-        self.clock: Clock = clock or getattr(backend, "clock", None) or WallClock()
+        self.clock: Clock = clock or brought.clock or WallClock()
+        self._acts = brought.acts
         self.observers = tuple(observers)
-        self.period_s = float(getattr(controller, "period_s", 0.1))
+        self.period_s = self._controller_extras.period_s
         self.ticks = 0
         self.interventions = 0
         self._memory = controller.init()
-        # What a controller wants seen in the records, by its own `notes(memory)` where it has one.
-        self._notes: Callable[[Any], Mapping[str, float]] | None = getattr(
-            controller, "notes", None
-        )
         self._applied: Decision | None = None
         self._state: FleetState | None = None
         self._missed = 0
@@ -125,8 +130,7 @@ class ControlLoop:
         applied = self.guard.shield(proposed, observation, self._applied)
         said = self.guard.changes(proposed, applied)
         self.backend.apply(applied)
-        # A backend that may only watch says so, by its own `acts` where it has one.
-        in_force = bool(getattr(self.backend, "acts", True))
+        in_force = self._acts()
         if self.router is not None:
             self.router.update(applied)
         # Only now, so that a tick that failed half-way can be repeated.
@@ -144,7 +148,7 @@ class ControlLoop:
             decide_s=decide_s,
             tick_s=time.perf_counter() - begin_s,
             missed=self._missed,
-            notes=self._notes(memory) if self._notes is not None else {},
+            notes=self._controller_extras.notes(memory),
         )
         self.ticks += 1
         for observer in self.observers:

@@ -24,7 +24,7 @@ from voltana_ctrl.control.baselines.threshold import ThresholdGovernor
 from voltana_ctrl.control.cascade import CascadeController, MpcController
 from voltana_ctrl.control.governor import IterationGovernor
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.ports import Governor, Router
+from voltana_ctrl.ports import Governor, Router, phase_of
 from voltana_ctrl.routing import (
     CompiledRouter,
     PricedRouter,
@@ -581,7 +581,7 @@ def _own(name: str) -> Policy:
         if callable(getattr(made, "decide", None)) and callable(getattr(made, "init", None)):
             return PolicyParts(controller=made)
         if callable(getattr(made, "route", None)) and callable(getattr(made, "update", None)):
-            if getattr(made, "phase", "decode") == "prefill" or fleet.colocated:
+            if phase_of(made) == "prefill" or fleet.colocated:
                 return PolicyParts(prefill_router=made)
             return PolicyParts(decode_router=made)
         raise ConfigError(

@@ -1,15 +1,55 @@
 """Protocols at the edges: what a host may bring, and what we call it with.
 
-None of them has to be inherited from; an object with these methods will do.
+None of them has to be inherited from; an object with these methods will do. What some bring besides
+is said here, too, and looked for once:
+
+=========== ================== =====================================================================
+who         may bring          what it is
+=========== ================== =====================================================================
+backend     ``clock``          a :class:`Clock`: its own time, as a simulated plant has
+backend     ``limit_ranges``   what may be set besides the SM clock, for the guard
+backend     ``acts``           whether decisions are in force, now; one that only watches says False
+backend     ``problems()``     why instances do not answer, in words, by their ids
+controller  ``period_s``       time between its decisions; 0.1 s without
+controller  ``notes(memory)``  numbers that it wants seen in the records
+router      ``phase``          "prefill" or "decode", which is what it is without
+=========== ================== =====================================================================
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Request, TickRecord
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import (
+    Decision,
+    FleetSpec,
+    FleetState,
+    LimitRanges,
+    Observation,
+    Request,
+    TickRecord,
+)
 
-__all__ = ["Backend", "Clock", "Governor", "Observer", "Predictor", "Router"]
+__all__ = [
+    "Backend",
+    "BackendExtras",
+    "Clock",
+    "ControllerExtras",
+    "Governor",
+    "Observer",
+    "Predictor",
+    "Router",
+    "backend_extras",
+    "controller_extras",
+    "phase_of",
+]
+
+_PERIOD_S = 0.1
+Phase = Literal["prefill", "decode"]
 
 
 @runtime_checkable
@@ -144,3 +184,154 @@ class Observer(Protocol):
 
     def on_tick(self, record: TickRecord) -> None:
         """Look at one tick; must not raise or block."""
+
+
+# What a host may bring besides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendExtras:
+    """What a backend brings besides the minimum.
+
+    Parameters
+    ----------
+    clock : Clock, optional
+        Its own time.
+    limit_ranges : LimitRanges, optional
+        What may be set besides the SM clock.
+    acts, problems : callable
+        Ask it whether decisions are in force, and why instances do not answer.
+
+    Examples
+    --------
+    >>> extras = BackendExtras(acts=lambda: True, problems=dict)
+    >>> extras.clock is None, extras.problems()
+    (True, {})
+    """
+
+    clock: Clock | None = None
+    limit_ranges: LimitRanges | None = None
+    acts: Callable[[], bool]
+    problems: Callable[[], Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerExtras:
+    """What a controller brings besides the minimum.
+
+    Parameters
+    ----------
+    period_s : float
+        Time between its decisions.
+    notes : callable
+        Numbers that it wants seen in the records, of its memory.
+
+    Examples
+    --------
+    >>> ControllerExtras(period_s=1.0, notes=lambda memory: {"ticks": memory}).notes(3.0)
+    {'ticks': 3.0}
+    """
+
+    period_s: float
+    notes: Callable[[Any], Mapping[str, float]]
+
+
+def backend_extras(backend: object) -> BackendExtras:
+    """Look once for what a backend brings besides the minimum.
+
+    Parameters
+    ----------
+    backend : Backend
+        Any object.
+
+    Raises
+    ------
+    ConfigError
+        If something of that name is there and is something else.
+
+    Examples
+    --------
+    >>> class Watching:
+    ...     acts = False
+    >>> backend_extras(Watching()).acts()
+    False
+    """
+    name = type(backend).__name__
+    clock = getattr(backend, "clock", None)
+    if clock is not None and not isinstance(clock, Clock):
+        raise ConfigError(f"{name}.clock: expected now_s() and sleep_until_s(t_s), got {clock!r}")
+    ranges = getattr(backend, "limit_ranges", None)
+    if ranges is not None and not isinstance(ranges, LimitRanges):
+        raise ConfigError(f"{name}.limit_ranges: expected LimitRanges, got {ranges!r}")
+    switch: Any = backend
+    problems = getattr(backend, "problems", dict)
+    if not callable(problems):
+        raise ConfigError(f"{name}.problems: expected a method without arguments, got {problems!r}")
+    return BackendExtras(
+        clock=clock,
+        limit_ranges=ranges,
+        acts=(lambda: bool(switch.acts)) if hasattr(backend, "acts") else lambda: True,
+        problems=problems,
+    )
+
+
+def _no_notes(_memory: Any) -> Mapping[str, float]:
+    return {}
+
+
+def controller_extras(controller: object) -> ControllerExtras:
+    """Look once for what a controller brings besides the minimum.
+
+    Parameters
+    ----------
+    controller : Controller
+        Any object.
+
+    Raises
+    ------
+    ConfigError
+        If something of that name is there and is something else.
+
+    Examples
+    --------
+    >>> controller_extras(object()).period_s
+    0.1
+    """
+    name = type(controller).__name__
+    notes = getattr(controller, "notes", None)
+    if notes is not None and not callable(notes):
+        raise ConfigError(f"{name}.notes: expected a method notes(memory), got {notes!r}")
+    told = getattr(controller, "period_s", _PERIOD_S)
+    try:
+        period_s = float(told)
+    except (TypeError, ValueError):
+        period_s = math.nan
+    if not 0.0 < period_s < math.inf:
+        raise ConfigError(f"{name}.period_s: expected a number of seconds > 0, got {told!r}")
+    return ControllerExtras(period_s=period_s, notes=notes or _no_notes)
+
+
+def phase_of(router: object) -> Phase:
+    """Phase that a router serves; on a colocated fleet it picks once, whatever it says.
+
+    Parameters
+    ----------
+    router : Router
+        Any object.
+
+    Raises
+    ------
+    ConfigError
+        If its `phase` is neither.
+
+    Examples
+    --------
+    >>> phase_of(object())
+    'decode'
+    """
+    phase = getattr(router, "phase", "decode")
+    if phase not in ("prefill", "decode"):
+        raise ConfigError(
+            f"{type(router).__name__}.phase: expected 'prefill' or 'decode', got {phase!r}"
+        )
+    return "prefill" if phase == "prefill" else "decode"

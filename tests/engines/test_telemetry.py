@@ -98,7 +98,7 @@ def test_engines_that_were_never_heard_are_dead_from_the_start():
         state = backend.read().state
         assert not state.alive.any()
         assert np.isfinite(state.age_s).all()
-        wait_for(lambda: len(backend.problems) == 2)
+        wait_for(lambda: len(backend.problems()) == 2)
 
 
 def test_forward_passes_come_first_and_pages_fill_the_rest():

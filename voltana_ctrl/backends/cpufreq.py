@@ -19,7 +19,7 @@ from voltana_ctrl.backends.nvml.giveback import FoundFile
 from voltana_ctrl.backends.nvml.lease import Lease
 from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
-from voltana_ctrl.ports import Backend
+from voltana_ctrl.ports import Backend, backend_extras
 from voltana_ctrl.types import Decision, FleetSpec, LimitRanges, Observation
 
 __all__ = ["CPUFREQ_DIR", "CpuPolicy", "CpufreqBackend", "cpu_policies"]
@@ -221,9 +221,7 @@ class CpufreqBackend:
             )
         self._pid = os.getpid()
         self._closed = False
-        clock = getattr(inner, "clock", None)
-        if clock is not None:
-            self.clock = clock  # a simulated plant brings its own time
+        self.clock = backend_extras(inner).clock  # a simulated plant brings its own time
         self._lease = Lease(
             [str(policy.folder) for group in self._groups for policy in group],
             lock_dir=lock_dir,
@@ -242,7 +240,7 @@ class CpufreqBackend:
 
         As with power caps, no ceiling above the one that was found.
         """
-        ranges = getattr(self._inner, "limit_ranges", None) or LimitRanges.none(len(self.spec))
+        ranges = backend_extras(self._inner).limit_ranges or LimitRanges.none(len(self.spec))
         lowest_khz = [max((p.lowest_khz for p in group), default=np.inf) for group in self._groups]
         highest_khz = [min((p.found_khz for p in group), default=0) for group in self._groups]
         return replace(

@@ -144,7 +144,6 @@ class EngineBackend:
         """Forward-pass messages seen, lost and refused."""
         return self._fpm.counts
 
-    @property
     def problems(self) -> dict[str, str]:
         """What went wrong at the last fetch of each metrics page, by instance."""
         return self._scraper.problems

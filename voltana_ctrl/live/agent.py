@@ -18,7 +18,7 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.live.node import CappedGuard, KillSwitch
 from voltana_ctrl.live.node_control import Advice, WatchController
 from voltana_ctrl.loop import ControlLoop
-from voltana_ctrl.ports import Observer
+from voltana_ctrl.ports import Observer, backend_extras
 from voltana_ctrl.savings.switchback import SwitchbackController
 from voltana_ctrl.types import Decision, FleetSpec, Observation, PowerBudget
 
@@ -185,7 +185,7 @@ class Agent:
         advice = []
         if settings.mode == "advise":
             # A backend that reads engines itself knows why one does not answer.
-            problems = getattr(backend, "problems", dict)
+            problems = backend_extras(backend).problems
             advice = [Advice(fleet, say, unread=settings.unread, problems=problems)]
         ceiling_mhz = settings.ceiling_mhz
         self._backend = backend

@@ -16,7 +16,7 @@ from voltana_ctrl.checks import F64, Bool
 from voltana_ctrl.control.budget import highest_power_w
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.guard import Guard
-from voltana_ctrl.ports import Backend
+from voltana_ctrl.ports import Backend, backend_extras
 from voltana_ctrl.types import Decision, FleetSpec, Observation, Role
 
 __all__ = ["CappedGuard", "KillSwitch", "NodeBackend", "node_clocks", "power_ceilings_mhz"]
@@ -169,6 +169,7 @@ class NodeBackend:
 
     def __init__(self, reads: Backend, sets: NvmlBackend | None = None) -> None:
         self._reads = reads
+        self._read_problems = backend_extras(reads).problems
         self._sets = sets
         self._released = False
         ids = reads.spec.ids
@@ -193,7 +194,7 @@ class NodeBackend:
 
     def problems(self) -> dict[str, str]:
         """Why instances do not answer, by id, as far as `reads` knows."""
-        return dict(getattr(self._reads, "problems", {}))
+        return dict(self._read_problems())
 
     def read(self) -> Observation:
         """What `reads` tells."""

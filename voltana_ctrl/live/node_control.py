@@ -14,7 +14,7 @@ from voltana_ctrl.control.governor import IterationGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.estimate import FleetTables, predict_decode, predict_prefill
 from voltana_ctrl.policies import PolicySetup, find_policy
-from voltana_ctrl.ports import Governor, Observer
+from voltana_ctrl.ports import Governor, Observer, controller_extras
 from voltana_ctrl.types import (
     Decision,
     FleetSpec,
@@ -113,6 +113,7 @@ class PolicyController(Controller):
                     f" {len(those)}"
                 )
         self._inner = inner
+        self._inner_notes = controller_extras(inner).notes
         # Governors are free over the whole range; without them the highest clock is the safe one.
         floor_mhz = fleet.max_mhz if governors is None else fleet.min_mhz
         self._first = first or Decision.highest(fleet, floor_mhz=floor_mhz)
@@ -131,8 +132,7 @@ class PolicyController(Controller):
         memory : object
             Of the latest tick.
         """
-        told = getattr(self._inner, "notes", None)
-        return {} if told is None else dict(told(memory))
+        return dict(self._inner_notes(memory))
 
     def _decide(self, observation: Observation, memory: Any) -> tuple[Decision, Any]:
         state = observation.state

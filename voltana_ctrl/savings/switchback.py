@@ -17,6 +17,7 @@ from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.baselines.static import StaticBudgetController
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.ports import controller_extras
 from voltana_ctrl.types import Decision, Observation, PowerBudget
 
 __all__ = [
@@ -144,6 +145,7 @@ class SwitchbackController(Controller):
                 " block, so that minutes are usual"
             )
         self.inner = inner
+        self._inner_notes = controller_extras(inner).notes
         self._highest = StaticBudgetController(
             inner.fleet, power_budget, period_s=float(inner.period_s)
         )
@@ -163,8 +165,7 @@ class SwitchbackController(Controller):
         memory : SwitchbackMemory
             Of the latest tick.
         """
-        of_inner = getattr(self.inner, "notes", None)
-        told = {} if of_inner is None else dict(of_inner(memory.inner))
+        told = dict(self._inner_notes(memory.inner))
         if not self._in_force():
             return told
         return {

@@ -12,6 +12,7 @@ import numpy as np
 
 from voltana_ctrl.guard import Guard
 from voltana_ctrl.loop import ControlLoop
+from voltana_ctrl.ports import controller_extras
 from voltana_ctrl.testing.conformance import Law, chosen_laws, same
 from voltana_ctrl.testing.search import for_all, st
 from voltana_ctrl.testing.strategies import observations
@@ -162,10 +163,10 @@ def _flooded(law: Law, subject: Subject) -> None:
 
 
 def _period(law: Law, subject: Subject) -> None:
-    period_s = getattr(subject.new(), "period_s", 0.1)
-    with law.watching("float(period_s)", period_s=period_s):
-        seconds = float(period_s)
-    law.require(1e-6 <= seconds < 1e9, "it is no time span", period_s=period_s)
+    controller = subject.new()
+    with law.watching("controller_extras(controller)"):
+        seconds = controller_extras(controller).period_s
+    law.require(1e-6 <= seconds < 1e9, "it is no time span", period_s=seconds)
 
 
 def _fits(law: Law, subject: Subject) -> None:

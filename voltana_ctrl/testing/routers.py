@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import I64, Bool
+from voltana_ctrl.ports import phase_of
 from voltana_ctrl.testing.conformance import Law, chosen_laws
 from voltana_ctrl.testing.search import for_all, st
 from voltana_ctrl.testing.strategies import decisions, fleet_states, requests
@@ -78,7 +79,7 @@ def check_router(
 
 
 def _members(router: Any, fleet: FleetSpec) -> I64:
-    return fleet.prefill if getattr(router, "phase", "decode") == "prefill" else fleet.decode
+    return fleet.prefill if phase_of(router) == "prefill" else fleet.decode
 
 
 def _ask(law: Law, router: Any, request: Request, state: FleetState) -> int:
@@ -306,9 +307,8 @@ def _honours(law: Law, subject: Subject) -> None:
 def _closed_loop(law: Law, subject: Subject) -> None:
     fleet = subject.fleet
     router = subject.new()
-    phase = getattr(router, "phase", "decode")
     # Colocated instances take a request once, at prefill.
-    slot = "prefill_router" if phase == "prefill" or fleet.colocated else "decode_router"
+    slot = "prefill_router" if phase_of(router) == "prefill" or fleet.colocated else "decode_router"
     backend = short_run(fleet, **{slot: router})
     backend.apply(Decision.highest(fleet))
 
