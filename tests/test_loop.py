@@ -20,6 +20,7 @@ from voltana_ctrl.backends import SimBackend
 from voltana_ctrl.control import Controller, StaticController
 from voltana_ctrl.routing import share_router
 from voltana_ctrl.sim.workload import make_workload
+from voltana_ctrl.types import Status
 
 FLEET = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
 
@@ -134,11 +135,52 @@ def test_a_controller_that_fails_leaves_the_hardware_given_back():
     backend = FakeBackend()
     with (
         pytest.raises(ZeroDivisionError),
-        ControlLoop(backend, Broken(FLEET), clock=FakeClock()) as loop,
+        ControlLoop(backend, Broken(FLEET), clock=FakeClock(), raises=True) as loop,
     ):
         loop.tick()
     assert backend.closed == 1
     assert backend.applied == []
+
+
+def test_a_controller_that_fails_is_replaced_counted_and_asked_again(caplog):
+    class Hiccups(Counting):
+        def _decide(self, observation, memory):
+            if 2 <= memory < 20 and not self.well:
+                raise OverflowError("1e300")
+            return super()._decide(observation, memory)
+
+    controller = Hiccups(FLEET)
+    controller.well = False
+    backend = FakeBackend()
+    loop = ControlLoop(backend, controller, clock=FakeClock())
+    records = [loop.tick() for _ in range(6)]
+    assert [record.applied.status for record in records] == [Status.OK] * 2 + [Status.FAILED] * 4
+    assert records[-1].interventions[0] == "replaced: failed"
+    assert loop.failures == 4
+    assert len(backend.applied) == 6
+    assert sum("OverflowError: 1e300" in (r.exc_text or "") for r in caplog.records) == 4
+    controller.well = True
+    assert loop.tick().applied.status is Status.OK  # with the memory that it had
+    assert loop.failures == 4
+
+
+def test_a_controller_that_goes_on_failing_ends_at_the_highest_clock():
+    class Broken(Controller):
+        def init(self):
+            return None
+
+        def _decide(self, observation, memory):
+            if observation.state.t_s > 1.0:
+                raise ZeroDivisionError
+            slow_mhz = np.full(len(FLEET), 705.0)
+            return Decision.highest(FLEET, t_s=observation.state.t_s, floor_mhz=slow_mhz), memory
+
+    workload = make_workload("sharegpt", rate_req_s=4.0, duration_s=10.0, seed=0)
+    loop = ControlLoop(SimBackend(FLEET, workload=workload), Broken(FLEET))
+    loop.run(1.0)
+    assert (loop.applied.freq_mhz == 705.0).all()
+    loop.run(3.0)
+    assert (loop.applied.freq_mhz == 1410.0).all()
 
 
 def test_a_failed_tick_changes_no_memory():
@@ -187,7 +229,7 @@ def test_a_failure_in_the_thread_gives_back_at_once_and_is_raised_on_stop():
             raise ZeroDivisionError("boom")
 
     backend = FakeBackend()
-    loop = ControlLoop(backend, Broken(FLEET, period_s=0.005), clock=WallClock())
+    loop = ControlLoop(backend, Broken(FLEET, period_s=0.005), clock=WallClock(), raises=True)
     loop.start()
     deadline_s = time.monotonic() + 10.0
     while not backend.closed and time.monotonic() < deadline_s:

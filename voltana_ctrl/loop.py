@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -20,11 +21,13 @@ from voltana_ctrl.ports import (
     backend_extras,
     controller_extras,
 )
-from voltana_ctrl.types import Decision, FleetState, TickRecord
+from voltana_ctrl.types import Decision, FleetState, Observation, Status, TickRecord
 
 __all__ = ["ControlLoop"]
 
 __getattr__ = forward(__name__)
+
+_log = logging.getLogger(__name__)
 
 
 class _Decides(Protocol):
@@ -53,6 +56,11 @@ class ControlLoop:
         The backend's own if it has one, else the wall clock.
     observers : sequence of Observer
         Called with every TickRecord.
+    raises : bool
+        Whether an error of the controller ends the loop, as a simulation wants it. Otherwise the
+        tick has a decision of status ``FAILED``, which the guard replaces; the error is logged and
+        counted in `failures`, and the controller is asked again at the next tick, with the memory
+        that it had.
 
     Raises
     ------
@@ -84,6 +92,7 @@ class ControlLoop:
         *,
         clock: Clock | None = None,
         observers: Sequence[Observer] = (),
+        raises: bool = False,
     ) -> None:
         for name in ("init", "decide"):
             if not callable(getattr(controller, name, None)):
@@ -102,6 +111,8 @@ class ControlLoop:
         self.period_s = self._controller_extras.period_s
         self.ticks = 0
         self.interventions = 0
+        self.failures = 0
+        self._raises = raises
         self._memory = controller.init()
         self._applied: Decision | None = None
         self._state: FleetState | None = None
@@ -125,7 +136,7 @@ class ControlLoop:
         begin_s = time.perf_counter()
         observation = self.backend.read()
         decide_begin_s = time.perf_counter()
-        proposed, memory = self.controller.decide(observation, self._memory)
+        proposed, memory = self._decide(observation)
         decide_s = time.perf_counter() - decide_begin_s
         applied = self.guard.shield(proposed, observation, self._applied)
         said = self.guard.changes(proposed, applied)
@@ -154,6 +165,18 @@ class ControlLoop:
         for observer in self.observers:
             observer.on_tick(record)
         return record
+
+    def _decide(self, observation: Observation) -> tuple[Decision, Any]:
+        """What the controller says; where it raises, a decision that the guard replaces."""
+        try:
+            return self.controller.decide(observation, self._memory)
+        except Exception:
+            if self._raises:
+                raise
+            self.failures += 1
+            _log.exception("voltana-ctrl: the controller failed at tick %d", self.ticks)
+            spec, t_s = self.backend.spec, observation.state.t_s
+            return Decision.highest(spec, t_s=t_s, status=Status.FAILED), self._memory
 
     def run(self, until_s: float) -> None:
         """Tick every period until `until_s` on the loop's clock.

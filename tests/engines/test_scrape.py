@@ -293,6 +293,41 @@ def test_tensorrt_llm_and_its_energy():
         made.close()
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ["[]", "3", "null", '"x"', '{"total_energy_j": []}', '{"total_energy_j": -1}',
+     '{"total_energy_j": NaN}', '{"total_energy_j": 1e300}', "[" * 100_000,
+     '{"total_energy_j": 1' + "0" * 400 + "}", '{"total_energy_j": 1' + "0" * 5000 + "}"],
+    ids=lambda odd: odd[:24],
+)  # fmt: skip
+def test_an_odd_energy_blinds_nobody(odd):
+    with Pages(energy_metrics=odd) as pages:
+        pages.pages["/prometheus/metrics"] = TRTLLM
+        made = scraper(pages.url, kind="trtllm")
+        wait_for(lambda: not made.problems)
+        pages.pages["/prometheus/metrics"] = TRTLLM.replace(" 6.0", " 5.0")
+        wait_for(lambda: made.read(time.monotonic()).running_req[DECODE] == 5)
+        assert np.isnan(made.read(time.monotonic()).energy_j[DECODE])
+        made.close()
+
+
+def test_what_nobody_thought_of_is_told_and_read_again(monkeypatch, caplog):
+    from voltana_ctrl.engines import scrape
+
+    def broken(*_arguments, **_options):
+        raise RuntimeError("never thought of")
+
+    with Pages(metrics=VLLM) as pages:
+        made = scraper(pages.url)
+        wait_for(lambda: not made.problems)
+        with monkeypatch.context() as for_a_while:
+            for_a_while.setattr(scrape, "read_engine_page", broken)
+            wait_for(lambda: "RuntimeError: never thought of" in made.problems.get("decode-0", ""))
+        wait_for(lambda: not made.problems)  # it goes on
+        made.close()
+    assert "could not be read" in caplog.text
+
+
 def test_tensorrt_llm_without_energy_is_asked_once():
     with Pages() as pages:
         pages.pages["/prometheus/metrics"] = TRTLLM

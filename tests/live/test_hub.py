@@ -85,7 +85,8 @@ def test_what_is_encoded_comes_back(numbers, rows, node):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10)
+    | st.sampled_from([10**400, -(10**400), 10**4000, 1e300]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner,
                                                                 max_size=4),
     max_leaves=20,
@@ -317,6 +318,21 @@ def test_link_says_what_is_wrong(served):
         ControllerLink(url, TOKEN, fleet(), "n0", ["decode-9"])
     with pytest.raises(ConfigError, match=r"at most 0\.5 s"):
         RemoteController(fleet(), None, period_s=1.0)
+
+
+def test_an_error_that_nobody_thought_of_does_not_end_the_line(served, monkeypatch):
+    from voltana_ctrl.live import link as link_module
+
+    hub, url = served
+    hub.apply(Decision.highest(fleet()))
+    with linked(url) as link:
+        with monkeypatch.context() as for_a_while:
+            for_a_while.setattr(link_module, "decode_order", lambda *_: 1 // 0)
+            link.tell(Observation(state=FleetState.idle(2)))
+            seconds_until(lambda: "ZeroDivisionError" in (link.failure or ""))
+        link.tell(Observation(state=FleetState.idle(2)))
+        seconds_until(lambda: link.order() is not None)
+        assert link.failure is None
 
 
 def test_a_controller_that_answers_nonsense_is_as_good_as_gone():

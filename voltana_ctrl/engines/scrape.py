@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,6 +30,9 @@ from voltana_ctrl.types import FleetSpec
 
 __all__ = ["Scraper"]
 
+_log = logging.getLogger(__name__)
+# More joules than a counter can have come to.
+_MOST_J = 1e15
 _MAX_BYTES = 8 << 20
 # Prompts of an engine that has not finished one.
 _PRIOR_PROMPT_TOK = 500.0
@@ -141,7 +145,10 @@ class Scraper:
 
     async def _repeat(self, fetch: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await fetch()
+            try:
+                await fetch()
+            except Exception:  # noqa: BLE001  an odd answer must not end the reading of an engine
+                _log.exception("voltana-ctrl: a metrics page could not be read")
             await asyncio.sleep(self._period_s)
 
     async def _fetch_engine(self, client: Any, engine: _Engine) -> None:
@@ -160,19 +167,22 @@ class Scraper:
             problem = f"{engine.url}: {str(error) or type(error).__name__}"
         except (self._httpx.HTTPError, self._httpx.InvalidURL) as error:
             problem = f"{engine.url}: {type(error).__name__}: {error}"
-        with self._lock:
-            engine.problem = problem
+        except Exception as error:
+            problem = f"{engine.url}: {type(error).__name__}: {error}"
+            raise
+        finally:
+            with self._lock:
+                engine.problem = problem
 
     async def _energy_j(self, client: Any, engine: _Engine, t_s: float) -> float | None:
         """Energy since the start of TensorRT-LLM, where it was asked to measure it."""
         if engine.energy_url is None or t_s < engine.no_energy_until_s:
             return None
         status, text = await self._get(client, engine.energy_url)
-        energy_j = json.loads(text).get("total_energy_j") if status == 200 else None
-        if not isinstance(energy_j, int | float):
+        energy_j = _total_energy_j(text) if status == 200 else None
+        if energy_j is None:
             engine.no_energy_until_s = t_s + _ENERGY_RETRY_S
-            return None
-        return float(energy_j)
+        return energy_j
 
     async def _fetch_dcgm(self, client: Any, url: str) -> None:
         try:
@@ -321,6 +331,16 @@ class _Engine:
         if self._energy is not None:
             told["energy_j"], told["power_w"] = self._energy[1], self._energy[2]
         return told
+
+
+def _total_energy_j(text: str) -> float | None:
+    """Energy in an answer of TensorRT-LLM; None where it tells none, or no number that can be."""
+    try:
+        energy_j = json.loads(text)["total_energy_j"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    known = isinstance(energy_j, int | float) and 0.0 <= energy_j <= _MOST_J
+    return float(energy_j) if known else None
 
 
 def _total_req(told: dict[str, float]) -> float:

@@ -192,7 +192,7 @@ class EngineBackend:
             age_s=age_s,
             arrived_req=arrived_req,
             arrived_tok=arrived_tok,
-        )
+        ).bounded(self._fleet)
         if hardware is not None:
             state = self._with_hardware(state, hardware)
         iterations = replace(iterations, freq_mhz=state.freq_mhz[iterations.instance])

@@ -181,7 +181,7 @@ class HubBackend:
                 alive=self._alive & (t_s - self._read_s <= self._silent_s),
                 age_s=np.maximum(age_s, 0.0),
                 **self._columns,
-            )
+            ).bounded(self._fleet)
             for name in _COUNTS:
                 self._columns[name][:] = 0.0
             iterations, self._iterations = self._iterations, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ from voltana_ctrl.types import (
 )
 
 __all__ = ["ControllerLink", "RemoteController", "RemoteMemory"]
+
+_log = logging.getLogger(__name__)
 
 _MOST_BATCHES = 200
 
@@ -149,10 +152,19 @@ class ControllerLink:
             self._news.clear()
             with self._lock:
                 pending, self._pending = self._pending, []
-            if pending and not self._closed.is_set() and not self._report(pending):
+            if pending and not self._closed.is_set() and not self._reported(pending):
                 with self._lock:  # what happened is told with the next report
                     self._pending = [*pending, *self._pending][-_MOST_BATCHES:]
                 self._closed.wait(0.1)
+
+    def _reported(self, pending: Sequence[Observation]) -> bool:
+        """Report once; whatever goes wrong with it, the line stays open for the next."""
+        try:
+            return self._report(pending)
+        except Exception as error:  # noqa: BLE001  the next report may well be heard
+            self.failure = f"controller: {type(error).__name__}: {error}"
+            _log.exception("voltana-ctrl: a report to the controller failed")
+            return True  # the same report would fail again
 
     def _report(self, pending: Sequence[Observation]) -> bool:
         sent_s = self._now_s()

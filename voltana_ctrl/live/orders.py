@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -269,13 +268,15 @@ def decode_order(data: bytes, fleet: FleetSpec) -> NodeOrder:
         for name in floors:
             positive(f"freq_mhz of {name}", floors[name])
             positive(f"freq_max_mhz of {name}", ceilings[name])
+            if ceilings[name] > fleet.instances[fleet.ids.index(name)].clocks_mhz[-1]:
+                raise MessageRefused(f"freq_max_mhz of {name}: above its highest clock")
             if floors[name] > ceilings[name]:
                 raise MessageRefused(f"freq_mhz of {name}: expected at most freq_max_mhz")
     except (VoltanaError, OverflowError) as error:
         raise MessageRefused(str(error)) from error
     return NodeOrder(
         number=_count(values["number"]),
-        valid_s=float(values["valid_s"]),
+        valid_s=float(min(values["valid_s"], _LARGEST)),
         freq_mhz={name: float(mhz) for name, mhz in floors.items()},
         freq_max_mhz={name: float(mhz) for name, mhz in ceilings.items()},
     )
@@ -332,7 +333,7 @@ def _columns(kind: type, values: Any) -> dict[str, Any]:
                 fits = isinstance(number, bool)
             else:
                 fits = isinstance(number, int | float) and not isinstance(number, bool)
-                fits = fits and math.isfinite(number) and -_LARGEST < number < _LARGEST
+                fits = fits and -_LARGEST < number < _LARGEST  # NaN does not fit either
             if not fits:
                 raise MessageRefused(f"{kind.__name__}.{name}: expected numbers")
     return values

@@ -393,7 +393,9 @@ def _closed_loop(law: Law, subject: Subject) -> None:
     backend = short_run(subject.fleet)
     watch = _Watch(law, subject.fleet)
     with law.watching("making the loop"):
-        loop = ControlLoop(backend, subject.new(), Guard(subject.fleet), observers=[watch])
+        loop = ControlLoop(
+            backend, subject.new(), Guard(subject.fleet), observers=[watch], raises=True
+        )
 
     def go(until_s: float) -> list[int]:
         with law.watching("a tick", before_s=until_s):

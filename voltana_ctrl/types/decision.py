@@ -29,6 +29,7 @@ class Status(Enum):
     INACCURATE = "the solver stopped before it was sure: raise its iteration limit"
     DEADLINE = "the plan came too late: lengthen the period or shorten the horizon"
     STALE = "readings are too old to plan on: look at the telemetry of the stale instances"
+    FAILED = "the controller raised an error: look at the log, which has it in full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool, count, freeze_fields, not_negative
 from voltana_ctrl.errors import ShapeError
+from voltana_ctrl.types.fleet import FleetSpec
+
+#: Most that one instance can be said to hold, draw or have counted: far above what is, and small
+#: enough to be counted with.
+_MOST_REQ = 1e6
+_MOST_TOK = 1e12
+_MOST_S = 1e6
+_MOST_W = 1e6
+_MOST_J = 1e15
 
 _STATE_FIELDS = (
     "queue_tok",
@@ -123,6 +132,46 @@ class FleetState:
 
     def __len__(self) -> int:
         return len(self.alive)
+
+    def bounded(self, fleet: FleetSpec) -> FleetState:
+        """The same, with what cannot be cut to what can: for states that somebody has told us.
+
+        KV tokens are at most the cache, clocks at most the highest of the ladder, requests at most
+        a million and what belongs to them in proportion.
+
+        Parameters
+        ----------
+        fleet : FleetSpec
+            The fleet whose state it is.
+
+        Examples
+        --------
+        >>> from dataclasses import replace
+        >>> from voltana_ctrl import FleetSpec, load_profile
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> told = replace(FleetState.idle(2), kv_used_tok=[1e300, 5.0], running_req=[1e300, 1.0])
+        >>> sane = told.bounded(fleet)
+        >>> bool(sane.kv_used_tok[0] == fleet.kv_capacity_tok[0]), float(sane.running_req[0])
+        (True, 1000000.0)
+        """
+        highest: dict[str, float | F64] = {
+            "queue_req": _MOST_REQ,
+            "queue_tok": _MOST_TOK,
+            "oldest_wait_s": _MOST_S,
+            "running_req": _MOST_REQ,
+            "kv_used_tok": fleet.kv_capacity_tok,
+            "freq_mhz": fleet.max_mhz,
+            "power_w": _MOST_W,
+            "energy_j": _MOST_J,
+            "arrived_req": _MOST_REQ,
+            "arrived_tok": _MOST_TOK,
+        }
+        cut = {
+            name: np.minimum(getattr(self, name), most)
+            for name, most in highest.items()
+            if np.any(getattr(self, name) > most)
+        }
+        return replace(self, **cut) if cut else self
 
     @classmethod
     def idle(cls, n: int, *, t_s: float = 0.0, freq_mhz: float = 0.0) -> FleetState:
