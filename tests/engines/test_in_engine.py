@@ -137,9 +137,11 @@ def test_limits_are_followed_and_a_controller_that_is_gone_leaves_the_ceiling(tm
     clock.ask(705.0)
     gone_s = seconds_until(lambda: card.sets[-1] == 1095.0 and clock.floor_mhz == 1095.0)
     assert gone_s < 2.5
-    path.write_text("{")
-    time.sleep(0.2)
-    assert (clock.floor_mhz, clock.ceiling_mhz) == (1095.0, 1095.0)
+    huge = "1" + "0" * 400
+    for odd in ("{", "[" * 50_000, f'{{"floor_mhz": {huge}, "ceiling_mhz": {huge}, "t_s": 0}}'):
+        path.write_text(odd)
+        time.sleep(0.2)
+        assert (clock.floor_mhz, clock.ceiling_mhz) == (1095.0, 1095.0)
     write_limits(path, floor_mhz=300.0, ceiling_mhz=1410.0)
     seconds_until(lambda: clock.ceiling_mhz == 1410.0)
     assert clock.floor_mhz == 300.0

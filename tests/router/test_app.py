@@ -491,6 +491,47 @@ def test_a_slow_reader_holds_the_engine_back_and_not_the_routers_memory():
     assert engines[0].answered == 0
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param(ProxyLimits(stall_s=0.5), id="stall"),
+        pytest.param(ProxyLimits(total_s=3.0, stall_s=5.0), id="total", marks=pytest.mark.slow),
+    ],
+)
+def test_clients_that_do_not_read_hold_no_engine(limits):
+    """They are cut off; meanwhile and afterwards the others are served."""
+    content = json.dumps({**STREAM, "max_tokens": 200_000}).encode()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n" % len(content)
+    )
+    with (
+        router("1C", tokens=200_000, limits=limits) as (client, engines, proxy),
+        contextlib.ExitStack() as deaf,
+    ):
+        for _ in range(6):
+            raw = deaf.enter_context(socket.socket())
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.connect((client.base_url.host, client.base_url.port))
+            raw.sendall(head + content)
+        wait_for(lambda: len(engines[0].seen) >= 6)
+        assert client.get("/health").status_code == 200
+        wait_for(lambda: (proxy.counts.total_req, engines[0].streaming) == (0, 0))
+        engines[0].tokens = 4
+        assert client.post("/v1/completions", json=BODY).status_code == 200
+        wait_for(lambda: "voltana_router_stalled_total 6.0" in client.get("/metrics").text)
+        raw.settimeout(10.0)
+        got = b"".join(iter(lambda: raw.recv(65536), b""))
+        assert not got.endswith(b"\r\n0\r\n\r\n")  # cut off: what is buffered comes, and no end
+
+
+def wait_for(condition, limit_s=30.0):
+    until_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+
+
 def test_draining_ends_what_runs_and_refuses_what_comes():
     engine = MockEngine("c", tokens=40, gap_s=0.02)
     fleet = fleet_of("1C")

@@ -63,6 +63,7 @@ def router(
     attempts: Annotated[int, typer.Option(help="Sends before the first token, at most.")] = 3,
     first_token: Annotated[float, typer.Option(help="Seconds to the first token.")] = 300.0,
     total: Annotated[float, typer.Option(help="Seconds for all of an answer.")] = 3600.0,
+    stall: Annotated[float, typer.Option(help="Seconds a client may read nothing.")] = 30.0,
     drain: Annotated[float, typer.Option(help="Seconds to end after SIGTERM.")] = 60.0,
 ) -> None:
     """Serve completions from the engines of a fleet, each where the policy says."""
@@ -93,6 +94,7 @@ def router(
         attempts=attempts,
         first_token_s=first_token,
         total_s=total,
+        stall_s=stall,
         drain_s=drain,
     )
     routers = PolicyRouters(spec, policy, Slo.parse(slo))

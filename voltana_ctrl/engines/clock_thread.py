@@ -157,13 +157,13 @@ class ClockThread:
         """Take floor and ceiling; a controller that is gone leaves the highest clock allowed."""
         told, floor_mhz = {}, 0.0
         if self._limits is not None:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, RecursionError):
                 told = json.loads(self._limits.read_text(encoding="utf-8"))
         try:
             ceiling_mhz = self._supported(float(told["ceiling_mhz"]))
             floor_mhz = min(self._supported(float(told["floor_mhz"])), ceiling_mhz)
             fresh = 0.0 <= time.monotonic() - float(told["t_s"]) <= _LIMITS_S
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             ceiling_mhz, fresh = self.ceiling_mhz, False
         self.ceiling_mhz, self.floor_mhz = ceiling_mhz, floor_mhz if fresh else ceiling_mhz
         # An engine that does not iterate follows, too: a power budget does not wait.

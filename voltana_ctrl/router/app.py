@@ -41,7 +41,7 @@ __all__ = ["Proxy", "ProxyLimits"]
 
 _LOG = logging.getLogger(__name__)
 _METRICS = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
-_EVENTS = ("retries", "cancelled", "broken_streams", "output_tokens", "ttft_seconds")
+_EVENTS = ("retries", "cancelled", "stalled", "broken_streams", "output_tokens", "ttft_seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,8 @@ class ProxyLimits:
         Time for a request to arrive.
     connect_s, first_token_s, total_s : float
         Time for an engine to take the connection, for its first token, for all of an answer.
+    stall_s : float
+        Time for a client to read on before it is cut off.
     drain_s : float
         Time that requests get to end after SIGTERM.
     keep_energy_req : int
@@ -85,13 +87,16 @@ class ProxyLimits:
     connect_s: float = 5.0
     first_token_s: float = 300.0
     total_s: float = 3600.0
+    stall_s: float = 30.0
     drain_s: float = 60.0
     keep_energy_req: int = 10_000
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "header_bytes", "in_flight_req", "attempts", "keep_energy_req"):
             count(f"ProxyLimits.{name}", getattr(self, name))
-        for name in ("header_s", "body_s", "connect_s", "first_token_s", "total_s", "drain_s"):
+        for name in (
+            "header_s", "body_s", "connect_s", "first_token_s", "total_s", "stall_s", "drain_s",
+        ):  # fmt: skip
             positive(f"ProxyLimits.{name}", getattr(self, name))
 
 
@@ -184,6 +189,7 @@ class Proxy:
             body_s=self.limits.body_s,
             first_token_s=self.limits.first_token_s,
             total_s=self.limits.total_s,
+            stall_s=self.limits.stall_s,
         )
         self._app = self._routes()
 

@@ -22,10 +22,12 @@ from voltana_ctrl.router.upstream import Answer, Call, Upstream, UpstreamFailed
 from voltana_ctrl.serving.asgi import (
     RETRY_AFTER,
     ClientGone,
+    Message,
     Receive,
     Refused,
     Scope,
     Send,
+    bounded_send,
     error_json,
     header,
     read_body,
@@ -66,8 +68,8 @@ class Services:
         How often a request is sent before its first token, at most.
     body_bytes : int
         Largest body.
-    body_s, first_token_s, total_s : float
-        Time for the body, for the first token, for all of it.
+    body_s, first_token_s, total_s, stall_s : float
+        Time for the body, for the first token, for all of it, and for a client to read on.
     lengths : PromptLengths
         Guesses the lengths of prompts.
     seen : dict of str to float
@@ -92,6 +94,7 @@ class Services:
     body_s: float
     first_token_s: float
     total_s: float
+    stall_s: float
     lengths: PromptLengths = field(default_factory=PromptLengths)
     seen: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     judged: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -276,13 +279,21 @@ class Exchange:
             self._end(usage_of(answer.head, stream=call.stream))
             if self._energy is not None:
                 headers.append((_ENERGY, self._energy.header.encode()))
-        await respond(self._send, answer.status, headers, answer.head)
+        await respond(self._put, answer.status, headers, answer.head)
+
+    async def _put(self, message: Message) -> None:
+        """Send to the client; one that does not read is not waited for longer than `stall_s`."""
+        try:
+            await bounded_send(self._scope, self._send, message, limit_s=self._services.stall_s)
+        except ClientGone:
+            self._services.seen["stalled"] += 1
+            raise
 
     async def _stream(self, call: Call, answer: Answer, deadline_s: float) -> bool:
         """Pass a stream on; False if it broke off."""
-        send, counts, flight = self._send, self._services.counts, self._flight
+        counts, flight = self._services.counts, self._flight
         headers = [*answer.headers, self._id]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._put({"type": "http.response.start", "status": 200, "headers": headers})
         wants_energy = header(call.headers, _ENERGY) == b"usage"
         tail = held = b""
         is_whole = False
@@ -296,7 +307,7 @@ class Exchange:
                         if wants_energy:
                             passed = self._with_energy(passed)
                         message = {"type": "http.response.body", "body": passed, "more_body": True}
-                        await send(message)
+                        await self._put(message)
             is_whole = True
         except UpstreamFailed as failed:
             # Its first token is out: sent again, the client would read it twice.
@@ -318,7 +329,9 @@ class Exchange:
             ends = (b"[DONE]" in tail) + has_failed
             flight.output_tok = max(1, flight.output_tok - ends)
             self._end(usage_of(tail, stream=True) if is_whole else None)
-        await send({"type": "http.response.body", "body": held})
+        # The engine is done with, however long the client takes to read the rest.
+        answer.close(is_told=is_whole)
+        await self._put({"type": "http.response.body", "body": held})
         return is_whole
 
     def _with_energy(self, events: bytes) -> bytes:

@@ -9,8 +9,9 @@ from contextlib import suppress
 from typing import Any
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -32,6 +33,28 @@ class Refused(Exception):
 
 class ClientGone(Exception):
     """Nobody waits for the answer any more."""
+
+
+#: Extension of ASGI by which our server lets an application cut a connection at once.
+ABORT = "voltana_ctrl.abort"
+
+
+async def bounded_send(scope: Scope, send: Send, message: Message, *, limit_s: float) -> None:
+    """Send to a client that reads; one that takes nothing for so long is cut off.
+
+    Raises
+    ------
+    ClientGone
+        If it was.
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            await send(message)
+    except TimeoutError:
+        abort = (scope.get("extensions") or {}).get(ABORT)
+        if abort is not None:
+            abort()
+        raise ClientGone from None
 
 
 class JsonErrors:

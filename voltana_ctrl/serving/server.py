@@ -10,7 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl.errors import BackendError, ConfigError
-from voltana_ctrl.serving.asgi import error_json
+from voltana_ctrl.serving.asgi import ABORT, error_json
 
 if TYPE_CHECKING:
     import uvicorn
@@ -166,6 +166,13 @@ def _bounded_protocol(header_bytes: int, header_s: float) -> type[asyncio.Protoc
             super().__init__(*args, **kwargs)
             self._head_bytes = 0
             self._head_timer: asyncio.TimerHandle | None = None
+            self._inner: Any = self.app
+            self.app: Any = self._abortable
+
+        async def _abortable(self, scope: Any, receive: Any, send: Any) -> None:
+            """The application, with a way to cut a connection whose client does not read."""
+            scope.setdefault("extensions", {})[ABORT] = self.transport.abort
+            await self._inner(scope, receive, send)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
