@@ -86,7 +86,7 @@ class Assessor:
         """
         lengths = load.lengths
         needed_mhz = np.empty(len(state))
-        self._kernels.needed_clocks(
+        self._kernels.lowest_clocks(
             self._tables,
             self._padded,
             self._kind,

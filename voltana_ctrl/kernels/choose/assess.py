@@ -27,7 +27,7 @@ OUT_F8_1, OUT_F8_2 = types.Array(F8, 1, "C"), types.Array(F8, 2, "C")
     ),
     cache=True,
 )  # fmt: skip
-def needed_clocks(
+def lowest_clocks(
     tables, padded, kind, n_clocks, prefills, decodes, max_batch, running_req, kv_used_tok,
     queue_tok, oldest_wait_s, route_frac, arrival_tok_s, typical_tok, ttft_s, unsure, itl_s,
     delay_s, burst_sd_frac, needed_mhz,
