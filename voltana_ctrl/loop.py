@@ -56,11 +56,12 @@ class ControlLoop:
         The backend's own if it has one, else the wall clock.
     observers : sequence of Observer
         Called with every TickRecord.
-    raises : bool
-        Whether an error of the controller ends the loop, as a simulation wants it. Otherwise the
-        tick has a decision of status ``FAILED``, which the guard replaces; the error is logged and
-        counted in `failures`, and the controller is asked again at the next tick, with the memory
-        that it had.
+    raises : bool, optional
+        Whether an error of the controller ends the loop. Where it does not, the tick has a
+        decision of status ``FAILED``, which the guard replaces; the error is logged and counted in
+        `failures`, and the controller is asked again at the next tick, with the memory that it
+        had. If left out, it does where the backend brings its own time (simulation and replay,
+        where a mistake should be seen at once), and not on hardware.
 
     Raises
     ------
@@ -92,7 +93,7 @@ class ControlLoop:
         *,
         clock: Clock | None = None,
         observers: Sequence[Observer] = (),
-        raises: bool = False,
+        raises: bool | None = None,
     ) -> None:
         for name in ("init", "decide"):
             if not callable(getattr(controller, name, None)):
@@ -112,7 +113,7 @@ class ControlLoop:
         self.ticks = 0
         self.interventions = 0
         self.failures = 0
-        self._raises = raises
+        self._raises = brought.clock is not None if raises is None else raises
         self._memory = controller.init()
         self._applied: Decision | None = None
         self._state: FleetState | None = None

@@ -191,7 +191,6 @@ class Run:
                 Guard(self.fleet),
                 clock=SimClock(meter or plant),
                 observers=[_Stopwatch(times_s), *([sampler] if sampler else [])],
-                raises=True,
             )
 
         def go(to_s: float, *, stop_when_judged: bool = False) -> None:

@@ -393,9 +393,7 @@ def _closed_loop(law: Law, subject: Subject) -> None:
     backend = short_run(subject.fleet)
     watch = _Watch(law, subject.fleet)
     with law.watching("making the loop"):
-        loop = ControlLoop(
-            backend, subject.new(), Guard(subject.fleet), observers=[watch], raises=True
-        )
+        loop = ControlLoop(backend, subject.new(), Guard(subject.fleet), observers=[watch])
 
     def go(until_s: float) -> list[int]:
         with law.watching("a tick", before_s=until_s):

@@ -28,6 +28,7 @@ from voltana_ctrl import (
     Observation,
 )
 from voltana_ctrl.backends.replay import Recorder, ReplayBackend
+from voltana_ctrl.types import Status
 
 pytestmark = needs_compiler
 
@@ -70,7 +71,7 @@ class FailsAt:
             raise Fault("third call")
 
 
-def broken_loop(backend, step: str) -> ControlLoop:
+def broken_loop(backend, step: str, *, raises: bool | None = None) -> ControlLoop:
     fails = FailsAt()
     controller, guard, router, observers = Low(fleet()), Guard(fleet()), None, []
     if step == "decide":
@@ -102,7 +103,7 @@ def broken_loop(backend, step: str) -> ControlLoop:
             on_tick = staticmethod(fails.count)
 
         observers = [Watches()]
-    return ControlLoop(backend, controller, guard, router, observers=observers)
+    return ControlLoop(backend, controller, guard, router, observers=observers, raises=raises)
 
 
 @pytest.mark.parametrize("step", ["read", "decide", "guard", "apply", "publish", "record"])
@@ -119,7 +120,7 @@ def test_exception_in_a_step(fake, tmp_path, step):
         backend._set = lambda order: fails.count()
 
     def three_ticks():
-        with broken_loop(backend, step) as loop:
+        with broken_loop(backend, step, raises=True) as loop:
             for _ in range(3):
                 loop.tick()
 
@@ -129,9 +130,22 @@ def test_exception_in_a_step(fake, tmp_path, step):
         assert fake.gpus[0].highest_lock_mhz >= 705
 
 
+def test_a_controller_that_fails_on_hardware_is_replaced(fake, tmp_path):
+    with broken_loop(open_backend(fake, tmp_path), "decide") as loop:
+        for _ in range(2):
+            loop.tick()
+        until_s = time.monotonic() + 20.0
+        while [gpu.lock_hi_mhz for gpu in fake.gpus] != [1410, 1410]:
+            assert time.monotonic() < until_s
+            loop.tick()
+            time.sleep(0.05)
+        assert loop.failures > 0
+        assert loop.applied.status is Status.FAILED
+
+
 def test_exception_in_the_loops_own_thread(fake, tmp_path):
     backend = open_backend(fake, tmp_path)
-    loop = broken_loop(backend, "decide")
+    loop = broken_loop(backend, "guard")
     loop.start()
     seconds_until(lambda: loop._failure is not None)
     # The thread has given the hardware back by itself; whoever stops the loop hears of it.
