@@ -7,8 +7,10 @@ import json
 import logging
 import math
 import re
+import time
 import uuid
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ from voltana_ctrl.router.ledger import Flight, InFlight
 from voltana_ctrl.router.policy import PolicyRouters
 from voltana_ctrl.router.upstream import Answer, Call, Upstream, UpstreamFailed
 from voltana_ctrl.serving.asgi import (
+    ABORT,
     RETRY_AFTER,
     ClientGone,
     Message,
@@ -27,7 +30,6 @@ from voltana_ctrl.serving.asgi import (
     Refused,
     Scope,
     Send,
-    bounded_send,
     error_json,
     header,
     read_body,
@@ -146,6 +148,8 @@ class Exchange:
         self._body: dict[str, Any] = {}
         self._energy: RequestEnergy | None = None
         self._has_ended = False
+        self._put_s = math.inf  # since when the client is waited for
+        self._looks: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Answer the request.
@@ -188,26 +192,38 @@ class Exchange:
         """Answer, unless the client leaves meanwhile; then hang up on the engines at once."""
         task = asyncio.current_task()
         watch = asyncio.ensure_future(self._receive())
-        has_left = False
+        has_left = is_deaf = False
 
-        def leave(done: asyncio.Future[Any]) -> None:
+        def leave() -> None:
             nonlocal has_left
-            if not done.cancelled():
+            if not has_left:
                 has_left = True
                 task.cancel()  # type: ignore[union-attr]  # runs in a task
 
-        watch.add_done_callback(leave)
+        def hear(done: asyncio.Future[Any]) -> None:
+            if not done.cancelled():
+                leave()
+
+        def cut_off() -> None:
+            nonlocal is_deaf
+            is_deaf = True
+            leave()
+
+        watch.add_done_callback(hear)
+        self._look(cut_off)
         try:
             await self._answer(call)
         except asyncio.CancelledError:
             if not has_left:
                 raise
             task.uncancel()  # type: ignore[union-attr]
-            self._services.seen["cancelled"] += 1
+            self._services.seen["cancelled"] += not is_deaf
             raise ClientGone from None
         finally:
-            watch.remove_done_callback(leave)
+            watch.remove_done_callback(hear)
             watch.cancel()
+            if self._looks is not None:
+                self._looks.cancel()
 
     async def _answer(self, call: Call) -> None:
         deadline_s = asyncio.get_running_loop().time() + self._services.total_s
@@ -282,12 +298,26 @@ class Exchange:
         await respond(self._put, answer.status, headers, answer.head)
 
     async def _put(self, message: Message) -> None:
-        """Send to the client; one that does not read is not waited for longer than `stall_s`."""
+        """Send to the client, while :meth:`_look` sees that it reads."""
+        self._put_s = time.monotonic()
         try:
-            await bounded_send(self._scope, self._send, message, limit_s=self._services.stall_s)
-        except ClientGone:
+            await self._send(message)
+        finally:
+            self._put_s = math.inf
+
+    def _look(self, leave: Callable[[], None]) -> None:
+        """Cut a client off that has taken nothing for `stall_s`; else look again in time."""
+        stall_s = self._services.stall_s
+        waited_s = time.monotonic() - self._put_s
+        if waited_s >= stall_s:
             self._services.seen["stalled"] += 1
-            raise
+            abort = (self._scope.get("extensions") or {}).get(ABORT)
+            if abort is not None:
+                abort()
+            leave()
+        else:
+            left_s = stall_s - max(0.0, waited_s)
+            self._looks = asyncio.get_running_loop().call_later(left_s, self._look, leave)
 
     async def _stream(self, call: Call, answer: Answer, deadline_s: float) -> bool:
         """Pass a stream on; False if it broke off."""

@@ -39,24 +39,6 @@ class ClientGone(Exception):
 ABORT = "voltana_ctrl.abort"
 
 
-async def bounded_send(scope: Scope, send: Send, message: Message, *, limit_s: float) -> None:
-    """Send to a client that reads; one that takes nothing for so long is cut off.
-
-    Raises
-    ------
-    ClientGone
-        If it was.
-    """
-    try:
-        async with asyncio.timeout(limit_s):
-            await send(message)
-    except TimeoutError:
-        abort = (scope.get("extensions") or {}).get(ABORT)
-        if abort is not None:
-            abort()
-        raise ClientGone from None
-
-
 class JsonErrors:
     """ASGI application around one handler; what it refuses is told in JSON."""
 
