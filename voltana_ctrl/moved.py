@@ -190,7 +190,7 @@ NAMES: dict[str, dict[str, Sequence[str]]] = {
     "physics.lengths": {"types": ("Lengths",)},
 }
 #: Old packages, whose modules are looked for behind them.
-_PACKAGES = ("integrations", "physics", "predict")
+_OLD_PACKAGES = ("integrations", "physics", "predict")
 #: Names that changed besides.
 _RENAMED = {
     ("integrations.claim", "ClaimRefused"): ("savings", "EvidenceRefused"),
@@ -260,7 +260,7 @@ class _MovedFinder(MetaPathFinder, Loader):
         if old == fullname or not (old in MODULES or old in NAMES):
             return None
         del path, target  # no file is looked for
-        return ModuleSpec(fullname, self, is_package=old in _PACKAGES)
+        return ModuleSpec(fullname, self, is_package=old in _OLD_PACKAGES)
 
     def create_module(self, spec: ModuleSpec) -> None:
         del spec  # an ordinary module will do
