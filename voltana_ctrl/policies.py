@@ -14,31 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from voltana_ctrl import control, routing
 from voltana_ctrl.checks import not_negative, positive
-from voltana_ctrl.control.baselines.adaptive import AdaptiveController
-from voltana_ctrl.control.baselines.dualscale import DualScaleGovernor
-from voltana_ctrl.control.baselines.ecofreq import DEFAULT_LADDER_MHZ, EcoFreqGovernor
-from voltana_ctrl.control.baselines.packing import PackingController
-from voltana_ctrl.control.baselines.static import StaticBudgetController, StaticController
-from voltana_ctrl.control.baselines.threshold import ThresholdGovernor
-from voltana_ctrl.control.cascade import CascadeController, MpcController
-from voltana_ctrl.control.governor import IterationGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.ports import Governor, Router, phase_of
-from voltana_ctrl.routing import (
-    CompiledRouter,
-    PricedRouter,
-    fadr_router,
-    least_kv_router,
-    least_queue_router,
-    random_router,
-    round_robin_router,
-    share_router,
-    shortest_router,
-    tile_aware_router,
-    tokens_by_batch_router,
-    two_choices_router,
-)
 from voltana_ctrl.routing.base import Phase
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, PowerBudget, Slo
 
@@ -186,20 +165,20 @@ class Policy:
 _Build = Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]
 
 #: Routers by the name that follows a ``+``; called with (fleet, phase, slo).
-ROUTERS: Mapping[str, Callable[[FleetSpec, Phase, Slo], CompiledRouter]] = MappingProxyType(
+ROUTERS: Mapping[str, Callable[[FleetSpec, Phase, Slo], routing.CompiledRouter]] = MappingProxyType(
     {
-        "round-robin": lambda fleet, phase, _: round_robin_router(fleet, phase),
-        "random": lambda fleet, phase, _: random_router(fleet, phase),
-        "jsq": lambda fleet, phase, _: shortest_router(fleet, phase),
-        "least-queue": lambda fleet, phase, _: least_queue_router(fleet, phase),
-        "least-kv": lambda fleet, phase, _: least_kv_router(fleet, phase),
-        "two-choices": lambda fleet, phase, _: two_choices_router(fleet, phase),
-        "tokens-x-batch": lambda fleet, phase, _: tokens_by_batch_router(fleet, phase),
-        "tile-aware": lambda fleet, phase, _: tile_aware_router(fleet, phase),
-        "fadr": lambda fleet, phase, slo: fadr_router(
-            fleet, phase, slo, ladder_mhz=DEFAULT_LADDER_MHZ
+        "round-robin": lambda fleet, phase, _: routing.round_robin_router(fleet, phase),
+        "random": lambda fleet, phase, _: routing.random_router(fleet, phase),
+        "jsq": lambda fleet, phase, _: routing.shortest_router(fleet, phase),
+        "least-queue": lambda fleet, phase, _: routing.least_queue_router(fleet, phase),
+        "least-kv": lambda fleet, phase, _: routing.least_kv_router(fleet, phase),
+        "two-choices": lambda fleet, phase, _: routing.two_choices_router(fleet, phase),
+        "tokens-x-batch": lambda fleet, phase, _: routing.tokens_by_batch_router(fleet, phase),
+        "tile-aware": lambda fleet, phase, _: routing.tile_aware_router(fleet, phase),
+        "fadr": lambda fleet, phase, slo: routing.fadr_router(
+            fleet, phase, slo, ladder_mhz=control.DEFAULT_LADDER_MHZ
         ),
-        "share": lambda fleet, phase, _: share_router(fleet, phase),
+        "share": lambda fleet, phase, _: routing.share_router(fleet, phase),
     }
 )
 
@@ -210,7 +189,7 @@ def _static(freq_mhz: float | None) -> _Build:
         if freq_mhz is not None:
             _refuse_between(fleet, freq_mhz)
         at_rest = Observation(state=FleetState.idle(len(fleet)))
-        first, _ = StaticController(fleet, freq_mhz).decide(at_rest, None)
+        first, _ = control.StaticController(fleet, freq_mhz).decide(at_rest, None)
         return PolicyParts(first=first)
 
     return build
@@ -230,20 +209,24 @@ def _refuse_between(fleet: FleetSpec, freq_mhz: float) -> None:
 def _voltanallm(
     decode: str,
     prefill: str = "random",
-    ladder_mhz: Sequence[float] | None = DEFAULT_LADDER_MHZ,
+    *,
+    full_ladder: bool = False,
 ) -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         del setup
+        ladder_mhz = None if full_ladder else control.DEFAULT_LADDER_MHZ
         # Colocated instances take a request once, so what decode would choose chooses.
         routers: dict[str, Any] = {
-            "fadr": lambda: fadr_router(fleet, "decode", slo, ladder_mhz=ladder_mhz),
-            "tile": lambda: tile_aware_router(fleet, "decode"),
-            "jsq": lambda: shortest_router(fleet, "decode"),
-            "random": lambda: random_router(fleet, "prefill"),
-            "least-queue": lambda: least_queue_router(fleet, "prefill"),
+            "fadr": lambda: routing.fadr_router(fleet, "decode", slo, ladder_mhz=ladder_mhz),
+            "tile": lambda: routing.tile_aware_router(fleet, "decode"),
+            "jsq": lambda: routing.shortest_router(fleet, "decode"),
+            "random": lambda: routing.random_router(fleet, "prefill"),
+            "least-queue": lambda: routing.least_queue_router(fleet, "prefill"),
         }
         return PolicyParts(
-            governors=[EcoFreqGovernor(one, slo, ladder_mhz=ladder_mhz) for one in fleet.instances],
+            governors=[
+                control.EcoFreqGovernor(one, slo, ladder_mhz=ladder_mhz) for one in fleet.instances
+            ],
             prefill_router=routers[decode if fleet.colocated else prefill](),
             decode_router=routers[decode](),
             view_age_s=0.02,
@@ -255,7 +238,7 @@ def _voltanallm(
 def _static_budget(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     del slo
     return PolicyParts(
-        controller=StaticBudgetController(fleet, setup.power_budget, period_s=setup.tick_s)
+        controller=control.StaticBudgetController(fleet, setup.power_budget, period_s=setup.tick_s)
     )
 
 
@@ -263,11 +246,11 @@ def _threshold(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     del slo
     return _balanced(
         fleet,
-        [ThresholdGovernor(one) for one in fleet.instances],
+        [control.ThresholdGovernor(one) for one in fleet.instances],
         # Without a budget nothing changes from tick to tick.
         controller=None
         if setup.power_budget is None
-        else StaticBudgetController(
+        else control.StaticBudgetController(
             fleet, setup.power_budget, governed=True, period_s=setup.tick_s
         ),
     )
@@ -275,15 +258,15 @@ def _threshold(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
 
 def _dualscale(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     del setup
-    return _balanced(fleet, [DualScaleGovernor(one, slo) for one in fleet.instances])
+    return _balanced(fleet, [control.DualScaleGovernor(one, slo) for one in fleet.instances])
 
 
 def _pack(plan_mhz: float | None) -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         return _balanced(
             fleet,
-            [DualScaleGovernor(one, slo) for one in fleet.instances],
-            controller=PackingController(
+            [control.DualScaleGovernor(one, slo) for one in fleet.instances],
+            controller=control.PackingController(
                 fleet,
                 slo,
                 plan_mhz=plan_mhz,
@@ -299,29 +282,29 @@ def _balanced(
     fleet: FleetSpec, governors: Sequence[Governor], controller: Any = None
 ) -> PolicyParts:
     """Governors free over the whole range, behind textbook routers."""
-    prefill = shortest_router if fleet.colocated else least_queue_router
+    prefill = routing.shortest_router if fleet.colocated else routing.least_queue_router
     return PolicyParts(
         controller=controller,
         first=Decision.highest(fleet, floor_mhz=fleet.min_mhz),
         governors=governors,
         prefill_router=prefill(fleet, "prefill"),
-        decode_router=shortest_router(fleet, "decode"),
+        decode_router=routing.shortest_router(fleet, "decode"),
     )
 
 
 def _shares(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     """Nothing to run: the fluid bound is computed, not simulated."""
     del slo, setup
-    return PolicyParts(prefill_router=share_router(fleet, "prefill"))
+    return PolicyParts(prefill_router=routing.share_router(fleet, "prefill"))
 
 
 def _adaptive(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
-    controller = AdaptiveController(fleet, slo, period_s=setup.tick_s)
-    decode = fadr_router(fleet, "decode", slo, ladder_mhz=None)
+    controller = control.AdaptiveController(fleet, slo, period_s=setup.tick_s)
+    decode = routing.fadr_router(fleet, "decode", slo, ladder_mhz=None)
     return PolicyParts(
         controller=controller,
         governors=controller.governors,
-        prefill_router=decode if fleet.colocated else least_queue_router(fleet, "prefill"),
+        prefill_router=decode if fleet.colocated else routing.least_queue_router(fleet, "prefill"),
         decode_router=decode,
         view_age_s=0.02,
     )
@@ -329,7 +312,7 @@ def _adaptive(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
 
 def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
-        controller = (MpcController if mpc else CascadeController)(
+        controller = (control.MpcController if mpc else control.CascadeController)(
             fleet,
             slo,
             period_s=setup.tick_s,
@@ -339,7 +322,7 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
         )
         on_node = Counter(one.node for one in fleet.instances)
         governors = [
-            IterationGovernor(
+            control.IterationGovernor(
                 one,
                 slo,
                 delay_s=setup.delay_s,
@@ -351,8 +334,8 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
         return PolicyParts(
             controller=controller,
             governors=governors if setup.governed else None,
-            prefill_router=PricedRouter(fleet, slo, "prefill"),
-            decode_router=PricedRouter(fleet, slo),
+            prefill_router=routing.PricedRouter(fleet, slo, "prefill"),
+            decode_router=routing.PricedRouter(fleet, slo),
         )
 
     return build
@@ -415,7 +398,7 @@ _SHIPPED = (
         name="voltanallm-full-ladder",
         summary="voltanallm on every supported clock, least-queue prefill",
         source="EcoFreq as above; the stronger baseline",
-        build=_voltanallm("fadr", "least-queue", None),
+        build=_voltanallm("fadr", "least-queue", full_ladder=True),
     ),
     Policy(
         name="voltanallm-adaptive",

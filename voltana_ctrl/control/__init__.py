@@ -20,43 +20,12 @@
     What to compare with.
 """
 
-from voltana_ctrl.control.actuators import ActuatorChooser, ActuatorMemory
-from voltana_ctrl.control.base import CompiledGovernor, Controller
-from voltana_ctrl.control.baselines.adaptive import AdaptiveController
-from voltana_ctrl.control.baselines.dualscale import DualScaleGovernor
-from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor
-from voltana_ctrl.control.baselines.packing import PackingController, PackingMemory
-from voltana_ctrl.control.baselines.static import StaticBudgetController, StaticController
-from voltana_ctrl.control.baselines.threshold import ThresholdGovernor
-from voltana_ctrl.control.budget import UniformCeiling, highest_power_w
-from voltana_ctrl.control.cascade import CascadeController, CascadeMemory, MpcController
-from voltana_ctrl.control.governor import IterationGovernor, thrifty_row
-from voltana_ctrl.control.target import Curve, Target, TargetOptimiser
+from voltana_ctrl.lazy import lazy_names
 from voltana_ctrl.moved import forward
 
-__all__ = [
-    "ActuatorChooser",
-    "ActuatorMemory",
-    "AdaptiveController",
-    "CascadeController",
-    "CascadeMemory",
-    "CompiledGovernor",
-    "Controller",
-    "Curve",
-    "DualScaleGovernor",
-    "EcoFreqGovernor",
-    "IterationGovernor",
-    "MpcController",
-    "PackingController",
-    "PackingMemory",
-    "StaticBudgetController",
-    "StaticController",
-    "Target",
-    "TargetOptimiser",
-    "ThresholdGovernor",
-    "UniformCeiling",
-    "highest_power_w",
-    "thrifty_row",
-]
+_listed, __dir__, __all__ = lazy_names(__name__)
+_moved = forward(__name__)
 
-__getattr__ = forward(__name__)
+
+def __getattr__(name: str) -> object:
+    return (_listed if name in __all__ else _moved)(name)

@@ -1,0 +1,12 @@
+from voltana_ctrl.routing.base import CompiledRouter as CompiledRouter
+from voltana_ctrl.routing.baselines import fadr_router as fadr_router
+from voltana_ctrl.routing.baselines import least_kv_router as least_kv_router
+from voltana_ctrl.routing.baselines import least_queue_router as least_queue_router
+from voltana_ctrl.routing.baselines import random_router as random_router
+from voltana_ctrl.routing.baselines import round_robin_router as round_robin_router
+from voltana_ctrl.routing.baselines import share_router as share_router
+from voltana_ctrl.routing.baselines import shortest_router as shortest_router
+from voltana_ctrl.routing.baselines import tile_aware_router as tile_aware_router
+from voltana_ctrl.routing.baselines import tokens_by_batch_router as tokens_by_batch_router
+from voltana_ctrl.routing.baselines import two_choices_router as two_choices_router
+from voltana_ctrl.routing.priced import PricedRouter as PricedRouter
