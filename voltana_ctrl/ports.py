@@ -13,6 +13,7 @@ backend     ``problems()``     why instances do not answer, in words, by their i
 controller  ``period_s``       time between its decisions; 0.1 s without
 controller  ``notes(memory)``  numbers that it wants seen in the records
 router      ``phase``          "prefill" or "decode", which is what it is without
+governor    ``believe(b, i)``  takes what a :class:`~voltana_ctrl.types.Belief` says of its instance
 =========== ================== =====================================================================
 """
 
@@ -25,6 +26,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import (
+    Belief,
     Decision,
     FleetSpec,
     FleetState,
@@ -44,6 +46,7 @@ __all__ = [
     "Predictor",
     "Router",
     "backend_extras",
+    "believe_of",
     "controller_extras",
     "phase_of",
 ]
@@ -335,3 +338,35 @@ def phase_of(router: object) -> Phase:
             f"{type(router).__name__}.phase: expected 'prefill' or 'decode', got {phase!r}"
         )
     return "prefill" if phase == "prefill" else "decode"
+
+
+def believe_of(governor: object) -> Callable[[Belief, int], None] | None:
+    """Look once whether a governor takes what is believed about its instance.
+
+    Parameters
+    ----------
+    governor : Governor
+        Any object.
+
+    Returns
+    -------
+    callable or None
+        Its method ``believe(belief, i)``, where `i` is the number of its instance.
+
+    Raises
+    ------
+    ConfigError
+        If something of that name is there and cannot be called.
+
+    Examples
+    --------
+    >>> believe_of(object()) is None
+    True
+    """
+    believe: Callable[[Belief, int], None] | None = getattr(governor, "believe", None)
+    if believe is not None and not callable(believe):
+        raise ConfigError(
+            f"{type(governor).__name__}.believe: expected a method believe(belief, i),"
+            f" got {believe!r}"
+        )
+    return believe

@@ -20,6 +20,7 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import (
     PROFILE_DTYPE,
     ActuatorPoint,
+    Belief,
     Decision,
     FleetSpec,
     FleetState,
@@ -364,8 +365,11 @@ def log_decision(values: Mapping[str, Any]) -> Decision:
     """
     settings = dict(values)
     limits = settings.pop("limits")
+    # Logs of before decisions told what to believe have none.
+    belief = settings.pop("belief", None)
     return Decision(
         status=Status[settings.pop("status")],
         limits=None if limits is None else Limits(**limits),
+        belief=None if belief is None else Belief(**belief),
         **settings,
     )

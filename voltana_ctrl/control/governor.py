@@ -8,7 +8,7 @@ from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.control.base import CompiledGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.laws import kv_transfer_s
-from voltana_ctrl.types import InstanceSpec, Profile, Slo
+from voltana_ctrl.types import Belief, InstanceSpec, Profile, Slo
 
 __all__ = ["IterationGovernor", "thrifty_row"]
 
@@ -117,20 +117,14 @@ class IterationGovernor(CompiledGovernor):
                     f"IterationGovernor.margin_frac: expected numbers > -1, got {margin_frac}"
                 )
         profile = profile or instance.profile
-        ttft_s, itl_s = (
-            target_s / (1.0 + margin)
-            for target_s, margin in zip((slo.ttft_s, slo.itl_s), margin_frac, strict=True)
-        )
-        if profile.first_token == "decode":
-            # The client waits for transfer and up to two decode iterations besides.
-            ttft_s -= float(kv_transfer_s(profile, instance.prefill_budget_tok)) + 2.0 * itl_s
+        self.slo = slo
+        self._profile = profile
         super().__init__(
             instance,
             profile,
             needed_clock,
             [
-                ttft_s,
-                itl_s,
+                *self._targets_s(margin_frac[0], margin_frac[1]),
                 delay_s,
                 dwell_s,
                 thrifty_row(instance.table),
@@ -139,5 +133,53 @@ class IterationGovernor(CompiledGovernor):
                 memory_s,
                 float(instance.role.prefills),
                 repay_tok,
+                1.0,
+                1.0,
             ],
         )
+
+    def _targets_s(self, ttft_margin_frac: float, itl_margin_frac: float) -> tuple[float, float]:
+        """TTFT and ITL that predictions must keep."""
+        ttft_s = self.slo.ttft_s / (1.0 + ttft_margin_frac)
+        itl_s = self.slo.itl_s / (1.0 + itl_margin_frac)
+        if self._profile.first_token == "decode":
+            # The client waits for transfer and up to two decode iterations besides.
+            moved_s = float(kv_transfer_s(self._profile, self.instance.prefill_budget_tok))
+            ttft_s -= moved_s + 2.0 * itl_s
+        return ttft_s, itl_s
+
+    def believe(self, belief: Belief, i: int) -> None:
+        """Go by these margins, this delay and this pace from the next iteration on.
+
+        Parameters
+        ----------
+        belief : Belief
+            What was learnt about the fleet.
+        i : int
+            Which of its instances this one is.
+
+        Examples
+        --------
+        >>> from dataclasses import replace
+        >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+        >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+        >>> fleet = FleetSpec.parse("1P1D", profile)
+        >>> governor = IterationGovernor(fleet.instances[1], Slo(ttft_s=0.6, itl_s=0.06))
+        >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)
+        300.0
+        >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.035), delay_s=0.025)
+        >>> governor.believe(replace(belief, decode_pace_frac=[1.0, 1.5]), 1)  # half as fast again
+        >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)
+        765.0
+        """
+        from voltana_ctrl.kernels.choose import governor as kernel  # loads Numba
+
+        # A new array: who has copied the old one sees that it is another.
+        params = self.params.copy()
+        params[kernel.TTFT_S], params[kernel.ITL_S] = self._targets_s(
+            float(belief.ttft_margin_frac[i]), float(belief.itl_margin_frac[i])
+        )
+        params[kernel.DELAY_S] = belief.delay_s[i]
+        params[kernel.PREFILL_PACE_FRAC] = belief.prefill_pace_frac[i]
+        params[kernel.DECODE_PACE_FRAC] = belief.decode_pace_frac[i]
+        self.params = params

@@ -69,6 +69,9 @@ INSTANCE_DTYPE = np.dtype(
         ("ceiling_mhz", F8),
         ("route_frac", F8),
         ("active", I8),
+        ("prefill_pace_frac", F8),  # what routers believe: time over what the profile says
+        ("decode_pace_frac", F8),
+        ("able_mhz", F8),  # and the highest clock that it gets
         # clock
         ("clock_k", I8),
         ("want_k", I8),
@@ -84,6 +87,7 @@ INSTANCE_DTYPE = np.dtype(
         ("iter_start_s", F8),
         ("iter_end_s", F8),
         ("iter_wall_s", F8),  # length of the whole iteration at the present clock
+        ("iter_ask_k", I8),  # clock that had been asked for when it began
         ("iter_start_j", F8),  # energy of prefill and decode when it began
         ("jitter_frac", F8),
         ("batch_req", I8),
@@ -216,6 +220,7 @@ ITERATION_DTYPE = np.dtype(
         ("prefill_tok", I8),
         ("kv_tok", I8),
         ("energy_j", F8),
+        ("asked_mhz", F8),
     ],
     align=True,
 )
@@ -246,5 +251,8 @@ PENDING, SEEN = 16, 16
     VIEW_ELIGIBLE,
     VIEW_TYPE,
     VIEW_KV_CAPACITY_TOK,
-) = range(9)
-N_VIEW = 9
+    VIEW_PREFILL_PACE_FRAC,
+    VIEW_DECODE_PACE_FRAC,
+    VIEW_ABLE_MHZ,
+) = range(12)
+N_VIEW = 12

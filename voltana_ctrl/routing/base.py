@@ -78,12 +78,18 @@ class CompiledRouter:
         self._view = np.zeros((layout.N_VIEW, len(fleet)))
         self._view[layout.VIEW_TYPE] = kind
         self._view[layout.VIEW_KV_CAPACITY_TOK] = fleet.kv_capacity_tok
+        self._view[layout.VIEW_PREFILL_PACE_FRAC] = self._view[layout.VIEW_DECODE_PACE_FRAC] = 1.0
+        self._view[layout.VIEW_ABLE_MHZ] = fleet.max_mhz
         self._active = np.ones(len(fleet), dtype=bool)
         self._random = np.random.default_rng(seed)
 
     def update(self, decision: Decision) -> None:
-        """Take shares and active set of the latest decision."""
+        """Take shares, active set and belief of the latest decision."""
         self._view[layout.VIEW_ROUTE_FRAC] = decision.route_frac
+        if decision.belief is not None:
+            self._view[layout.VIEW_PREFILL_PACE_FRAC] = decision.belief.prefill_pace_frac
+            self._view[layout.VIEW_DECODE_PACE_FRAC] = decision.belief.decode_pace_frac
+            self._view[layout.VIEW_ABLE_MHZ] = decision.belief.able_mhz
         self._active = decision.active
 
     def route(self, request: Request, state: FleetState) -> int:

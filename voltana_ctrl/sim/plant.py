@@ -23,11 +23,12 @@ from voltana_ctrl.kernels.plant.events import touch
 from voltana_ctrl.kernels.plant.functions import resolved
 from voltana_ctrl.kernels.plant.rest import order_rest
 from voltana_ctrl.kernels.route.base import ROUTER_SIGNATURE, by_share
-from voltana_ctrl.ports import Governor, Router
+from voltana_ctrl.ports import Governor, Router, believe_of
 from voltana_ctrl.routing.base import CompiledRouter
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import (
+    Belief,
     Decision,
     FleetSpec,
     FleetState,
@@ -179,6 +180,8 @@ class Plant:
         self._done = np.zeros(requests, dtype=np.int64)
         self._log = np.zeros(self.settings.log_iterations, dtype=layout.ITERATION_DTYPE)
         self._governors = governors
+        self._believers = [believe_of(one) for one in governors or ()]
+        self._belief: Belief | None = None
         self._hosted = False
         governor, params, memory = self._take_governors(governors)
         self._routers: dict[int, Router] = {}
@@ -280,11 +283,15 @@ class Plant:
         compiled = [one for one in self._governors or () if isinstance(one, CompiledGovernor)]
         now = [(one.rows, one.padded, one.params) for one in compiled]
         if self._told:
+            before = list(zip(now, self._told, strict=True))
             changed = [
                 i
-                for i, (new, old) in enumerate(zip(now, self._told, strict=True))
-                if any(a is not b for a, b in zip(new, old, strict=True))
+                for i, (new, old) in enumerate(before)
+                if new[0] is not old[0] or new[1] is not old[1]
             ]
+            for i, (new, old) in enumerate(before):
+                if new[2] is not old[2]:
+                    self._arrays[_PARAMS][i, : new[2].size] = new[2]
         else:
             tables = [instance.table for instance in self.fleet.instances]
             changed = [i for i, one in enumerate(now) if not np.array_equal(one[0], tables[i])]
@@ -300,15 +307,12 @@ class Plant:
                 arrays[position] = arrays[position][kind]
             self._arrays = tuple(arrays)
             self._tables, self._padded = arrays[_TABLES], arrays[_PADDED]
-        believed, sizes, params = (
-            self._arrays[position] for position in (_BELIEVED, _BELIEVED_PADDED, _PARAMS)
-        )
+        believed, sizes = (self._arrays[position] for position in (_BELIEVED, _BELIEVED_PADDED))
         for i in changed:
-            rows, padded, settings = now[i]
+            rows, padded, _ = now[i]
             believed[i, : len(rows)] = rows
             believed[i, len(rows) :] = rows[-1]
             sizes[i, : len(padded)] = padded
-            params[i, : settings.size] = settings
 
     def _take_router(self, phase: str, router: Router | None) -> tuple[Any, Any, Any]:
         none = np.zeros(1), np.zeros(len(self.fleet))
@@ -435,13 +439,14 @@ class Plant:
         ShapeError
             If it was made for another number of instances.
         """
-        self._take_beliefs()
         inst = self.instances
         if len(decision) != len(inst):
             raise ShapeError(
                 f"Plant.apply: expected a decision for {len(inst)} instances, got one for"
                 f" {len(decision)}"
             )
+        self._tell(decision.belief)
+        self._take_beliefs()
         advance.settle_accounts(self._sim, inst, self._tables)
         inst["floor_mhz"] = decision.freq_mhz
         inst["ceiling_mhz"] = decision.freq_max_mhz
@@ -464,6 +469,17 @@ class Plant:
             return
         for i, freq_mhz in enumerate(decision.freq_mhz):
             advance.order_clock(*clocks, self._node_free_s, i, float(freq_mhz))
+
+    def _tell(self, belief: Belief | None) -> None:
+        """Hand what is believed to governors, and to routers as part of what they see."""
+        if belief is None or belief is self._belief:
+            return
+        self._belief = belief
+        for i, believe in enumerate(self._believers):
+            if believe is not None:
+                believe(belief, i)
+        for name in ("prefill_pace_frac", "decode_pace_frac", "able_mhz"):
+            self.instances[name] = getattr(belief, name)
 
     def state(self) -> FleetState:
         """State of every instance now; counts of arrivals since the last :meth:`read`."""
@@ -552,14 +568,15 @@ def _instances(fleet: FleetSpec, kind: Any) -> Any:
         one["first_token_decode"] = profile.first_token == "decode"
         one["clock_k"] = one["want_k"] = one["call_k"] = len(spec.clocks_mhz) - 1
         one["clamp_k"] = len(spec.clocks_mhz) - 1
-        one["floor_mhz"] = one["ceiling_mhz"] = spec.clocks_mhz[-1]
+        one["floor_mhz"] = one["ceiling_mhz"] = one["able_mhz"] = spec.clocks_mhz[-1]
     for name in ("last_admitted", "prefill_head", "prefill_tail", "wait_head", "wait_tail"):
         inst[name] = -1
     for name in ("alive", "active", "seen"):
         inst[name] = 1
     for name in ("power_cap_w", "call_end_s", "idle_call_s", "wake_end_s"):
         inst[name] = _NEVER
-    inst["slow_frac"] = 1.0
+    for name in ("slow_frac", "prefill_pace_frac", "decode_pace_frac"):
+        inst[name] = 1.0
     inst["jitter_frac"] = 1.0
     return inst
 

@@ -12,6 +12,7 @@ from voltana_ctrl.types.actuators import (
     Limits,
     limits_of,
 )
+from voltana_ctrl.types.belief import Belief
 from voltana_ctrl.types.budget import PowerBudget
 from voltana_ctrl.types.decision import Decision, Slo, Status, TickRecord
 from voltana_ctrl.types.fleet import FleetSpec, InstanceSpec, Role
@@ -29,6 +30,7 @@ __all__ = [
     "PROFILE_DTYPE",
     "ActuatorPoint",
     "ActuatorSetting",
+    "Belief",
     "Decision",
     "FleetSpec",
     "FleetState",

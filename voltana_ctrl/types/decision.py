@@ -11,6 +11,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, Bool, fraction, freeze_fields, not_negative, positive
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types.actuators import Limits
+from voltana_ctrl.types.belief import Belief
 from voltana_ctrl.types.fleet import FleetSpec
 from voltana_ctrl.types.observation import Observation
 
@@ -125,6 +126,9 @@ class Decision:
         Marginal cost of one more request.
     limits : Limits, optional
         Other actuators.
+    belief : Belief, optional
+        What governors and routers should believe about the instances; without one they keep what
+        they believed.
     status : Status
         Anything but OK is never applied.
 
@@ -148,6 +152,7 @@ class Decision:
     active: Bool
     price_j_req: F64
     limits: Limits | None = None
+    belief: Belief | None = None
     status: Status = Status.OK
 
     def __post_init__(self) -> None:
@@ -159,6 +164,11 @@ class Decision:
         for name in names:
             if not np.isfinite(getattr(self, name)).all():
                 raise ShapeError(f"Decision.{name}: expected finite numbers, got NaN or infinity")
+        if self.belief is not None and len(self.belief) != shape[0]:
+            raise ShapeError(
+                f"Decision.belief: expected one about {shape[0]} instances, got one about"
+                f" {len(self.belief)}"
+            )
         if np.any(self.freq_mhz > self.freq_max_mhz):
             raise ConfigError(
                 "Decision.freq_mhz: expected the floor at or below the ceiling, got"

@@ -203,6 +203,8 @@ class IterationBatch:
         Requests that decoded, prompt tokens processed, KV tokens read.
     energy_j : ndarray, shape (k,)
         Energy; 0 where it is not measured.
+    asked_mhz : ndarray, shape (k,)
+        Clock that had been asked for when the iteration began; 0 where nobody tells.
 
     Examples
     --------
@@ -218,13 +220,25 @@ class IterationBatch:
     prefill_tok: F64
     kv_tok: F64
     energy_j: F64
+    asked_mhz: F64 = None  # type: ignore[assignment]  # zeros unless told
 
     def __post_init__(self) -> None:
         shape = (np.asarray(self.instance).size,)
+        if self.asked_mhz is None:
+            object.__setattr__(self, "asked_mhz", np.zeros(shape))
         freeze_fields(self, ("instance",), shape, np.int64)
         freeze_fields(
             self,
-            ("t_s", "wall_s", "freq_mhz", "batch_req", "prefill_tok", "kv_tok", "energy_j"),
+            (
+                "t_s",
+                "wall_s",
+                "freq_mhz",
+                "batch_req",
+                "prefill_tok",
+                "kv_tok",
+                "energy_j",
+                "asked_mhz",
+            ),
             shape,
         )
 

@@ -23,7 +23,9 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
     MEMORY_S,  # time constant of the arrival estimate
     PREFILLS,  # 1 if prompts are prefilled here, 0 if they only wait for their KV
     REPAY_TOK,  # decoded tokens within which a request that fell behind catches up
-) = range(10)
+    PREFILL_PACE_FRAC,  # time of what is prefilled over what the rows say
+    DECODE_PACE_FRAC,  # the same of a decode iteration
+) = range(12)
 
 #: memory
 (
@@ -43,14 +45,10 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
 _SURELY_ONE = 4.0
 
 
-@njit(F8(ROW, F8, F8), cache=True)
-def batch_s(row, tok, typical_tok):
+@njit(F8(ROW, F8, F8, F8), cache=True)
+def batch_s(row, pace_frac, tok, typical_tok):
     """Time of a prefill iteration of `tok` prompt tokens in prompts of typical length."""
-    return (
-        row["prefill_base_s"]
-        + row["prefill_tok_s"] * tok
-        + row["prefill_tok2_s"] * tok * min(tok, typical_tok)
-    )
+    return pace_frac * prefill_s(row, tok, tok * min(tok, typical_tok))
 
 
 @njit(F8(F8, F8, F8, F8), cache=True)
@@ -171,42 +169,47 @@ def needed_clock(
     # arrives behind it needs more. Fewer parts may be a burst of short prompts, some in time.
     doomed = False
     if 0.0 < ahead_tok <= long_tok and long_tok > _SURELY_ONE * batch_tok:
-        rest_s = prefill_s(rows[top], head_tok, head_tok2)
+        rest_s = params[PREFILL_PACE_FRAC] * prefill_s(rows[top], head_tok, head_tok2)
         doomed = oldest_wait_s + rest_s > params[TTFT_S]
     if doomed:
         k = max(k, thrifty)
     delay_s = params[DELAY_S]
+    pace_frac = params[PREFILL_PACE_FRAC]
     while k < top:
         row = rows[k]
         enough = True
         step_s = 0.0
         if running_req > 0.0:
-            step_s = decode_s(row, size_req, kv_tok)
+            step_s = params[DECODE_PACE_FRAC] * decode_s(row, size_req, kv_tok)
             # Prompts of a colocated instance take their share of the time between tokens.
-            own_frac = 1.0 - params[PREFILLS] * rate_tok_s * row["prefill_tok_s"]
+            own_frac = 1.0 - params[PREFILLS] * rate_tok_s * pace_frac * row["prefill_tok_s"]
             enough = step_s + behind_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
             done_s = step_s + until_done_s(
-                prefill_s(present, batch_tok, batch_tok2),
-                prefill_s(row, batch_tok, batch_tok2),
+                pace_frac * prefill_s(present, batch_tok, batch_tok2),
+                pace_frac * prefill_s(row, batch_tok, batch_tok2),
                 delay_s,
             )
             head_s = step_s + until_done_s(
-                prefill_s(present, head_tok, head_tok2),
-                prefill_s(row, head_tok, head_tok2),
+                pace_frac * prefill_s(present, head_tok, head_tok2),
+                pace_frac * prefill_s(row, head_tok, head_tok2),
                 delay_s,
             )
             enough = doomed or oldest_wait_s + head_s <= params[TTFT_S]
             if enough and not doomed and waiting_tok > batch_tok:
                 # What is behind this iteration may have waited as long.
-                left_s = prefill_s(rows[max(k, thrifty)], waiting_tok - batch_tok, left_tok2)
+                left_s = pace_frac * prefill_s(
+                    rows[max(k, thrifty)], waiting_tok - batch_tok, left_tok2
+                )
                 enough = oldest_wait_s + done_s + left_s <= params[TTFT_S]
             mean_tok = waiting_tok - batch_tok + rate_tok_s * done_s
             sd_tok = math.sqrt(spread_tok2_s * done_s)
             if enough:
                 tok = mean_tok + params[URGENT_SD] * sd_tok
                 next_s = until_done_s(
-                    batch_s(row, tok, typical_tok), batch_s(rows[top], tok, typical_tok), delay_s
+                    batch_s(row, pace_frac, tok, typical_tok),
+                    batch_s(rows[top], pace_frac, tok, typical_tok),
+                    delay_s,
                 )
                 enough = done_s + next_s <= params[TTFT_S]
             if enough and k < thrifty:
@@ -214,8 +217,8 @@ def needed_clock(
                 tok = waiting_tok - head_tok + rate_tok_s * head_s
                 tok += params[RESERVE_SD] * math.sqrt(spread_tok2_s * head_s)
                 next_s = until_done_s(
-                    batch_s(row, tok, typical_tok),
-                    batch_s(rows[thrifty], tok, typical_tok),
+                    batch_s(row, pace_frac, tok, typical_tok),
+                    batch_s(rows[thrifty], pace_frac, tok, typical_tok),
                     delay_s,
                 )
                 enough = head_s + next_s <= params[TTFT_S]

@@ -24,10 +24,13 @@ from voltana_ctrl.kernels.layout import (
     REACHED,
     ROUTING,
     SEEN,
+    VIEW_ABLE_MHZ,
+    VIEW_DECODE_PACE_FRAC,
     VIEW_ELIGIBLE,
     VIEW_FREQ_MHZ,
     VIEW_KV_CAPACITY_TOK,
     VIEW_KV_TOK,
+    VIEW_PREFILL_PACE_FRAC,
     VIEW_QUEUE_REQ,
     VIEW_QUEUE_TOK,
     VIEW_ROUTE_FRAC,
@@ -139,6 +142,9 @@ def _look(sim, inst, seen, view, members, need_tok):
         view[VIEW_FREQ_MHZ, j] = row["freq_mhz"]
         view[VIEW_ROUTE_FRAC, j] = one["route_frac"]
         view[VIEW_TYPE, j] = one["type"]
+        view[VIEW_PREFILL_PACE_FRAC, j] = one["prefill_pace_frac"]
+        view[VIEW_DECODE_PACE_FRAC, j] = one["decode_pace_frac"]
+        view[VIEW_ABLE_MHZ, j] = one["able_mhz"]
         view[VIEW_KV_CAPACITY_TOK, j] = one["kv_capacity_tok"]
 
 
@@ -267,6 +273,7 @@ def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
         row["prefill_tok"] = one["chunk_tok"]
         row["kv_tok"] = one["kv_tok"]
         row["energy_j"] = one["prefill_j"] + one["decode_j"] - one["iter_start_j"]
+        row["asked_mhz"] = tables[one["type"], one["iter_ask_k"]]["clock_mhz"]
         sim["n_logged"] += 1
     before = sim["n_done"]
     if one["batch_req"] > 0:
@@ -302,6 +309,7 @@ def _launch(sim, one, tables, padded):
         one["jitter_frac"] = _jitter(sim, sim["jitter_sd_frac"])
     one["iterating"] = 1
     one["iter_start_s"] = sim["now_s"]
+    one["iter_ask_k"] = one["want_k"]
     one["iter_start_j"] = one["prefill_j"] + one["decode_j"]
     one["iter_wall_s"] = price_iteration(one, tables, padded)
     one["iter_end_s"] = sim["now_s"] + one["iter_wall_s"]

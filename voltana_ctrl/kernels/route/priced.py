@@ -6,11 +6,14 @@ honour the shares, and the queue also answers to prompts that turned out long.
 
 from numba import njit, types
 
-from voltana_ctrl.kernels.law import decode_s
+from voltana_ctrl.kernels.law import decode_s, row_down
 from voltana_ctrl.kernels.layout import (
+    VIEW_ABLE_MHZ,
+    VIEW_DECODE_PACE_FRAC,
     VIEW_ELIGIBLE,
     VIEW_KV_CAPACITY_TOK,
     VIEW_KV_TOK,
+    VIEW_PREFILL_PACE_FRAC,
     VIEW_QUEUE_REQ,
     VIEW_QUEUE_TOK,
     VIEW_ROUTE_FRAC,
@@ -27,6 +30,8 @@ ITL_S, KV_FULL_FRAC = range(2)
 def soonest(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Prefill: where the prompt would be done first at the highest clock, among the shared.
 
+    As far as is known: at the highest clock that the instance gets, and at its pace.
+
     Ties go to the one picked longest ago.
     """
     total = 0.0
@@ -38,8 +43,10 @@ def soonest(tables, padded, params, memory, uniform, prompt_tok, view, members):
     for j in members:
         if view[VIEW_ELIGIBLE, j] == 0.0 or (total > 0.0 and view[VIEW_ROUTE_FRAC, j] <= 0.0):
             continue
-        row = tables[int(view[VIEW_TYPE, j]), tables.shape[1] - 1]
-        done_s = row["prefill_tok_s"] * (view[VIEW_QUEUE_TOK, j] + prompt_tok)
+        rows = tables[int(view[VIEW_TYPE, j])]
+        row = rows[row_down(rows, len(rows), view[VIEW_ABLE_MHZ, j])]
+        per_tok_s = view[VIEW_PREFILL_PACE_FRAC, j] * row["prefill_tok_s"]
+        done_s = per_tok_s * (view[VIEW_QUEUE_TOK, j] + prompt_tok)
         if best < 0 or done_s < best_s or (done_s == best_s and memory[j] < memory[best]):
             best = j
             best_s = done_s
@@ -55,7 +62,7 @@ def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members
     """Decode: the instance furthest below its share of the running requests.
 
     Passed over, unless all are: those whose KV cache is full and those that one more request
-    would push over the latency target even at the highest clock.
+    would push over the latency target even at the highest clock that they get.
     """
     total = 0.0
     for j in members:
@@ -72,13 +79,13 @@ def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members
         after_req = view[VIEW_RUNNING_REQ, j] + view[VIEW_QUEUE_REQ, j] + 1.0
         after_tok = view[VIEW_KV_TOK, j] + view[VIEW_QUEUE_TOK, j] + prompt_tok
         size_req = float(padded[kind, min(int(after_req), padded.shape[1] - 1)])
+        rows = tables[kind]
+        row = rows[row_down(rows, len(rows), view[VIEW_ABLE_MHZ, j])]
+        after_s = view[VIEW_DECODE_PACE_FRAC, j] * decode_s(row, size_req, after_tok)
         rank = 0
         if after_tok > params[KV_FULL_FRAC] * view[VIEW_KV_CAPACITY_TOK, j]:
             rank = 2
-        elif (
-            share <= 0.0
-            or decode_s(tables[kind, tables.shape[1] - 1], size_req, after_tok) > params[ITL_S]
-        ):
+        elif share <= 0.0 or after_s > params[ITL_S]:
             rank = 1
         load = after_req / share if share > 0.0 else after_req
         if (
