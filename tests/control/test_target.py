@@ -47,7 +47,7 @@ LEAST = least_power(FLEET.instances[2])
 @pytest.mark.parametrize("floor_k", [0, 40, 80])
 def test_station_against_the_naive_sum(arrival, floor_k):
     one = LEAST.station(LENGTHS)
-    ours = kernels.station(one, arrival, LENGTHS.output_tok - 1.0, 800, 0.0597, floor_k, 60.0)
+    ours = kernels.station(one, arrival, LENGTHS.output_tok - 1.0, 800, 0.0597, floor_k)
     step_s, power_w, needed = naive_control.fill_station(
         PROFILE.table, PROFILE.padded_batch(), LENGTHS.context_tok, 1.0, 0.06 / 1.035
     )
@@ -98,11 +98,11 @@ def test_least_floor_against_every_floor(name, governed):
     over = np.empty(15)
     decoded_tok = LENGTHS.output_tok - 1.0
     kernels.decode_curve(
-        least.station(LENGTHS), loads, decoded_tok, 380, 0.0597, 0.01, 60.0, power, floor, over
+        least.station(LENGTHS), loads, decoded_tok, 380, 0.0597, 0.01, power, floor, over
     )
     theirs = [
         naive_control.least_floor(
-            step_s, power_w, needed, load, decoded_tok, 380, 0.0597, 0.01, 60.0
+            step_s, power_w, needed, load, decoded_tok, 380, 0.0597, 0.01, profile.idle_w
         )
         for load in loads
     ]
@@ -112,7 +112,7 @@ def test_least_floor_against_every_floor(name, governed):
         if floor[g] != theirs[g][1]:
             at = [
                 naive_control.station(step_s, power_w, needed, load, decoded_tok, 380, 0.0597,
-                                      int(k), 60.0)[0]
+                                      int(k), profile.idle_w)[0]
                 for k in (floor[g], theirs[g][1])
             ]  # fmt: skip
             assert at[0] == pytest.approx(at[1], rel=1e-11)
@@ -129,11 +129,20 @@ def test_prefill_curve_against_the_twin(load, prompt, cv, ttft_s, governed, deaf
     typical = prompt * np.array([0.3, 0.8, 1.0, 2.0])
     power, row, late = np.empty(1), np.empty(1, np.int64), np.empty(1)
     kernels.prefill_curve(
-        table, np.array([load]), prompt, cv * prompt, ttft_s, 60.0, 0.01, governed,
+        table, np.array([load]), prompt, cv * prompt, ttft_s, 0.01, governed,
         deaf_frac, typical, power, row, late,
     )  # fmt: skip
     theirs = naive_control.prefill_least(
-        table, load, prompt, cv * prompt, ttft_s, 60.0, 0.01, governed, deaf_frac, typical
+        table,
+        load,
+        prompt,
+        cv * prompt,
+        ttft_s,
+        table["idle_w"],
+        0.01,
+        governed,
+        deaf_frac,
+        typical,
     )
     assert power[0] == pytest.approx(theirs[0])
     assert row[0] == theirs[1]

@@ -32,7 +32,7 @@ def test_an_iteration_is_its_two_parts(name, k, n, context, chunk, start) -> Non
     padded = int(profile.padded_batch(300)[n])
     kv_tok = n * context
     tok2 = (start + chunk) ** 2 - start**2
-    wall_s, decoded_j, prefilled_j = law.iteration_cost(row, padded, n, kv_tok, chunk, tok2)
+    wall_s, decoded_j, prefilled_j = law.iteration_cost(row, padded, n, kv_tok, chunk, tok2, 0.0)
     apart_s = float(prefill_s(row, chunk, tok2)) if chunk else 0.0
     if chunk and n:
         apart_s -= row["prefill_base_s"]  # the weights are read once

@@ -29,19 +29,24 @@ def test_reference_is_the_published_scenario() -> None:
     phi_kv = np.interp(f, points, [3.19, 1.87, 1.43, 1.08, 1.06, 1.0])
     expected = {
         "clock_mhz": f,
+        "idle_w": 60.0 + 0.0 * f,
+        "decode_host_s": 0.0 * f,
         "decode_base_s": 1e-3 * (9.9 + 1.0) * phi,
         "decode_req_s": 1e-3 * 0.052 * 1410 / f,
         "decode_kv_s": 1e-3 * 7.7e-5 * phi_kv,
         "decode_floor_s": 0.0 * f,
         "decode_roof_s": 0.0 * f,
+        "decode_roof_base_s": 0.0 * f,
         "decode_power_w": 78 + 57 * g * v2,
         "decode_iter_j": 0.76 + 0.0 * f,
         "decode_req_j": 0.0078 * v2,
         "decode_kv_j": 1.24e-5 * v2,
+        "prefill_req_s": 0.0 * f,
         "prefill_base_s": 8.5e-3 + 0.0 * f,
         "prefill_tok_s": 1e-3 * 0.067 * (1310 / np.minimum(f, 1310)) ** 0.97,
         "prefill_tok2_s": 0.0 * f,
         "prefill_power_w": np.minimum(400.0, 59.3 + 197.3 * g * v2),
+        "prefill_beside_w": 0.0 * f,
     }
     assert set(expected) == set(table.dtype.names)
     for column, values in expected.items():

@@ -46,7 +46,10 @@ def highest_power_w(instance: InstanceSpec) -> F64:
     rows = instance.table[:, None]
     worst = np.full(len(rows), instance.idle_w)
     if instance.role.prefills:
-        worst = np.maximum(worst, rows["prefill_power_w"][:, 0])
+        prompt_w = rows["prefill_power_w"][:, 0]
+        if instance.role.decodes:
+            prompt_w = prompt_w + rows["prefill_beside_w"][:, 0]
+        worst = np.maximum(worst, prompt_w)
     if instance.role.decodes:
         running_req = np.arange(1.0, instance.max_batch + 1.0)
         for kv_tok in (running_req, float(instance.kv_capacity_tok)):

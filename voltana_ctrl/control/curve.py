@@ -88,7 +88,8 @@ class LeastPower:
         self.instance = instance
         self._rows: Any = np.ascontiguousarray(instance.table)
         self._padded = instance.profile.padded_batch(instance.max_batch)
-        self._prompt_w = self._rows["prefill_power_w"].copy()
+        # Of a colocated instance: its prompts run beside what decodes.
+        self._prompt_w = self._rows["prefill_power_w"] + self._rows["prefill_beside_w"]
         self._sizes = np.arange(1, instance.max_batch + 1)
         self._governed = governed
         self._miss_frac = 1.0 - slo.attainment
@@ -126,7 +127,7 @@ class LeastPower:
             power_w, row, late_frac = _empty(loads_req_s)
             self._kernels.prefill_curve(
                 self._rows, loads_req_s, lengths.prompt_tok, lengths.prompt_sd_tok, self._ttft_s,
-                self.instance.idle_w, self._miss_frac, self._governed, self._deaf_frac,
+                self._miss_frac, self._governed, self._deaf_frac,
                 typical_tok, power_w, row, late_frac,
             )  # fmt: skip
             return Curve(
@@ -142,8 +143,7 @@ class LeastPower:
         def curve(loads_req_s: F64) -> Curve:
             power_w, row, over_frac = _empty(loads_req_s)
             self._kernels.decode_curve(
-                station, loads_req_s, *limits, self._miss_frac, self.instance.idle_w,
-                power_w, row, over_frac,
+                station, loads_req_s, *limits, self._miss_frac, power_w, row, over_frac,
             )  # fmt: skip
             return Curve(
                 arrival_req_s=loads_req_s, power_w=power_w, floor_row=row, miss_frac=over_frac
@@ -193,7 +193,7 @@ class LeastPower:
             aim_s = self._itl_s / (1.0 + self._itl_margin_frac + extra_frac)
             power_w[k], missed_frac, _ = self._kernels.station(
                 self.station(lengths, pace_frac, aim_s=aim_s), arrival_req_s,
-                *self._limits(lengths), 0, self.instance.idle_w,
+                *self._limits(lengths), 0,
             )  # fmt: skip
             served_frac[k] = 1.0 - missed_frac
         least = int(np.argmax(served_frac >= self._attainment * served_frac.max()))
@@ -225,6 +225,7 @@ class LeastPower:
         if self.instance.role is Role.COLOCATED:
             square = lengths.prompt_tok**2 + lengths.prompt_sd_tok**2
             prompt_s = rows["prefill_tok_s"] * lengths.prompt_tok + rows["prefill_tok2_s"] * square
+            prompt_s = prompt_s + rows["prefill_req_s"]
         return (
             rows, self._padded, lengths.context_tok, pace_frac, needed_row, step_s, power_w,
             prompt_s, self._prompt_w,

@@ -356,7 +356,14 @@ def _slopes(profile: Profile, freq_mhz: F64) -> Any:
     above = np.clip(np.searchsorted(ladder, freq_mhz, side="right"), 1, len(ladder) - 1)
     slopes = np.zeros(len(freq_mhz), dtype=profile.table.dtype)
     span_mhz = ladder[above] - ladder[above - 1]
-    for name in ("decode_base_s", "decode_req_s", "decode_kv_s", "decode_roof_s"):
+    for name in (
+        "decode_base_s",
+        "decode_req_s",
+        "decode_kv_s",
+        "decode_roof_s",
+        "decode_roof_base_s",
+        "decode_host_s",
+    ):
         column = profile.table[name]
         slopes[name] = (column[above] - column[above - 1]) / span_mhz
     return slopes

@@ -41,7 +41,7 @@ class Slots:
     def __init__(self, fleet: FleetSpec, members: I64) -> None:
         self._fleet = fleet
         self._members = np.asarray(members)
-        kinds: dict[tuple[int, bytes], list[int]] = {}
+        kinds: dict[tuple[int, bytes, float], list[int]] = {}
         for i in members:
             kinds.setdefault(_kind(fleet.instances[int(i)]), []).append(int(i))
         self._grouped = len(members) > _MAX_SLOTS // 2
@@ -55,7 +55,7 @@ class Slots:
         self.idle_w = np.array([one.idle_w for one in self.specs])
         self._which = np.zeros(len(members), dtype=np.int64)
         self.assign(np.ones(len(fleet), bool), np.zeros(len(fleet)))
-        distinct: dict[tuple[int, bytes], list[int]] = {}
+        distinct: dict[tuple[int, bytes, float], list[int]] = {}
         for slot, one in enumerate(self.specs):
             distinct.setdefault(_kind(one), []).append(slot)
         # Per ladder: its slots, clocks, and coefficients as numbers.
@@ -187,8 +187,8 @@ class Slots:
         )
 
 
-def _kind(one: InstanceSpec) -> tuple[int, bytes]:
-    return id(one.profile), one.clocks_mhz.tobytes()
+def _kind(one: InstanceSpec) -> tuple[int, bytes, float]:
+    return id(one.profile), one.clocks_mhz.tobytes(), one.idle_w
 
 
 def _numbers(one: InstanceSpec) -> F64:

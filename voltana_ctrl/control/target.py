@@ -432,7 +432,8 @@ class TargetOptimiser:
         instance = self.fleet.instances[i]
         row = instance.table[-1]
         if instance.role is Role.PREFILL:
-            return float(1.0 / (row["prefill_tok_s"] * load.lengths.prompt_tok))
+            prompt_s = row["prefill_tok_s"] * load.lengths.prompt_tok + row["prefill_req_s"]
+            return float(1.0 / prompt_s)
         per_req_s = max(row["decode_req_s"], row["decode_roof_s"])
         growth_s = per_req_s + row["decode_kv_s"] * load.lengths.context_tok
         return float(1.0 / (growth_s * max(1.0, load.lengths.output_tok - 1.0)))

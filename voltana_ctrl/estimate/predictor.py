@@ -26,7 +26,7 @@ class FleetTables:
 
     Parameters
     ----------
-    table : ndarray, shape (n, n_clocks, 14)
+    table : ndarray, shape (n, n_clocks, n_columns)
         Columns are the fields of ``PROFILE_DTYPE``, in order; short ladders are filled up with
         their top row.
     n_clocks : ndarray of int, shape (n,)
@@ -46,8 +46,8 @@ class FleetTables:
     >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> tables = FleetTables.of(fleet)
-    >>> tables.table.shape, len(tables.rows(3))
-    ((4, 81, 14), 81)
+    >>> tables.table.shape == (4, 81, len(PROFILE_DTYPE)), len(tables.rows(3))
+    (True, 81)
     """
 
     table: Mixed

@@ -15,48 +15,58 @@ ROWS = types.Array(ROW, 1, "C", readonly=True)
 
 @njit(F8(ROW, F8, F8), cache=True)
 def decode_s(row, padded_req, kv_tok):
-    """Time of a decode iteration [s]: ``max(floor, max(base + req n, roof n) + kv K)``."""
+    """Time of a decode iteration [s].
+
+    ``T = host + max(floor, max(base + req n, roof_base + roof n) + kv K)``
+    """
     line = row["decode_base_s"] + row["decode_req_s"] * padded_req
-    bent = max(line, row["decode_roof_s"] * padded_req)
-    return max(bent + row["decode_kv_s"] * kv_tok, row["decode_floor_s"])
+    bent = max(line, row["decode_roof_base_s"] + row["decode_roof_s"] * padded_req)
+    return max(bent + row["decode_kv_s"] * kv_tok, row["decode_floor_s"]) + row["decode_host_s"]
 
 
 @njit(F8(ROW, F8, F8), cache=True)
 def batch_j(row, batch_req, kv_tok):
     """Energy that a decode iteration takes besides what is drawn all the time [J].
 
-    ``E = iter + req n + kv K``: its mean power is ``P_on + E / T``.
+    ``E = iter + req n + kv K - host (P_on - P_idle)``: its mean power is ``P_on + E / T``.
     """
-    return row["decode_iter_j"] + row["decode_req_j"] * batch_req + row["decode_kv_j"] * kv_tok
+    energy_j = row["decode_iter_j"] + row["decode_req_j"] * batch_req + row["decode_kv_j"] * kv_tok
+    return energy_j - row["decode_host_s"] * (row["decode_power_w"] - row["idle_w"])
 
 
 @njit(F8(ROW, F8, F8, F8), cache=True)
 def decode_j(row, time_s, batch_req, kv_tok):
-    """Energy of a decode iteration of this length [J]: ``E = T P_on + iter + req n + kv K``."""
-    return (
+    """Energy of a decode iteration of this length [J].
+
+    ``E = T P_on + iter + req n + kv K - host (P_on - P_idle)``
+    """
+    energy_j = (
         time_s * row["decode_power_w"]
         + row["decode_iter_j"]
         + row["decode_req_j"] * batch_req
         + row["decode_kv_j"] * kv_tok
     )
+    return energy_j - row["decode_host_s"] * (row["decode_power_w"] - row["idle_w"])
 
 
 @njit(F8(ROW, F8, F8), cache=True)
 def prefill_s(row, chunk_tok, chunk_tok2):
-    """Time of a prefill iteration [s]: ``base + tok N + tok2 Q``."""
+    """Time of a prefill iteration of one prompt [s]: ``req + base + tok N + tok2 Q``."""
     return (
         row["prefill_base_s"]
         + row["prefill_tok_s"] * chunk_tok
         + row["prefill_tok2_s"] * chunk_tok2
+        + row["prefill_req_s"]
     )
 
 
-@njit(types.UniTuple(F8, 3)(ROW, F8, F8, F8, F8, F8), cache=True)
-def iteration_cost(row, padded_req, batch_req, kv_tok, chunk_tok, chunk_tok2):
+@njit(types.UniTuple(F8, 3)(ROW, F8, F8, F8, F8, F8, F8), cache=True)
+def iteration_cost(row, padded_req, batch_req, kv_tok, chunk_tok, chunk_tok2, begun_req):
     """Time [s], decode energy [J] and prefill energy [J] of one iteration.
 
     Decode and prefill parts follow one another; the launch cost of prefill is paid only
-    when nothing decodes, since the weights are read once.
+    when nothing decodes, since the weights are read once. Beside decoding, prompts draw more. For
+    each prompt that begins the host works, while the GPU idles.
     """
     step_s = 0.0
     step_j = 0.0
@@ -68,7 +78,11 @@ def iteration_cost(row, padded_req, batch_req, kv_tok, chunk_tok, chunk_tok2):
         chunk_s = row["prefill_tok_s"] * chunk_tok + row["prefill_tok2_s"] * chunk_tok2
         if batch_req == 0.0:
             chunk_s += row["prefill_base_s"]
-    return step_s + chunk_s, step_j, chunk_s * row["prefill_power_w"]
+    host_s = begun_req * row["prefill_req_s"]
+    prefill_w = row["prefill_power_w"]
+    if batch_req > 0.0:
+        prefill_w += row["prefill_beside_w"]
+    return step_s + chunk_s + host_s, step_j, chunk_s * prefill_w + host_s * row["idle_w"]
 
 
 @njit(I8(ROWS, I8, F8), cache=True)

@@ -13,22 +13,29 @@ F8, I8 = np.float64, np.int64
 PROFILE_DTYPE = np.dtype(
     [
         ("clock_mhz", F8),
-        # decode: T = max(floor, max(base + req * n_padded, roof * n_padded) + kv * kv_tok)
+        ("idle_w", F8),  # holding the model, running nothing
+        # decode: T = host + max(floor, max(base + req * n, roof_base + roof * n) + kv * kv_tok)
+        # with n as padded; no clock scales what the host does meanwhile
+        ("decode_host_s", F8),
         ("decode_base_s", F8),
         ("decode_req_s", F8),
         ("decode_kv_s", F8),
         ("decode_floor_s", F8),
         ("decode_roof_s", F8),
-        # decode: E = T * power + iter + req * n + kv * kv_tok
+        ("decode_roof_base_s", F8),
+        # decode: E = (T - host) * power + host * idle + iter + req * n + kv * kv_tok
         ("decode_power_w", F8),
         ("decode_iter_j", F8),
         ("decode_req_j", F8),
         ("decode_kv_j", F8),
-        # prefill: T = base + tok * new_tok + tok2 * (end^2 - start^2), E = T * power
+        # prefill: T = base + tok * new_tok + tok2 * (end^2 - start^2), E = T * power; and before
+        # each prompt the host works for req seconds, at idle power
+        ("prefill_req_s", F8),
         ("prefill_base_s", F8),
         ("prefill_tok_s", F8),
         ("prefill_tok2_s", F8),
         ("prefill_power_w", F8),
+        ("prefill_beside_w", F8),  # more in an iteration that decodes, too
     ],
     align=True,
 )
@@ -53,6 +60,8 @@ INSTANCE_DTYPE = np.dtype(
         ("transfer_tok_s", F8),
         ("transfer_tok_j", F8),
         ("first_token_decode", I8),
+        ("clock_stall_s", F8),  # a change of its clock keeps it from working for so long,
+        ("clock_change_j", F8),  # and takes so much
         # what may happen to it
         ("alive", I8),
         ("slow_frac", F8),  # iteration times are multiplied by it
@@ -80,6 +89,7 @@ INSTANCE_DTYPE = np.dtype(
         ("call_start_s", F8),
         ("call_end_s", F8),
         ("pending", I8),  # sets that are settling
+        ("stall_end_s", F8),  # it works again from then on
         # work
         ("iterating", I8),
         ("prepared", I8),
@@ -94,6 +104,7 @@ INSTANCE_DTYPE = np.dtype(
         ("chunk_tok", I8),
         ("chunk_tok2", F8),
         ("chunk_req", I8),
+        ("begun_req", I8),  # of these, prompts that begin in this iteration
         ("step", I8),  # decode iterations so far
         ("running_req", I8),
         ("last_admitted", I8),

@@ -3,8 +3,9 @@
 Open-loop arrivals set the tokens per second, a slower clock only grows the batch (Little's
 law). With an iteration time ``T = a0 + a1 n + a2 m`` affine in running requests ``n`` and KV
 tokens ``m = c n``, ``b = a1 + a2 c`` and ``rho = lam (L - 1) b``, decode settles at
-``T = a0 / (1 - rho)``. A roof, the slope to which computing bends ``T``, moves no equilibrium but
-bounds the load that has one. Prefill is a queue with idle gaps, busy ``rho`` of the time.
+``T = a0 / (1 - rho)``. A roof, to which computing bends ``T``, is a second such line: the later of
+both equilibria holds, and the steeper of both bounds the load that has one. Prefill is a queue
+with idle gaps, busy ``rho`` of the time.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ def decode_equilibrium(
     iteration time, without padding. Power at a fixed token rate is this function with
     ``output_tok=2``.
 
-    A roof moves no equilibrium, it ends them sooner: above the bend ``T`` is proportional to
-    the batch, which ``n = lam (L - 1) T`` meets at one load only. Below that load, at
-    ``rho < 1``, the line holds.
+    ``T`` is the larger of two lines in the batch, so it settles at the larger of what each
+    settles at. A roof without a base moves no equilibrium, it ends them sooner: ``T`` is then
+    proportional to the batch, which ``n = lam (L - 1) T`` meets at one load only.
 
     Parameters
     ----------
@@ -86,16 +87,21 @@ def decode_equilibrium(
     (array([0.04  , 0.0132]), array([80.9, 26.6]), array([149.3, 293.9]))
     """
     rate_tok_s, context = _rate(arrival_req_s, output_tok, context_tok)
+    base_s = rows["decode_base_s"] + rows["decode_host_s"]
+    roof_s = rows["decode_roof_base_s"] + rows["decode_host_s"]
     rho = rate_tok_s * _steepest_s(rows, context)
     spare = 1.0 - rate_tok_s * (rows["decode_req_s"] + rows["decode_kv_s"] * context)
-    with np.errstate(divide="ignore"):
-        affine_s = np.where(rho < 1.0, rows["decode_base_s"] / np.maximum(0.0, spare), np.inf)
-    step_s = np.maximum(rows["decode_floor_s"], affine_s)
+    spare_roof = 1.0 - rate_tok_s * (rows["decode_roof_s"] + rows["decode_kv_s"] * context)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        later_s = np.maximum(base_s / np.maximum(0.0, spare), roof_s / np.maximum(0.0, spare_roof))
+        settled_s = np.where(rho < 1.0, later_s, np.inf)
+    step_s = np.maximum(rows["decode_floor_s"] + rows["decode_host_s"], settled_s)
     running_req = rate_tok_s * step_s
+    resting_j = rows["decode_host_s"] * (rows["decode_power_w"] - rows["idle_w"])
     power_w = np.where(
         rho < 1.0,
         rows["decode_power_w"]
-        + rows["decode_iter_j"] / step_s
+        + (rows["decode_iter_j"] - resting_j) / step_s
         + rate_tok_s * (rows["decode_req_j"] + context * rows["decode_kv_j"]),
         np.inf,
     )
@@ -154,7 +160,7 @@ def prefill_equilibrium(
     rows: Any,
     arrival_req_s: ArrayLike,
     prompt_tok: ArrayLike,
-    idle_w: float,
+    idle_w: ArrayLike,
     *,
     prompt_sd_tok: ArrayLike = 0.0,
     batch_req: ArrayLike = 1.0,
@@ -171,8 +177,8 @@ def prefill_equilibrium(
         Requests per second.
     prompt_tok, prompt_sd_tok : array_like
         Mean and standard deviation of the prompt.
-    idle_w : float
-        Power while the queue is empty.
+    idle_w : array_like
+        Power while the queue is empty; ``rows["idle_w"]`` where it depends on the clock.
     batch_req : array_like
         Requests that share one iteration and its base time; ``inf`` leaves the base out, the
         least that any batching reaches.
@@ -192,6 +198,11 @@ def prefill_equilibrium(
         + rows["prefill_tok_s"] * tok
         + rows["prefill_tok2_s"] * square
     )
-    rho = np.asarray(arrival_req_s, dtype=np.float64) * service_s
-    power_w = np.where(rho < 1.0, idle_w + rho * (rows["prefill_power_w"] - idle_w), np.inf)
+    rate_req_s = np.asarray(arrival_req_s, dtype=np.float64)
+    busy_frac = rate_req_s * service_s
+    service_s = service_s + rows["prefill_req_s"]
+    rho = rate_req_s * service_s
+    # While the host works for a prompt the GPU idles.
+    idle = np.asarray(idle_w, dtype=np.float64)
+    power_w = np.where(rho < 1.0, idle + busy_frac * (rows["prefill_power_w"] - idle), np.inf)
     return PrefillEquilibrium(rho_frac=rho, service_s=service_s, power_w=power_w)

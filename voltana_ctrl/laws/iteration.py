@@ -55,10 +55,12 @@ def at_clock(profile: Profile, freq_mhz: ArrayLike) -> Any:
 def decode_s(
     rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
 ) -> F64:
-    """Time of one decode iteration: ``max(floor, max(base + req n, roof n) + kv K)``.
+    """Time of one decode iteration.
 
-    Weights are streamed whatever the batch, and each request adds to that; once computing,
-    which grows with the batch from nothing, takes longer, it counts instead.
+    ``host + max(floor, max(base + req n, roof_base + roof n) + kv K)``: weights are streamed
+    whatever the batch, and each request adds to that; once computing, which grows faster with
+    the batch from less, takes longer, it counts instead. What the host does between two
+    iterations no clock of the GPU scales.
 
     Parameters
     ----------
@@ -78,17 +80,17 @@ def decode_s(
     """
     size = np.asarray(running_req if padded_req is None else padded_req, dtype=np.float64)
     line = rows["decode_base_s"] + rows["decode_req_s"] * size
-    bent = np.maximum(line, rows["decode_roof_s"] * size)
+    bent = np.maximum(line, rows["decode_roof_base_s"] + rows["decode_roof_s"] * size)
     kv = rows["decode_kv_s"] * np.asarray(kv_tok, dtype=np.float64)
-    step_s: F64 = np.maximum(rows["decode_floor_s"], bent + kv)
+    step_s: F64 = np.maximum(rows["decode_floor_s"], bent + kv) + rows["decode_host_s"]
     return step_s
 
 
 def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, Any]:
     """Coefficients of the straight line that decode iterations follow around a batch.
 
-    Below the roof they are the profile's; above it there is no base, and a request takes
-    what the roof says.
+    Below the roof they are the profile's; above it base and requests take what the roof says.
+    The time of the host is in the base.
 
     Parameters
     ----------
@@ -112,20 +114,23 @@ def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, An
     (0.0, 0.0001)
     """
     size = np.asarray(size_req, dtype=np.float64)
-    above = (rows["decode_roof_s"] - rows["decode_req_s"]) * size > rows["decode_base_s"]
-    if not above.any():
+    lower_s = rows["decode_base_s"] - rows["decode_roof_base_s"]
+    above = (rows["decode_roof_s"] - rows["decode_req_s"]) * size > lower_s
+    if not (above.any() or rows["decode_host_s"].any()):
         return rows, slopes
     rows, slopes = rows.copy(), slopes.copy()
     for each in (rows, slopes):
-        each["decode_base_s"][above] = 0.0
+        each["decode_base_s"][above] = each["decode_roof_base_s"][above]
         each["decode_req_s"][above] = each["decode_roof_s"][above]
+        each["decode_base_s"] += each["decode_host_s"]
+        each["decode_host_s"] = 0.0
     return rows, slopes
 
 
 def decode_j(
     rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
 ) -> F64:
-    """Energy of one decode iteration: ``T P_on + iter + req n + kv K``.
+    """Energy of one decode iteration: ``T P_on + iter + req n + kv K - host (P_on - P_idle)``.
 
     Parameters
     ----------
@@ -148,8 +153,8 @@ def decode_j(
 def batch_j(rows: Any, running_req: ArrayLike, kv_tok: ArrayLike) -> F64:
     """Energy that one decode iteration takes besides what is drawn all the time.
 
-    ``iter + req n + kv K``; the mean power of an iteration of time ``T`` is ``P_on`` plus this
-    over ``T``.
+    ``iter + req n + kv K - host (P_on - P_idle)``, since the GPU idles while the host works; the
+    mean power of an iteration of time ``T`` is ``P_on`` plus this over ``T``.
 
     Parameters
     ----------
@@ -170,12 +175,17 @@ def batch_j(rows: Any, running_req: ArrayLike, kv_tok: ArrayLike) -> F64:
         rows["decode_iter_j"]
         + rows["decode_req_j"] * np.asarray(running_req, dtype=np.float64)
         + rows["decode_kv_j"] * np.asarray(kv_tok, dtype=np.float64)
-    )
+    ) - rows["decode_host_s"] * (rows["decode_power_w"] - rows["idle_w"])
     return energy_j
 
 
-def prefill_s(rows: Any, new_tok: ArrayLike, square_tok2: ArrayLike | None = None) -> F64:
-    """Time of one prefill iteration.
+def prefill_s(
+    rows: Any,
+    new_tok: ArrayLike,
+    square_tok2: ArrayLike | None = None,
+    prompts_req: ArrayLike = 1.0,
+) -> F64:
+    """Time of one prefill iteration: ``req m + base + tok N + tok2 Q``.
 
     Parameters
     ----------
@@ -186,6 +196,8 @@ def prefill_s(rows: Any, new_tok: ArrayLike, square_tok2: ArrayLike | None = Non
     square_tok2 : array_like, optional
         Sum over the batch of ``end^2 - start^2`` of the positions processed, for attention;
         without it one whole prompt, ``new_tok^2``.
+    prompts_req : array_like
+        Prompts that begin; the host works for each before the GPU does.
 
     Examples
     --------
@@ -197,17 +209,25 @@ def prefill_s(rows: Any, new_tok: ArrayLike, square_tok2: ArrayLike | None = Non
     tok = np.asarray(new_tok, dtype=np.float64)
     square = tok**2 if square_tok2 is None else np.asarray(square_tok2, dtype=np.float64)
     time_s: F64 = (
-        rows["prefill_base_s"] + rows["prefill_tok_s"] * tok + rows["prefill_tok2_s"] * square
+        rows["prefill_base_s"]
+        + rows["prefill_tok_s"] * tok
+        + rows["prefill_tok2_s"] * square
+        + rows["prefill_req_s"] * np.asarray(prompts_req, dtype=np.float64)
     )
     return time_s
 
 
-def prefill_j(rows: Any, new_tok: ArrayLike, square_tok2: ArrayLike | None = None) -> F64:
-    """Energy of one prefill iteration.
+def prefill_j(
+    rows: Any,
+    new_tok: ArrayLike,
+    square_tok2: ArrayLike | None = None,
+    prompts_req: ArrayLike = 1.0,
+) -> F64:
+    """Energy of one prefill iteration; idle power while the host works.
 
     Parameters
     ----------
-    rows, new_tok, square_tok2
+    rows, new_tok, square_tok2, prompts_req
         As of :func:`prefill_s`.
 
     Examples
@@ -217,7 +237,9 @@ def prefill_j(rows: Any, new_tok: ArrayLike, square_tok2: ArrayLike | None = Non
     >>> float(prefill_j(profile.table[-1], 1000).round(1))
     30.2
     """
-    energy_j: F64 = prefill_s(rows, new_tok, square_tok2) * rows["prefill_power_w"]
+    host_s = rows["prefill_req_s"] * np.asarray(prompts_req, dtype=np.float64)
+    computing_s = prefill_s(rows, new_tok, square_tok2, 0.0)
+    energy_j: F64 = computing_s * rows["prefill_power_w"] + host_s * rows["idle_w"]
     return energy_j
 
 

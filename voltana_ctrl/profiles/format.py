@@ -12,9 +12,16 @@ is; a term without a shape does not depend on the clock. A shape is a factor of 
     ``g ** exponent * (1 + slope_per_ghz * max(0, g - knee_ghz)) ** 2``: dynamic power is
     clock times voltage squared, and the voltage rises above the knee.
 
-The section ``actuators`` may be left out. It holds measured points of power caps, memory and
-CPU clocks beside those of clock locks at the same loads: fields of
-:class:`voltana_ctrl.types.ActuatorPoint`.
+Sections that may be left out: ``parking`` (what a parked and empty instance draws, and how long
+it takes to wake), ``clock_change`` (what a change of its clock costs), ``server`` (what the rest
+of its server draws, per instance) and ``actuators``. Within the others a coefficient that may be
+left out is 0: time of the host per decode step (``decode_time.host_s``) and per prompt
+(``prefill_time.req_s``), what prompts draw on top in an iteration that decodes, too
+(``prefill_power.beside_w``), the line to which computing bends the step time
+(``decode_time.roof_base_s``, ``roof_s``).
+
+The section ``actuators`` holds measured points of power caps, memory and CPU clocks beside those
+of clock locks at the same loads: fields of :class:`voltana_ctrl.types.ActuatorPoint`.
 """
 
 from __future__ import annotations
@@ -41,11 +48,21 @@ _LAWS = {
     "prefill_power": ("power_w",),
 }
 # Section -> keys that may be left out: 0.
-_OPTIONAL = {"decode_time": ("roof_s",)}
+_OPTIONAL = {
+    "decode_time": ("roof_s", "roof_base_s", "host_s"),
+    "prefill_time": ("req_s",),
+    "prefill_power": ("beside_w",),
+}
 _SETTINGS = {
     "memory": ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "batch_steps"),
-    "power": ("idle_w", "power_cap_w"),
+    "power": ("idle_w", "power_cap_w"),  # idle_w may depend on the clock
     "transfer": ("kv_bytes_per_tok", "link_bytes_s", "link_latency_s", "transfer_j_per_tok"),
+}
+# Section that may be left out -> its keys -> what the profile calls them.
+_EXTRAS = {
+    "parking": {"parked_w": "parked_w", "wake_s": "wake_s"},
+    "clock_change": {"stall_s": "clock_stall_s", "energy_j": "clock_change_j"},
+    "server": {"rest_w": "rest_of_server_w"},
 }
 _SHAPES = {
     "points": ("clock_mhz", "factor"),
@@ -84,17 +101,19 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     ...
     voltana_ctrl.errors.ConfigError: missing key 'name'
     """
-    _check_keys("", laws, _TOP, optional=(_ACTUATORS,))
+    _check_keys("", laws, _TOP, optional=(_ACTUATORS, *_EXTRAS))
     sources = {}
     for section, keys in (_LAWS | _SETTINGS).items():
         optional = _OPTIONAL.get(section, ())
         table = _check_keys(section, laws[section], (*keys, *_PROVENANCE), optional=optional)
-        sources[section] = {key: str(table[key]) for key in _PROVENANCE}
-        if table["status"] not in _STATUS_BEST_FIRST:
-            raise ConfigError(
-                f"{section}.status: expected one of {', '.join(_STATUS_BEST_FIRST)},"
-                f" got {table['status']!r}"
-            )
+        sources[section] = _provenance(section, table)
+    extras: dict[str, Any] = {}
+    for section, names in _EXTRAS.items():
+        if section in laws:
+            table = _check_keys(section, laws[section], (*names, *_PROVENANCE))
+            sources[section] = _provenance(section, table)
+            for key, name in names.items():
+                extras[name] = _number(f"{section}.{key}", table[key])
     clocks_mhz = _ladder(laws["clocks"])
     shapes = {
         name: _shape(f"shapes.{name}", shape, clocks_mhz)
@@ -111,7 +130,11 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     positive("power.power_cap_w", power_cap_w)
     for column in ("decode_power_w", "prefill_power_w"):
         rows[column] = np.minimum(rows[column], power_cap_w)
+    spare_w = power_cap_w - rows["prefill_power_w"]
+    rows["prefill_beside_w"] = np.minimum(rows["prefill_beside_w"], spare_w)
+    rows["idle_w"] = _coefficient("power.idle_w", laws["power"]["idle_w"], shapes)
     settings = {key: laws[section][key] for section, keys in _SETTINGS.items() for key in keys}
+    settings["idle_w"] = float(rows["idle_w"][-1])
     settings["batch_steps"] = _steps(settings["batch_steps"])
     weakest = max((entry["status"] for entry in sources.values()), key=_STATUS_BEST_FIRST.index)
     actuators: tuple[ActuatorPoint, ...] = ()
@@ -129,7 +152,17 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
         sources=sources,
         actuators=actuators,
         **settings,
+        **extras,
     )
+
+
+def _provenance(section: str, table: Mapping[str, Any]) -> dict[str, str]:
+    if table["status"] not in _STATUS_BEST_FIRST:
+        raise ConfigError(
+            f"{section}.status: expected one of {', '.join(_STATUS_BEST_FIRST)},"
+            f" got {table['status']!r}"
+        )
+    return {key: str(table[key]) for key in _PROVENANCE}
 
 
 def _check_keys(

@@ -139,31 +139,37 @@ def _power_w(
     )
     decode_tok_s = decode_share * load.decode_tok_s
     growth_s = rows["decode_req_s"] + rows["decode_kv_s"] * load.context_tok
+    base_s = rows["decode_base_s"] + rows["decode_host_s"]
     spare_frac = 1.0 - busy_frac - decode_tok_s * growth_s
     # A roof makes no batch longer at a load that it can serve.
     roof_s = rows["decode_roof_s"] + rows["decode_kv_s"] * load.context_tok
     served = (spare_frac > 0.0) & (decode_tok_s * roof_s < 1.0 - busy_frac)
     with np.errstate(divide="ignore", invalid="ignore"):
         step_s = np.maximum(
-            rows["decode_base_s"] / spare_frac, rows["decode_floor_s"] / (1.0 - busy_frac)
+            base_s / spare_frac,
+            (rows["decode_floor_s"] + rows["decode_host_s"]) / (1.0 - busy_frac),
         )
+        roof_base_s = rows["decode_roof_base_s"] + rows["decode_host_s"]
+        step_s = np.maximum(step_s, roof_base_s / (1.0 - busy_frac - decode_tok_s * roof_s))
         running_req = decode_tok_s * step_s
         per_token_w = decode_tok_s * (rows["decode_req_j"] + load.context_tok * rows["decode_kv_j"])
         # At low load the instance also idles: the batch is negative binomial under Poisson
         # arrivals, so it is empty for this share of the time.
         rho_frac = decode_tok_s * growth_s / (1.0 - busy_frac)
-        stages = rows["decode_base_s"] / growth_s + 1.0
+        stages = base_s / growth_s + 1.0
         on_frac = -np.expm1(stages * np.log1p(-np.clip(rho_frac, 0.0, 1.0)))
-        on_step_s = np.maximum(step_s, (rows["decode_base_s"] + growth_s * running_req / on_frac))
+        on_step_s = np.maximum(step_s, (base_s + growth_s * running_req / on_frac))
+        resting_j = rows["decode_host_s"] * (rows["decode_power_w"] - rows["idle_w"])
         decode_w = (
             on_frac
             * (
                 (1.0 - busy_frac) * (rows["decode_power_w"] - rest_w)
-                + rows["decode_iter_j"] / on_step_s
+                + (rows["decode_iter_j"] - resting_j) / on_step_s
             )
             + per_token_w
         )
-    prefill_w = busy_frac * (rows["prefill_power_w"] - rest_w)
+    beside_w = np.where(decode_share > 0.0, rows["prefill_beside_w"], 0.0)
+    prefill_w = busy_frac * (rows["prefill_power_w"] + beside_w - rest_w)
     decodes = decode_tok_s > 0.0
     kv_limit = one.kv_capacity_tok / max(load.context_tok, 1e-9)
     possible = np.where(

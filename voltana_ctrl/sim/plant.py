@@ -26,6 +26,7 @@ from voltana_ctrl.kernels.route.base import ROUTER_SIGNATURE, by_share
 from voltana_ctrl.ports import Governor, Router, believe_of
 from voltana_ctrl.routing.base import CompiledRouter
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
+from voltana_ctrl.sim.records import NEVER, starting_instances, starting_requests
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import (
     Belief,
@@ -41,7 +42,6 @@ from voltana_ctrl.types.packed import instance_types
 
 __all__ = ["Plant", "PlantSettings"]
 
-_NEVER = 1e300
 # Where they stand among the arrays of the kernel.
 _TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED, _PARAMS = 3, 4, 19, 20, 21
 
@@ -161,8 +161,8 @@ class Plant:
         self.settings = settings or PlantSettings()
         n = len(fleet)
         self._tables, self._padded, kind = instance_types(fleet)
-        self.instances = _instances(fleet, kind)
-        self.requests = _requests(workload)
+        self.instances = starting_instances(fleet, kind)
+        self.requests = starting_requests(workload)
         self._sim = np.zeros(1, dtype=layout.SIM_DTYPE)
         self._noise = np.random.default_rng([seed, 1])
         self._start_sim(judged_s, seed)
@@ -170,7 +170,7 @@ class Plant:
         ring = 1 << max(1, int(largest).bit_length())
         leaves = 1 << max(0, (n - 1).bit_length())
         requests = max(1, len(workload))
-        self._tree = np.full(2 * leaves, _NEVER)
+        self._tree = np.full(2 * leaves, NEVER)
         nodes = {node: k for k, node in enumerate(dict.fromkeys(i.node for i in fleet.instances))}
         self.instances["node"] = [nodes[i.node] for i in fleet.instances]
         self._node_free_s = np.zeros(len(nodes))
@@ -251,9 +251,9 @@ class Plant:
         if concurrency is not None:
             sim["closed_loop"] = 1
             sim["n_arrivals"] = sim["next_release"] = min(concurrency, len(self.workload))
-            self.requests["arrival_s"][concurrency:] = _NEVER
+            self.requests["arrival_s"][concurrency:] = NEVER
         arrival_s = self.requests["arrival_s"]
-        judged = (arrival_s >= judged_s[0]) & (arrival_s < min(judged_s[1], _NEVER))
+        judged = (arrival_s >= judged_s[0]) & (arrival_s < min(judged_s[1], NEVER))
         sim["n_judged"] = sim["n_judged_left"] = judged.sum()
 
     def _take_governors(self, governors: Sequence[Governor] | None) -> tuple[Any, Any, Any]:
@@ -490,7 +490,7 @@ class Plant:
         oldest_s = np.zeros(len(inst))
         oldest_s[waits] = now_s - self.requests["arrival_s"][head[waits]]
         iterates = inst["iterating"] == 1
-        power_w = np.where(iterates, inst["power_w"], inst["rest_w"])
+        power_w = np.where(iterates, inst["power_w"], self._resting_w())
         if self.settings.power_noise_sd_w > 0.0:
             noise_w = self._noise.normal(0.0, self.settings.power_noise_sd_w, len(inst))
             power_w = np.maximum(power_w + noise_w, 0.0)
@@ -510,6 +510,14 @@ class Plant:
             arrived_req=inst["arrived_req"],
             arrived_tok=inst["arrived_tok"],
         )
+
+    def _resting_w(self) -> Any:
+        """Power of instances without an iteration, as the kernel accounts for it."""
+        inst, idle_w = self.instances, self._tables["idle_w"]
+        at_w = idle_w[inst["type"], np.minimum(inst["clock_k"], inst["clamp_k"])]
+        awake = (inst["asleep"] == 0) & (inst["alive"] == 1)
+        top_w = idle_w[inst["type"], inst["n_clocks"] - 1]
+        return inst["rest_w"] + np.where(awake, at_w - top_w, 0.0)
 
     def read(self) -> Observation:
         """State now, and what happened since the last read."""
@@ -547,47 +555,3 @@ class Plant:
             prefill_instance=rows["prefill_at"],
             decode_instance=rows["decode_at"],
         )
-
-
-def _instances(fleet: FleetSpec, kind: Any) -> Any:
-    inst = np.zeros(len(fleet), dtype=layout.INSTANCE_DTYPE)
-    inst["type"] = kind
-    for i, spec in enumerate(fleet.instances):
-        one, profile = inst[i], spec.profile
-        one["n_clocks"] = len(spec.clocks_mhz)
-        one["prefills"] = spec.role.prefills
-        one["decodes"] = spec.role.decodes
-        for name in ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "max_prefill_req"):
-            one[name] = getattr(spec, name)
-        one["idle_w"] = one["rest_w"] = spec.idle_w
-        one["asleep_w"], one["wake_s"], one["wake_j"] = spec.parked_w, spec.wake_s, spec.wake_j
-        one["sleeps"] = spec.parked_w < spec.idle_w or spec.wake_s > 0.0 or spec.wake_j > 0.0
-        one["transfer_latency_s"] = profile.link_latency_s
-        one["transfer_tok_s"] = profile.kv_bytes_per_tok / profile.link_bytes_s
-        one["transfer_tok_j"] = profile.transfer_j_per_tok
-        one["first_token_decode"] = profile.first_token == "decode"
-        one["clock_k"] = one["want_k"] = one["call_k"] = len(spec.clocks_mhz) - 1
-        one["clamp_k"] = len(spec.clocks_mhz) - 1
-        one["floor_mhz"] = one["ceiling_mhz"] = one["able_mhz"] = spec.clocks_mhz[-1]
-    for name in ("last_admitted", "prefill_head", "prefill_tail", "wait_head", "wait_tail"):
-        inst[name] = -1
-    for name in ("alive", "active", "seen"):
-        inst[name] = 1
-    for name in ("power_cap_w", "call_end_s", "idle_call_s", "wake_end_s"):
-        inst[name] = _NEVER
-    for name in ("slow_frac", "prefill_pace_frac", "decode_pace_frac"):
-        inst[name] = 1.0
-    inst["jitter_frac"] = 1.0
-    return inst
-
-
-def _requests(workload: Workload) -> Any:
-    req = np.zeros(len(workload), dtype=layout.REQUEST_DTYPE)
-    for name in ("arrival_s", "prompt_tok", "output_tok", "cached_tok", "request_class"):
-        req[name] = getattr(workload, name)
-    req["todo_tok"] = req["prompt_tok"] - req["cached_tok"]
-    for name in ("prefill_at", "decode_at", "next", "prev", "older", "newer"):
-        req[name] = -1
-    for name in ("first_s", "done_s"):
-        req[name] = -1.0
-    return req

@@ -15,7 +15,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, I64, count, not_negative
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types.ladder import row_up
-from voltana_ctrl.types.profile import Profile
+from voltana_ctrl.types.profile import Profile, with_idle_w
 
 
 class Role(Enum):
@@ -65,12 +65,13 @@ class InstanceSpec:
     gpus : int, optional
         GPUs of the instance; must be what the profile was made for.
     idle_w : float, optional
-        Power when nothing runs.
+        Power when nothing runs, at the highest clock.
     asleep_w : float, optional
-        Power while it is parked and empty; `idle_w` by default, which parking does not change.
+        Power while it is parked and empty; what the profile says by default, and `idle_w` where
+        it does not.
     wake_s, wake_j : float
-        Time until a parked and empty instance works again, and energy that this takes beyond
-        idle power.
+        Time until a parked and empty instance works again, that of the profile by default, and
+        energy that this takes beyond idle power.
     node : str
         Clock sets are serialised among instances of one node.
 
@@ -99,7 +100,7 @@ class InstanceSpec:
     gpus: int = None  # type: ignore[assignment]
     idle_w: float = None  # type: ignore[assignment]
     asleep_w: float | None = None
-    wake_s: float = 0.0
+    wake_s: float = None  # type: ignore[assignment]
     wake_j: float = 0.0
     node: str = "node0"
 
@@ -118,6 +119,7 @@ class InstanceSpec:
             "prefill_budget_tok",
             "gpus",
             "idle_w",
+            "wake_s",
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.profile, name))
@@ -157,12 +159,16 @@ class InstanceSpec:
     @property
     def parked_w(self) -> float:
         """Power while parked and empty."""
-        return self.idle_w if self.asleep_w is None else self.asleep_w
+        if self.asleep_w is not None:
+            return self.asleep_w
+        parked_w = self.profile.parked_w
+        return self.idle_w if parked_w is None else min(parked_w, self.idle_w)
 
     @property
     def table(self) -> Any:
         """Rows of the profile at this instance's clocks, dtype PROFILE_DTYPE."""
-        return self.profile.table[np.isin(self.profile.clocks_mhz, self.clocks_mhz)]
+        rows = with_idle_w(self.profile.table, self.idle_w)
+        return rows[np.isin(self.profile.clocks_mhz, self.clocks_mhz)]
 
     def clock_rows(self, ladder_mhz: Sequence[float] | None) -> list[int]:
         """Positions in `clocks_mhz` at or above each ladder entry, without repeats.

@@ -23,11 +23,16 @@ def instance_types(fleet: FleetSpec) -> tuple[Any, I64, I64]:
     kind : ndarray of int, shape (n,)
         Row of each instance.
     """
-    keys: dict[tuple[int, bytes, int], int] = {}
+    keys: dict[tuple[int, bytes, int, float], int] = {}
     kind = np.zeros(len(fleet), dtype=np.int64)
     firsts: list[InstanceSpec] = []
     for i, instance in enumerate(fleet.instances):
-        key = (id(instance.profile), instance.clocks_mhz.tobytes(), instance.max_batch)
+        key = (
+            id(instance.profile),
+            instance.clocks_mhz.tobytes(),
+            instance.max_batch,
+            instance.idle_w,
+        )
         if key not in keys:
             keys[key] = len(firsts)
             firsts.append(instance)

@@ -16,6 +16,31 @@ from voltana_ctrl.types.actuators import ActuatorPoint
 ProfileStatus = Literal["measured", "fitted", "scaled", "extrapolated"]
 
 
+def with_idle_w(table: Any, idle_w: float) -> Any:
+    """Rows whose idle power at the highest clock is this; at the others it moves as much.
+
+    Parameters
+    ----------
+    table : ndarray, shape (n_clocks,), dtype PROFILE_DTYPE
+        Coefficients.
+    idle_w : float
+        Idle power at the highest clock.
+
+    Examples
+    --------
+    >>> rows = np.zeros(2, dtype=PROFILE_DTYPE)
+    >>> rows["idle_w"] = 55.0, 60.0
+    >>> with_idle_w(rows, 80.0)["idle_w"]
+    array([75., 80.])
+    """
+    if len(table) == 0 or table["idle_w"][-1] == idle_w:
+        return table
+    moved = table.copy()
+    moved["idle_w"] = np.maximum(0.0, moved["idle_w"] + (idle_w - table["idle_w"][-1]))
+    moved.flags.writeable = False
+    return moved
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Profile:
     """Latency and energy coefficients of one instance, per clock of its ladder.
@@ -36,11 +61,22 @@ class Profile:
         Staircase: a batch of up to `upto_req` runs as the next multiple of `step_req`.
         Sizes beyond the last entry are not padded.
     idle_w : float
-        Power of an instance that holds the model and runs nothing.
+        Power of an instance that holds the model and runs nothing, at its highest clock; the
+        column `idle_w` of the table says it per clock, and is moved to agree.
+    parked_w : float, optional
+        Power while it is parked and empty, with the clocks of core and memory at their lowest;
+        `idle_w` by default, which parking does not change.
+    wake_s : float
+        Time until a parked and empty instance works again.
     kv_capacity_tok, max_batch, prefill_budget_tok : int
         KV cache size, running-request limit, prompt tokens per iteration.
     kv_bytes_per_tok, link_bytes_s, link_latency_s, transfer_j_per_tok : float
         KV transfer from prefill to decode takes ``latency + tok * bytes / link`` seconds.
+    clock_stall_s, clock_change_j : float
+        A change of its clock keeps the instance from working for so long, and takes so much.
+    rest_of_server_w : float
+        What its server draws besides the GPUs, per instance: fans, processors, conversion. No
+        policy changes it; it counts in savings at the wall alone.
     power_cap_w : float
         Power limit of the instance; in the table already.
     first_token : {"prefill", "decode"}
@@ -80,6 +116,11 @@ class Profile:
     link_bytes_s: float
     link_latency_s: float = 0.0
     transfer_j_per_tok: float = 0.0
+    parked_w: float | None = None
+    wake_s: float = 0.0
+    clock_stall_s: float = 0.0
+    clock_change_j: float = 0.0
+    rest_of_server_w: float = 0.0
     power_cap_w: float
     first_token: Literal["prefill", "decode"] = "prefill"
     status: ProfileStatus
@@ -89,8 +130,10 @@ class Profile:
 
     def __post_init__(self) -> None:
         label = f"Profile({self.name})"
+        not_negative(f"{label}.idle_w", self.idle_w)
         table = np.asarray(self.table)
         table = frozen_array(f"{label}.table", table, (len(table),), PROFILE_DTYPE)
+        table = with_idle_w(table, self.idle_w)
         object.__setattr__(self, "table", table)
         for column in PROFILE_DTYPE.names or ():
             values = table[column]
@@ -103,8 +146,17 @@ class Profile:
             raise ConfigError(f"{label}.table: expected ascending clocks > 0, got {clocks_mhz}")
         for name in ("gpus", "kv_capacity_tok", "max_batch", "prefill_budget_tok"):
             count(f"{label}.{name}", getattr(self, name))
-        for name in ("idle_w", "link_latency_s", "transfer_j_per_tok"):
+        for name in (
+            "link_latency_s",
+            "transfer_j_per_tok",
+            "wake_s",
+            "clock_stall_s",
+            "clock_change_j",
+            "rest_of_server_w",
+        ):
             not_negative(f"{label}.{name}", getattr(self, name))
+        if self.parked_w is not None:
+            not_negative(f"{label}.parked_w", self.parked_w)
         for name in ("kv_bytes_per_tok", "link_bytes_s", "power_cap_w"):
             positive(f"{label}.{name}", getattr(self, name))
         if self.first_token not in ("prefill", "decode"):

@@ -137,7 +137,10 @@ def worst_power(
             if k < n_clocks[i]:
                 row = tables[kind[i], k]
                 if works and prefills[i] > 0:
-                    worst_w = max(worst_w, row["prefill_power_w"])
+                    prompt_w = row["prefill_power_w"]
+                    if decodes[i] > 0:
+                        prompt_w += row["prefill_beside_w"]
+                    worst_w = max(worst_w, prompt_w)
                 if works and decodes[i] > 0:
                     step_s = decode_s(row, n, kv_tok)
                     drawn_w = row["decode_power_w"] + batch_j(row, n, kv_tok) / step_s

@@ -43,12 +43,10 @@ def governed_batches(rows, padded, context_tok, pace_frac, target_s, needed_k, s
 
 
 @njit(
-    types.UniTuple(F8, 3)(STATION, F8, F8, I8, F8, I8, F8),
+    types.UniTuple(F8, 3)(STATION, F8, F8, I8, F8, I8),
     cache=True,
 )
-def station(
-    one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k, idle_w,
-):  # fmt: skip
+def station(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k):
     """Stationary power [W], share of arrivals over the limits, and batch of one station.
 
     Detailed balance ``p(n) / p(n-1) = lam (L-1) T(n) / n`` with the governor inside: ``T(n)``
@@ -65,8 +63,8 @@ def station(
     used = arrival_req_s * prompt_s[floor_k]
     if used >= 1.0:
         return math.inf, 1.0, math.inf
-    energy = (1.0 - used) * idle_w + used * prompt_w[floor_k]
     row = rows[floor_k]
+    energy = (1.0 - used) * row["idle_w"] + used * prompt_w[floor_k]
     for n in range(1, len(padded)):
         k = needed_k[n]
         if k > floor_k:
@@ -102,10 +100,10 @@ def station(
 
 
 @njit(
-    types.Tuple((I8, F8, F8))(STATION, F8, F8, I8, F8, F8, F8, I8),
+    types.Tuple((I8, F8, F8))(STATION, F8, F8, I8, F8, F8, I8),
     cache=True,
 )
-def _least_floor(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, allowed, idle_w, guess):
+def _least_floor(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, allowed, guess):
     """Lowest floor with few enough arrivals over the limits, the top if none; its figures.
 
     A higher floor never misses more. The search leaves `guess` by doubling steps until the
@@ -119,9 +117,7 @@ def _least_floor(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, allo
     at = min(guess, max(0, top - 1))
     stride = 1
     while low < high:
-        power, over, _ = station(
-            one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, at, idle_w
-        )
+        power, over, _ = station(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, at)
         if over <= allowed:
             high = found_k = at
             found_w, found_over = power, over
@@ -136,13 +132,13 @@ def _least_floor(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, allo
         stride *= 2
     if found_k != low:
         found_w, found_over, _ = station(
-            one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, low, idle_w
+            one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, low
         )
     return low, found_w, found_over
 
 
 @njit(
-    types.void(STATION, F8_1, F8, I8, F8, F8, F8, OUT_F8_1, OUT_I8_1, OUT_F8_1),
+    types.void(STATION, F8_1, F8, I8, F8, F8, OUT_F8_1, OUT_I8_1, OUT_F8_1),
     cache=True,
 )
 def decode_curve(
@@ -152,7 +148,6 @@ def decode_curve(
     batch_limit_req,
     limit_s,
     miss_frac,
-    idle_w,
     least_w,
     floor_k,
     over_frac,
@@ -166,7 +161,7 @@ def decode_curve(
     guess = 0
     for g in range(len(arrival_req_s)):
         low, best_w, best_over = _least_floor(
-            one, arrival_req_s[g], decoded_tok, batch_limit_req, limit_s, miss_frac, idle_w, guess
+            one, arrival_req_s[g], decoded_tok, batch_limit_req, limit_s, miss_frac, guess
         )
         # The next load needs about the same.
         guess = low
@@ -179,7 +174,6 @@ def decode_curve(
                 batch_limit_req,
                 limit_s,
                 best_over + miss_frac,
-                idle_w,
                 low,
             )
         best_k = low
@@ -188,7 +182,7 @@ def decode_curve(
             if best_over > miss_frac:
                 break
             above_w, above_over, _ = station(
-                one, arrival_req_s[g], decoded_tok, batch_limit_req, limit_s, k, idle_w
+                one, arrival_req_s[g], decoded_tok, batch_limit_req, limit_s, k
             )
             if above_w >= best_w:
                 break
@@ -202,6 +196,7 @@ def decode_curve(
 def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2, ttft_s, typical):
     """Share of prompts that wait too long: an exponential tail of Pollaczek-Khinchine's mean."""
     work_s = row["prefill_tok_s"] * prompt_tok + row["prefill_tok2_s"] * square_tok2
+    work_s += row["prefill_req_s"]
     rho = load_req_s * work_s + cycles_s * row["prefill_base_s"]
     if rho >= 1.0:
         return 1.0
@@ -222,13 +217,11 @@ def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2
 
 
 @njit(
-    types.void(
-        ROWS, F8_1, F8, F8, F8, F8, F8, types.boolean, F8, F8_1, OUT_F8_1, OUT_I8_1, OUT_F8_1
-    ),
+    types.void(ROWS, F8_1, F8, F8, F8, F8, types.boolean, F8, F8_1, OUT_F8_1, OUT_I8_1, OUT_F8_1),
     cache=True,
 )
 def prefill_curve(
-    rows, arrival_req_s, prompt_tok, prompt_sd_tok, ttft_s, idle_w, miss_frac, governed, deaf_frac,
+    rows, arrival_req_s, prompt_tok, prompt_sd_tok, ttft_s, miss_frac, governed, deaf_frac,
     typical, least_w, best_k, late_frac,
 ):  # fmt: skip
     """Least power over clocks at which few enough prompts wait too long, per load.
@@ -254,8 +247,11 @@ def prefill_curve(
             work_s = row["prefill_tok_s"] * prompt_tok + row["prefill_tok2_s"] * square
             rho = load * work_s + cycles * row["prefill_base_s"]
             power_w = math.inf
+            # While the host works for a prompt the GPU idles.
+            busy_frac = rho
+            rho += load * row["prefill_req_s"]
             if rho < 1.0:
-                power_w = idle_w + rho * (row["prefill_power_w"] - idle_w)
+                power_w = row["idle_w"] + busy_frac * (row["prefill_power_w"] - row["idle_w"])
             if k > 0 and not power_w < least_w[g]:
                 continue
             if k == 0 or not governed:
@@ -272,7 +268,7 @@ def prefill_curve(
             for k in range(top):
                 row = rows[k]
                 work_s = row["prefill_tok_s"] * prompt_tok + row["prefill_tok2_s"] * square
-                rho = load * work_s + cycles * row["prefill_base_s"]
+                rho = load * (work_s + row["prefill_req_s"]) + cycles * row["prefill_base_s"]
                 if deaf_frac * rho < 1.0:
                     best_k[g] = k
                     break

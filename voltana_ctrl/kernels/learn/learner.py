@@ -103,15 +103,19 @@ def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
     base_s = table[i, k]["decode_base_s"]
     req_s = table[i, k]["decode_req_s"] * size_req
     kv_s = table[i, k]["decode_kv_s"] * kv_tok
-    if table[i, k]["decode_roof_s"] * size_req > base_s + req_s:
+    roof_base_s = table[i, k]["decode_roof_base_s"]
+    if roof_base_s + table[i, k]["decode_roof_s"] * size_req > base_s + req_s:
         # Computing, which grows with the batch, takes longer than all else but KV.
-        base_s = 0.0
+        base_s = roof_base_s
         req_s = table[i, k]["decode_roof_s"] * size_req
     total_s = base_s + req_s + kv_s
     if total_s <= table[i, k]["decode_floor_s"]:
         # A floor is a matter of launching, as the base is: they share a scale.
         base_s = total_s = table[i, k]["decode_floor_s"]
         req_s = kv_s = 0.0
+    # What the host does is a matter of launching, too.
+    base_s += table[i, k]["decode_host_s"]
+    total_s += table[i, k]["decode_host_s"]
     if not total_s > 0.0:
         return 0.0
     _part(phi, 0, base_s / total_s, tilt)
@@ -124,6 +128,7 @@ def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
 def _prefill_parts(table, i, k, tilt, tok, n_req, phi):
     """Prior time of the prefill of an iteration [s]; its parts' shares into `phi`."""
     base_s = table[i, k]["prefill_base_s"] if n_req == 0.0 else 0.0
+    base_s += table[i, k]["prefill_req_s"]
     tok_s = table[i, k]["prefill_tok_s"] * tok
     if not base_s + tok_s > 0.0:
         return 0.0
@@ -285,7 +290,8 @@ def _learn_mixed(
     decode_frac = said_d_s / (said_d_s + said_p_s)
     held_j = decode_frac * wall_s * table[i, k]["decode_power_w"]
     rest_j = batch_j(table[i, k], n_req, kv_tok)
-    prefill_j = (1.0 - decode_frac) * wall_s * table[i, k]["prefill_power_w"]
+    prefill_w = table[i, k]["prefill_power_w"] + table[i, k]["prefill_beside_w"]
+    prefill_j = (1.0 - decode_frac) * wall_s * prefill_w
     if not (prefill_j > 0.0 and _sane(energy_j, held_j + rest_j + prefill_j)):
         return 1
     d, m = DECODE_ENERGY, PREFILL_ENERGY
@@ -382,19 +388,24 @@ def learn(
 # ``table[instance, clock, column]``: the records of PROFILE_DTYPE seen as plain numbers.
 (
     CLOCK_MHZ,
+    IDLE_W,
+    DECODE_HOST_S,
     DECODE_BASE_S,
     DECODE_REQ_S,
     DECODE_KV_S,
     DECODE_FLOOR_S,
     DECODE_ROOF_S,
+    DECODE_ROOF_BASE_S,
     DECODE_POWER_W,
     DECODE_ITER_J,
     DECODE_REQ_J,
     DECODE_KV_J,
+    PREFILL_REQ_S,
     PREFILL_BASE_S,
     PREFILL_TOK_S,
     PREFILL_TOK2_S,
     PREFILL_POWER_W,
+    PREFILL_BESIDE_W,
 ) = range(len(PROFILE_DTYPE.names or ()))
 
 
@@ -417,11 +428,15 @@ def learned_table(table, n_clocks, theta, chosen, out):
         for k in range(last + 1):
             tilt = tilt_of(table[i, k, CLOCK_MHZ], low_mhz, high_mhz)
             out[i, k, CLOCK_MHZ] = table[i, k, CLOCK_MHZ]
+            out[i, k, IDLE_W] = table[i, k, IDLE_W]
+            _scaled(table, i, k, DECODE_HOST_S, decode, 0, tilt, out)
             _scaled(table, i, k, DECODE_BASE_S, decode, 0, tilt, out)
             _scaled(table, i, k, DECODE_FLOOR_S, decode, 0, tilt, out)
             _scaled(table, i, k, DECODE_REQ_S, decode, 1, tilt, out)
             _scaled(table, i, k, DECODE_ROOF_S, decode, 1, tilt, out)
+            _scaled(table, i, k, DECODE_ROOF_BASE_S, decode, 0, tilt, out)
             _scaled(table, i, k, DECODE_KV_S, decode, 2, tilt, out)
+            _scaled(table, i, k, PREFILL_REQ_S, prefill, 0, tilt, out)
             _scaled(table, i, k, PREFILL_BASE_S, prefill, 0, tilt, out)
             _scaled(table, i, k, PREFILL_TOK_S, prefill, 1, tilt, out)
             _scaled(table, i, k, PREFILL_TOK2_S, prefill, 1, tilt, out)
@@ -430,10 +445,11 @@ def learned_table(table, n_clocks, theta, chosen, out):
             _scaled(table, i, k, DECODE_REQ_J, decode_power, 1, tilt, out)
             _scaled(table, i, k, DECODE_KV_J, decode_power, 1, tilt, out)
             _scaled(table, i, k, PREFILL_POWER_W, prefill_power, 0, tilt, out)
+            _scaled(table, i, k, PREFILL_BESIDE_W, prefill_power, 0, tilt, out)
         for k in range(last - 1, -1, -1):
-            for column in range(DECODE_BASE_S, DECODE_ROOF_S + 1):
+            for column in range(DECODE_HOST_S, DECODE_ROOF_BASE_S + 1):
                 out[i, k, column] = max(out[i, k, column], out[i, k + 1, column])
-            for column in range(PREFILL_BASE_S, PREFILL_TOK2_S + 1):
+            for column in range(PREFILL_REQ_S, PREFILL_TOK2_S + 1):
                 out[i, k, column] = max(out[i, k, column], out[i, k + 1, column])
         for k in range(1, last + 1):
             for column in range(DECODE_POWER_W, DECODE_KV_J + 1):

@@ -80,10 +80,16 @@ def prefill_one(table, n_clocks, i, freq_mhz, new_tok, square_tok2):
     above = _above_frac(table, i, n_clocks[i], k, freq_mhz)
     time_s = prefill_s(table[i, k], tok, tok2)
     power_w = table[i, k]["prefill_power_w"]
+    idle_w = table[i, k]["idle_w"]
     if above > 0.0:
         time_s += above * (prefill_s(table[i, k + 1], tok, tok2) - time_s)
         power_w += above * (table[i, k + 1]["prefill_power_w"] - power_w)
-    return time_s, time_s * power_w, power_w
+        idle_w += above * (table[i, k + 1]["idle_w"] - idle_w)
+    energy_j = time_s * power_w
+    if table[i, k]["prefill_req_s"] > 0.0:  # the GPU idles while the host works
+        energy_j -= table[i, k]["prefill_req_s"] * (power_w - idle_w)
+        power_w = energy_j / time_s
+    return time_s, energy_j, power_w
 
 
 @njit(types.void(TABLES, IN_I8_1, IN_I8_2, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)

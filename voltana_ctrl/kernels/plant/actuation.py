@@ -19,6 +19,18 @@ I8_1, I8_2 = types.Array(I8, 1, "C"), types.Array(I8, 2, "C")
 NEVER = 1e300
 
 
+@njit(F8(INST, types.Array(ROW, 1, "C")), cache=True)
+def _resting_w(one, rows):
+    """Power without an iteration: awake, it depends on the clock that is held meanwhile.
+
+    ``rest + P_idle(f) - P_idle(f_max)``
+    """
+    if one["asleep"] != 0 or one["alive"] == 0:
+        return one["rest_w"]
+    k = min(one["clock_k"], one["clamp_k"])
+    return one["rest_w"] + (rows[k]["idle_w"] - rows[one["n_clocks"] - 1]["idle_w"])
+
+
 @njit(types.void(INST, types.Array(ROW, 1, "C"), F8), cache=True)
 def accrue(one, rows, now_s):
     """Add up energy and time of one instance until `now_s`; power is constant since."""
@@ -37,7 +49,7 @@ def accrue(one, rows, now_s):
         one["busy_s"] += span_s
         one["busy_mhz_s"] += rows[one["run_k"]]["clock_mhz"] * span_s
     else:
-        one["idle_j"] += one["rest_w"] * span_s
+        one["idle_j"] += _resting_w(one, rows) * span_s
 
 
 @njit(F8(INST, TABLES, I8_2), cache=True)
@@ -53,19 +65,34 @@ def price_iteration(one, tables, padded):
     slow = one["slow_frac"] * one["jitter_frac"]
     wall_s, decode_j, prefill_j = iteration_cost(
         tables[kind, k], size, float(batch), float(one["kv_tok"]),
-        float(one["chunk_tok"]), one["chunk_tok2"],
+        float(one["chunk_tok"]), one["chunk_tok2"], float(one["begun_req"]),
     )  # fmt: skip
     while k > 0 and decode_j + prefill_j > one["power_cap_w"] * wall_s:
         k -= 1
         wall_s, decode_j, prefill_j = iteration_cost(
             tables[kind, k], size, float(batch), float(one["kv_tok"]),
-            float(one["chunk_tok"]), one["chunk_tok2"],
+            float(one["chunk_tok"]), one["chunk_tok2"], float(one["begun_req"]),
         )  # fmt: skip
     energy_j = decode_j + prefill_j
     one["run_k"] = k
     one["power_w"] = energy_j / wall_s
     one["decode_power_frac"] = decode_j / energy_j if energy_j > 0.0 else 0.0
     return wall_s * slow
+
+
+@njit(types.void(INST, TABLES, F8, F8), cache=True)
+def proceed(one, tables, now_s, left_s):
+    """The iteration has `left_s` of work left, and begins with it once its clock is stable.
+
+    Until then it draws idle power: the mean over both is what it draws from now on.
+    """
+    one["iter_end_s"] = now_s + left_s
+    stall_s = one["stall_end_s"] - now_s
+    if stall_s > 0.0:
+        idle_w = tables[one["type"], one["run_k"]]["idle_w"]
+        drawn_j = one["power_w"] * left_s + idle_w * stall_s
+        one["power_w"] = drawn_j / (left_s + stall_s)
+        one["iter_end_s"] += stall_s
 
 
 @njit(types.void(INST, TABLES, I8_2, F8), cache=True)
@@ -75,7 +102,7 @@ def repace(one, tables, padded, now_s):
         left_frac = (one["iter_end_s"] - now_s) / one["iter_wall_s"]
         wall_s = price_iteration(one, tables, padded)
         one["iter_wall_s"] = wall_s
-        one["iter_end_s"] = now_s + left_frac * wall_s
+        proceed(one, tables, now_s, left_frac * wall_s)
 
 
 @njit(types.void(INST, TABLES, I8_2, I8, F8, F8), cache=True)
@@ -84,6 +111,10 @@ def set_pace(one, tables, padded, k, cap_w, now_s):
     if k == one["clock_k"] and cap_w == one["power_cap_w"]:
         return
     accrue(one, tables[one["type"]], now_s)
+    if k != one["clock_k"] and one["alive"] != 0:
+        one["idle_j"] += one["clock_change_j"]
+        if one["clock_stall_s"] > 0.0:
+            one["stall_end_s"] = now_s + one["clock_stall_s"]
     one["clock_k"] = k
     one["power_cap_w"] = cap_w
     repace(one, tables, padded, now_s)

@@ -53,6 +53,7 @@ from voltana_ctrl.kernels.plant.actuation import (
     call_returned,
     clock_settled,
     price_iteration,
+    proceed,
     request_clock,
     set_pace,
 )
@@ -312,7 +313,7 @@ def _launch(sim, one, tables, padded):
     one["iter_ask_k"] = one["want_k"]
     one["iter_start_j"] = one["prefill_j"] + one["decode_j"]
     one["iter_wall_s"] = price_iteration(one, tables, padded)
-    one["iter_end_s"] = sim["now_s"] + one["iter_wall_s"]
+    proceed(one, tables, sim["now_s"], one["iter_wall_s"])
 
 
 @njit(types.void(SIMS, INSTS, TABLES), cache=True)

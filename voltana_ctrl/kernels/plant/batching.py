@@ -232,6 +232,7 @@ def form_batch(sim, inst, req, finish, starts, i):
     one["chunk_tok"] = 0
     one["chunk_tok2"] = 0.0
     one["chunk_req"] = 0
+    one["begun_req"] = 0
     r = one["prefill_head"]
     while r >= 0 and budget_tok > 0 and one["chunk_req"] < one["max_prefill_req"]:
         q = req[r]
@@ -243,6 +244,7 @@ def form_batch(sim, inst, req, finish, starts, i):
                 break
             one["kv_tok"] += need_tok
             one["prefilling_req"] += 1
+            one["begun_req"] += 1
             q["context_tok"] = need_tok
         chunk_tok = min(q["todo_tok"], budget_tok)
         start_tok = float(q["context_tok"] - q["todo_tok"])
