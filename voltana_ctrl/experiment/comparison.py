@@ -20,8 +20,8 @@ from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.detail import RunDetail
 from voltana_ctrl.sim.faults import Fault, FaultSchedule, fault_rows
 from voltana_ctrl.sim.metrics import fill_gap_closed
-from voltana_ctrl.sim.plant import PlantSettings
 from voltana_ctrl.sim.power import refuse_below_idle
+from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import WORKLOADS, Workload
 from voltana_ctrl.types import FleetSpec, PowerBudget, Profile, Slo

@@ -19,8 +19,8 @@ from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
 from voltana_ctrl.sim.detail import DetailSampler
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
 from voltana_ctrl.sim.metrics import run_figures, snapshot
-from voltana_ctrl.sim.plant import PlantSettings
 from voltana_ctrl.sim.power import PowerMeter
+from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop, make_workload
 from voltana_ctrl.types import Decision, FleetSpec, PowerBudget, Slo
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from voltana_ctrl.checks import freeze_fields
 from voltana_ctrl.errors import ShapeError
 from voltana_ctrl.moved import forward
 from voltana_ctrl.sim.metrics import judged_latencies, snapshot
-from voltana_ctrl.sim.plant import Plant
+
+if TYPE_CHECKING:
+    from voltana_ctrl.sim.plant import Plant
 
 __all__ = ["DetailSampler", "RunDetail"]
 
@@ -100,6 +102,7 @@ class DetailSampler:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.plant import Plant
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> plant = Plant(fleet, make_workload("sharegpt", rate_req_s=2.0, duration_s=20.0, seed=0))

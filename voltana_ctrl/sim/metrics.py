@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from voltana_ctrl.kernels import layout
-from voltana_ctrl.kernels.plant import advance
-from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.types import Slo
+
+if TYPE_CHECKING:
+    from voltana_ctrl.sim.plant import Plant
 
 __all__ = ["fill_gap_closed", "judged_latencies", "run_figures", "snapshot"]
 
@@ -25,12 +26,15 @@ def snapshot(simulated: Plant) -> Any:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.plant import Plant
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> run = Plant(fleet, make_workload("sharegpt", rate_req_s=1.0, duration_s=5.0, seed=0))
     >>> float(snapshot(run)["idle_j"].sum())
     0.0
     """
+    from voltana_ctrl.kernels.plant import advance  # loads Numba
+
     advance.settle_accounts(simulated._sim, simulated.instances, simulated._tables)
     return simulated.instances.copy()
 
@@ -59,6 +63,7 @@ def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.sim.plant import Plant
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> run = Plant(fleet, make_workload("sharegpt", rate_req_s=1.0, duration_s=60.0, seed=0))
@@ -139,6 +144,7 @@ def judged_latencies(simulated: Plant) -> tuple[Any, Any]:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.plant import Plant
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> run = Plant(fleet, make_workload("fixed", rate_req_s=1.0, duration_s=5.0, seed=0))

@@ -7,12 +7,10 @@ kernel, which returns for each question and goes on with the answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.checks import not_negative
 from voltana_ctrl.control.base import CompiledGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.kernels import layout
@@ -27,6 +25,7 @@ from voltana_ctrl.ports import Governor, Router, believe_of
 from voltana_ctrl.routing.base import CompiledRouter
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
 from voltana_ctrl.sim.records import NEVER, starting_instances, starting_requests
+from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import (
     Belief,
@@ -44,59 +43,6 @@ __all__ = ["Plant", "PlantSettings"]
 
 # Where they stand among the arrays of the kernel.
 _TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED, _PARAMS = 3, 4, 19, 20, 21
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlantSettings:
-    """How the simulated machine behaves, apart from its profiles.
-
-    Parameters
-    ----------
-    actuation_s : float
-        Dead time of a clock set; sets of one node follow one another.
-    settle_s : float
-        From the end of the call until the clock has its new value.
-    view_age_s : float
-        Age of the state that compiled routers see.
-    decode_at_arrival : bool
-        Whether the decode instance is picked when the request arrives (SGLang's P/D
-        balancer) or when its prefill is done (vLLM's proxies).
-    jitter_sd_frac : float
-        Log-normal spread of iteration times, mean 1.
-    power_noise_sd_w : float
-        White noise on power readings; energy sums stay exact.
-    log_iterations : int
-        Iterations kept between two reads; 0 for none.
-
-    Raises
-    ------
-    ConfigError
-        If a value is negative.
-
-    Examples
-    --------
-    >>> PlantSettings().settle_s
-    0.02
-    """
-
-    actuation_s: float = 0.005
-    settle_s: float = 0.02
-    view_age_s: float = 0.0
-    decode_at_arrival: bool = False
-    jitter_sd_frac: float = 0.0
-    power_noise_sd_w: float = 0.0
-    log_iterations: int = 0
-
-    def __post_init__(self) -> None:
-        for name in (
-            "actuation_s",
-            "settle_s",
-            "view_age_s",
-            "jitter_sd_frac",
-            "power_noise_sd_w",
-            "log_iterations",
-        ):
-            not_negative(f"PlantSettings.{name}", getattr(self, name))
 
 
 class Plant:

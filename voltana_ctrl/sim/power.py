@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.sim.metrics import snapshot
-from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.types import FleetSpec, PowerBudget
+
+if TYPE_CHECKING:
+    from voltana_ctrl.sim.plant import Plant
 
 __all__ = ["PowerMeter", "refuse_below_idle"]
 
@@ -39,6 +41,7 @@ class PowerMeter:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.plant import Plant
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> plant = Plant(fleet, make_workload("sharegpt", rate_req_s=2.0, duration_s=20.0, seed=0))
