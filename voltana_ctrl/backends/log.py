@@ -241,7 +241,7 @@ def _rows(path: Path) -> Iterator[Any]:
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
     try:
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet
     except ImportError as error:
         raise ConfigError(f"log {path}: Parquet needs pyarrow; pip install pyarrow") from error
     with parquet.ParquetFile(path) as file:

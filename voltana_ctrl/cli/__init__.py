@@ -21,6 +21,7 @@ from voltana_ctrl.cli import (
     router,
     savings,
 )
+from voltana_ctrl.cli.workers import Stopped
 from voltana_ctrl.errors import VoltanaError
 
 
@@ -74,6 +75,8 @@ def main() -> None:
         status = app(standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Stopped:
+        sys.exit(143)
     except VoltanaError as error:
         _refuse(str(error))
     except Exception as error:

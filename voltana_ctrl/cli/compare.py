@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
+from collections.abc import Collection
+from concurrent.futures import BrokenExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from voltana_ctrl.cli.options import (
-    above_zero,
-    check_outputs,
-    look_here,
-    numbers,
-    processes,
-    progress,
-)
+from voltana_ctrl.cli.options import above_zero, check_outputs, cores, look_here, numbers
 from voltana_ctrl.errors import ConfigError
 
-#: Policies that are asked at every tick, which takes longer than the simulation.
+if TYPE_CHECKING:
+    from voltana_ctrl.experiment import Comparison, Grid
+    from voltana_ctrl.policies import PolicyParts
+
+EXAMPLES = (
+    "voltana-ctrl compare",
+    "voltana-ctrl compare --fleet 4C --profile h100-sxm-80gb/llama-3.1-8b --rate 20,40",
+    "voltana-ctrl compare --workload trace.csv.gz --duration 3400 --json out.json",
+    "voltana-ctrl compare --policies static-max,mine:MyPolicy --seeds 5 --html out.html",
+)
+
+# Asked in Python at every tick, as is known before they are loaded.
 _PYTHON_POLICIES = ("mpc", "cascade", "voltanallm-adaptive")
+# Less work than this is done before a second process has helped, in seconds of one core.
+_ALONE_S = 3.0
 
 
 def compare(
@@ -27,8 +41,11 @@ def compare(
         str, typer.Option(help="xPyD such as 2P2D, xC colocated, or a TOML file.")
     ] = "2P2D",
     profile: Annotated[
-        str, typer.Option(help="GPU and model; see `voltana-ctrl profiles`.")
-    ] = "a100-sxm-80gb/llama-3.1-8b",
+        str | None,
+        typer.Option(
+            help="GPU and model; see `voltana-ctrl profiles`. [default: a100-sxm-80gb/llama-3.1-8b]"
+        ),
+    ] = None,
     workload: Annotated[
         str,
         typer.Option(help="sharegpt, lmsys, azure-conv, azure-code, fixed, or a trace file."),
@@ -75,6 +92,18 @@ def compare(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write every figure to this file.")
     ] = None,
+    csv_path: Annotated[
+        Path | None, typer.Option("--csv", help="Write one row a run to this .csv.")
+    ] = None,
+    parquet_path: Annotated[
+        Path | None, typer.Option("--parquet", help="Write one row a run to this .parquet.")
+    ] = None,
+    series_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--series", help="Write clocks, batches and power over time to this .csv or .parquet."
+        ),
+    ] = None,
     html_path: Annotated[
         Path | None, typer.Option("--html", help="Write one self-contained page to this file.")
     ] = None,
@@ -85,18 +114,13 @@ def compare(
         str | None,
         typer.Option(help="Which of loads,energy,time,latency --plot shows. [default: all]"),
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Keep runs in this folder as they end; those it has are not run again."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes; 0 lets the size of the work decide.")] = 0,
-) -> None:
+) -> int:
     """Run policies on workloads against the simulated fleet; all savings are simulated."""
-    from rich.console import Console
-
-    from voltana_ctrl.experiment import comparison
-    from voltana_ctrl.policies import HEADLINE
-    from voltana_ctrl.report import check_plot, print_table, write_html, write_plot
-    from voltana_ctrl.sim.arrivals import parse_arrivals
-    from voltana_ctrl.sim.faults import read_faults
-    from voltana_ctrl.types import PowerBudget, Slo
-
     above_zero(duration=duration, tick_ms=tick_ms)
     for option, value in (
         ("warmup", warmup),
@@ -107,65 +131,186 @@ def compare(
     ):
         if not 0.0 <= value < math.inf:
             raise ConfigError(f"{option}: expected a number >= 0, got {value:g}")
-    shown = [part.strip() for part in figures.split(",")] if figures else []
-    drawn = html_path is not None or plot_path is not None
-    check_outputs({"json": json_path, "html": html_path, "plot": plot_path})
-    if drawn or shown:
-        check_plot(plot_path, shown)
     rates = numbers("rate", rate)
+    from voltana_ctrl.experiment import plan_runs
+    from voltana_ctrl.policies import HEADLINE
+    from voltana_ctrl.sim.arrivals import parse_arrivals
+    from voltana_ctrl.sim.faults import read_faults
+    from voltana_ctrl.sim.settings import PlantSettings
+    from voltana_ctrl.types import PowerBudget, Slo
+
+    outputs = Outputs(
+        json=json_path,
+        csv=csv_path,
+        parquet=parquet_path,
+        series=series_path,
+        html=html_path,
+        plot=plot_path,
+        figures=tuple(part.strip() for part in figures.split(",")) if figures else (),
+    )
+    outputs.check()
     names = [part.strip() for part in policies.split(",")] if policies else list(HEADLINE)
     look_here(names)
-    promises = Slo.parse(slo)
-    power_budget = None if power_budget_w is None else PowerBudget.parse(power_budget_w)
-    process = None if arrivals is None else parse_arrivals(arrivals)
-    wrong = () if faults is None else read_faults(faults)
-    settings = _settings(actuation_ms, settle_ms, jitter)
-    errors = Console(stderr=True)
-    with errors.status("loading the simulator (compiled once per machine)"):
-        import voltana_ctrl.kernels.plant.advance  # noqa: F401
-    loads = rates or list(comparison.DEFAULT_RATES_REQ_S)
-    span_s = (duration + warmup) * max(1, seeds)
-    # A million requests or 400 decisions in Python take about a second.
-    work_s = sum(loads) * span_s * len(names) / 1e6
-    asked = [name for name in names if ":" in name or name in _PYTHON_POLICIES]
-    work_s += len(loads) * span_s / max(tick_ms, 1e-3) * 1e3 * len(asked) / 400.0
-    with progress(errors) as on_progress, processes(jobs, work_s) as executor:
-        result = comparison.compare(
-            fleet=fleet,
-            profile=profile,
-            workload=workload,
-            rates_req_s=rates,
-            concurrency=concurrency,
-            duration_s=duration,
-            warmup_s=warmup,
-            seeds=seeds,
-            tick_s=tick_ms / 1e3,
-            slo=promises,
-            policies=names,
-            settings=settings,
-            power_budget=power_budget,
-            arrivals=process,
-            faults=wrong,
-            executor=executor,
-            skip_bad_rows=skip_bad_rows,
-            detail=drawn,
-            on_progress=on_progress,
-        )
-    if json_path is not None:
-        result.write_json(json_path)
-    study = result.to_study()
-    if drawn:
-        with errors.status("drawing"):
-            if html_path is not None:
-                write_html(study, html_path)
-            if plot_path is not None:
-                write_plot(study, plot_path, shown)
-    print_table(study, Console())
-
-
-def _settings(actuation_ms: float, settle_ms: float, jitter: float) -> Any:
-    from voltana_ctrl.sim.plant import PlantSettings
-
-    return PlantSettings(
-        actuation_s=actuation_ms / 1e3, settle_s=settle_ms / 1e3, jitter_sd_frac=jitter
+    grid = plan_runs(
+        fleet=fleet,
+        profile=profile,
+        workload=workload,
+        rates_req_s=rates,
+        concurrency=concurrency,
+        duration_s=duration,
+        warmup_s=warmup,
+        seeds=seeds,
+        tick_s=tick_ms / 1e3,
+        slo=Slo.parse(slo),
+        policies=names,
+        settings=PlantSettings(
+            actuation_s=actuation_ms / 1e3, settle_s=settle_ms / 1e3, jitter_sd_frac=jitter
+        ),
+        power_budget=None if power_budget_w is None else PowerBudget.parse(power_budget_w),
+        arrivals=None if arrivals is None else parse_arrivals(arrivals),
+        faults=() if faults is None else read_faults(faults),
+        skip_bad_rows=skip_bad_rows,
+        detail=outputs.detailed,
     )
+    return _carry_out(grid, outputs, store, jobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Files that a comparison is written to."""
+
+    json: Path | None
+    csv: Path | None
+    parquet: Path | None
+    series: Path | None
+    html: Path | None
+    plot: Path | None
+    figures: tuple[str, ...]
+
+    @property
+    def detailed(self) -> bool:
+        """Whether any needs what happened over time."""
+        return any(path is not None for path in (self.series, self.html, self.plot))
+
+    def check(self) -> None:
+        """Refuse what could not be written, before anything runs."""
+        from voltana_ctrl.experiment.tables import check_table
+        from voltana_ctrl.report import check_plot
+
+        check_outputs({"json": self.json, "html": self.html, "plot": self.plot})
+        check_outputs({"csv": self.csv}, suffix=".csv")
+        check_outputs({"parquet": self.parquet}, suffix=".parquet")
+        check_outputs({"series": self.series})
+        for path in (self.parquet, self.series):
+            if path is not None:
+                check_table(path)
+        if self.html is not None or self.plot is not None or self.figures:
+            check_plot(self.plot, list(self.figures))
+
+    def write(self, found: Comparison, *, draw: bool) -> None:
+        """Write them all, numbers first; figures take a moment."""
+        from voltana_ctrl.report import write_html, write_plot
+
+        if self.json is not None:
+            found.write_json(self.json)
+        for path in (self.csv, self.parquet):
+            if path is not None:
+                found.write_table(path)
+        if self.series is not None:
+            found.write_series(self.series)
+        if not draw:
+            return
+        if self.html is not None:
+            write_html(found.to_study(), self.html)
+        if self.plot is not None:
+            write_plot(found.to_study(), self.plot, self.figures)
+
+
+def _carry_out(grid: Grid, outputs: Outputs, folder: Path | None, jobs: int) -> int:
+    """Run it, with rows as they are done; an exit status."""
+    from rich.console import Console
+
+    from voltana_ctrl.cli.screen import Screen, while_loading
+    from voltana_ctrl.cli.workers import Stopped, stop_on_sigterm, workers
+    from voltana_ctrl.experiment import Comparison, ResultStore
+    from voltana_ctrl.experiment.remaining import TimeLeft
+
+    errors = Console(stderr=True)
+    screen: Screen | None = None
+    status = 0
+    with stop_on_sigterm():
+        try:
+            with nullcontext() if folder is None else ResultStore(folder) as store:
+                number = _processes(grid, _PYTHON_POLICIES, jobs)
+                asked = while_loading(
+                    lambda: _load(grid),
+                    errors,
+                    kernels=_kernels(),
+                    runs_s=TimeLeft(grid, _PYTHON_POLICIES, number).left_s(0.0),
+                )
+                number = _processes(grid, asked, jobs)
+                with workers(number) as pool, Screen(grid, TimeLeft(grid, asked, number)) as screen:
+                    for done in grid.execute(pool, store):
+                        screen.add(done)
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
+        except Stopped:
+            status = 128 + signal.SIGTERM
+        except BrokenExecutor:
+            status = 1
+        found = Comparison.of(grid, ()) if screen is None else screen.found()
+        if screen is not None:
+            screen.print_foot()
+        if status:
+            why = (
+                "a process was killed, perhaps for its memory" if status == 1 else "stopped"
+            )
+            again = "" if folder is None else "; the same command goes on from there"
+            errors.print(
+                f"voltana-ctrl: {why}: {len(found.runs)} of {len(grid.runs)} runs are done{again}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        outputs.write(found, draw=not status)
+        if status and screen is None:
+            # A thread may be in the middle of LLVM, where it cannot be ended.
+            sys.stderr.flush()
+            os._exit(status)
+    return status
+
+
+def _processes(grid: Grid, asked: Collection[str], jobs: int) -> int:
+    from voltana_ctrl.experiment.remaining import TimeLeft
+
+    work_s = TimeLeft(grid, asked, 1).work_s
+    return min(jobs or (cores() if work_s > _ALONE_S else 1), len(grid.runs))
+
+
+def _kernels() -> int:
+    """How many functions there are to compile, for those who wait for it."""
+    folder = files("voltana_ctrl.kernels")
+    return sum(
+        one.read_text(encoding="utf-8").count("@njit")
+        for part in ("", "choose", "learn", "plant", "route")
+        for one in folder.joinpath(part).iterdir()
+        if one.name.endswith(".py")
+    )
+
+
+def _load(grid: Grid) -> set[str]:
+    """Load all that runs need, so that no process compiles it again; policies asked in Python."""
+    import voltana_ctrl.backends.sim
+    import voltana_ctrl.kernels.plant.hosted  # noqa: F401
+
+    return {
+        name
+        for name, parts in grid.build_policies().items()
+        if name != "bound" and (parts.controller is not None or _python_routers(parts))
+    }
+
+
+def _python_routers(parts: PolicyParts) -> bool:
+    from voltana_ctrl.routing import CompiledRouter
+
+    routers = (parts.prefill_router, parts.decode_router)
+    return any(one is not None and not isinstance(one, CompiledRouter) for one in routers)

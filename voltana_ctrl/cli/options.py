@@ -6,9 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,16 +96,9 @@ def check_outputs(paths: dict[str, Path | None], suffix: str | None = None) -> N
             raise ConfigError(f"{name}: expected a file, got the folder {path}")
 
 
-@contextmanager
-def processes(jobs: int, work_s: float) -> Iterator[Executor | None]:
-    """Processes, where the work is longer than it takes to start them."""
-    if jobs == 0:
-        jobs = (os.cpu_count() or 1) if work_s > 10.0 else 1
-    if jobs == 1:
-        yield None
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield pool
+def cores() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Experiments: one run of a policy on a load, and policies x loads x seeds side by side."""
 
 from voltana_ctrl.experiment.comparison import SCHEMA, Comparison, compare
+from voltana_ctrl.experiment.grid import Done, Grid, plan_runs
 from voltana_ctrl.experiment.run import Run
+from voltana_ctrl.experiment.store import ResultStore
 
-__all__ = ["SCHEMA", "Comparison", "Run", "compare"]
+__all__ = ["SCHEMA", "Comparison", "Done", "Grid", "ResultStore", "Run", "compare", "plan_runs"]

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, as_completed
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl import __version__
-from voltana_ctrl.checks import count, not_negative, positive
-from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.experiment.run import GRACE_S, Run
-from voltana_ctrl.policies import HEADLINE, PolicySetup, find_policy
-from voltana_ctrl.profiles import load_profile
+from voltana_ctrl.experiment.grid import DEFAULT_SLO, Done, Grid, plan_runs
+from voltana_ctrl.experiment.run import Run
+from voltana_ctrl.experiment.tables import series_rows, write_json, write_rows
+from voltana_ctrl.policies import HEADLINE
 from voltana_ctrl.report import Study, write_html, write_plot
 from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.detail import RunDetail
-from voltana_ctrl.sim.faults import Fault, FaultSchedule, fault_rows
-from voltana_ctrl.sim.metrics import fill_gap_closed
-from voltana_ctrl.sim.power import refuse_below_idle
+from voltana_ctrl.sim.faults import Fault, fault_rows
+from voltana_ctrl.sim.metrics import fill_gap_closed, fill_saving
 from voltana_ctrl.sim.settings import PlantSettings
-from voltana_ctrl.sim.traces import read_trace
-from voltana_ctrl.sim.workload import WORKLOADS, Workload
+from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import FleetSpec, PowerBudget, Profile, Slo
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from voltana_ctrl.experiment.store import ResultStore
 
 __all__ = ["SCHEMA", "Comparison", "Run", "compare"]
 
 #: Name and version of the JSON that :meth:`Comparison.write_json` writes.
 SCHEMA = "voltana-ctrl/compare/1"
-DEFAULT_PROFILE = "a100-sxm-80gb/llama-3.1-8b"
-DEFAULT_RATES_REQ_S = (10.0, 20.0, 35.0, 50.0, 65.0, 80.0)
-DEFAULT_SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
-# More is a slip of the hand, and would fill the memory or never end.
-_MAX_SEEDS = 10_000
-_MAX_REQUESTS = 20_000_000
-_MAX_SPAN_S = 1e7
-_MIN_TICK_S = 1e-4
+#: Libraries whose versions may show in the figures.
+_LIBRARIES = ("numpy", "numba", "scipy", "cvxpy", "piqp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +56,12 @@ class Comparison:
         What went wrong.
     runs : tuple of dict
         One per policy, rate and seed, in that order; keys as in the JSON.
+    seeds : tuple of int
+        Of the runs that were asked for.
+    planned : int, optional
+        How many runs were asked for; more than there are if it was stopped before its end.
+    command : tuple of str
+        The command line, where there was one.
     profiles : tuple of Profile
         Those of the fleet; not in the JSON.
     details : tuple of RunDetail or None
@@ -66,9 +69,9 @@ class Comparison:
 
     Examples
     --------
-    >>> Comparison(fleet="2P2D", profile="p", workload="w", slo=DEFAULT_SLO,
-    ...            runs=()).to_dict()["schema"]
-    'voltana-ctrl/compare/1'
+    >>> found = Comparison(fleet="2P2D", profile="p", workload="w", slo=DEFAULT_SLO, runs=())
+    >>> found.to_dict()["schema"], found.complete
+    ('voltana-ctrl/compare/1', True)
     """
 
     fleet: str
@@ -79,8 +82,51 @@ class Comparison:
     power_budget: PowerBudget | None = None
     arrivals: str | None = None
     faults: tuple[Fault, ...] = ()
+    seeds: tuple[int, ...] = ()
+    planned: int | None = None
+    command: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = ()
     details: tuple[RunDetail | None, ...] = ()
+
+    @classmethod
+    def of(cls, grid: Grid, done: Iterable[Done], command: Sequence[str] = ()) -> Comparison:
+        """Put together what was done of a grid: all of it, or the part there is.
+
+        Parameters
+        ----------
+        grid : Grid
+            What was asked for.
+        done : iterable of Done
+            Runs that have ended, in any order.
+        command : sequence of str
+            The command line, to be kept with the figures.
+        """
+        ended = sorted(done, key=lambda one: one.index)
+        figures = [dict(one.figures) for one in ended]
+        fill_gap_closed(figures)
+        fill_saving(figures)
+        details = tuple(run.pop("detail", None) for run in figures)
+        asked = grid.runs[0]
+        return cls(
+            fleet=grid.fleet,
+            profile=grid.profile,
+            workload=grid.workload,
+            slo=asked.slo,
+            power_budget=asked.power_budget,
+            arrivals=None if asked.arrivals is None else repr(asked.arrivals),
+            faults=asked.faults,
+            seeds=tuple(dict.fromkeys(run.seed for run in grid.runs)),
+            planned=len(grid.runs),
+            command=tuple(command),
+            runs=tuple(figures),
+            profiles=tuple({i.profile.name: i.profile for i in grid.spec.instances}.values()),
+            details=details if asked.detail else (),
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run that was asked for is there."""
+        return self.planned is None or len(self.runs) == self.planned
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as written to JSON."""
@@ -88,9 +134,14 @@ class Comparison:
         return {
             "schema": SCHEMA,
             "version": __version__,
+            "versions": _versions(),
+            "command": list(self.command) or None,
+            "complete": self.complete,
+            "runs_planned": len(self.runs) if self.planned is None else self.planned,
             "fleet": self.fleet,
             "profile": self.profile,
             "workload": self.workload,
+            "seeds": list(self.seeds),
             "slo": {
                 "ttft_s": self.slo.ttft_s,
                 "itl_s": self.slo.itl_s,
@@ -102,6 +153,18 @@ class Comparison:
             "runs": list(self.runs),
         }
 
+    def to_dataframe(self) -> DataFrame:
+        """One row a run, with the columns of the JSON; needs pandas.
+
+        Raises
+        ------
+        ConfigError
+            If pandas is not installed.
+        """
+        from voltana_ctrl.experiment.tables import dataframe
+
+        return dataframe(self.runs)
+
     def write_json(self, path: str | Path) -> None:
         """Write the JSON of the interface.
 
@@ -110,11 +173,27 @@ class Comparison:
         ConfigError
             If the file cannot be written.
         """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        try:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+        write_json(self.to_dict(), path)
+
+    def write_table(self, path: str | Path) -> None:
+        """Write one row a run to a .csv or .parquet file.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be written, or Parquet is asked for without pyarrow.
+        """
+        write_rows(self.runs, path)
+
+    def write_series(self, path: str | Path) -> None:
+        """Write clock, batch and power of every instance over time, to a .csv or .parquet file.
+
+        Raises
+        ------
+        ConfigError
+            If details were not kept (``compare(..., detail=True)``), or as for `write_table`.
+        """
+        write_rows(series_rows(self.runs, self.details), path)
 
     def to_study(self) -> Study:
         """As the report takes it."""
@@ -132,7 +211,7 @@ class Comparison:
 def compare(
     *,
     fleet: str | FleetSpec = "2P2D",
-    profile: str = DEFAULT_PROFILE,
+    profile: str | None = None,
     workload: str | Path | Workload = "sharegpt",
     rates_req_s: Sequence[float] | None = None,
     concurrency: int | None = None,
@@ -147,6 +226,7 @@ def compare(
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
     executor: Executor | None = None,
+    store: ResultStore | None = None,
     skip_bad_rows: bool = False,
     detail: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -157,8 +237,9 @@ def compare(
     ----------
     fleet : str or FleetSpec
         ``xPyD``, ``xC``, a TOML file, or a fleet.
-    profile : str
-        For ``xPyD`` and ``xC``; see :func:`voltana_ctrl.list_profiles`.
+    profile : str, optional
+        For ``xPyD`` and ``xC``, an A100 with Llama-3.1-8B by default; see
+        :func:`voltana_ctrl.list_profiles`. A fleet in a file names its own.
     workload : str, Path or Workload
         Name of a generator, a trace file, or requests.
     rates_req_s : sequence of float, optional
@@ -188,6 +269,8 @@ def compare(
     executor : concurrent.futures.Executor, optional
         Where runs go; this process if left out. Processes, or the workers of a cluster such as
         Dask's through ``client.get_executor()``.
+    store : ResultStore, optional
+        Keeps each run as it ends, and has those of earlier tries: what was stopped goes on.
     skip_bad_rows : bool
         Leave out rows of a trace that cannot be read, rather than refuse the file.
     detail : bool
@@ -212,149 +295,42 @@ def compare(
     >>> result.runs[1]["energy_j"] < result.runs[0]["energy_j"]
     True
     """
-    spec, fleet_name, profile_name = _fleet(fleet, profile)
-    source, name = _workload(workload, skip_bad_rows)
-    rates = _rates(rates_req_s, concurrency, source)
-    positive("duration_s", duration_s)
-    not_negative("warmup_s", warmup_s)
-    positive("tick_s", tick_s)
-    _refuse_endless(rates, duration_s + warmup_s, tick_s)
-    if arrivals is not None and (concurrency is not None or not isinstance(source, str)):
-        raise ConfigError(
-            "arrivals: expected a generator's requests in an open loop, got a trace or a closed"
-            " loop, which have their own; leave it out"
-        )
-    FaultSchedule(spec, faults)  # refuses what does not fit
-    if power_budget is not None:
-        refuse_below_idle(power_budget, spec)
-    if isinstance(seeds, int):
-        count("seeds", seeds)
-        if seeds > _MAX_SEEDS:
-            raise ConfigError(f"seeds: expected at most {_MAX_SEEDS}, got {seeds}; lower it")
-        seeds = range(seeds)
-    if not policies:
-        raise ConfigError("policies: expected at least one name, got none")
-    runs = [
-        Run(
-            policy=policy,
-            fleet=spec,
-            slo=slo,
-            workload=source,
-            rate_req_s=rate,
-            concurrency=concurrency,
-            seed=int(seed),
-            duration_s=duration_s,
-            warmup_s=warmup_s,
-            tick_s=tick_s,
-            settings=settings or PlantSettings(),
-            power_budget=power_budget,
-            arrivals=arrivals,
-            faults=tuple(faults),
-            detail=detail,
-        )
-        for policy in dict.fromkeys(policies)
-        for rate in rates
-        for seed in seeds
-    ]
-    for policy in dict.fromkeys(policies):
-        # Refuse what does not fit before any run.
-        find_policy(policy).build(spec, slo, PolicySetup(tick_s=tick_s, power_budget=power_budget))
-    figures = _run_all(runs, executor, on_progress)
-    fill_gap_closed(figures)
-    return Comparison(
-        fleet=fleet_name,
-        profile=profile_name,
-        workload=name,
+    grid = plan_runs(
+        fleet=fleet,
+        profile=profile,
+        workload=workload,
+        rates_req_s=rates_req_s,
+        concurrency=concurrency,
+        duration_s=duration_s,
+        warmup_s=warmup_s,
+        seeds=seeds,
+        tick_s=tick_s,
         slo=slo,
+        policies=policies,
+        settings=settings,
         power_budget=power_budget,
-        arrivals=None if arrivals is None else repr(arrivals),
-        faults=tuple(faults),
-        details=tuple(run.pop("detail", None) for run in figures) if detail else (),
-        runs=tuple(figures),
-        profiles=tuple({i.profile.name: i.profile for i in spec.instances}.values()),
+        arrivals=arrivals,
+        faults=faults,
+        skip_bad_rows=skip_bad_rows,
+        detail=detail,
     )
-
-
-def _fleet(fleet: str | FleetSpec, profile: str) -> tuple[FleetSpec, str, str]:
-    if isinstance(fleet, FleetSpec):
-        spec, name = fleet, f"{len(fleet)} instances"
-    elif str(fleet).endswith(".toml"):
-        spec, name = FleetSpec.from_toml(fleet, load_profile), Path(fleet).name
-    else:
-        spec, name = FleetSpec.parse(str(fleet), load_profile(profile)), str(fleet)
-    used = dict.fromkeys(instance.profile.name for instance in spec.instances)
-    return spec, name, ", ".join(used)
-
-
-def _workload(workload: str | Path | Workload, skip_bad_rows: bool) -> tuple[str | Workload, str]:
-    if isinstance(workload, Workload):
-        return workload, workload.name
-    if isinstance(workload, str) and workload in WORKLOADS:
-        return workload, workload
-    if not Path(workload).exists():
-        raise ConfigError(
-            f"workload {str(workload)!r}: expected one of {', '.join(WORKLOADS)} or a trace"
-            " file, got neither"
-        )
-    return read_trace(workload, skip_bad_rows=skip_bad_rows), Path(workload).name
-
-
-def _rates(
-    rates_req_s: Sequence[float] | None, concurrency: int | None, source: str | Workload
-) -> Sequence[float | None]:
-    if concurrency is not None:
-        count("concurrency", concurrency)
-        if rates_req_s is not None:
-            raise ConfigError("rate and concurrency: expected one of them, got both")
-        return (None,)
-    if rates_req_s is None:
-        return DEFAULT_RATES_REQ_S if isinstance(source, str) else (None,)
-    if not len(rates_req_s):
-        raise ConfigError("rate: expected at least one number, got none")
-    for rate in rates_req_s:
-        positive("rate", rate)
-    return rates_req_s
-
-
-def _refuse_endless(rates: Sequence[float | None], span_s: float, tick_s: float) -> None:
-    """Refuse what would fill the memory or never end."""
-    if span_s > _MAX_SPAN_S:
-        raise ConfigError(
-            f"duration_s: expected warm-up and duration of at most {_MAX_SPAN_S:g} s,"
-            f" got {span_s:g}; shorten it"
-        )
-    if not _MIN_TICK_S <= tick_s <= _MAX_SPAN_S:
-        raise ConfigError(f"tick_s: expected {_MIN_TICK_S:g} to {_MAX_SPAN_S:g} s, got {tick_s:g}")
-    most = max((rate for rate in rates if rate is not None), default=0.0) * (span_s + GRACE_S)
-    if most > _MAX_REQUESTS:
-        raise ConfigError(
-            f"rate: expected at most {_MAX_REQUESTS} requests a run, got about {most:.3g};"
-            " lower the rate or shorten the duration"
-        )
-
-
-def _run_all(
-    runs: list[Run],
-    executor: Executor | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> list[dict[str, Any]]:
-    def tell(done: int) -> None:
+    grid.build_policies()
+    if on_progress is not None:
+        on_progress(0, len(grid.runs))
+    ended: list[Done] = []
+    for done in grid.execute(executor, store):
+        ended.append(done)
         if on_progress is not None:
-            on_progress(done, len(runs))
+            on_progress(len(ended), len(grid.runs))
+    return Comparison.of(grid, ended)
 
-    tell(0)
-    if executor is None:
-        figures = []
-        for run in runs:
-            figures.append(run.simulate())
-            tell(len(figures))
-        return figures
-    futures = [executor.submit(run.simulate) for run in runs]
-    try:
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()  # the first failure ends it
-            tell(done)
-        return [future.result() for future in futures]
-    finally:
-        for future in futures:
-            future.cancel()
+
+def _versions() -> dict[str, str]:
+    """Of Python, and of the libraries whose versions may show in the figures."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

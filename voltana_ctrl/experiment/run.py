@@ -237,8 +237,8 @@ class _Stopwatch:
 _RUN_KEYS = (
     "policy", "rate_req_s", "seed", "window_s", "energy_j", "mean_power_w",
     "energy_prefill_j", "energy_decode_j", "energy_idle_j", "energy_transfer_j",
-    "energy_per_token_j", "bound_gap_closed", "ttft_attainment", "itl_attainment",
-    "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
+    "energy_per_token_j", "saving_token_frac", "bound_gap_closed", "ttft_attainment",
+    "itl_attainment", "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
     "requests_arrived", "requests_completed", "requests_in_flight", "requests_dropped",
     "preemptions", "retries", "tokens_out", "tokens_lost", "mean_batch",
     "mean_freq_prefill_mhz", "mean_freq_decode_mhz", "clock_changes", "wakes",

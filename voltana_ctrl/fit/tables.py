@@ -280,7 +280,7 @@ def raw_rows(path: Path) -> list[dict[str, str]]:
     """Cells of a table by column, as text."""
     if path.suffix == ".parquet":
         try:
-            from pyarrow import parquet  # type: ignore[import-untyped]
+            from pyarrow import parquet
         except ImportError as error:
             raise ConfigError(
                 f"{path}: Parquet needs pyarrow (pip install pyarrow), or write CSV"

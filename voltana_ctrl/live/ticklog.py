@@ -225,7 +225,7 @@ def _line(values: Any) -> bytes:
 
 def _pyarrow() -> tuple[Any, Any]:
     try:
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError("log: Parquet needs pyarrow; pip install pyarrow") from error

@@ -132,6 +132,12 @@ class Study:
         full, own = (self.mean(name, rate_req_s, key) for name in (REFERENCE, policy))
         return None if not full or own is None else 1.0 - own / full
 
+    def saving_token_frac(self, policy: str, rate_req_s: float | None) -> float | None:
+        """Energy per output token saved against static-max; None where there is none of either."""
+        key = "energy_per_token_j"
+        full, own = (self.mean(name, rate_req_s, key) for name in (REFERENCE, policy))
+        return None if not full or own is None else 1.0 - own / full
+
     def above_bound_frac(self, policy: str, rate_req_s: float | None) -> float | None:
         """Power above the fluid bound, as a share of the bound."""
         bound_w = self.mean("bound", rate_req_s, "mean_power_w")

@@ -1,13 +1,30 @@
-"""The comparison as a table on a terminal."""
+"""The comparison as a table on a terminal, whole or row by row as runs end."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl.report.study import REFERENCE, Study
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+__all__ = ["RowPrinter", "print_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column; `yields` says how early it makes room in a narrow terminal, 0 for never."""
+
+    group: str
+    head: str
+    width: int
+    value: Callable[[Study, str, float | None], str]
+    yields: int = 0
+    left: bool = False
 
 
 def print_table(study: Study, console: Console) -> None:
@@ -31,55 +48,172 @@ def print_table(study: Study, console: Console) -> None:
     >>> "(simulated)" in captured.get()
     True
     """
-    from rich import box
-    from rich.table import Table
-
-    slo = study.comparison["slo"]
-    budgeted = any(run["over_budget_frac"] is not None for run in study.comparison["runs"])
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        title=f"{study.comparison['fleet']}  {_profile(study)}  {study.comparison['workload']}"
-        "  (simulated)",
-        caption=(
-            f"SLO: TTFT {slo['ttft_s']:g} s, ITL {slo['itl_s']:g} s, each met by"
-            f" {slo['attainment']:.1%} of requests; * misses it."
-            " Saving is against static-max; in a closed loop, per token."
-            " Gap: way from voltanallm to the fluid bound."
-            + (" Over: time above the power budget." if budgeted else "")
-            + (f" {study.conditions}" if study.conditions else "")
-        ),
+    runs = study.all_runs
+    printer = RowPrinter(
+        console,
+        study.policies,
+        gap=any(run.get("bound_gap_closed") is not None for run in runs),
+        budget=any(run.get("over_budget_frac") is not None for run in runs),
     )
-    heads = ["req/s", "policy", "W", "saving", "J/tok", "TTFT ok", "ITL ok", "gap"]
-    for head in [*heads, *(["over"] if budgeted else [])]:
-        table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
+    printer.head(study)
     for rate_req_s in study.loads:
-        ran = [policy for policy in study.policies if study.runs(policy, rate_req_s)]
-        for policy in ran:
-            saving_frac = study.saving_frac(policy, rate_req_s)
-            table.add_row(
-                ("-" if rate_req_s is None else f"{rate_req_s:.4g}") if policy == ran[0] else "",
-                policy,
-                text(study.mean(policy, rate_req_s, "mean_power_w"), "{:.0f}"),
-                "" if policy == REFERENCE else text(saving_frac, "{:.1%}"),
-                text(study.mean(policy, rate_req_s, "energy_per_token_j"), "{:.4f}"),
-                _met(study.mean(policy, rate_req_s, "ttft_attainment"), slo["attainment"]),
-                _met(study.mean(policy, rate_req_s, "itl_attainment"), slo["attainment"]),
-                # What misses the SLO has closed nothing.
-                text(study.mean(policy, rate_req_s, "bound_gap_closed"), "{:.0%}")
-                if study.meets_slo(policy, rate_req_s) is not False
-                else "-",
-                *([_over(study, policy, rate_req_s)] if budgeted else []),
-                end_section=policy == ran[-1],
-            )
-    console.print(table)
-    lost = [rate for rate in study.loads if not _kept(study, rate)]
-    if lost:
-        loads = ", ".join("this load" if rate is None else f"{rate:.4g} req/s" for rate in lost)
-        console.print(
-            f"No policy keeps the SLO at {loads}: more instances, a lower load or another SLO"
-            " would be needed. Without a policy that does there is no gap to close."
+        for policy in study.policies:
+            if study.runs(policy, rate_req_s):
+                printer.row(study, policy, rate_req_s)
+    printer.foot(study)
+
+
+class RowPrinter:
+    """Prints the table of a comparison a row at a time, in columns whose widths stand before.
+
+    Where the terminal is narrow, columns are left out that others tell nearly as well; no number
+    is ever cut.
+
+    Parameters
+    ----------
+    console : rich.console.Console
+        Where.
+    policies : sequence of str
+        Names to come, for the width of their column.
+    gap : bool
+        Whether to show the way from voltanallm to the fluid bound.
+    budget : bool
+        Whether to show the time above the power budget.
+
+    Examples
+    --------
+    >>> from rich.console import Console
+    >>> run = {"policy": "static-max", "rate_req_s": 5.0, "seed": 0, "mean_power_w": 400.0}
+    >>> study = Study(comparison={"runs": [run], "slo": {"attainment": 0.99}})
+    >>> RowPrinter(Console(width=80), ["static-max"]).row(study, "static-max", 5.0)
+        5 static-max 400 ...
+    """
+
+    def __init__(
+        self, console: Console, policies: Sequence[str], *, gap: bool = False, budget: bool = False
+    ) -> None:
+        self._console = console
+        self._gap, self._budget = gap, budget
+        self._last: tuple[float | None] | None = None
+        longest = max(map(len, policies), default=6)
+        self._columns = _fitting(_columns(longest, gap=gap, budget=budget), console.width)
+
+    def head(self, study: Study) -> None:
+        """Print what is compared, and what the columns are."""
+        names = study.comparison
+        self._print(f"{names['fleet']}  {_profile(study)}  {names['workload']}  (simulated)")
+        self._print()
+        groups, end = "", 0
+        for group in dict.fromkeys(column.group for column in self._columns):
+            inside = [k for k, column in enumerate(self._columns) if column.group == group]
+            begin = sum(column.width + 1 for column in self._columns[: inside[0]])
+            end = sum(column.width + 1 for column in self._columns[: inside[-1] + 1]) - 1
+            if group:
+                groups = groups.ljust(begin) + group.center(end - begin)
+        self._print(groups.rstrip())
+        self._print(self._line([column.head for column in self._columns]))
+        self._print("─" * end)
+
+    def row(self, study: Study, policy: str, rate_req_s: float | None) -> None:
+        """Print the means of one policy at one load."""
+        if self._last is not None and self._last != (rate_req_s,):
+            self._print()
+        cells = [column.value(study, policy, rate_req_s) for column in self._columns]
+        if self._last == (rate_req_s,):
+            cells[0] = ""
+        self._last = (rate_req_s,)
+        self._print(self._line(cells))
+
+    def foot(self, study: Study) -> None:
+        """Print what the columns mean, and the loads at which no policy keeps the promises."""
+        slo = study.comparison["slo"]
+        self._print()
+        self._console.print(
+            f"SLO: TTFT {slo['ttft_s']:g} s, ITL {slo['itl_s']:g} s, each met by"
+            f" {slo['attainment']:.1%} of requests; * misses it. Saving is against static-max:"
+            " of energy per output token, and of power for the bound, which serves no tokens."
+            + (" Gap: way from voltanallm to the fluid bound." if self._gap else "")
+            + (" Over: time above the power budget." if self._budget else "")
+            + (f" {study.conditions}" if study.conditions else ""),
+            highlight=False,
+            markup=False,
         )
+        lost = [rate for rate in study.loads if not _kept(study, rate)]
+        if lost:
+            loads = ", ".join("this load" if rate is None else f"{rate:.4g} req/s" for rate in lost)
+            self._console.print(
+                f"No policy keeps the SLO at {loads}: more instances, a lower load or another SLO"
+                " would be needed. Without a policy that does there is no gap to close.",
+                highlight=False,
+            )
+
+    def _line(self, cells: Sequence[str]) -> str:
+        return " ".join(
+            cell.ljust(column.width) if column.left else cell.rjust(column.width)
+            for column, cell in zip(self._columns, cells, strict=True)
+        ).rstrip()
+
+    def _print(self, line: str = "") -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _columns(longest: int, *, gap: bool, budget: bool) -> list[_Column]:
+    def mean(key: str, form: str, scale: float = 1.0) -> Callable[[Study, str, float | None], str]:
+        def value(study: Study, policy: str, rate_req_s: float | None) -> str:
+            found = study.mean(policy, rate_req_s, key)
+            return text(None if found is None else found * scale, form)
+
+        return value
+
+    def met(key: str) -> Callable[[Study, str, float | None], str]:
+        return lambda study, policy, rate_req_s: _met(
+            study.mean(policy, rate_req_s, key), study.comparison["slo"]["attainment"]
+        )
+
+    columns = [
+        _Column("", "req/s", 5, lambda _, __, rate: "-" if rate is None else f"{rate:.4g}"),
+        _Column("", "policy", longest, lambda _, policy, __: policy, left=True),
+        _Column("", "W", 4, mean("mean_power_w", "{:.0f}")),
+        _Column("", "saving", 6, _saving),
+        _Column("", "J/token", 7, mean("energy_per_token_j", "{:.4f}"), yields=2),
+        _Column("TTFT [ms]", "p50", 4, mean("ttft_p50_s", "{:.0f}", 1e3)),
+        _Column("TTFT [ms]", "p99", 5, mean("ttft_p99_s", "{:.0f}", 1e3)),
+        _Column("TTFT [ms]", "met", 7, met("ttft_attainment")),
+        _Column("ITL [ms]", "p50", 4, mean("itl_p50_s", "{:.1f}", 1e3)),
+        _Column("ITL [ms]", "p99", 5, mean("itl_p99_s", "{:.1f}", 1e3)),
+        _Column("ITL [ms]", "met", 7, met("itl_attainment")),
+    ]
+    if gap:
+        columns.append(_Column("", "gap", 5, _gap_closed, yields=1))
+    if budget:
+        columns.append(_Column("", "over", 5, mean("over_budget_frac", "{:.1%}")))
+    return columns
+
+
+def _fitting(columns: list[_Column], width: int) -> list[_Column]:
+    """Leave columns out, the first to yield first, until a line fits or none yields."""
+    while sum(column.width + 1 for column in columns) - 1 > width:
+        yielding = [column for column in columns if column.yields]
+        if not yielding:
+            break
+        columns = [one for one in columns if one is not max(yielding, key=lambda one: one.yields)]
+    return columns
+
+
+def _saving(study: Study, policy: str, rate_req_s: float | None) -> str:
+    if policy == REFERENCE:
+        return ""
+    found = study.saving_token_frac(policy, rate_req_s)
+    if found is None and rate_req_s is not None:
+        found = study.saving_frac(policy, rate_req_s)
+    return text(found, "{:.1%}")
+
+
+def _gap_closed(study: Study, policy: str, rate_req_s: float | None) -> str:
+    # What misses the SLO has closed nothing.
+    if study.meets_slo(policy, rate_req_s) is False:
+        return "-"
+    return text(study.mean(policy, rate_req_s, "bound_gap_closed"), "{:.0%}")
 
 
 def _profile(study: Study) -> str:
@@ -96,10 +230,6 @@ def _kept(study: Study, rate_req_s: float | None) -> bool:
     return True in verdicts or set(verdicts) <= {None}
 
 
-def _over(study: Study, policy: str, rate_req_s: float | None) -> str:
-    return text(study.mean(policy, rate_req_s, "over_budget_frac"), "{:.1%}")
-
-
 def text(value: Any, form: str) -> str:
     """Number in a form; a dash for one that does not exist."""
     if value is None:
@@ -109,4 +239,11 @@ def text(value: Any, form: str) -> str:
 
 
 def _met(value: float | None, target: float) -> str:
-    return text(value, "{:.1%}") + ("" if value is None else " *"[value < target])
+    """Share of requests, with as many digits as it takes to see on which side of the promise."""
+    if value is None:
+        return "-"
+    if abs(value - target) >= 0.005:
+        return f"{value:.1%}" + " *"[value < target]
+    # Rounded away from the promise where it is missed, lest 98.996 % read as 99.00 %.
+    hundredths = math.floor(1e4 * value + 1e-9) if value < target else round(1e4 * value)
+    return f"{hundredths / 100:.2f}%" + " *"[value < target]

@@ -12,7 +12,7 @@ from voltana_ctrl.types import Slo
 if TYPE_CHECKING:
     from voltana_ctrl.sim.plant import Plant
 
-__all__ = ["fill_gap_closed", "judged_latencies", "run_figures", "snapshot"]
+__all__ = ["fill_gap_closed", "fill_saving", "judged_latencies", "run_figures", "snapshot"]
 
 
 def snapshot(simulated: Plant) -> Any:
@@ -114,6 +114,32 @@ def fill_gap_closed(figures: list[dict[str, Any]]) -> None:
             continue
         if volta_j - bound_j >= 0.05 * volta_j:
             run["bound_gap_closed"] = (volta_j - run["energy_j"]) / (volta_j - bound_j)
+
+
+def fill_saving(figures: list[dict[str, Any]]) -> None:
+    """Energy per output token saved against static-max, as a share; None where that was not run.
+
+    Parameters
+    ----------
+    figures : list of dict
+        Runs of all policies; each one's ``saving_token_frac`` is filled in.
+
+    Examples
+    --------
+    >>> runs = [{"policy": policy, "rate_req_s": 5.0, "seed": 0, "energy_per_token_j": token_j}
+    ...         for policy, token_j in (("static-max", 0.4), ("mine", 0.3), ("bound", None))]
+    >>> fill_saving(runs)
+    >>> [run["saving_token_frac"] for run in runs]
+    [0.0, 0.25, None]
+    """
+    full_j = {
+        (run["rate_req_s"], run["seed"]): run["energy_per_token_j"]
+        for run in figures
+        if run["policy"] == "static-max"
+    }
+    for run in figures:
+        full, own = full_j.get((run["rate_req_s"], run["seed"])), run["energy_per_token_j"]
+        run["saving_token_frac"] = None if not full or own is None else 1.0 - own / full
 
 
 def _gain(before: Any, after: Any, name: str) -> Any:
