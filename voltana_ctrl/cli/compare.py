@@ -132,7 +132,7 @@ def compare(
         if not 0.0 <= value < math.inf:
             raise ConfigError(f"{option}: expected a number >= 0, got {value:g}")
     rates = numbers("rate", rate)
-    from voltana_ctrl.experiment import plan_runs
+    from voltana_ctrl.experiment.grid import plan_runs
     from voltana_ctrl.policies import HEADLINE
     from voltana_ctrl.sim.arrivals import parse_arrivals
     from voltana_ctrl.sim.faults import read_faults
@@ -262,9 +262,7 @@ def _carry_out(grid: Grid, outputs: Outputs, folder: Path | None, jobs: int) -> 
         if screen is not None:
             screen.print_foot()
         if status:
-            why = (
-                "a process was killed, perhaps for its memory" if status == 1 else "stopped"
-            )
+            why = "a process was killed, perhaps for its memory" if status == 1 else "stopped"
             again = "" if folder is None else "; the same command goes on from there"
             errors.print(
                 f"voltana-ctrl: {why}: {len(found.runs)} of {len(grid.runs)} runs are done{again}",

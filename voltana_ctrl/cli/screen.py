@@ -11,11 +11,8 @@ from typing import Any, Self, TypeVar
 
 from rich.console import Console
 
-from voltana_ctrl.experiment import Comparison, Done, Grid
-from voltana_ctrl.experiment.remaining import TimeLeft
+from voltana_ctrl.experiment import Comparison, Done, Grid, TimeLeft
 from voltana_ctrl.report.terminal import RowPrinter
-
-__all__ = ["Screen", "while_loading"]
 
 _T = TypeVar("_T")
 # What cannot be cached is compiled in every process; it is one function.

@@ -12,8 +12,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Stopped", "stop_on_sigterm", "workers"]
-
 _PR_SET_PDEATHSIG = 1
 
 

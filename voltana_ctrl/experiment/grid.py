@@ -25,7 +25,7 @@ from voltana_ctrl.types import FleetSpec, PowerBudget, Slo
 if TYPE_CHECKING:
     from voltana_ctrl.experiment.store import ResultStore
 
-__all__ = ["DEFAULT_PROFILE", "DEFAULT_RATES_REQ_S", "DEFAULT_SLO", "Done", "Grid", "plan_runs"]
+__all__ = ["Done", "Grid"]
 
 DEFAULT_PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 DEFAULT_RATES_REQ_S = (10.0, 20.0, 35.0, 50.0, 65.0, 80.0)
@@ -80,6 +80,7 @@ class Grid:
 
     Examples
     --------
+    >>> from voltana_ctrl.experiment.grid import plan_runs
     >>> grid = plan_runs(rates_req_s=[5.0, 9.0], policies=["static-max", "bound"], duration_s=9.0)
     >>> len(grid.runs), grid.profile
     (4, 'a100-sxm-80gb/llama-3.1-8b')
@@ -196,20 +197,7 @@ def plan_runs(
 ) -> Grid:
     """Check what :func:`~voltana_ctrl.compare` was asked for, before anything compiled is loaded.
 
-    Parameters are those of :func:`~voltana_ctrl.compare`.
-
-    Raises
-    ------
-    ConfigError
-        Naming the argument that does not fit.
-
-    Examples
-    --------
-    >>> plan_runs(fleet="1P1D", policies=["static-1000"]).policies
-    ('static-1000',)
-    >>> plan_runs(policies=["voltana"])
-    Traceback (most recent call last):
-    voltana_ctrl.errors.ConfigError: policy 'voltana': no such policy; did you mean voltanallm...
+    Its parameters are those of that function, and so are its errors.
     """
     spec, fleet_name, profile_name = _fleet(fleet, profile)
     source, name = _workload(workload, skip_bad_rows)

@@ -16,8 +16,6 @@ from voltana_ctrl.sim.detail import RunDetail
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["check_table", "dataframe", "series_rows", "write_json", "write_rows"]
-
 _MEND = "pip install 'voltana-ctrl[tables]'"
 
 
@@ -207,11 +205,13 @@ def _number(value: Any) -> float | None:
 
 
 def arrow_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Any:
+    """Make an Arrow table of rows; a value that does not exist is null."""
     pyarrow, _ = load_pyarrow()
     return pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
 
 
 def load_pyarrow() -> tuple[Any, Any]:
+    """Import pyarrow and its Parquet module, or say how to get them."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -12,8 +12,6 @@ from voltana_ctrl.report.study import REFERENCE, Study
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["RowPrinter", "print_table"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Column:
