@@ -1,7 +1,7 @@
 """Compiled kernels: arrays and floats only, no exceptions, bounded loops.
 
 Import the modules below, not this package: `layout` is plain NumPy, the others load Numba and
-compile once per machine; the result is cached on disk. Each folder mirrors its callers.
+compile once per machine; `compiled` sees to where that is kept. Each folder mirrors its callers.
 
 law      what one iteration takes and costs; the compiled twin of :mod:`voltana_ctrl.laws`
 layout   record layouts shared by the plant, governors and routers

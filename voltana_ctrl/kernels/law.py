@@ -3,8 +3,9 @@
 The twin of :mod:`voltana_ctrl.laws.iteration` and :mod:`voltana_ctrl.types.ladder`.
 """
 
-from numba import from_dtype, njit, types
+from numba import from_dtype, types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.layout import PROFILE_DTYPE
 
 ROW = from_dtype(PROFILE_DTYPE)
@@ -13,7 +14,7 @@ F8, I8 = types.float64, types.int64
 ROWS = types.Array(ROW, 1, "C", readonly=True)
 
 
-@njit(F8(ROW, F8, F8), cache=True)
+@njit(F8(ROW, F8, F8))
 def decode_s(row, padded_req, kv_tok):
     """Time of a decode iteration [s].
 
@@ -24,7 +25,7 @@ def decode_s(row, padded_req, kv_tok):
     return max(bent + row["decode_kv_s"] * kv_tok, row["decode_floor_s"]) + row["decode_host_s"]
 
 
-@njit(F8(ROW, F8, F8), cache=True)
+@njit(F8(ROW, F8, F8))
 def batch_j(row, batch_req, kv_tok):
     """Energy that a decode iteration takes besides what is drawn all the time [J].
 
@@ -34,7 +35,7 @@ def batch_j(row, batch_req, kv_tok):
     return energy_j - row["decode_host_s"] * (row["decode_power_w"] - row["idle_w"])
 
 
-@njit(F8(ROW, F8, F8, F8), cache=True)
+@njit(F8(ROW, F8, F8, F8))
 def decode_j(row, time_s, batch_req, kv_tok):
     """Energy of a decode iteration of this length [J].
 
@@ -49,7 +50,7 @@ def decode_j(row, time_s, batch_req, kv_tok):
     return energy_j - row["decode_host_s"] * (row["decode_power_w"] - row["idle_w"])
 
 
-@njit(F8(ROW, F8, F8), cache=True)
+@njit(F8(ROW, F8, F8))
 def prefill_s(row, chunk_tok, chunk_tok2):
     """Time of a prefill iteration of one prompt [s]: ``req + base + tok N + tok2 Q``."""
     return (
@@ -60,7 +61,7 @@ def prefill_s(row, chunk_tok, chunk_tok2):
     )
 
 
-@njit(types.UniTuple(F8, 3)(ROW, F8, F8, F8, F8, F8, F8), cache=True)
+@njit(types.UniTuple(F8, 3)(ROW, F8, F8, F8, F8, F8, F8))
 def iteration_cost(row, padded_req, batch_req, kv_tok, chunk_tok, chunk_tok2, begun_req):
     """Time [s], decode energy [J] and prefill energy [J] of one iteration.
 
@@ -85,7 +86,7 @@ def iteration_cost(row, padded_req, batch_req, kv_tok, chunk_tok, chunk_tok2, be
     return step_s + chunk_s + host_s, step_j, chunk_s * prefill_w + host_s * row["idle_w"]
 
 
-@njit(I8(ROWS, I8, F8), cache=True)
+@njit(I8(ROWS, I8, F8))
 def row_up(rows, n_clocks, freq_mhz):
     """Row of the lowest clock at or above this one; the highest if there is none."""
     low = 0
@@ -99,7 +100,7 @@ def row_up(rows, n_clocks, freq_mhz):
     return low
 
 
-@njit(I8(ROWS, I8, F8), cache=True)
+@njit(I8(ROWS, I8, F8))
 def row_nearest(rows, n_clocks, freq_mhz):
     """Row of the clock nearest to this one; of two equally near the lower."""
     low = 0
@@ -113,7 +114,7 @@ def row_nearest(rows, n_clocks, freq_mhz):
     return low
 
 
-@njit(I8(ROWS, I8, F8), cache=True)
+@njit(I8(ROWS, I8, F8))
 def row_down(rows, n_clocks, freq_mhz):
     """Row of the highest clock at or below this one; the lowest if there is none."""
     low = 0

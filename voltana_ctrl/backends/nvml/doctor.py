@@ -146,6 +146,9 @@ class MachineReport:
         The GPUs.
     cpus : tuple of CpuReport
         CPU frequency policies.
+    compiled_code : str or None
+        Folder in which compiled kernels are kept; None where none can be written, or without
+        Numba.
     mends : tuple of str
         What to do about what is missing on the machine.
 
@@ -165,6 +168,7 @@ class MachineReport:
     setter: str | None
     gpus: tuple[GpuReport, ...] = ()
     cpus: tuple[CpuReport, ...] = ()
+    compiled_code: str | None = None
     mends: tuple[str, ...] = ()
 
     def json(self) -> str:
@@ -196,6 +200,8 @@ class MachineReport:
             )
         else:
             yield "CPU clocks: the kernel shows no frequency policies (usual in virtual machines)"
+        kept = "not kept" if self.compiled_code is None else f"kept in {self.compiled_code}"
+        yield f"compiled code: {kept}"
         for mend in self.mends:
             yield f"mend: {mend}"
 
@@ -319,6 +325,8 @@ def examine(
             "to set clocks, run `voltana-ctrl agent --setter` as root beside the server, or run"
             " the controller as root; reading works as it is"
         )
+    compiled_code, compile_mend = _compiled_code()
+    mends.extend(compile_mend)
     return MachineReport(
         driver=driver,
         problem=problem,
@@ -326,8 +334,24 @@ def examine(
         setter=served,
         gpus=gpus,
         cpus=cpus,
+        compiled_code=compiled_code,
         mends=tuple(mends),
     )
+
+
+def _compiled_code() -> tuple[str | None, list[str]]:
+    """Where compiled kernels are kept, and what to do where they are not."""
+    try:
+        from voltana_ctrl.kernels.compiled import cache_folder
+    except ImportError as error:
+        return None, [f"{error}: pip install numba, without which no policy runs"]
+    folder = cache_folder()
+    if folder is not None:
+        return str(folder), []
+    return None, [
+        "kernels are compiled in every process anew, half a minute or so; set NUMBA_CACHE_DIR to"
+        " a folder that this user can write"
+    ]
 
 
 def _examine_gpus(nvml: Nvml, lock_dir: Path) -> tuple[tuple[GpuReport, ...], list[str]]:

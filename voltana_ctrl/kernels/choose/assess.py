@@ -6,8 +6,9 @@ Instances are given by their type: `tables` and `padded` of
 
 import math
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, batch_j, decode_s, row_down, row_up
 
 F8, I8 = types.float64, types.int64
@@ -24,9 +25,7 @@ OUT_F8_1, OUT_F8_2 = types.Array(F8, 1, "C"), types.Array(F8, 2, "C")
     types.void(
         TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, F8_1,
         F8, F8, F8, F8, F8, F8, F8, OUT_F8_1,
-    ),
-    cache=True,
-)  # fmt: skip
+    ))  # fmt: skip
 def lowest_clocks(
     tables, padded, kind, n_clocks, prefills, decodes, max_batch, running_req, kv_used_tok,
     queue_tok, oldest_wait_s, route_frac, arrival_tok_s, typical_tok, ttft_s, unsure, itl_s,
@@ -70,7 +69,7 @@ def lowest_clocks(
         needed_mhz[i] = tables[kind[i], best]["clock_mhz"]
 
 
-@njit(F8(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1), cache=True)
+@njit(F8(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1))
 def decoding_tok_s(
     tables, padded, kind, n_clocks, decodes, max_batch, running_req, kv_used_tok, freq_mhz
 ):
@@ -85,10 +84,7 @@ def decoding_tok_s(
     return total
 
 
-@njit(
-    types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8, F8, OUT_F8_1),
-    cache=True,
-)
+@njit(types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8, F8, OUT_F8_1))
 def thrifty(
     tables, padded, kind, n_clocks, decodes, max_batch, sunk_w, running_req, kv_used_tok,
     prompt_tok, itl_s, thrifty_mhz,
@@ -119,8 +115,7 @@ def thrifty(
 
 
 @njit(
-    types.void(TABLES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, BOOL_1, F8, OUT_F8_2),
-    cache=True,
+    types.void(TABLES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, BOOL_1, F8, OUT_F8_2)
 )
 def worst_power(
     tables, kind, n_clocks, prefills, decodes, max_batch, idle_w, running_req, queue_req,
@@ -148,7 +143,7 @@ def worst_power(
             power_w[i, k] = worst_w
 
 
-@njit(types.void(TABLES, I8_1, I8_1, F8_2, F8_1, OUT_F8_1, OUT_F8_1), cache=True)
+@njit(types.void(TABLES, I8_1, I8_1, F8_2, F8_1, OUT_F8_1, OUT_F8_1))
 def raised(tables, kind, n_clocks, power_w, clock_mhz, raised_mhz, drawn_w):
     """Clocks raised to supported ones, and power there."""
     for i in range(len(kind)):
@@ -157,7 +152,7 @@ def raised(tables, kind, n_clocks, power_w, clock_mhz, raised_mhz, drawn_w):
         drawn_w[i] = power_w[i, k]
 
 
-@njit(F8(TABLES, I8_1, I8_1, F8_2, F8_1, F8, OUT_F8_1), cache=True)
+@njit(F8(TABLES, I8_1, I8_1, F8_2, F8_1, F8, OUT_F8_1))
 def scaled(tables, kind, n_clocks, power_w, wanted_mhz, scale, clock_mhz):
     """Clocks in this proportion to those wanted, lowered to supported ones; what they draw."""
     total_w = 0.0

@@ -12,8 +12,9 @@ params, memory : float64, settings of this instance and what it remembers (writa
 waiting_tok : prompt tokens not prefilled yet, this iteration's `batch_tok` included
 """
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW
 
 F8, I8 = types.float64, types.int64
@@ -31,7 +32,7 @@ GOVERNOR = types.FunctionType(GOVERNOR_SIGNATURE)
 N_MEMORY = 10
 
 
-@njit([GOVERNOR_SIGNATURE], cache=True)
+@njit([GOVERNOR_SIGNATURE])
 def hold_floor(
     rows,
     padded,

@@ -1,8 +1,9 @@
 """Governors to compare against, on the compiled governor port of base.py."""
 
-from numba import njit, types
+from numba import types
 
 from voltana_ctrl.kernels.choose.base import GOVERNOR_SIGNATURE, N_MEMORY
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
 
 F8, I8 = types.float64, types.int64
@@ -22,7 +23,7 @@ DUAL_TTFT_S, DUAL_ITL_S, DUAL_KV_FULL_TOK, DUAL_BUDGET_TOK, DUAL_N_LADDER, DUAL_
 DUAL_AHEAD = N_MEMORY
 
 
-@njit([GOVERNOR_SIGNATURE], cache=True)
+@njit([GOVERNOR_SIGNATURE])
 def ecofreq(
     rows,
     padded,
@@ -66,7 +67,7 @@ def ecofreq(
     return highest
 
 
-@njit([GOVERNOR_SIGNATURE], cache=True)
+@njit([GOVERNOR_SIGNATURE])
 def threshold(
     rows,
     padded,
@@ -103,7 +104,7 @@ def threshold(
     return min(max(clock_mhz, floor_mhz), ceiling_mhz)
 
 
-@njit(F8(SETTINGS, I8, F8, F8), cache=True)
+@njit(F8(SETTINGS, I8, F8, F8))
 def _ahead_tok(params, batch, batch_tok, waiting_tok):
     """Prompt tokens of a batch of the look-ahead; 0 where the queue is empty by then."""
     if batch == 0:
@@ -112,7 +113,7 @@ def _ahead_tok(params, batch, batch_tok, waiting_tok):
     return max(0.0, min(left_tok, params[DUAL_BUDGET_TOK]))
 
 
-@njit(I8(ROWS, SETTINGS, SETTINGS, F8, F8, F8), cache=True)
+@njit(I8(ROWS, SETTINGS, SETTINGS, F8, F8, F8))
 def _plan_prefill(rows, params, memory, waiting_tok, batch_tok, oldest_wait_s):
     """Level for the first of the next batches.
 
@@ -151,7 +152,7 @@ def _plan_prefill(rows, params, memory, waiting_tok, batch_tok, oldest_wait_s):
     return int(memory[0])
 
 
-@njit([GOVERNOR_SIGNATURE], cache=True)
+@njit([GOVERNOR_SIGNATURE])
 def dualscale(
     rows,
     padded,

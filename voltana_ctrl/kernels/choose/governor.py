@@ -6,9 +6,10 @@ arrive, so that it needs nothing from the slower layers but a floor and a ceilin
 
 import math
 
-from numba import njit, types
+from numba import types
 
 from voltana_ctrl.kernels.choose.base import F8, GOVERNOR_SIGNATURE
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
 
 #: params
@@ -45,13 +46,13 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
 _SURELY_ONE = 4.0
 
 
-@njit(F8(ROW, F8, F8, F8), cache=True)
+@njit(F8(ROW, F8, F8, F8))
 def batch_s(row, pace_frac, tok, typical_tok):
     """Time of a prefill iteration of `tok` prompt tokens in prompts of typical length."""
     return pace_frac * prefill_s(row, tok, tok * min(tok, typical_tok))
 
 
-@njit(F8(F8, F8, F8, F8), cache=True)
+@njit(F8(F8, F8, F8, F8))
 def squared_tok(waiting_tok, ahead_tok, long_tok, typical_tok):
     """Squared context that is left to attend to: the coefficient of the quadratic time.
 
@@ -68,7 +69,7 @@ def squared_tok(waiting_tok, ahead_tok, long_tok, typical_tok):
     return total_tok2
 
 
-@njit(F8(F8, F8, F8), cache=True)
+@njit(F8(F8, F8, F8))
 def until_done_s(present_s, asked_s, delay_s):
     """Time of work that takes `present_s` at the present clock, `asked_s` at the one asked for."""
     if present_s <= delay_s:
@@ -76,7 +77,7 @@ def until_done_s(present_s, asked_s, delay_s):
     return delay_s + (1.0 - delay_s / present_s) * asked_s
 
 
-@njit(types.void(types.Array(F8, 1, "C"), types.Array(F8, 1, "C"), F8, F8, F8, F8), cache=True)
+@njit(types.void(types.Array(F8, 1, "C"), types.Array(F8, 1, "C"), F8, F8, F8, F8))
 def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
     """Update the arrival estimate: rate, and its index of dispersion."""
     span_s = t_s - memory[CALLED_S]
@@ -109,7 +110,7 @@ def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
     memory[AHEAD_TOK] -= batch_tok
 
 
-@njit([GOVERNOR_SIGNATURE], cache=True)
+@njit([GOVERNOR_SIGNATURE])
 def needed_clock(
     rows,
     padded,

@@ -2,8 +2,9 @@
 
 import math
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, batch_j, decode_s, prefill_s
 
 F8, I8 = types.float64, types.int64
@@ -20,7 +21,7 @@ OUT_F8_1, OUT_I8_1 = types.Array(F8, 1, "C"), types.Array(I8, 1, "C")
 _LARGE = 1e250
 
 
-@njit(types.void(ROWS, I8_1, F8, F8, F8, OUT_I8_1, OUT_F8_1, OUT_F8_1), cache=True)
+@njit(types.void(ROWS, I8_1, F8, F8, F8, OUT_I8_1, OUT_F8_1, OUT_F8_1))
 def governed_batches(rows, padded, context_tok, pace_frac, target_s, needed_k, step_s, power_w):
     """Row that a governor picks for each batch, time and power there.
 
@@ -42,10 +43,7 @@ def governed_batches(rows, padded, context_tok, pace_frac, target_s, needed_k, s
         power_w[n] = row["decode_power_w"] + batch_j(row, float(n), kv_tok) / time_s
 
 
-@njit(
-    types.UniTuple(F8, 3)(STATION, F8, F8, I8, F8, I8),
-    cache=True,
-)
+@njit(types.UniTuple(F8, 3)(STATION, F8, F8, I8, F8, I8))
 def station(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k):
     """Stationary power [W], share of arrivals over the limits, and batch of one station.
 
@@ -99,10 +97,7 @@ def station(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k):
     return energy / total, over / total, batch / total
 
 
-@njit(
-    types.Tuple((I8, F8, F8))(STATION, F8, F8, I8, F8, F8, I8),
-    cache=True,
-)
+@njit(types.Tuple((I8, F8, F8))(STATION, F8, F8, I8, F8, F8, I8))
 def _least_floor(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, allowed, guess):
     """Lowest floor with few enough arrivals over the limits, the top if none; its figures.
 
@@ -137,10 +132,7 @@ def _least_floor(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, allo
     return low, found_w, found_over
 
 
-@njit(
-    types.void(STATION, F8_1, F8, I8, F8, F8, OUT_F8_1, OUT_I8_1, OUT_F8_1),
-    cache=True,
-)
+@njit(types.void(STATION, F8_1, F8, I8, F8, F8, OUT_F8_1, OUT_I8_1, OUT_F8_1))
 def decode_curve(
     one,
     arrival_req_s,
@@ -192,7 +184,7 @@ def decode_curve(
         over_frac[g] = best_over
 
 
-@njit(F8(ROW, F8, F8, F8, F8, F8, F8, F8_1), cache=True)
+@njit(F8(ROW, F8, F8, F8, F8, F8, F8, F8_1))
 def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2, ttft_s, typical):
     """Share of prompts that wait too long: an exponential tail of Pollaczek-Khinchine's mean."""
     work_s = row["prefill_tok_s"] * prompt_tok + row["prefill_tok2_s"] * square_tok2
@@ -216,10 +208,7 @@ def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2
     return late / len(typical)
 
 
-@njit(
-    types.void(ROWS, F8_1, F8, F8, F8, F8, types.boolean, F8, F8_1, OUT_F8_1, OUT_I8_1, OUT_F8_1),
-    cache=True,
-)
+@njit(types.void(ROWS, F8_1, F8, F8, F8, F8, types.boolean, F8, F8_1, OUT_F8_1, OUT_I8_1, OUT_F8_1))
 def prefill_curve(
     rows, arrival_req_s, prompt_tok, prompt_sd_tok, ttft_s, miss_frac, governed, deaf_frac,
     typical, least_w, best_k, late_frac,
@@ -278,7 +267,7 @@ def prefill_curve(
                                       ttft_s, typical)  # fmt: skip
 
 
-@njit(types.void(F8_1, F8, F8_1, F8, F8, OUT_F8_1, OUT_I8_1, OUT_I8_1), cache=True)
+@njit(types.void(F8_1, F8, F8_1, F8, F8, OUT_F8_1, OUT_I8_1, OUT_I8_1))
 def min_plus(left_w, left_step, right_w, right_step, step, sum_w, left_at, right_at):
     """Cheapest split of each load between two groups: ``min a(y) + b(x - y)``.
 

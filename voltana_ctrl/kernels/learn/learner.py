@@ -20,8 +20,9 @@ Decode time is learned once per *tile*, a candidate for the staircase of execute
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import batch_j, row_nearest
 from voltana_ctrl.kernels.layout import PROFILE_DTYPE
 from voltana_ctrl.kernels.learn.predictor import (
@@ -73,7 +74,7 @@ MIXED = 9.0
 ABSURD = 30.0
 
 
-@njit(F8(F8, F8, F8), cache=True)
+@njit(F8(F8, F8, F8))
 def tilt_of(freq_mhz, low_mhz, high_mhz):
     """Where a clock lies on its ladder: -1 at the lowest, 1 at the highest, in log f."""
     if high_mhz <= low_mhz:
@@ -82,7 +83,7 @@ def tilt_of(freq_mhz, low_mhz, high_mhz):
     return min(max(at, -1.0), 1.0)
 
 
-@njit(F8(IN_I8_2, I8, I8, F8), cache=True)
+@njit(F8(IN_I8_2, I8, I8, F8))
 def executed_size(padded, i, tile, running_req):
     """Executed size of a batch under candidate staircase `tile`."""
     width = TILES_REQ[tile]
@@ -91,13 +92,13 @@ def executed_size(padded, i, tile, running_req):
     return math.ceil(running_req / width) * width
 
 
-@njit(types.void(F8_1, I8, F8, F8), cache=True)
+@njit(types.void(F8_1, I8, F8, F8))
 def _part(phi, part, share_frac, tilt):
     phi[2 * part] = share_frac
     phi[2 * part + 1] = share_frac * tilt
 
 
-@njit(F8(TABLES, I8, I8, F8, F8, F8, F8_1), cache=True)
+@njit(F8(TABLES, I8, I8, F8, F8, F8, F8_1))
 def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
     """Prior time of a decode iteration [s]; its parts' shares into `phi`."""
     base_s = table[i, k]["decode_base_s"]
@@ -124,7 +125,7 @@ def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
     return total_s
 
 
-@njit(F8(TABLES, I8, I8, F8, F8, F8, F8_1), cache=True)
+@njit(F8(TABLES, I8, I8, F8, F8, F8, F8_1))
 def _prefill_parts(table, i, k, tilt, tok, n_req, phi):
     """Prior time of the prefill of an iteration [s]; its parts' shares into `phi`."""
     base_s = table[i, k]["prefill_base_s"] if n_req == 0.0 else 0.0
@@ -138,10 +139,7 @@ def _prefill_parts(table, i, k, tilt, tok, n_req, phi):
     return base_s + tok_s
 
 
-@njit(
-    F8(TABLES, IN_I8_1, IN_I8_2, I8, F8, F8, F8, F8, F8_3, I8_1, F8_1),
-    cache=True,
-)
+@njit(F8(TABLES, IN_I8_1, IN_I8_2, I8, F8, F8, F8, F8, F8_3, I8_1, F8_1))
 def _expected_s(table, n_clocks, padded, i, freq_mhz, n_req, tok, kv_tok, theta, chosen, phi):
     """Time of an iteration at a clock, as learned so far [s]."""
     k = row_nearest(table[i], n_clocks[i], freq_mhz)
@@ -157,7 +155,7 @@ def _expected_s(table, n_clocks, padded, i, freq_mhz, n_req, tok, kv_tok, theta,
     return total_s
 
 
-@njit(types.boolean(F8, F8), cache=True)
+@njit(types.boolean(F8, F8))
 def _sane(value, prior):
     return prior > 0.0 and prior / ABSURD < value < prior * ABSURD
 
@@ -165,9 +163,7 @@ def _sane(value, prior):
 @njit(
     types.void(
         TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1
-    ),
-    cache=True,
-)  # fmt: skip
+    ))  # fmt: skip
 def _learn_tiles(
     table, padded, i, k, tilt, wall_s, n_req, kv_tok, beside_s, beside_sd_s,
     theta, cov, notes, chosen, forget, phi,
@@ -203,10 +199,7 @@ def _learn_tiles(
             note_alarm(notes[i, tile])
 
 
-@njit(
-    I8(TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1),
-    cache=True,
-)
+@njit(I8(TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1))
 def _learn_decode(
     table, padded, i, k, tilt, wall_s, n_req, kv_tok, energy_j,
     theta, cov, notes, chosen, forget, phi,
@@ -232,10 +225,7 @@ def _learn_decode(
     return 1
 
 
-@njit(
-    I8(TABLES, I8, I8, F8, F8, F8, F8, F8_3, F8_4, F8_3, F8, F8_1),
-    cache=True,
-)
+@njit(I8(TABLES, I8, I8, F8, F8, F8, F8, F8_3, F8_4, F8_3, F8, F8_1))
 def _learn_prefill(table, i, k, tilt, wall_s, tok, energy_j, theta, cov, notes, forget, phi):
     """Learn from a pure prefill iteration; 0 if it is absurd."""
     prior_s = _prefill_parts(table, i, k, tilt, tok, 0.0, phi)
@@ -252,10 +242,7 @@ def _learn_prefill(table, i, k, tilt, wall_s, tok, energy_j, theta, cov, notes, 
     return 1
 
 
-@njit(
-    I8(TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1, F8_1),
-    cache=True,
-)
+@njit(I8(TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1, F8_1))
 def _learn_mixed(
     table, padded, i, k, tilt, wall_s, n_req, tok, kv_tok, energy_j,
     theta, cov, notes, chosen, forget, phi, other,
@@ -320,9 +307,7 @@ def _learn_mixed(
     types.void(
         TABLES, IN_I8_1, IN_I8_2, IN_I8_1, *(IN_F8_1,) * 6,
         F8_3, F8_4, F8_3, I8_1, F8_2, F8,
-    ),
-    cache=True,
-)  # fmt: skip
+    ))  # fmt: skip
 def learn(
     table, n_clocks, padded, instance, wall_s, freq_mhz, batch_req, prefill_tok, kv_tok, energy_j,
     theta, cov, notes, chosen, counts, forget,
@@ -409,13 +394,13 @@ def learn(
 ) = range(len(PROFILE_DTYPE.names or ()))
 
 
-@njit(types.void(IN_F8_3, I8, I8, I8, IN_F8_1, I8, F8, F8_3), cache=True)
+@njit(types.void(IN_F8_3, I8, I8, I8, IN_F8_1, I8, F8, F8_3))
 def _scaled(table, i, k, column, theta, part, tilt, out):
     scale = theta[2 * part] + theta[2 * part + 1] * tilt
     out[i, k, column] = table[i, k, column] * scale
 
 
-@njit(types.void(IN_F8_3, IN_I8_1, IN_F8_3, IN_I8_1, F8_3), cache=True)
+@njit(types.void(IN_F8_3, IN_I8_1, IN_F8_3, IN_I8_1, F8_3))
 def learned_table(table, n_clocks, theta, chosen, out):
     """Coefficients as learned. Times never rise with the clock, powers never fall."""
     for i in range(len(n_clocks)):

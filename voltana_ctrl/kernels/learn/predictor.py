@@ -5,8 +5,9 @@ Coefficients are records of PROFILE_DTYPE, ``table[instance, clock]``.
 
 import math
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, decode_j, decode_s, prefill_s, row_down
 
 F8, I8 = types.float64, types.int64
@@ -20,7 +21,7 @@ IN_I8_1, IN_I8_2 = (types.Array(I8, dimension, "C", readonly=True) for dimension
 MOST = 1e12
 
 
-@njit(F8(F8), cache=True)
+@njit(F8(F8))
 def load_of(value):
     """A load that can be computed with: NaN and negative become 0."""
     if value > 0.0:
@@ -28,7 +29,7 @@ def load_of(value):
     return 0.0
 
 
-@njit(F8(IN_I8_2, I8, F8), cache=True)
+@njit(F8(IN_I8_2, I8, F8))
 def padded_size(padded, i, running_req):
     """Executed size of a batch; a fraction of a request counts as a whole one."""
     last = padded.shape[1] - 1
@@ -37,13 +38,13 @@ def padded_size(padded, i, running_req):
     return float(padded[i, math.ceil(running_req)])
 
 
-@njit(types.UniTuple(F8, 2)(TABLES, I8, I8, F8, F8, F8), cache=True)
+@njit(types.UniTuple(F8, 2)(TABLES, I8, I8, F8, F8, F8))
 def _decode_at(table, i, k, running_req, size_req, kv_tok):
     time_s = decode_s(table[i, k], size_req, kv_tok)
     return time_s, decode_j(table[i, k], time_s, running_req, kv_tok)
 
 
-@njit(F8(TABLES, I8, I8, I8, F8), cache=True)
+@njit(F8(TABLES, I8, I8, I8, F8))
 def _above_frac(table, i, n_clocks, k, freq_mhz):
     """How far `freq_mhz` lies from clock k to the next; 0 beyond either end of the ladder."""
     if k + 1 >= n_clocks or not freq_mhz > table[i, k]["clock_mhz"]:
@@ -52,7 +53,7 @@ def _above_frac(table, i, n_clocks, k, freq_mhz):
     return (freq_mhz - table[i, k]["clock_mhz"]) / step_mhz
 
 
-@njit(types.UniTuple(F8, 3)(TABLES, IN_I8_1, IN_I8_2, I8, F8, F8, F8), cache=True)
+@njit(types.UniTuple(F8, 3)(TABLES, IN_I8_1, IN_I8_2, I8, F8, F8, F8))
 def decode_one(table, n_clocks, padded, i, freq_mhz, running_req, kv_tok):
     """ITL [s], energy [J] and mean power [W] of a decode iteration, linear between clocks."""
     n_req = load_of(running_req)
@@ -71,7 +72,7 @@ def decode_one(table, n_clocks, padded, i, freq_mhz, running_req, kv_tok):
     return time_s, energy_j, power_w
 
 
-@njit(types.UniTuple(F8, 3)(TABLES, IN_I8_1, I8, F8, F8, F8), cache=True)
+@njit(types.UniTuple(F8, 3)(TABLES, IN_I8_1, I8, F8, F8, F8))
 def prefill_one(table, n_clocks, i, freq_mhz, new_tok, square_tok2):
     """Time [s], energy [J] and power [W] of a prefill iteration, linear between clocks."""
     tok = load_of(new_tok)
@@ -92,7 +93,7 @@ def prefill_one(table, n_clocks, i, freq_mhz, new_tok, square_tok2):
     return time_s, energy_j, power_w
 
 
-@njit(types.void(TABLES, IN_I8_1, IN_I8_2, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)
+@njit(types.void(TABLES, IN_I8_1, IN_I8_2, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2))
 def decode_many(table, n_clocks, padded, instance, freq_mhz, running_req, kv_tok, out):
     """`decode_one` for each row of the questions, into the rows of `out`."""
     for j in range(len(instance)):
@@ -101,7 +102,7 @@ def decode_many(table, n_clocks, padded, instance, freq_mhz, running_req, kv_tok
         )
 
 
-@njit(types.void(TABLES, IN_I8_1, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2), cache=True)
+@njit(types.void(TABLES, IN_I8_1, IN_I8_1, IN_F8_1, IN_F8_1, IN_F8_1, F8_2))
 def prefill_many(table, n_clocks, instance, freq_mhz, new_tok, square_tok2, out):
     """`prefill_one` for each row of the questions, into the rows of `out`."""
     for j in range(len(instance)):

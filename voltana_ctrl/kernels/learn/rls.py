@@ -5,8 +5,9 @@ relative to a prior, so that a right prior has scales 1 and tilts 0.
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.learn.predictor import F8, F8_1, F8_2
 
 #: Scale and tilt of up to three parts.
@@ -46,7 +47,7 @@ MOST_TRACE = (
 )
 
 
-@njit(types.void(F8_2), cache=True)
+@njit(types.void(F8_2))
 def restart(cov):
     """The prior: covariance of a fresh model; scales of parts move together."""
     for a in range(N_TERMS):
@@ -62,7 +63,7 @@ def restart(cov):
             cov[a, b] = value / (NOISE * NOISE)
 
 
-@njit(types.void(F8_1), cache=True)
+@njit(types.void(F8_1))
 def keep_physical(theta):
     """Scales within a factor of the profile, tilts that leave every coefficient positive."""
     for a in range(0, N_TERMS, 2):
@@ -71,7 +72,7 @@ def keep_physical(theta):
         theta[a + 1] = min(max(theta[a + 1], -STEEPEST * scale), STEEPEST * scale)
 
 
-@njit(F8(F8_1, F8_2, F8_1, F8, F8, F8), cache=True)
+@njit(F8(F8_1, F8_2, F8_1, F8, F8, F8))
 def rls_step(theta, cov, phi, target, forget, limit):
     """One update in place; returns the error before it.
 
@@ -113,7 +114,7 @@ def rls_step(theta, cov, phi, target, forget, limit):
     return error
 
 
-@njit(types.boolean(F8_1, F8_2, F8_1, F8_1, F8, F8, F8), cache=True)
+@njit(types.boolean(F8_1, F8_2, F8_1, F8_1, F8, F8, F8))
 def learn_one(theta, cov, phi, notes, target, beside, forget):
     """Gate, update, and note the error; True if the error says that the machine drifted.
 
@@ -136,7 +137,7 @@ def learn_one(theta, cov, phi, notes, target, beside, forget):
     return notes[CUSUM_UP] > ALARM or notes[CUSUM_DOWN] > ALARM
 
 
-@njit(types.void(F8_1), cache=True)
+@njit(types.void(F8_1))
 def note_alarm(notes):
     """Begin both sums of the change detector anew, after it has raised the alarm."""
     notes[CUSUM_UP] = 0.0
@@ -145,7 +146,7 @@ def note_alarm(notes):
     notes[ALARMS] += 1.0
 
 
-@njit(F8(F8_1, F8_1), cache=True)
+@njit(F8(F8_1, F8_1))
 def said(theta, phi):
     """What a model says of its part, relative to the prior."""
     total = 0.0
@@ -154,7 +155,7 @@ def said(theta, phi):
     return total
 
 
-@njit(F8(F8_2, F8_1), cache=True)
+@njit(F8(F8_2, F8_1))
 def doubt(cov, phi):
     """Variance of what a model says, in that of a record."""
     total = 0.0
@@ -164,7 +165,7 @@ def doubt(cov, phi):
     return total
 
 
-@njit(types.void(F8_1, F8_2, F8_1, F8_1, F8, F8, F8), cache=True)
+@njit(types.void(F8_1, F8_2, F8_1, F8_1, F8, F8, F8))
 def learn_guarded(theta, cov, phi, notes, target, beside, forget):
     """`learn_one`, afresh after an alarm."""
     if learn_one(theta, cov, phi, notes, target, beside, forget):

@@ -4,8 +4,9 @@ A set call takes `actuation_s`, calls of one node follow one another, and the cl
 new value `settle_s` after the call returned: a pure delay, up and down.
 """
 
-from numba import from_dtype, njit, types
+from numba import from_dtype, types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, iteration_cost
 from voltana_ctrl.kernels.layout import INSTANCE_DTYPE, PENDING, SIM_DTYPE
 
@@ -19,7 +20,7 @@ I8_1, I8_2 = types.Array(I8, 1, "C"), types.Array(I8, 2, "C")
 NEVER = 1e300
 
 
-@njit(F8(INST, types.Array(ROW, 1, "C")), cache=True)
+@njit(F8(INST, types.Array(ROW, 1, "C")))
 def _resting_w(one, rows):
     """Power without an iteration: awake, it depends on the clock that is held meanwhile.
 
@@ -31,7 +32,7 @@ def _resting_w(one, rows):
     return one["rest_w"] + (rows[k]["idle_w"] - rows[one["n_clocks"] - 1]["idle_w"])
 
 
-@njit(types.void(INST, types.Array(ROW, 1, "C"), F8), cache=True)
+@njit(types.void(INST, types.Array(ROW, 1, "C"), F8))
 def accrue(one, rows, now_s):
     """Add up energy and time of one instance until `now_s`; power is constant since."""
     span_s = now_s - one["last_s"]
@@ -52,7 +53,7 @@ def accrue(one, rows, now_s):
         one["idle_j"] += _resting_w(one, rows) * span_s
 
 
-@njit(F8(INST, TABLES, I8_2), cache=True)
+@njit(F8(INST, TABLES, I8_2))
 def price_iteration(one, tables, padded):
     """Length of the present iteration at the present clock; sets the power it draws.
 
@@ -80,7 +81,7 @@ def price_iteration(one, tables, padded):
     return wall_s * slow
 
 
-@njit(types.void(INST, TABLES, F8, F8), cache=True)
+@njit(types.void(INST, TABLES, F8, F8))
 def proceed(one, tables, now_s, left_s):
     """The iteration has `left_s` of work left, and begins with it once its clock is stable.
 
@@ -95,7 +96,7 @@ def proceed(one, tables, now_s, left_s):
         one["iter_end_s"] += stall_s
 
 
-@njit(types.void(INST, TABLES, I8_2, F8), cache=True)
+@njit(types.void(INST, TABLES, I8_2, F8))
 def repace(one, tables, padded, now_s):
     """What is left of a running iteration goes on as things are now."""
     if one["iterating"] != 0:
@@ -105,7 +106,7 @@ def repace(one, tables, padded, now_s):
         proceed(one, tables, now_s, left_frac * wall_s)
 
 
-@njit(types.void(INST, TABLES, I8_2, I8, F8, F8), cache=True)
+@njit(types.void(INST, TABLES, I8_2, I8, F8, F8))
 def set_pace(one, tables, padded, k, cap_w, now_s):
     """Clock and power cap take effect; what is left of an iteration goes on at the new pace."""
     if k == one["clock_k"] and cap_w == one["power_cap_w"]:
@@ -120,7 +121,7 @@ def set_pace(one, tables, padded, k, cap_w, now_s):
     repace(one, tables, padded, now_s)
 
 
-@njit(types.void(SIM, INST, F8_1, F8), cache=True)
+@njit(types.void(SIM, INST, F8_1, F8))
 def _begin_call(sim, one, node_free_s, now_s):
     start_s = max(now_s, node_free_s[one["node"]])
     one["call_k"] = one["want_k"]
@@ -130,7 +131,7 @@ def _begin_call(sim, one, node_free_s, now_s):
     one["clock_sets"] += 1
 
 
-@njit(types.void(SIM, INST, TABLES, I8_2, F8_1, I8, F8), cache=True)
+@njit(types.void(SIM, INST, TABLES, I8_2, F8_1, I8, F8))
 def request_clock(sim, one, tables, padded, node_free_s, k, now_s):
     """Ask for a clock. Idempotent; while a call runs only the latest wish is kept."""
     if k == one["want_k"]:
@@ -145,7 +146,7 @@ def request_clock(sim, one, tables, padded, node_free_s, k, now_s):
         one["call_k"] = k  # still queued behind other calls of the node
 
 
-@njit(types.void(SIM, INSTS, TABLES, I8_2, F8_1, F8_2, I8_2, I8, F8), cache=True)
+@njit(types.void(SIM, INSTS, TABLES, I8_2, F8_1, F8_2, I8_2, I8, F8))
 def call_returned(sim, inst, tables, padded, node_free_s, pending_s, pending_k, i, now_s):
     """A set call came back: the clock settles; a newer wish starts the next call."""
     one = inst[i]
@@ -162,7 +163,7 @@ def call_returned(sim, inst, tables, padded, node_free_s, pending_s, pending_k, 
         _begin_call(sim, one, node_free_s, now_s)
 
 
-@njit(types.void(INSTS, TABLES, I8_2, F8_2, I8_2, I8, F8), cache=True)
+@njit(types.void(INSTS, TABLES, I8_2, F8_2, I8_2, I8, F8))
 def clock_settled(inst, tables, padded, pending_s, pending_k, i, now_s):
     """The oldest settling set takes effect."""
     one = inst[i]

@@ -8,9 +8,10 @@ Order at equal times: instances by index, KV arrivals, request arrivals.
 import math
 
 import numpy as np
-from numba import from_dtype, njit, types
+from numba import from_dtype, types
 
 from voltana_ctrl.kernels.choose.base import GOVERNOR
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import row_up
 from voltana_ctrl.kernels.layout import (
     ASK_DECODE,
@@ -83,7 +84,7 @@ from voltana_ctrl.kernels.route.base import ROUTER
 LOG = types.Array(from_dtype(ITERATION_DTYPE), 1, "C")
 
 
-@njit(F8(SIM), cache=True)
+@njit(F8(SIM))
 def _uniform(sim):
     """Next number in [0, 1) of the simulation's own generator (xorshift64)."""
     x = sim["rng"]
@@ -94,7 +95,7 @@ def _uniform(sim):
     return float(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@njit(F8(SIM, F8), cache=True)
+@njit(F8(SIM, F8))
 def _jitter(sim, sd_frac):
     """Log-normal factor of mean 1."""
     radius = math.sqrt(-2.0 * math.log(1.0 - _uniform(sim)))
@@ -102,7 +103,7 @@ def _jitter(sim, sd_frac):
     return math.exp(sd_frac * normal - 0.5 * sd_frac * sd_frac)
 
 
-@njit(I8(INSTS, I8_1, I8), cache=True)
+@njit(I8(INSTS, I8_1, I8))
 def _who_can_hold(inst, members, need_tok):
     """2 if somebody alive has a KV cache of this size, 1 if only the dead have, 0 if nobody."""
     found = 0
@@ -112,14 +113,14 @@ def _who_can_hold(inst, members, need_tok):
     return found
 
 
-@njit(I8(INST), cache=True)
+@njit(I8(INST))
 def _rank(one):
     """Alive before dead, active before parked, awake before asleep or waking."""
     awake_now = 1 if one["asleep"] == 0 and one["wake_end_s"] >= NEVER else 0
     return one["alive"] * (4 + 2 * one["active"] + awake_now)
 
 
-@njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8), cache=True)
+@njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8))
 def _look(sim, inst, seen, view, members, need_tok):
     """Fill the router's view of `members`; eligible are the best of those that can hold it."""
     best = 0
@@ -149,7 +150,7 @@ def _look(sim, inst, seen, view, members, need_tok):
         view[VIEW_KV_CAPACITY_TOK, j] = one["kv_capacity_tok"]
 
 
-@njit(types.void(SIM, REQS), cache=True)
+@njit(types.void(SIM, REQS))
 def _leave_route(sim, req):
     """Take the first request off the list of those to be routed."""
     sim["route_head"] = req[sim["route_head"]]["next"]
@@ -157,7 +158,7 @@ def _leave_route(sim, req):
         sim["route_tail"] = -1
 
 
-@njit(types.void(SIM, REQS, I8), cache=True)
+@njit(types.void(SIM, REQS, I8))
 def _hold(sim, req, r):
     """Keep a request until somebody lives who can take it; see faults.py."""
     req[r]["next"] = -1
@@ -168,7 +169,7 @@ def _hold(sim, req, r):
     sim["held_tail"] = r
 
 
-@njit(types.void(SIM, INSTS, TABLES, SEENS, REQS, F8_1, I8_1, I8_1, I8), cache=True)
+@njit(types.void(SIM, INSTS, TABLES, SEENS, REQS, F8_1, I8_1, I8_1, I8))
 def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
     """Carry out a routing choice: into the prefill queue, or on the way to decode."""
     q = req[r]
@@ -191,7 +192,7 @@ def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
         push_moving(sim, moving_s, moving_r, arrives_s, r)
 
 
-@njit(types.void(SIM, INSTS, REQS, I8_2, I8_1, I8_1, I8), cache=True)
+@njit(types.void(SIM, INSTS, REQS, I8_2, I8_1, I8_1, I8))
 def _end_chunks(sim, inst, req, finish, done, starts, i):
     """Prompt chunks of the iteration are done; whole prompts move on."""
     one = inst[i]
@@ -230,7 +231,7 @@ def _end_chunks(sim, inst, req, finish, done, starts, i):
             push_route(sim, req, r)
 
 
-@njit(types.void(SIM, REQS, I8), cache=True)
+@njit(types.void(SIM, REQS, I8))
 def _release(sim, req, count):
     """Closed loop: clients whose answer came send their next request at once."""
     for _ in range(count):
@@ -247,7 +248,7 @@ def _release(sim, req, count):
         push_route(sim, req, r)
 
 
-@njit(types.void(SIM, REQS, I8), cache=True)
+@njit(types.void(SIM, REQS, I8))
 def _drop(sim, req, r):
     """Refuse a request that no instance could ever hold; its client goes on to the next."""
     q = req[r]
@@ -258,7 +259,7 @@ def _drop(sim, req, r):
         _release(sim, req, 1)
 
 
-@njit(types.void(SIM, INSTS, TABLES, REQS, I8_2, I8_1, I8_1, LOG, I8), cache=True)
+@njit(types.void(SIM, INSTS, TABLES, REQS, I8_2, I8_1, I8_1, LOG, I8))
 def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
     one = inst[i]
     accrue(one, tables[one["type"]], sim["now_s"])
@@ -286,7 +287,7 @@ def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
     push_start(sim, inst, starts, i)
 
 
-@njit(F8(SIM, INST, REQS, TABLES, I8_2, F8_1, F8_1, GOVERNOR), cache=True)
+@njit(F8(SIM, INST, REQS, TABLES, I8_2, F8_1, F8_1, GOVERNOR))
 def _needed_mhz(sim, one, req, tables, padded, params, memory, governor):
     oldest_s = 0.0
     if one["prefill_head"] >= 0:
@@ -302,7 +303,7 @@ def _needed_mhz(sim, one, req, tables, padded, params, memory, governor):
     )  # fmt: skip
 
 
-@njit(types.void(SIM, INST, TABLES, I8_2), cache=True)
+@njit(types.void(SIM, INST, TABLES, I8_2))
 def _launch(sim, one, tables, padded):
     """Begin the prepared iteration at the present clock."""
     one["jitter_frac"] = 1.0
@@ -316,14 +317,14 @@ def _launch(sim, one, tables, padded):
     proceed(one, tables, sim["now_s"], one["iter_wall_s"])
 
 
-@njit(types.void(SIMS, INSTS, TABLES), cache=True)
+@njit(types.void(SIMS, INSTS, TABLES))
 def settle_accounts(sims, inst, tables):
     """Bring energy and time sums of all instances up to now."""
     for i in range(len(inst)):
         accrue(inst[i], tables[inst[i]["type"]], sims[0]["now_s"])
 
 
-@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, F8_1, I8, F8), cache=True)
+@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, F8_1, I8, F8))
 def order_clock(sims, inst, tables, padded, pending_s, tree, seen, node_free_s, i, freq_mhz):
     """The loop sets a clock (no governor runs on this instance)."""
     one = inst[i]
@@ -333,7 +334,7 @@ def order_clock(sims, inst, tables, padded, pending_s, tree, seen, node_free_s, 
     touch(inst, pending_s, tree, i)
 
 
-@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, I8, F8), cache=True)
+@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, I8, F8))
 def order_cap(sims, inst, tables, padded, pending_s, tree, seen, i, cap_w):
     """The loop sets a power cap, which takes effect at once."""
     one = inst[i]
@@ -349,7 +350,7 @@ STATE = (
 BELIEFS = (TABLES, I8_2, F8_2, F8_2, F8_1, F8_1, F8_1, F8_1)
 
 
-@njit(I8(*STATE, *BELIEFS, GOVERNOR, ROUTER, ROUTER, F8), cache=True)
+@njit(I8(*STATE, *BELIEFS, GOVERNOR, ROUTER, ROUTER, F8))
 def advance(
     sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
     moving_s, moving_r, seen, view, prefill, decode, starts, done, log,

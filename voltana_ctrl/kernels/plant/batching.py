@@ -5,8 +5,9 @@ by step modulo the ring's length; the running batch is a second list in order of
 So an iteration costs the same whatever its batch.
 """
 
-from numba import from_dtype, njit, types
+from numba import from_dtype, types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.layout import DONE, QUEUED, REQUEST_DTYPE, RUNNING, WAITING
 from voltana_ctrl.kernels.plant.actuation import F8, I8, I8_1, I8_2, INST, INSTS, SIM
 
@@ -17,7 +18,7 @@ REQS = types.Array(REQ, 1, "C")
 WATERMARK_FRAC = 0.01
 
 
-@njit(types.boolean(INST, I8), cache=True)
+@njit(types.boolean(INST, I8))
 def _fits(one, need_tok):
     """Whether `need_tok` more tokens fit, with one more token for each running request."""
     after_tok = one["kv_tok"] + need_tok + one["running_req"]
@@ -26,7 +27,7 @@ def _fits(one, need_tok):
     return after_tok <= (1.0 - WATERMARK_FRAC) * one["kv_capacity_tok"]
 
 
-@njit(types.void(INST, REQS, I8), cache=True)
+@njit(types.void(INST, REQS, I8))
 def enqueue_prefill(one, req, r):
     """Put a request at the end of the prefill queue."""
     q = req[r]
@@ -42,7 +43,7 @@ def enqueue_prefill(one, req, r):
     one["prefill_tok"] += q["todo_tok"]
 
 
-@njit(types.void(INST, REQS, I8), cache=True)
+@njit(types.void(INST, REQS, I8))
 def enqueue_wait(one, req, r):
     """Put a request whose KV has arrived at the end of the decode queue."""
     q = req[r]
@@ -57,7 +58,7 @@ def enqueue_wait(one, req, r):
     one["wait_tok"] += q["prompt_tok"]
 
 
-@njit(types.void(INST, REQS, I8_2, I8, I8), cache=True)
+@njit(types.void(INST, REQS, I8_2, I8, I8))
 def join(one, req, finish, i, r):
     """Add a request to the running batch; its KV is counted already."""
     q = req[r]
@@ -78,7 +79,7 @@ def join(one, req, finish, i, r):
     one["running_req"] += 1
 
 
-@njit(types.void(INST, REQS, I8), cache=True)
+@njit(types.void(INST, REQS, I8))
 def _leave(one, req, r):
     """Take a request out of the running batch."""
     q = req[r]
@@ -92,7 +93,7 @@ def _leave(one, req, r):
     one["kv_tok"] -= q["context_tok"] + one["step"] - q["join_step"]
 
 
-@njit(types.void(SIM, REQS, I8_1, I8, F8), cache=True)
+@njit(types.void(SIM, REQS, I8_1, I8, F8))
 def complete(sim, req, done, r, now_s):
     """A request has its last token."""
     q = req[r]
@@ -105,7 +106,7 @@ def complete(sim, req, done, r, now_s):
         sim["n_judged_left"] -= 1
 
 
-@njit(I8(SIM, INST, REQS, I8_2, I8_1, I8, F8), cache=True)
+@njit(I8(SIM, INST, REQS, I8_2, I8_1, I8, F8))
 def finish_step(sim, one, req, finish, done, i, now_s):
     """Every running request got a token; complete those for which it was the last.
 
@@ -136,7 +137,7 @@ def finish_step(sim, one, req, finish, done, i, now_s):
     return completed
 
 
-@njit(types.void(INST, REQS, I8_2, I8), cache=True)
+@njit(types.void(INST, REQS, I8_2, I8))
 def _preempt_last(one, req, finish, i):
     """Send the latest admitted request back: its KV is dropped and recomputed later."""
     r = one["last_admitted"]
@@ -172,7 +173,7 @@ def _preempt_last(one, req, finish, i):
     one["preemptions"] += 1
 
 
-@njit(types.void(INST, REQS), cache=True)
+@njit(types.void(INST, REQS))
 def _release_prefilling(one, req):
     """Give up all partly done prefills: their KV is needed by the running requests."""
     r = one["prefill_head"]
@@ -187,7 +188,7 @@ def _release_prefilling(one, req):
     one["prefilling_req"] = 0
 
 
-@njit(I8(SIM, INSTS, REQS, I8_2, I8_1, I8), cache=True)
+@njit(I8(SIM, INSTS, REQS, I8_2, I8_1, I8))
 def form_batch(sim, inst, req, finish, starts, i):
     """Admit, make room, and choose the prompt chunks of the next iteration of instance i.
 

@@ -1,7 +1,8 @@
 """When what happens next: the tree of instances, KV on its way, and what is to be done now."""
 
-from numba import from_dtype, njit, types
+from numba import from_dtype, types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.layout import SEEN, SEEN_DTYPE
 from voltana_ctrl.kernels.plant.actuation import F8, F8_1, F8_2, I8, I8_1, INSTS, SIM, TABLES
 from voltana_ctrl.kernels.plant.batching import REQS
@@ -10,7 +11,7 @@ SIMS = types.Array(SIM, 1, "C")
 SEENS = types.Array(from_dtype(SEEN_DTYPE), 2, "C")
 
 
-@njit(types.void(F8_1, I8, F8), cache=True)
+@njit(types.void(F8_1, I8, F8))
 def _set_next(tree, i, t_s):
     """Tournament tree: leaf i becomes `t_s`, parents their minimum."""
     node = len(tree) // 2 + i
@@ -21,7 +22,7 @@ def _set_next(tree, i, t_s):
         node //= 2
 
 
-@njit(I8(F8_1), cache=True)
+@njit(I8(F8_1))
 def first(tree):
     """Leaf that holds the minimum; the lowest index on a tie."""
     half = len(tree) // 2
@@ -33,7 +34,7 @@ def first(tree):
     return node - half
 
 
-@njit(types.void(INSTS, F8_2, F8_1, I8), cache=True)
+@njit(types.void(INSTS, F8_2, F8_1, I8))
 def touch(inst, pending_s, tree, i):
     """Recompute when instance i needs attention next."""
     one = inst[i]
@@ -47,7 +48,7 @@ def touch(inst, pending_s, tree, i):
     _set_next(tree, i, t_s)
 
 
-@njit(types.void(SIM, F8_1, I8_1, F8, I8), cache=True)
+@njit(types.void(SIM, F8_1, I8_1, F8, I8))
 def push_moving(sim, moving_s, moving_r, t_s, r):
     """Add a request whose KV cache arrives at `t_s` to the heap of transfers."""
     k = sim["n_moving"]
@@ -63,7 +64,7 @@ def push_moving(sim, moving_s, moving_r, t_s, r):
     moving_r[k] = r
 
 
-@njit(I8(SIM, F8_1, I8_1), cache=True)
+@njit(I8(SIM, F8_1, I8_1))
 def pop_moving(sim, moving_s, moving_r):
     """Take the request whose KV cache arrives first off the heap of transfers."""
     top = moving_r[0]
@@ -90,7 +91,7 @@ def pop_moving(sim, moving_s, moving_r):
     return top
 
 
-@njit(types.void(SIM, REQS, I8), cache=True)
+@njit(types.void(SIM, REQS, I8))
 def push_route(sim, req, r):
     """Append a request to the list of those that wait to be routed."""
     req[r]["next"] = -1
@@ -101,7 +102,7 @@ def push_route(sim, req, r):
     sim["route_tail"] = r
 
 
-@njit(types.void(SIM, INSTS, I8_1, I8), cache=True)
+@njit(types.void(SIM, INSTS, I8_1, I8))
 def push_start(sim, inst, starts, i):
     """List an idle instance among those that may begin an iteration now, once."""
     if inst[i]["iterating"] == 0 and inst[i]["listed"] == 0:
@@ -110,7 +111,7 @@ def push_start(sim, inst, starts, i):
         sim["n_start"] += 1
 
 
-@njit(types.void(INSTS, TABLES, SEENS, I8, F8), cache=True)
+@njit(types.void(INSTS, TABLES, SEENS, I8, F8))
 def remember(inst, tables, seen, i, now_s):
     """Note the state of instance i for routers that see an old one."""
     one = inst[i]

@@ -4,8 +4,9 @@ A request that was on a failed instance begins anew, as an engine has no copy of
 one whose KV is still held by the prefill instance is only routed anew.
 """
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.layout import HANDOFF, MOVING, QUEUED, ROUTING, RUNNING, WAITING
 from voltana_ctrl.kernels.plant.actuation import (
     F8,
@@ -24,7 +25,7 @@ from voltana_ctrl.kernels.plant.batching import REQS, enqueue_wait
 from voltana_ctrl.kernels.plant.events import push_moving, push_route, push_start, remember, touch
 
 
-@njit(types.void(SIM, REQS), cache=True)
+@njit(types.void(SIM, REQS))
 def _release_held(sim, req):
     """Those held back are routed once more, before all others."""
     r = sim["held_head"]
@@ -35,7 +36,7 @@ def _release_held(sim, req):
         r = after
 
 
-@njit(types.void(INST, REQS, I8), cache=True)
+@njit(types.void(INST, REQS, I8))
 def _begin_anew(one, req, r):
     """All that was done for a request is lost; its client keeps the tokens it has."""
     q = req[r]
@@ -50,7 +51,7 @@ def _begin_anew(one, req, r):
     q["retries"] += 1
 
 
-@njit(types.void(INSTS, REQS, I8, I8), cache=True)
+@njit(types.void(INSTS, REQS, I8, I8))
 def _forget_waiting(inst, req, d, i):
     """Leave out of the decode queue of instance d those whose KV cache was held by i."""
     one = inst[d]
@@ -64,7 +65,7 @@ def _forget_waiting(inst, req, d, i):
         r = after
 
 
-@njit(types.void(SIM, REQS, F8_1, I8_1, I8), cache=True)
+@njit(types.void(SIM, REQS, F8_1, I8_1, I8))
 def _forget_moving(sim, req, moving_s, moving_r, i):
     """Leave out of what is on its way all that comes from instance i or goes there."""
     n = sim["n_moving"]
@@ -76,7 +77,7 @@ def _forget_moving(sim, req, moving_s, moving_r, i):
             push_moving(sim, moving_s, moving_r, t_s, r)
 
 
-@njit(types.void(SIM, INST, REQS, I8, I8), cache=True)
+@njit(types.void(SIM, INST, REQS, I8, I8))
 def _send_on(sim, one, req, r, i):
     """What becomes of request r when instance i, which is `one`, fails."""
     q = req[r]
@@ -107,7 +108,7 @@ def _send_on(sim, one, req, r, i):
         push_route(sim, req, r)
 
 
-@njit(types.void(*STATE, I8), cache=True)
+@njit(types.void(*STATE, I8))
 def fail(
     sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
     moving_s, moving_r, seen, view, prefill, decode, starts, done, log, i,
@@ -139,7 +140,7 @@ def fail(
     touch(inst, pending_s, tree, i)
 
 
-@njit(types.void(*STATE, I8), cache=True)
+@njit(types.void(*STATE, I8))
 def recover(
     sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
     moving_s, moving_r, seen, view, prefill, decode, starts, done, log, i,
@@ -155,7 +156,7 @@ def recover(
     remember(inst, tables, seen, i, sim["now_s"])
 
 
-@njit(types.void(*STATE, I8, F8, I8), cache=True)
+@njit(types.void(*STATE, I8, F8, I8))
 def hinder(
     sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
     moving_s, moving_r, seen, view, prefill, decode, starts, done, log, i, slow_frac, clamp_k,

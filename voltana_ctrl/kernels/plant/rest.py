@@ -4,8 +4,9 @@ An instance that is parked and holds nothing sleeps. It wakes when it is active 
 work comes to it, and does nothing until it is awake. All of it is idle energy.
 """
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW
 from voltana_ctrl.kernels.plant.actuation import (
     F8,
@@ -23,7 +24,7 @@ from voltana_ctrl.kernels.plant.events import SIMS, touch
 ROWS = types.Array(ROW, 1, "C")
 
 
-@njit(types.void(INST, ROWS, F8), cache=True)
+@njit(types.void(INST, ROWS, F8))
 def doze(one, rows, now_s):
     """Put an instance to sleep if it may: alive, parked, empty, with a difference to make."""
     if one["sleeps"] == 0 or one["alive"] == 0 or one["active"] != 0:
@@ -37,7 +38,7 @@ def doze(one, rows, now_s):
     one["rest_w"] = one["asleep_w"]
 
 
-@njit(types.void(INST, ROWS, F8), cache=True)
+@njit(types.void(INST, ROWS, F8))
 def rouse(one, rows, now_s):
     """Begin to wake; what waking costs comes on top of idle power, evenly over its time."""
     if one["asleep"] == 0:
@@ -53,7 +54,7 @@ def rouse(one, rows, now_s):
         one["idle_j"] += one["wake_j"]
 
 
-@njit(types.void(INST, ROWS, F8), cache=True)
+@njit(types.void(INST, ROWS, F8))
 def awake(one, rows, now_s):
     """Be there again."""
     accrue(one, rows, now_s)
@@ -61,7 +62,7 @@ def awake(one, rows, now_s):
     one["rest_w"] = one["idle_w"]
 
 
-@njit(types.void(SIMS, INSTS, TABLES, F8_2, F8_1, I8), cache=True)
+@njit(types.void(SIMS, INSTS, TABLES, F8_2, F8_1, I8))
 def order_rest(sims, inst, tables, pending_s, tree, i):
     """The loop has made an instance active or parked it."""
     one = inst[i]

@@ -12,8 +12,9 @@ view : float64, rows VIEW_* of layout.py, one column per instance
 members : int64, the instances of this phase; at least one is eligible
 """
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW
 from voltana_ctrl.kernels.layout import (
     VIEW_ELIGIBLE,
@@ -47,9 +48,7 @@ _BOOL_1 = types.Array(types.boolean, 1, "C", readonly=True)
     types.void(
         types.Array(F8, 2, "C"), types.Array(I8, 1, "C"), _BOOL_1, _BOOL_1,
         _F8_1, _F8_1, _F8_1, _F8_1, _F8_1, F8,
-    ),
-    cache=True,
-)  # fmt: skip
+    ))  # fmt: skip
 def look(
     view, members, alive, active, queue_tok, queue_req, running_req, kv_used_tok, freq_mhz,
     prompt_tok,
@@ -77,7 +76,7 @@ def look(
         view[VIEW_ELIGIBLE, j] = 1.0 if view[VIEW_ELIGIBLE, j] == best else 0.0
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def by_share(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Smooth weighted round robin on the shares of the decision; deterministic."""
     total = 0.0

@@ -1,7 +1,8 @@
 """Routers to compare against, on the compiled router port of base.py."""
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, decode_s
 from voltana_ctrl.kernels.layout import (
     VIEW_ELIGIBLE,
@@ -22,7 +23,7 @@ TILE_REQ = 128.0
 FADR_SLO_S, FADR_N_LADDER, FADR_LADDER = range(3)
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def round_robin(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """The eligible in turn, whatever the shares of the decision."""
     # The position after the latest pick, kept where the first member has its memory.
@@ -36,7 +37,7 @@ def round_robin(tables, padded, params, memory, uniform, prompt_tok, view, membe
     return members[0]
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def least_kv(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Smallest share of the KV cache in use; ties to the lower index."""
     best = -1
@@ -50,7 +51,7 @@ def least_kv(tables, padded, params, memory, uniform, prompt_tok, view, members)
     return best
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def two_choices(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """The shorter queue of two eligible instances drawn at random."""
     count = 0
@@ -78,7 +79,7 @@ def two_choices(tables, padded, params, memory, uniform, prompt_tok, view, membe
     return best
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def tokens_by_batch(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """LMetric: least product of prompt tokens to prefill and batch, this request included."""
     best = -1
@@ -93,7 +94,7 @@ def tokens_by_batch(tables, padded, params, memory, uniform, prompt_tok, view, m
     return best
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def at_random(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Uniformly at random among the eligible."""
     count = 0
@@ -111,7 +112,7 @@ def at_random(tables, padded, params, memory, uniform, prompt_tok, view, members
     return best
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def least_queue(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Fewest prompt tokens waiting or in service; ties to the lower index."""
     best = -1
@@ -123,7 +124,7 @@ def least_queue(tables, padded, params, memory, uniform, prompt_tok, view, membe
     return best
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def shortest(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Join the shortest queue: fewest requests running or waiting."""
     best = -1
@@ -137,7 +138,7 @@ def shortest(tables, padded, params, memory, uniform, prompt_tok, view, members)
     return best
 
 
-@njit(types.boolean(F8, F8, F8, F8, F8, F8), cache=True)
+@njit(types.boolean(F8, F8, F8, F8, F8, F8))
 def _before(a1, a2, a3, b1, b2, b3):
     if a1 != b1:
         return a1 < b1
@@ -146,7 +147,7 @@ def _before(a1, a2, a3, b1, b2, b3):
     return a3 < b3
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def tile_aware(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """VoltanaLLM v0.1: fill a tile of 128 before the next is opened (echo_lb_new.py)."""
     best = -1
@@ -164,10 +165,7 @@ def tile_aware(tables, padded, params, memory, uniform, prompt_tok, view, member
     return best
 
 
-@njit(
-    I8(types.Array(ROW, 1, "C"), types.Array(I8, 1, "C"), types.Array(F8, 1, "C"), F8, F8),
-    cache=True,
-)
+@njit(I8(types.Array(ROW, 1, "C"), types.Array(I8, 1, "C"), types.Array(F8, 1, "C"), F8, F8))
 def _fadr_level(rows, padded, params, running_req, kv_tok):
     n_ladder = int(params[FADR_N_LADDER])
     size = padded[min(int(running_req), len(padded) - 1)]
@@ -184,7 +182,7 @@ def _fadr_level(rows, padded, params, running_req, kv_tok):
     return low
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def fadr(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """VoltanaLLM v0.1's frequency-aware decode router (echo_lb_new.py).
 

@@ -4,8 +4,9 @@ Queues are balanced in proportion to the shares rather than requests dealt out b
 honour the shares, and the queue also answers to prompts that turned out long.
 """
 
-from numba import njit, types
+from numba import types
 
+from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import decode_s, row_down
 from voltana_ctrl.kernels.layout import (
     VIEW_ABLE_MHZ,
@@ -26,7 +27,7 @@ from voltana_ctrl.kernels.route.base import F8, I8, ROUTER_SIGNATURE
 ITL_S, KV_FULL_FRAC = range(2)
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def soonest(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Prefill: where the prompt would be done first at the highest clock, among the shared.
 
@@ -57,7 +58,7 @@ def soonest(tables, padded, params, memory, uniform, prompt_tok, view, members):
     return best
 
 
-@njit([ROUTER_SIGNATURE], cache=True)
+@njit([ROUTER_SIGNATURE])
 def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Decode: the instance furthest below its share of the running requests.
 
@@ -113,8 +114,7 @@ def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members
         types.Array(F8, 1, "C", readonly=True),
         types.Array(F8, 1, "C", readonly=True),
         I8,
-    ),
-    cache=True,
+    )
 )
 def worth_more(view, members, score_j, price_j_req, picked):
     """The eligible instance where a request is worth most, if that is more than where picked."""
