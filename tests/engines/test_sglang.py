@@ -103,6 +103,28 @@ def test_an_error_of_the_engine_is_its_own():
     assert hook.engine.errors == 0
 
 
+@pytest.mark.parametrize(
+    ("ranks", "speaks"),
+    [
+        ({"tp_rank": 0, "pp_rank": 0}, True),
+        ({"tp_rank": 1, "pp_rank": 0}, False),
+        ({"tp_rank": 0, "pp_rank": 1}, False),
+        # Data-parallel attention: tensor rank 3 is the first of its own group.
+        ({"tp_rank": 3, "attn_tp_rank": 0, "attn_cp_rank": 0, "dp_rank": 3}, True),
+        ({"tp_rank": 3, "attn_tp_rank": 1, "attn_cp_rank": 0, "dp_rank": 1}, False),
+        # Context parallel: every rank is the first of its tensor group, and runs the same batch.
+        ({"tp_rank": 3, "attn_tp_rank": 0, "attn_cp_rank": 3}, False),
+    ],
+)
+def test_one_rank_speaks_for_those_that_run_the_same_batch(monkeypatch, tmp_path, ranks, speaks):
+    monkeypatch.setenv("VOLTANA_CTRL_FPM", f"ipc://{tmp_path}/fpm")
+    hook = BatchHook()
+    run(hook, SimpleNamespace(**ranks), batch(1), wall_s=0.0)
+    published = hook.engine._publisher is not None
+    hook.engine.close()
+    assert published == speaks
+
+
 @needs_compiler
 def test_the_first_rank_alone_acts(monkeypatch, tmp_path):
     with machine(tmp_path) as fake:

@@ -163,6 +163,21 @@ def test_versions_without_these_attributes_are_governed_by_counts(ours):
     assert scheduler._voltana.engine.iterations == 2
 
 
+def test_the_capacity_that_the_engine_tells_comes_first(ours):
+    """Of hybrid models, and of several data-parallel engines, blocks tell too much."""
+    config = vllm_config()
+    scheduler = ours.GovernedScheduler(vllm_config=config)
+    assert scheduler._voltana._kv_tok() == 0.25 * 16_000
+    config.cache_config.kv_cache_size_tokens = 4000
+    assert scheduler._voltana._kv_tok() == 0.25 * 4000
+    logger = ours.StatLogger(config)
+    logger.record(
+        SimpleNamespace(kv_cache_usage=0.5),
+        SimpleNamespace(num_prompt_tokens=0, inter_token_latencies_iter=[0.01]),
+    )
+    assert logger.hook.engine.recent[-1].decode_kv_tok == 2000.0
+
+
 def act(monkeypatch, fake, folder, **more):
     for name, value in environment(fake, folder, **more).items():
         monkeypatch.setenv(name, value)

@@ -24,7 +24,8 @@ class Metric:
     names : tuple of str
         Samples that are added up; those that are missing count as 0 if one is there.
     mean : bool
-        The mean over data-parallel ranks instead of the sum: for fractions.
+        The mean over data-parallel ranks instead of the sum: for fractions, and for totals that
+        every rank repeats.
     scale_frac : float
         Factor to the unit of the field.
     times : str
@@ -59,8 +60,15 @@ _VLLM: _Table = {
     "running_req": (_sum("vllm:num_requests_running"),),
     "queue_req": (_sum("vllm:num_requests_waiting"),),
     "kv_frac": (_mean("vllm:kv_cache_usage_perc"), _mean("vllm:gpu_cache_usage_perc")),
+    # Blocks times their size is several times too much for models with layers of several kinds;
+    # and of several data-parallel engines each row has the blocks of all, but its own tokens.
     "kv_capacity_tok": (
-        Metric(names=("vllm:cache_config_info",), label_product=("num_gpu_blocks", "block_size")),
+        Metric(names=("vllm:cache_config_info",), label_product=("kv_cache_size_tokens",)),
+        Metric(
+            names=("vllm:cache_config_info",),
+            label_product=("num_gpu_blocks", "block_size"),
+            mean=True,
+        ),
     ),
     "prompt_tok": (_sum("vllm:prompt_tokens_total"),),
     "output_tok": (_sum("vllm:generation_tokens_total"),),
@@ -155,11 +163,12 @@ PAGES: Mapping[str, str] = MappingProxyType(
     {"trtllm": "/prometheus/metrics"}  # its /metrics are JSON, of iterations
 )
 
-#: DCGM exporter, per GPU (label ``UUID``).
+#: DCGM exporter, per GPU (label ``UUID``): fields of a
+#: :class:`~voltana_ctrl.backends.meter.GpuReading`.
 DCGM: Mapping[str, Metric] = MappingProxyType(
     {
-        "freq_mhz": _sum("DCGM_FI_DEV_SM_CLOCK"),
+        "clock_mhz": _sum("DCGM_FI_DEV_SM_CLOCK"),
         "power_w": _sum("DCGM_FI_DEV_POWER_USAGE"),
-        "energy_j": Metric(names=("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION",), scale_frac=1e-3),  # mJ
+        "counter_j": Metric(names=("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION",), scale_frac=1e-3),  # mJ
     }
 )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from voltana_ctrl.backends.meter import GpuReading
 from voltana_ctrl.engines.names import DCGM, TABLES, Metric
 from voltana_ctrl.errors import BackendError, ConfigError
 
 __all__ = ["BadPage", "read_dcgm_page", "read_engine_page"]
 
 _Sample = tuple[Mapping[str, str], float]
-# Ranks of one model share a batch and show the same numbers; the first speaks for them.
-_SHARING_RANKS = ("tp_rank", "pp_rank")
+# Ranks whose labels tell apart who reports, not who works: tensor, pipeline, context and expert
+# ranks of one model share its requests and show the same numbers. A data-parallel rank has its own.
+_OWN_RANKS = ("dp_rank", "attn_dp_rank")
 
 
 class BadPage(BackendError):
@@ -70,8 +72,8 @@ def read_engine_page(kind: str, text: str, *, worker_id: int | None = None) -> d
     return told
 
 
-def read_dcgm_page(text: str) -> dict[str, dict[str, float]]:
-    """What DCGM exporter tells of each GPU, by UUID.
+def read_dcgm_page(text: str) -> dict[str, GpuReading]:
+    """What DCGM exporter tells of each GPU, by UUID, as it stands there.
 
     Parameters
     ----------
@@ -81,25 +83,37 @@ def read_dcgm_page(text: str) -> dict[str, dict[str, float]]:
     Raises
     ------
     BadPage
-        If the text is no such page, or tells of no GPU.
+        If the text is no such page, or tells of no whole GPU.
     ConfigError
         If prometheus-client is not installed.
 
     Examples
     --------
-    >>> read_dcgm_page('DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{gpu="0",UUID="GPU-1"} 2500')
-    {'GPU-1': {'energy_j': 2.5}}
+    >>> page = 'DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{gpu="0",UUID="GPU-1"} 2500'
+    >>> read_dcgm_page(page)["GPU-1"].counter_j
+    2.5
     """
     samples = _samples(text, DCGM.values())
     gpus: dict[str, dict[str, float]] = {}
+    slices = set()
     for field, metric in DCGM.items():
         for labels, value in samples.get(metric.names[0], ()):
             uuid = labels.get("UUID") or labels.get("uuid")
-            if uuid and "GPU_I_ID" not in labels:  # a slice shows the clock of the whole
+            if uuid and labels.get("GPU_I_ID"):  # a slice shows the clock of the whole
+                slices.add(uuid)
+            elif uuid:
                 gpus.setdefault(uuid, {})[field] = value * metric.scale_frac
     if not gpus:
-        raise BadPage(f"metrics: no GPU of DCGM exporter on a page of {len(text)} characters")
-    return gpus
+        found = f"only MIG slices of {', '.join(sorted(slices))}" if slices else "no GPU"
+        raise BadPage(f"metrics: {found} of DCGM exporter on a page of {len(text)} characters")
+    return {
+        uuid: GpuReading(
+            clock_mhz=told.get("clock_mhz"),
+            power_w=told.get("power_w"),
+            counter_j=told.get("counter_j"),
+        )
+        for uuid, told in gpus.items()
+    }
 
 
 def _samples(text: str, metrics: Iterable[Metric]) -> dict[str, list[_Sample]]:
@@ -128,11 +142,16 @@ def _samples(text: str, metrics: Iterable[Metric]) -> dict[str, list[_Sample]]:
 
 
 def _without_copies(samples: list[_Sample]) -> list[_Sample]:
-    return [
-        (labels, value)
-        for labels, value in samples
-        if all(labels.get(rank, "0") in ("0", "") for rank in _SHARING_RANKS)
-    ]
+    """One sample of each group whose labels differ in nothing but who reports."""
+    kept: dict[frozenset[tuple[str, str]], _Sample] = {}
+    for labels, value in samples:
+        told = frozenset(
+            (name, label)
+            for name, label in labels.items()
+            if name in _OWN_RANKS or not name.endswith("_rank")
+        )
+        kept.setdefault(told, (labels, value))
+    return list(kept.values())
 
 
 def _of_worker(samples: list[_Sample], worker_id: int) -> list[_Sample]:
@@ -148,7 +167,7 @@ def _value(metric: Metric, samples: Mapping[str, list[_Sample]]) -> float | None
     if metric.label_product:
         products = [_product(labels, metric.label_product) for labels, _ in found]
         known = [product for product in products if product is not None]
-        return sum(known) if known else None
+        return sum(known) / (len(known) if metric.mean else 1) if known else None
     total = sum(value for _, value in found) * metric.scale_frac
     if metric.mean:
         return total / len(found)

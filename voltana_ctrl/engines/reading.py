@@ -30,7 +30,7 @@ class EngineReading:
     arrived_req, arrived_tok : ndarray, shape (n,)
         What arrived since the last read.
     freq_mhz, power_w, energy_j : ndarray, shape (n,)
-        SM clock, power, and an energy counter.
+        SM clock, power, and energy since the source was first read.
 
     Examples
     --------

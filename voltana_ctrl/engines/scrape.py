@@ -19,20 +19,27 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
-from voltana_ctrl.checks import positive
+from voltana_ctrl.backends.meter import (
+    MOST_COUNTED_J,
+    MOST_W,
+    GpuMeter,
+    GpuReading,
+    InstanceMeter,
+    within,
+)
+from voltana_ctrl.checks import F64, positive
 from voltana_ctrl.engines.endpoints import Endpoint
 from voltana_ctrl.engines.names import PAGES
 from voltana_ctrl.engines.page import BadPage, read_dcgm_page, read_engine_page
+from voltana_ctrl.engines.patience import longest_prefill_s, longest_prompt_tok
 from voltana_ctrl.engines.reading import EngineReading
 from voltana_ctrl.engines.waiting_line import WaitingLine
 from voltana_ctrl.errors import BackendError, ConfigError
-from voltana_ctrl.types import FleetSpec
+from voltana_ctrl.types import FleetSpec, InstanceSpec
 
 __all__ = ["Scraper"]
 
 _log = logging.getLogger(__name__)
-# More joules than a counter can have come to.
-_MOST_J = 1e15
 _MAX_BYTES = 8 << 20
 # Prompts of an engine that has not finished one.
 _PRIOR_PROMPT_TOK = 500.0
@@ -100,9 +107,11 @@ class Scraper:
         self._engines: dict[int, _Engine] = {}
         for endpoint in endpoints:
             i = fleet.ids.index(endpoint.instance)
-            self._engines[i] = _Engine(endpoint, fleet.instances[i].kv_capacity_tok)
-        self._gpus: dict[str, tuple[float, dict[str, float]]] = {}
+            self._engines[i] = _Engine(endpoint, fleet.instances[i])
         self._dcgm_urls = tuple(dcgm_urls)
+        self._dcgm_problems = dict.fromkeys(self._dcgm_urls, "no answer yet")
+        named = {uuid for endpoint in endpoints for uuid in endpoint.gpus}
+        self._gpus = {uuid: GpuMeter() for uuid in named if self._dcgm_urls}
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -120,13 +129,29 @@ class Scraper:
 
     @property
     def problems(self) -> dict[str, str]:
-        """What went wrong at the last fetch of each engine, by instance; empty where nothing."""
+        """What is wrong with each instance's readings, by its id; empty where nothing is.
+
+        Its engine's page comes first; then DCGM exporter's, where it has a GPU of the instance.
+        """
+        t_s = self._now_s()
         with self._lock:
-            return {
-                engine.endpoint.instance: engine.problem
+            told = {
+                engine.endpoint.instance: [engine.problem, self._gpu_problem(engine, t_s)]
                 for engine in self._engines.values()
-                if engine.problem
             }
+        return {name: "; ".join(filter(None, said)) for name, said in told.items() if any(said)}
+
+    def _gpu_problem(self, engine: _Engine, t_s: float) -> str:
+        told = [
+            f"GPU {uuid}: {problem}"
+            for uuid in engine.endpoint.gpus
+            if uuid in self._gpus and (problem := self._gpus[uuid].problem(t_s))
+        ]
+        if not told:
+            return ""
+        failed = [f"{url}: {said}" for url, said in self._dcgm_problems.items() if said]
+        why = "; ".join(failed) or f"{', '.join(self._dcgm_urls)} does not tell it"
+        return f"{'; '.join(told)} (DCGM exporter: {why})"
 
     async def _run(self, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -185,15 +210,26 @@ class Scraper:
         return energy_j
 
     async def _fetch_dcgm(self, client: Any, url: str) -> None:
+        problem = ""
         try:
             status, text = await self._get(client, url)
-            if status == 200:
-                gpus = read_dcgm_page(text)
-                t_s = self._now_s()
-                with self._lock:
-                    self._gpus.update({uuid: (t_s, told) for uuid, told in gpus.items()})
-        except (BackendError, TimeoutError, OSError, self._httpx.HTTPError, self._httpx.InvalidURL):
-            return  # the readings of its GPUs grow old
+            if status != 200:
+                raise BadPage(f"it answered {status}")
+            gpus = read_dcgm_page(text)
+            t_s = self._now_s()
+            with self._lock:
+                for uuid in self._gpus.keys() & gpus.keys():
+                    self._gpus[uuid].take(t_s, gpus[uuid])
+        except (BackendError, TimeoutError, OSError, ValueError) as error:
+            problem = str(error) or type(error).__name__
+        except (self._httpx.HTTPError, self._httpx.InvalidURL) as error:
+            problem = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            with self._lock:
+                self._dcgm_problems[url] = problem
 
     async def _get(self, client: Any, url: str) -> tuple[int, str]:
         async with asyncio.timeout(self._limit_s), client.stream("GET", url) as answer:
@@ -204,38 +240,36 @@ class Scraper:
                     raise BadPage(f"the page is longer than {_MAX_BYTES} bytes")
             return answer.status_code, body.decode("utf-8", errors="replace")
 
-    def read(self, t_s: float) -> EngineReading:
+    def read(self, t_s: float, freq_mhz: F64 | None = None) -> EngineReading:
         """What was told last, and how long ago.
 
         Parameters
         ----------
         t_s : float
             Time of the reading.
+        freq_mhz : ndarray, shape (n,), optional
+            Clocks by which a long prefill is told from a hang; those of DCGM exporter, else the
+            lowest, without.
         """
         told = {name: np.full(self._n, np.nan) for name in _FIELDS}
         age_s = np.full(self._n, np.inf)
         with self._lock:
             for i, engine in self._engines.items():
-                if engine.seen_s is not None:
-                    age_s[i] = max(0.0, t_s - engine.seen_s)
+                gpus = self._hardware(engine, t_s) or engine.measured(t_s)
+                if gpus is not None:
+                    for name, value in _shown(gpus).items():
+                        told[name][i] = value
+                clock_mhz = told["freq_mhz"][i] if freq_mhz is None else freq_mhz[i]
+                if engine.page_s is not None:
+                    age_s[i] = max(0.0, t_s - engine.life_s(clock_mhz))
                     for name, value in engine.told(t_s).items():
                         told[name][i] = value
-                hardware = self._hardware(engine.endpoint.gpus)
-                for name, value in hardware.items():
-                    told[name][i] = value
         return EngineReading.silent(self._n, age_s=age_s, **told)
 
-    def _hardware(self, uuids: Sequence[str]) -> dict[str, float]:
-        """Sum over the GPUs of an instance; nothing unless all of them are told."""
-        gpus = [self._gpus[uuid][1] for uuid in uuids if uuid in self._gpus]
-        if not gpus or len(gpus) < len(uuids):
-            return {}
-        shown = {
-            name for name in ("freq_mhz", "power_w", "energy_j") if all(name in g for g in gpus)
-        }
-        return {
-            name: (min if name == "freq_mhz" else sum)(gpu[name] for gpu in gpus) for name in shown
-        }
+    def _hardware(self, engine: _Engine, t_s: float) -> InstanceMeter | None:
+        """The GPUs of an instance, as DCGM exporter tells them; None where it is not asked."""
+        gpus = [self._gpus[uuid] for uuid in engine.endpoint.gpus if uuid in self._gpus]
+        return InstanceMeter.of(gpus, t_s) if gpus else None
 
     def close(self) -> None:
         """Stop fetching; may be called twice."""
@@ -261,26 +295,32 @@ _FIELDS = (
 )
 
 
+def _shown(gpus: InstanceMeter) -> dict[str, float]:
+    told = {"freq_mhz": gpus.clock_mhz, "power_w": gpus.power_w, "energy_j": gpus.energy_j}
+    return {name: value for name, value in told.items() if value is not None}
+
+
 class _Engine:
     """What the pages of one engine have told so far."""
 
-    def __init__(self, endpoint: Endpoint, kv_capacity_tok: float) -> None:
+    def __init__(self, endpoint: Endpoint, instance: InstanceSpec) -> None:
         self.endpoint = endpoint
-        self._kv_capacity_tok = kv_capacity_tok
+        self._instance = instance
         self.url = _page_url(endpoint)
         self.energy_url = f"{endpoint.url}/energy_metrics" if endpoint.kind == "trtllm" else None
         self.no_energy_until_s = 0.0
         self.problem = "no answer yet"
-        self.seen_s: float | None = None
+        self.page_s: float | None = None
+        self._moved_s = 0.0
         self._last: dict[str, float] = {}
         self._arrived_req = 0.0
         self._line = WaitingLine()
-        self._energy: tuple[float, float, float] | None = None  # time, counter, power
+        self._energy: GpuMeter | None = None
 
     def take(self, told: dict[str, float], t_s: float) -> None:
-        before, self._last = self._last, told
-        if not self._stuck(before, told):
-            self.seen_s = t_s
+        before, self._last, self.page_s = self._last, told, t_s
+        if not self._still(before, told):
+            self._moved_s = t_s
         arrived_req = 0.0
         if "finished_req" in told:
             if told["finished_req"] >= before.get("finished_req", np.inf):
@@ -288,30 +328,56 @@ class _Engine:
             self._arrived_req += arrived_req
         self._line.follow(t_s, waiting_tok=told.get("queue_req", 0.0), arrived_tok=arrived_req)
 
-    def _stuck(self, before: dict[str, float], told: dict[str, float]) -> bool:
-        """Whether a batch runs and nothing came of it: the server answers, the engine hangs.
+    def _still(self, before: dict[str, float], told: dict[str, float]) -> bool:
+        """Whether a batch runs and no number moves: a long iteration, or an engine that hangs.
 
         Of vLLM's alone counters move with every iteration.
         """
-        if self.endpoint.kind != "vllm" or told.get("running_req", 0.0) == 0.0:
-            return False
-        moving = ("prompt_tok", "output_tok", "finished_req")
-        return "output_tok" in told and all(told.get(n) == before.get(n) for n in moving)
+        running = self.endpoint.kind == "vllm" and told.get("running_req", 0.0) > 0.0
+        return running and "output_tok" in told and told == before
+
+    def life_s(self, clock_mhz: float) -> float:
+        """When the engine was known to live: at its last page, unless that shows it hanging.
+
+        A batch may stand still while it prefills the longest prompt there can be, at this clock.
+        """
+        page_s = self.page_s or 0.0
+        last = self._last
+        queue_tok = last.get("queue_tok", last.get("queue_req", 0.0) * self._prompt_tok())
+        prompt_tok = longest_prompt_tok(
+            queue_tok, self._kv_used_tok() or 0.0, last.get("running_req", 0.0)
+        )
+        return min(page_s, self._moved_s + longest_prefill_s(self._instance, prompt_tok, clock_mhz))
+
+    def _prompt_tok(self) -> float:
+        """Mean prompt of this engine."""
+        last = self._last
+        if last.get("finished_req", 0.0) > 0.0 and "prompt_tok" in last:
+            return last["prompt_tok"] / last["finished_req"]
+        return _PRIOR_PROMPT_TOK
+
+    def _kv_used_tok(self) -> float | None:
+        last = self._last
+        if "kv_used_tok" in last:
+            return last["kv_used_tok"]
+        if "kv_frac" not in last:
+            return None
+        return last["kv_frac"] * last.get("kv_capacity_tok", float(self._instance.kv_capacity_tok))
 
     def take_energy(self, energy_j: float | None, t_s: float) -> None:
         if energy_j is None:
             return
-        power_w = 0.0
-        if self._energy is not None and energy_j >= self._energy[1] and t_s > self._energy[0]:
-            power_w = (energy_j - self._energy[1]) / (t_s - self._energy[0])
-        self._energy = (t_s, energy_j, power_w)
+        if self._energy is None:
+            self._energy = GpuMeter(highest_w=MOST_W * self._instance.gpus)
+        self._energy.take(t_s, GpuReading(counter_j=energy_j))
+
+    def measured(self, t_s: float) -> InstanceMeter | None:
+        """Energy and power as the engine measures them itself; None where it does not."""
+        return None if self._energy is None else InstanceMeter.of([self._energy], t_s)
 
     def told(self, t_s: float) -> dict[str, float]:
         """Fields of a reading; arrivals are told once."""
-        last = self._last
-        prompt_tok = _PRIOR_PROMPT_TOK
-        if last.get("finished_req", 0.0) > 0.0 and "prompt_tok" in last:
-            prompt_tok = last["prompt_tok"] / last["finished_req"]
+        last, prompt_tok = self._last, self._prompt_tok()
         told: dict[str, float] = {}
         for name in ("queue_req", "running_req"):
             if name in last:
@@ -319,17 +385,13 @@ class _Engine:
         if "queue_req" in last:
             told["queue_tok"] = last.get("queue_tok", last["queue_req"] * prompt_tok)
             told["oldest_wait_s"] = self._line.oldest_s(t_s)
-        if "kv_used_tok" in last:
-            told["kv_used_tok"] = last["kv_used_tok"]
-        elif "kv_frac" in last:
-            capacity_tok = last.get("kv_capacity_tok", self._kv_capacity_tok)
-            told["kv_used_tok"] = last["kv_frac"] * capacity_tok
+        kv_used_tok = self._kv_used_tok()
+        if kv_used_tok is not None:
+            told["kv_used_tok"] = kv_used_tok
         if "finished_req" in last:
             told["arrived_req"] = self._arrived_req
             told["arrived_tok"] = self._arrived_req * prompt_tok
             self._arrived_req = 0.0
-        if self._energy is not None:
-            told["energy_j"], told["power_w"] = self._energy[1], self._energy[2]
         return told
 
 
@@ -339,8 +401,8 @@ def _total_energy_j(text: str) -> float | None:
         energy_j = json.loads(text)["total_energy_j"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    known = isinstance(energy_j, int | float) and 0.0 <= energy_j <= _MOST_J
-    return float(energy_j) if known else None
+    known = isinstance(energy_j, int | float)
+    return within(energy_j, MOST_COUNTED_J) if known else None
 
 
 def _total_req(told: dict[str, float]) -> float:

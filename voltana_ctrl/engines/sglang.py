@@ -129,11 +129,12 @@ def role_of(scheduler: Any) -> Role:
 
 
 def _is_first_rank(scheduler: Any) -> bool:
-    """Ranks of one model run the same batch; the first one speaks and acts for all."""
-    ranks = (getattr(scheduler, name, None) for name in ("attn_tp_rank", "pp_rank"))
-    if getattr(scheduler, "attn_tp_rank", None) is None:
-        ranks = (getattr(scheduler, name, None) for name in ("tp_rank", "pp_rank"))
-    return not any(ranks)
+    """Ranks of one model run the same batch; the first one speaks and acts for all.
+
+    With data-parallel attention each group has a batch, and a first rank, of its own.
+    """
+    tensor = "tp_rank" if getattr(scheduler, "attn_tp_rank", None) is None else "attn_tp_rank"
+    return not any(getattr(scheduler, name, None) for name in (tensor, "attn_cp_rank", "pp_rank"))
 
 
 def _prefill_tok(batch: Any) -> float:

@@ -13,11 +13,12 @@ from voltana_ctrl.backends.modelled import ModelledGpus
 from voltana_ctrl.checks import F64, Bool, positive
 from voltana_ctrl.engines.endpoints import Endpoint
 from voltana_ctrl.engines.fpm.reader import FpmCounts, FpmReader
+from voltana_ctrl.engines.patience import longest_prefill_s, longest_prompt_tok
 from voltana_ctrl.engines.reading import EngineReading
 from voltana_ctrl.engines.scrape import Scraper
 from voltana_ctrl.engines.traffic import Traffic
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError, ShapeError
-from voltana_ctrl.ports import Backend
+from voltana_ctrl.ports import Backend, backend_extras
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, RequestBatch
 
 __all__ = ["EngineBackend"]
@@ -35,7 +36,10 @@ class EngineBackend:
 
     Where sources differ the fresher kind counts: forward-pass metrics tell of every iteration,
     a page of the moment it was made, and of a long iteration while it runs. An instance is
-    alive while something was heard of it within `alive_s`; what it said last is kept.
+    alive while something was heard of it within `alive_s`; what its engine said last is kept. A
+    vLLM page on which a batch runs and nothing moves is a hang only after the time that its
+    profile gives to the longest prefill there may be. Clock and power that are older than 5 s are
+    not told: the clock is then taken to be the highest, the power is 0, and `problems` says why.
 
     Parameters
     ----------
@@ -111,14 +115,13 @@ class EngineBackend:
             )
         self._fleet = fleet
         self._gpus = gpus
+        self._gpu_problems = dict if gpus is None else backend_extras(gpus).problems
         self._without_gpus = without_gpus
         self._traffic = traffic
         self._alive_s = alive_s
         self._now_s = now_s
         self._begin_s = now_s()
         self._closed = False
-        self._counter_j = np.full(len(fleet), np.nan)
-        self._energy_j = np.zeros(len(fleet))
         self._last = EngineReading.silent(len(fleet), **dict.fromkeys(_KEPT, np.zeros(len(fleet))))
         self._fpm = FpmReader(fleet, endpoints, addresses=fpm_addresses, now_s=now_s)
         try:
@@ -145,8 +148,11 @@ class EngineBackend:
         return self._fpm.counts
 
     def problems(self) -> dict[str, str]:
-        """What went wrong at the last fetch of each metrics page, by instance."""
-        return self._scraper.problems
+        """What is wrong with the readings of each instance, by its id: engine, then GPUs."""
+        told = dict(self._scraper.problems)
+        for name, problem in self._gpu_problems().items():
+            told[name] = f"{told[name]}; {problem}" if name in told else problem
+        return told
 
     def read(self) -> Observation:
         """State of all instances now, and what happened since the last read.
@@ -160,7 +166,7 @@ class EngineBackend:
         hardware = None if self._gpus is None else self._gpus.read().state
         t_s = max(0.0, self._now_s())
         passes, iterations = self._fpm.read(t_s)
-        page = self._scraper.read(t_s)
+        page = self._scraper.read(t_s, None if hardware is None else hardware.freq_mhz)
         told = passes.filled_from(page)
         # A page may be fresher than an engine whose forward-pass metrics have stopped.
         stopped = (passes.age_s > self._alive_s) & (page.age_s < passes.age_s)
@@ -169,14 +175,13 @@ class EngineBackend:
         stopped |= quiet & (page.running_req + page.queue_req > 0.0)
         told = _where(stopped, page.filled_from(passes), told)
         self._last = told.filled_from(self._last)
-        self._count_energy(told.energy_j)
-        age_s, alive = self._ages(told.age_s, t_s)
+        age_s, alive = self._ages(told, page, hardware, t_s)
         arrived_req, arrived_tok = np.nan_to_num(told.arrived_req), np.nan_to_num(told.arrived_tok)
         finished = RequestBatch.empty()
         if self._traffic is not None:
             arrived_req, arrived_tok, finished = self._traffic.read()
         last = self._last
-        unknown = np.isnan(last.freq_mhz)
+        unknown = np.isnan(told.freq_mhz)
         state = FleetState(
             t_s=t_s,
             alive=alive,
@@ -186,9 +191,9 @@ class EngineBackend:
             running_req=last.running_req,
             kv_used_tok=last.kv_used_tok,
             # GPUs that nobody has locked run at their highest clock under load.
-            freq_mhz=np.where(unknown, self._fleet.max_mhz, last.freq_mhz),
-            power_w=np.nan_to_num(last.power_w),
-            energy_j=self._energy_j,
+            freq_mhz=np.where(unknown, self._fleet.max_mhz, told.freq_mhz),
+            power_w=np.nan_to_num(told.power_w),
+            energy_j=last.energy_j,
             age_s=age_s,
             arrived_req=arrived_req,
             arrived_tok=arrived_tok,
@@ -198,16 +203,21 @@ class EngineBackend:
         iterations = replace(iterations, freq_mhz=state.freq_mhz[iterations.instance])
         return Observation(state=state, iterations=iterations, finished=finished)
 
-    def _count_energy(self, counter_j: F64) -> None:
-        """Sum up what a counter grew by; one that restarts goes on from where it was."""
-        grown_j = counter_j - self._counter_j
-        self._energy_j = self._energy_j + np.where(grown_j > 0.0, grown_j, 0.0)
-        self._counter_j = np.where(np.isnan(counter_j), self._counter_j, counter_j)
-
-    def _ages(self, told_s: F64, t_s: float) -> tuple[F64, Bool]:
-        heard = np.isfinite(told_s)
-        age_s = np.where(heard, told_s, t_s - self._begin_s)
-        return age_s, heard & (age_s <= self._alive_s)
+    def _ages(
+        self, told: EngineReading, page: EngineReading, hardware: FleetState | None, t_s: float
+    ) -> tuple[F64, Bool]:
+        heard = np.isfinite(told.age_s)
+        age_s = np.where(heard, told.age_s, t_s - self._begin_s)
+        alive = heard & (age_s <= self._alive_s)
+        # Where no page tells a long iteration from a dead engine, it may take its time.
+        for i in np.flatnonzero(heard & ~alive & np.isinf(page.age_s)):
+            last, clock_mhz = self._last, np.nan if hardware is None else hardware.freq_mhz[i]
+            prompt_tok = longest_prompt_tok(
+                last.queue_tok[i], last.kv_used_tok[i], last.running_req[i]
+            )
+            busy_s = longest_prefill_s(self._fleet.instances[i], prompt_tok, clock_mhz)
+            alive[i] = prompt_tok > 0.0 and age_s[i] <= self._alive_s + busy_s
+        return age_s, alive
 
     def _with_hardware(self, state: FleetState, hardware: FleetState) -> FleetState:
         if isinstance(self._gpus, ModelledGpus):
@@ -270,7 +280,7 @@ class EngineBackend:
         self.close()
 
 
-_KEPT = ("queue_req", "queue_tok", "oldest_wait_s", "running_req", "kv_used_tok")
+_KEPT = ("queue_req", "queue_tok", "oldest_wait_s", "running_req", "kv_used_tok", "energy_j")
 
 
 def _where(chosen: Bool, one: EngineReading, other: EngineReading) -> EngineReading:

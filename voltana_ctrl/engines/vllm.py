@@ -50,7 +50,15 @@ def role_of(vllm_config: Any) -> Role:
 
 
 def _capacity_tok(vllm_config: Any) -> float:
+    """Tokens that the KV cache of one engine holds: as it says itself, else by its blocks.
+
+    Blocks are those of all data-parallel engines in the server's process, and say nothing of
+    models with layers of several kinds.
+    """
     cache = getattr(vllm_config, "cache_config", None)
+    own_tok = getattr(cache, "kv_cache_size_tokens", None)
+    if own_tok:
+        return float(own_tok)
     blocks, size = getattr(cache, "num_gpu_blocks", None), getattr(cache, "block_size", None)
     return float(blocks or 0) * float(size or 0)
 

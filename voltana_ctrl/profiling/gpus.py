@@ -139,6 +139,10 @@ class ProfiledGpus:
             raise BackendError(f"GPU {uuids}: does not answer: {said or 'the engine says so'}")
         if not state.age_s[group] <= _STALE_S:
             raise TelemetryStale(f"GPU {uuids}: last reading {state.age_s[group]:.0f} s old")
+        counts = {each.uuid: each.energy_counter for each in self._backend.capabilities}
+        if state.power_w[group] == 0.0 and not all(counts[each] for each in self._groups[group]):
+            said = self._backend.problems().get(self._backend.spec.ids[group], "power is 0 W")
+            raise BackendError(f"GPU {uuids}: neither power nor energy can be read: {said}")
         heat_c = [gpu.temperature_c for gpu in self._gpus[group]]
         return GpuSample(
             t_s=time.perf_counter(),

@@ -10,12 +10,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from voltana_ctrl.backends.cpufreq import CPUFREQ_DIR, cpu_policies
-from voltana_ctrl.backends.nvml.driver import IDLE, Gpu, Nvml, NvmlMissing
+from voltana_ctrl.backends.meter import IDLE, GpuMeter
+from voltana_ctrl.backends.nvml.driver import Gpu, GpuLost, Nvml, NvmlMissing
 from voltana_ctrl.backends.nvml.giveback import FoundGpu
 from voltana_ctrl.backends.nvml.lease import Lease
 from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR, holder
@@ -42,12 +43,12 @@ class GpuReport:
         Supported SM clocks, ascending.
     mem_clocks_mhz : tuple of int
         Supported memory clocks, ascending.
-    clock_mhz, power_w : float
-        Now.
-    busy_frac : float
+    clock_mhz, power_w : float or None
+        Now; None where they are not told.
+    busy_frac : float or None
         Share of time in which a kernel ran lately.
-    limited_by : tuple of str
-        What holds the clock down, as the driver says.
+    limited_by : tuple of str or None
+        What holds the clock down, as the driver says; None where it does not.
     temperature_c : int or None
         Of the chip, degrees Celsius.
     power_cap_w : float or None
@@ -56,6 +57,10 @@ class GpuReport:
         What it may be set to.
     energy_counter : bool
         Whether the board counts energy.
+    covers_module : bool
+        Whether that counter is the one of a module with a CPU and its memory.
+    unreadable : mapping of str to str
+        What the driver does not tell of this GPU, and why.
     read_call_s : float
         Median time to read clock, power, energy and event reasons.
     shared : str or None
@@ -83,10 +88,10 @@ class GpuReport:
     name: str
     clocks_mhz: tuple[int, ...]
     mem_clocks_mhz: tuple[int, ...]
-    clock_mhz: float
-    power_w: float
-    busy_frac: float
-    limited_by: tuple[str, ...]
+    clock_mhz: float | None
+    power_w: float | None
+    busy_frac: float | None
+    limited_by: tuple[str, ...] | None
     temperature_c: int | None
     power_cap_w: float | None
     power_cap_range_w: tuple[float, float] | None
@@ -98,6 +103,8 @@ class GpuReport:
     settable: bool | None = None
     set_call_s: float | None = None
     clamp_mhz: float | None = None
+    covers_module: bool = False
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     mends: tuple[str, ...] = ()
 
 
@@ -216,7 +223,7 @@ class MachineReport:
 def _gpu_lines(gpu: GpuReport) -> Iterator[str]:
     if gpu.clocks_mhz:
         yield (
-            f"SM clock: {gpu.clock_mhz:g} MHz now, {len(gpu.clocks_mhz)} supported,"
+            f"SM clock: {_shown(gpu.clock_mhz, 'MHz')} now, {len(gpu.clocks_mhz)} supported,"
             f" {gpu.clocks_mhz[0]}..{gpu.clocks_mhz[-1]} MHz"
         )
     memory = ", ".join(map(str, gpu.mem_clocks_mhz)) or "not told"
@@ -224,9 +231,13 @@ def _gpu_lines(gpu: GpuReport) -> Iterator[str]:
     cap = "none" if gpu.power_cap_w is None else f"{gpu.power_cap_w:g} W"
     if gpu.power_cap_range_w is not None:
         cap += f" ({gpu.power_cap_range_w[0]:g}..{gpu.power_cap_range_w[1]:g} W)"
-    yield f"power: {gpu.power_w:g} W now, cap {cap}"
-    yield f"busy: {gpu.busy_frac:.0%}, clock held down by: {', '.join(gpu.limited_by) or 'nothing'}"
-    yield "energy: " + ("counted by the board" if gpu.energy_counter else "integrated from power")
+    yield f"power: {_shown(gpu.power_w, 'W')} now, cap {cap}"
+    busy = "not told" if gpu.busy_frac is None else f"{gpu.busy_frac:.0%}"
+    held = "not told" if gpu.limited_by is None else ", ".join(gpu.limited_by) or "nothing"
+    yield f"busy: {busy}, clock held down by: {held}"
+    yield f"energy: {_energy_source(gpu)}"
+    for name, reason in gpu.unreadable.items():
+        yield f"not told: {name}: {reason}"
     yield f"one reading takes {gpu.read_call_s * 1e6:.0f} us"
     if gpu.set_call_s is not None:
         yield f"one clock set takes {gpu.set_call_s * 1e3:.2f} ms (the call; settling not included)"
@@ -236,6 +247,18 @@ def _gpu_lines(gpu: GpuReport) -> Iterator[str]:
         yield f"held by {gpu.held_by}"
     for mend in gpu.mends:
         yield f"mend: {mend}"
+
+
+def _shown(value: float | None, unit: str) -> str:
+    return "not told" if value is None else f"{value:g} {unit}"
+
+
+def _energy_source(gpu: GpuReport) -> str:
+    if not gpu.energy_counter:
+        return "not told" if gpu.power_w is None else "integrated from power"
+    if gpu.covers_module:
+        return "counted by the board, for the whole module: its CPU and memory are in it"
+    return "counted by the board"
 
 
 def examine(
@@ -367,18 +390,29 @@ def _examine_gpus(nvml: Nvml, lock_dir: Path) -> tuple[tuple[GpuReport, ...], li
 
 def _examine_gpu(gpu: Gpu, lock_dir: Path) -> GpuReport:
     reads_s = []
+    meter = GpuMeter(highest_w=gpu.highest_w)
     for _ in range(_READS):
         begin_s = time.perf_counter()
         reading = gpu.read()
         reads_s.append(time.perf_counter() - begin_s)
-    clocks_mhz, busy_frac, shared = gpu.clocks_mhz, gpu.busy_frac, gpu.shared
+        meter.take(begin_s, reading)
+    clock_mhz, power_w = meter.clock_mhz(begin_s), meter.power_w(begin_s)
+    clocks_mhz, busy_frac = gpu.clocks_mhz, gpu.busy_frac
+    shared: str | None
+    try:
+        shared = gpu.shared
+    except GpuLost:
+        raise
+    except BackendError as error:
+        shared = f"it does not tell whether it is shared: {error}"
     held_by = holder(gpu.uuid, lock_dir)
     highest_mhz = clocks_mhz[-1] if clocks_mhz else 0
     # The driver cannot be asked for a lock; this is how one looks from outside.
     lock_suspected = (
-        busy_frac >= _BUSY_FRAC
-        and reading.reasons & ~IDLE == 0
-        and reading.clock_mhz < 0.98 * highest_mhz
+        (busy_frac or 0.0) >= _BUSY_FRAC
+        and _unlimited(reading.reasons)
+        and clock_mhz is not None
+        and clock_mhz < 0.98 * highest_mhz
         and held_by is None
     )
     mends = []
@@ -386,11 +420,11 @@ def _examine_gpu(gpu: Gpu, lock_dir: Path) -> GpuReport:
         mends.append(shared)
     if lock_suspected:
         mends.append(
-            f"it runs at {reading.clock_mhz:g} of {highest_mhz} MHz under load, and the driver"
+            f"it runs at {clock_mhz:g} of {highest_mhz} MHz under load, and the driver"
             " names no reason: a clock lock seems to be in force, or higher clocks are clamped;"
             " if nobody wants the lock, nvidia-smi --reset-gpu-clocks"
         )
-    if not gpu.persistent:
+    if gpu.persistent is False:
         mends.append(
             "the driver is unloaded, and settings are lost, when nobody uses the GPU; switch"
             " persistence on (nvidia-persistenced)"
@@ -402,20 +436,27 @@ def _examine_gpu(gpu: Gpu, lock_dir: Path) -> GpuReport:
         name=gpu.name,
         clocks_mhz=clocks_mhz,
         mem_clocks_mhz=gpu.mem_clocks_mhz,
-        clock_mhz=reading.clock_mhz,
-        power_w=reading.power_w,
+        clock_mhz=clock_mhz,
+        power_w=power_w,
         busy_frac=busy_frac,
         limited_by=reading.limited_by,
         temperature_c=gpu.temperature_c,
         power_cap_w=gpu.power_cap_w,
         power_cap_range_w=gpu.power_cap_range_w,
-        energy_counter=reading.counter_j is not None,
+        energy_counter=meter.counts,
         read_call_s=sorted(reads_s)[_READS // 2],
         shared=shared,
         held_by=held_by,
         lock_suspected=lock_suspected,
+        covers_module=meter.counts and gpu.covers_module,
+        unreadable=dict(gpu.unreadable),
         mends=tuple(mends),
     )
+
+
+def _unlimited(reasons: int | None) -> bool:
+    """Whether the driver says that nothing holds the clock down; silence says nothing."""
+    return reasons is not None and reasons & ~IDLE == 0
 
 
 def _actuate(
@@ -440,8 +481,10 @@ def _actuate(
             lease.close()
     except VoltanaError as error:
         return replace(report, settable=False, mends=(*report.mends, str(error)))
-    free = reading.reasons & ~IDLE == 0 and (reading.reasons & IDLE == 0 or report.busy_frac > 0)
-    clamp_mhz = reading.clock_mhz if free and reading.clock_mhz < highest_mhz else None
+    seen_mhz, reasons = reading.clock_mhz, reading.reasons
+    idle = reasons is not None and bool(reasons & IDLE) and not report.busy_frac
+    below = seen_mhz is not None and seen_mhz < highest_mhz
+    clamp_mhz = seen_mhz if below and _unlimited(reasons) and not idle else None
     return replace(
         report, settable=True, set_call_s=sorted(sets_s)[len(sets_s) // 2], clamp_mhz=clamp_mhz
     )

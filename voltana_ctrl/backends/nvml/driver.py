@@ -8,32 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from voltana_ctrl.backends.meter import MOST_W, GpuReading, within
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.units import j_from_mj, w_from_mw
 
 __all__ = ["Gpu", "GpuLost", "GpuReader", "GpuReading", "Nvml", "NvmlMissing"]
 
-# Bits of the clock event reasons (NVML API reference, nvmlClocksEventReasons).
-IDLE = 0x1
-POWER_CAP = 0x4
-_REASONS = {
-    0x1: "idle",
-    0x2: "application clocks",
-    0x4: "power cap",
-    0x8: "hardware slowdown",
-    0x10: "sync boost",
-    0x20: "thermal (software)",
-    0x40: "thermal (hardware)",
-    0x80: "power brake",
-    0x100: "display",
-}
 _VIRTUAL_GUEST = 2
+_FIGURES = ("clock", "power", "energy")
 
 
 class GpuLost(BackendError):
@@ -65,38 +53,6 @@ class NvmlMissing(BackendError):
     def __init__(self, problem: str, mend: str) -> None:
         super().__init__(f"NVML: {problem}; {mend}")
         self.problem, self.mend = problem, mend
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuReading:
-    """One reading of one GPU.
-
-    Parameters
-    ----------
-    clock_mhz : float
-        SM clock now.
-    power_w : float
-        Power of the board.
-    counter_j : float or None
-        Energy counter since the driver was loaded; None where there is none.
-    reasons : int
-        Clock event reasons as bits; 0 where they are not told.
-
-    Examples
-    --------
-    >>> GpuReading(clock_mhz=1410.0, power_w=300.0, counter_j=None, reasons=4).limited_by
-    ('power cap',)
-    """
-
-    clock_mhz: float
-    power_w: float
-    counter_j: float | None
-    reasons: int
-
-    @property
-    def limited_by(self) -> tuple[str, ...]:
-        """What holds the clock down, in words."""
-        return tuple(word for bit, word in _REASONS.items() if self.reasons & bit)
 
 
 class Nvml:
@@ -292,11 +248,11 @@ class GpuReader:
         self._handle = handle
         self.uuid = uuid
         self.number: int | None = None
-        self._has_counter = True
-        self._has_reasons = True
+        #: What could not be read at the last try, and why.
+        self.unreadable: dict[str, str] = {}
         self.uuid = str(self._get(nvml.pynvml.nvmlDeviceGetUUID))
-        self.number = self._get(nvml.pynvml.nvmlDeviceGetIndex)
-        self.name = str(self._get(nvml.pynvml.nvmlDeviceGetName))
+        self.number = self._told("number", nvml.pynvml.nvmlDeviceGetIndex)
+        self.name = str(self._told("name", nvml.pynvml.nvmlDeviceGetName) or "of unknown name")
 
     @property
     def _label(self) -> str:
@@ -310,6 +266,26 @@ class GpuReader:
                 return function(self._handle, *arguments)
             except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
                 return missing
+
+    def _told(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Value of a getter that control can do without; None, and the reason noted, if it fails.
+
+        Raises
+        ------
+        GpuLost
+            If the GPU is lost.
+        """
+        nvml = self._nvml.pynvml
+        try:
+            value = function(self._handle, *arguments)
+        except nvml.NVMLError as error:
+            if error.value in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED):
+                with self._nvml._ours(self._label):
+                    raise
+            self.unreadable[what] = str(error)
+            return None
+        self.unreadable.pop(what, None)
+        return value
 
     @property
     def shared(self) -> str | None:
@@ -330,71 +306,99 @@ class GpuReader:
         if not memory:
             return ()
         get = self._nvml.pynvml.nvmlDeviceGetSupportedGraphicsClocks
-        return tuple(sorted(self._get(get, memory[-1], missing=())))
+        return tuple(sorted(self._told("supported clocks", get, memory[-1]) or ()))
 
     @property
     def mem_clocks_mhz(self) -> tuple[int, ...]:
         """Supported memory clocks, ascending; empty where they are not told."""
         get = self._nvml.pynvml.nvmlDeviceGetSupportedMemoryClocks
-        return tuple(sorted(self._get(get, missing=())))
+        return tuple(sorted(self._told("memory clocks", get) or ()))
 
     @property
     def power_cap_w(self) -> float | None:
-        """Power cap in force; None where there is none."""
-        cap_mw = self._get(self._nvml.pynvml.nvmlDeviceGetPowerManagementLimit)
-        return None if cap_mw is None else w_from_mw(cap_mw)
+        """Power cap in force; None where there is none or it cannot be read."""
+        get = self._nvml.pynvml.nvmlDeviceGetPowerManagementLimit
+        cap_mw = self._told("power cap", get)
+        return None if cap_mw is None else within(w_from_mw(cap_mw), MOST_W)
 
     @property
     def power_cap_range_w(self) -> tuple[float, float] | None:
-        """Lowest and highest power cap that may be set."""
-        range_mw = self._get(self._nvml.pynvml.nvmlDeviceGetPowerManagementLimitConstraints)
-        return None if range_mw is None else (w_from_mw(range_mw[0]), w_from_mw(range_mw[1]))
+        """Lowest and highest power cap that may be set; None where they cannot be read."""
+        get = self._nvml.pynvml.nvmlDeviceGetPowerManagementLimitConstraints
+        range_mw = self._told("power cap range", get) or (None, None)
+        lowest_w, highest_w = (
+            None if each_mw is None else within(w_from_mw(each_mw), MOST_W) for each_mw in range_mw
+        )
+        return None if lowest_w is None or highest_w is None else (lowest_w, highest_w)
+
+    @property
+    def highest_w(self) -> float:
+        """More than this board draws: twice its highest power cap, for telling blank values."""
+        range_w = self.power_cap_range_w
+        return MOST_W if range_w is None or range_w[1] == 0.0 else 2.0 * range_w[1]
 
     @property
     def temperature_c(self) -> int | None:
         """Temperature of the chip in degrees Celsius."""
         nvml = self._nvml.pynvml
-        return self._get(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)  # type: ignore[no-any-return]
+        heat = self._told("temperature", nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
+        return None if heat is None else int(heat)
 
     @property
-    def busy_frac(self) -> float:
-        """Share of the last sampling period in which a kernel ran; 0 where it is not told."""
-        rates = self._get(self._nvml.pynvml.nvmlDeviceGetUtilizationRates)
-        return 0.0 if rates is None else rates.gpu / 100.0
+    def busy_frac(self) -> float | None:
+        """Share of the last sampling period in which a kernel ran; None where it is not told."""
+        rates = self._told("utilization", self._nvml.pynvml.nvmlDeviceGetUtilizationRates)
+        return None if rates is None else rates.gpu / 100.0
 
     @property
-    def persistent(self) -> bool:
-        """Whether the driver stays loaded, and with it the settings, while nobody uses it."""
-        return bool(self._get(self._nvml.pynvml.nvmlDeviceGetPersistenceMode, missing=0))
+    def persistent(self) -> bool | None:
+        """Whether the driver stays loaded, and with it settings, when unused; None if not told."""
+        mode = self._told("persistence mode", self._nvml.pynvml.nvmlDeviceGetPersistenceMode)
+        return None if mode is None else bool(mode)
+
+    @property
+    def covers_module(self) -> bool:
+        """Whether its energy counter is that of a module with a CPU, as on Grace Hopper."""
+        return re.search(r"\b(GH|GB)\d", self.name) is not None
 
     def read(self) -> GpuReading:
-        """Clock, power, energy counter and clock event reasons now.
+        """Clock, power, energy counter and clock event reasons now; each fails on its own.
 
         Raises
         ------
-        GpuLost, BackendError
-            If the GPU does not answer.
+        GpuLost
+            If the GPU is lost.
+        BackendError
+            If it tells neither clock nor power nor energy.
         """
-        nvml, handle = self._nvml.pynvml, self._handle
-        counter_j = None
-        reasons = 0
-        if self._has_counter:
-            counter_mj = self._get(nvml.nvmlDeviceGetTotalEnergyConsumption)
-            self._has_counter = counter_mj is not None
-            counter_j = None if counter_mj is None else j_from_mj(counter_mj)
-        if self._has_reasons:
-            told = self._get(nvml.nvmlDeviceGetCurrentClocksEventReasons)
-            self._has_reasons = told is not None
-            reasons = told or 0
-        with self._nvml._ours(self._label):
-            clock_mhz = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-            power_mw = nvml.nvmlDeviceGetPowerUsage(handle)
-        return GpuReading(
-            clock_mhz=float(clock_mhz),
-            power_w=w_from_mw(power_mw),
-            counter_j=counter_j,
-            reasons=int(reasons),
+        nvml = self._nvml.pynvml
+        get = self._told
+        counter_mj = get("energy", nvml.nvmlDeviceGetTotalEnergyConsumption)
+        reasons = self._reasons()
+        clock_mhz = get("clock", nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM)
+        power_mw = get("power", nvml.nvmlDeviceGetPowerUsage)
+        problems = tuple(
+            f"{name}: {self.unreadable[name]}" for name in _FIGURES if name in self.unreadable
         )
+        if clock_mhz is None and power_mw is None and counter_mj is None:
+            raise BackendError(f"{self._label}: {'; '.join(problems)}")
+        return GpuReading(
+            clock_mhz=None if clock_mhz is None else float(clock_mhz),
+            power_w=None if power_mw is None else w_from_mw(power_mw),
+            counter_j=None if counter_mj is None else j_from_mj(counter_mj),
+            reasons=reasons,
+            problems=problems,
+        )
+
+    def _reasons(self) -> int | None:
+        """Clock event reasons; drivers before 535 tell them by another name, some not at all."""
+        nvml = self._nvml.pynvml
+        for name in ("EventReasons", "ThrottleReasons"):
+            function = getattr(nvml, f"nvmlDeviceGetCurrentClocks{name}", None)
+            if function is not None:
+                with contextlib.suppress(nvml.NVMLError):
+                    return int(function(self._handle))
+        return None
 
 
 class Gpu(GpuReader):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from voltana_ctrl.backends.meter import InstanceMeter
 from voltana_ctrl.backends.nvml.assignment import assigned_uuids, check_clocks
 from voltana_ctrl.backends.nvml.driver import GpuLost, Nvml, whole_gpus
 from voltana_ctrl.backends.nvml.giveback import FoundGpu
@@ -224,27 +225,40 @@ class NvmlBackend:
         told = self._engine() if self._engine is not None else None
         base = told.state if told is not None else FleetState.idle(len(self._fleet))
         t_s = self._now_s()
-        groups = self._groups
-        alive = np.array([all(held.alive for held in group) for group in groups])
-        age_s = np.array([max(t_s - held.read_s for held in group) for group in groups])
-        clock_mhz = [min(held.reading.clock_mhz for held in group) for group in groups]
+        seen = [InstanceMeter.of([held.meter for held in group], t_s) for group in self._groups]
         state = replace(
             base,
             t_s=max(0.0, t_s),
-            alive=base.alive & alive,
-            freq_mhz=np.array(clock_mhz),
-            power_w=np.array([sum(held.reading.power_w for held in group) for group in groups]),
-            energy_j=np.array([sum(held.meter.energy_j for held in group) for group in groups]),
-            age_s=np.maximum(base.age_s, np.maximum(age_s, 0.0)),
+            alive=base.alive & [each.alive for each in seen],
+            freq_mhz=np.array([self._clock_mhz(i, each) for i, each in enumerate(seen)]),
+            power_w=np.array([each.power_w or 0.0 for each in seen]),
+            energy_j=np.array([each.energy_j for each in seen]),
+            age_s=np.maximum(base.age_s, [each.age_s for each in seen]),
         )
         return Observation(state=state) if told is None else replace(told, state=state)
+
+    def _clock_mhz(self, instance: int, seen: InstanceMeter) -> float:
+        """Clock as read; where it is not told the one that was set, else the highest."""
+        if seen.clock_mhz is not None:
+            return seen.clock_mhz
+        locks_mhz = [held.lock_mhz or np.inf for held in self._groups[instance]]
+        return float(min(*locks_mhz, self._fleet.max_mhz[instance]))
+
+    def problems(self) -> dict[str, str]:
+        """What is wrong with the readings of each instance's GPUs, by its id."""
+        t_s = self._now_s()
+        told = {
+            name: InstanceMeter.of([held.meter for held in group], t_s).problem
+            for name, group in zip(self._fleet.ids, self._groups, strict=True)
+        }
+        return {name: problem for name, problem in told.items() if problem}
 
     def _read_all(self) -> None:
         for held in self._held.values():
             try:
                 held.take(held.gpu.read(), self._now_s(), self._settle_s)
             except BackendError as error:
-                held.fail(error)
+                held.fail(error, self._now_s())
 
     def apply(self, decision: Decision) -> None:
         """Set clocks (and other limits) to those of the decision; sets only what differs.
@@ -398,7 +412,7 @@ class NvmlBackend:
             try:
                 self._set(order)
             except GpuLost as error:
-                order.held.fail(error)
+                order.held.fail(error, self._now_s())
             except BackendError as error:
                 order.held.forget_sets()
                 failure = failure or error  # the other GPUs get their clocks all the same

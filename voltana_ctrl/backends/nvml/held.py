@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from voltana_ctrl.backends.meter import EnergyMeter
-from voltana_ctrl.backends.nvml.driver import IDLE, POWER_CAP, Gpu, GpuReading
+from voltana_ctrl.backends.meter import IDLE, POWER_CAP, GpuMeter, GpuReading
+from voltana_ctrl.backends.nvml.driver import Gpu, GpuLost
 from voltana_ctrl.backends.nvml.giveback import FoundGpu
 from voltana_ctrl.errors import BackendError
 
@@ -109,10 +109,7 @@ class HeldGpu:
         self.cap_range_w = gpu.power_cap_range_w
         ladder = sorted(self.clocks_mhz)
         self.step_mhz = min((b - a for a, b in pairwise(ladder)), default=15)
-        self.meter = EnergyMeter(highest_w=2.0 * (self.cap_range_w or (0.0, 1000.0))[1])
-        self.reading = GpuReading(clock_mhz=0.0, power_w=0.0, counter_j=None, reasons=0)
-        self.read_s = 0.0
-        self.alive = False
+        self.meter = GpuMeter(highest_w=gpu.highest_w)
         self.failure: str | None = None
         self.lock_mhz: int | None = None
         self.mem_mhz: int | None = None
@@ -127,38 +124,42 @@ class HeldGpu:
 
     def take(self, reading: GpuReading, t_s: float, settle_s: float) -> None:
         """Take a reading, and learn from it what the GPU makes of our settings."""
-        self.reading, self.read_s, self.alive, self.failure = reading, t_s, True, None
-        self.meter.add(t_s, reading.power_w, reading.counter_j)
+        self.failure = None
+        self.meter.take(t_s, reading)
         if t_s - self.set_s >= settle_s:
             self._compare(reading)
 
     def _compare(self, reading: GpuReading) -> None:
         """What was asked against what is seen, once the clock has settled."""
-        if self.lock_mhz is not None:
-            limited = bool(reading.reasons & (_SLOWED | IDLE))
-            below = not limited and reading.clock_mhz <= self.lock_mhz - self.step_mhz
+        clock_mhz, reasons = reading.clock_mhz, reading.reasons
+        if self.lock_mhz is not None and clock_mhz is not None:
+            # Without reasons nobody can tell a clamp from heat, a cap or an idle GPU.
+            free = reasons is not None and not reasons & (_SLOWED | IDLE)
+            below = free and clock_mhz <= self.lock_mhz - self.step_mhz
             self._below = self._below + 1 if below else 0
             if self._below >= _REPEATS:
-                self.clamp_mhz = reading.clock_mhz
-            elif self.clamp_mhz is not None and reading.clock_mhz > self.clamp_mhz:
+                self.clamp_mhz = clock_mhz
+            elif self.clamp_mhz is not None and clock_mhz > self.clamp_mhz:
                 self.clamp_mhz = None
-            above = reading.clock_mhz >= self.lock_mhz + self.step_mhz
+            above = clock_mhz >= self.lock_mhz + self.step_mhz
             self._above = self._above + 1 if above else 0
             if self._above >= _REPEATS:
                 self.lock_mhz, self._above = None, 0  # somebody reset it: the next apply sets it
                 self.locks_lost += 1
-        if self.cap_w is not None:
+        if self.cap_w is not None and reading.power_w is not None:
             over = reading.power_w > 1.05 * self.cap_w
             self._over_cap = self._over_cap + 1 if over else 0
             if self._over_cap >= _REPEATS:
                 self.cap_inert = True
-            elif reading.reasons & POWER_CAP:
+            elif reasons is not None and reasons & POWER_CAP:
                 self.cap_inert = False
 
-    def fail(self, error: BackendError) -> None:
-        """It does not answer; should it come back, it may have lost what was set."""
-        self.alive, self.failure = False, str(error)
-        self.forget_sets()
+    def fail(self, error: BackendError, t_s: float) -> None:
+        """It does not answer; one that is lost may have lost what was set, too."""
+        self.failure = str(error)
+        self.meter.fail(t_s, self.failure, lost=isinstance(error, GpuLost))
+        if not self.meter.alive(t_s):
+            self.forget_sets()
 
     def forget_sets(self) -> None:
         """What was set may be gone; the next apply sets it again."""
@@ -180,7 +181,7 @@ class HeldGpu:
             name=self.gpu.name,
             clamp_mhz=self.clamp_mhz,
             cap_inert=self.cap_inert,
-            energy_counter=self.reading.counter_j is not None,
+            energy_counter=self.meter.counts,
             set_calls=len(calls_s),
             set_call_s=float(np.median(calls_s)) if len(calls_s) else 0.0,
             set_call_p99_s=float(np.quantile(calls_s, 0.99)) if len(calls_s) else 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from voltana_ctrl.backends.meter import EnergyMeter
-from voltana_ctrl.backends.nvml.driver import GpuReader, GpuReading, Nvml
+from voltana_ctrl.backends.meter import GpuMeter, InstanceMeter
+from voltana_ctrl.backends.nvml.driver import GpuLost, GpuReader, Nvml
 from voltana_ctrl.backends.nvml.worker import Worker
 from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import BackendError, ConfigError
@@ -22,33 +23,13 @@ from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation
 __all__ = ["GpuMeters"]
 
 
-class _Meter:
-    """One GPU and what it said last."""
-
-    def __init__(self, gpu: GpuReader) -> None:
-        self.gpu = gpu
-        most_w = (gpu.power_cap_range_w or (0.0, 1000.0))[1]
-        self.energy = EnergyMeter(highest_w=2.0 * most_w)
-        self.reading = GpuReading(clock_mhz=0.0, power_w=0.0, counter_j=None, reasons=0)
-        self.read_s = 0.0
-        self.alive = False
-
-    def read(self, t_s: float) -> None:
-        try:
-            self.reading = self.gpu.read()
-        except BackendError:
-            self.alive = False
-            return
-        self.read_s, self.alive = t_s, True
-        self.energy.add(t_s, self.reading.power_w, self.reading.counter_j)
-
-
 class GpuMeters:
     """GPUs as a plant that can be watched: nothing in it is able to set anything.
 
     An instance without GPUs here is taken to run at its highest clock, and its power is not
-    told. Driver calls run in a thread of their own, as in
-    :class:`~voltana_ctrl.backends.NvmlBackend`.
+    told; so is one whose GPUs do not tell theirs, and `problems` says why. Of a GPU that several
+    instances share each gets an equal part of power and energy. Driver calls run in a thread of
+    their own, as in :class:`~voltana_ctrl.backends.NvmlBackend`.
 
     Parameters
     ----------
@@ -101,12 +82,14 @@ class GpuMeters:
         self._closed = False
         self._worker = Worker()
         self._nvml = Nvml(library) if any(gpus.values()) else None
-        self._meters: dict[int, tuple[_Meter, ...]] = {}
+        # A GPU that several instances name is read once.
+        self._gpus: dict[str, tuple[GpuReader, GpuMeter]] = {}
+        self._uuids = {i: tuple(gpus[name]) for i, name in enumerate(fleet.ids) if gpus.get(name)}
         try:
-            for i, name in enumerate(fleet.ids):
-                if self._nvml is not None and gpus.get(name):
-                    readers = [self._nvml.reader(uuid) for uuid in gpus[name]]
-                    self._meters[i] = tuple(_Meter(gpu) for gpu in readers)
+            for uuid in {uuid: None for group in self._uuids.values() for uuid in group}:
+                if self._nvml is not None:
+                    reader = self._nvml.reader(uuid)
+                    self._gpus[uuid] = reader, GpuMeter(highest_w=reader.highest_w)
         except BaseException:
             self.close()
             raise
@@ -120,12 +103,25 @@ class GpuMeters:
     def caps_w(self) -> dict[str, float]:
         """Power caps in force below the highest of the board, by GPU: somebody set them."""
         found = {}
-        for meters in self._meters.values():
-            for meter in meters:
-                cap_w, range_w = meter.gpu.power_cap_w, meter.gpu.power_cap_range_w
-                if cap_w is not None and range_w is not None and cap_w < range_w[1]:
-                    found[meter.gpu.uuid] = cap_w
+        for uuid, (gpu, _) in self._gpus.items():
+            cap_w, range_w = gpu.power_cap_w, gpu.power_cap_range_w
+            if cap_w is not None and range_w is not None and cap_w < range_w[1]:
+                found[uuid] = cap_w
         return found
+
+    def problems(self) -> dict[str, str]:
+        """What is wrong with the readings of each instance's GPUs, by its id."""
+        told = {self._fleet.ids[i]: seen.problem for i, seen in self._seen(self._now_s()).items()}
+        return {name: problem for name, problem in told.items() if problem}
+
+    def _seen(self, t_s: float) -> dict[int, InstanceMeter]:
+        users = Counter(uuid for uuids in self._uuids.values() for uuid in uuids)
+        return {
+            i: InstanceMeter.of(
+                [self._gpus[uuid][1] for uuid in uuids], t_s, [1.0 / users[uuid] for uuid in uuids]
+            )
+            for i, uuids in self._uuids.items()
+        }
 
     def read(self) -> Observation:
         """Clock, power and energy now; the last ones with their age where a driver hangs.
@@ -138,18 +134,17 @@ class GpuMeters:
         if self._closed:
             raise BackendError("GpuMeters.read: it is closed; make a new one")
         # Behind a call that hangs a read would only queue up.
-        if self._meters and self._worker.busy_s <= self._call_limit_s:
+        if self._gpus and self._worker.busy_s <= self._call_limit_s:
             with suppress(TimeoutError):  # the age of the readings says so
                 self._worker.run(self._read_all, limit_s=self._call_limit_s)
         n, t_s = len(self._fleet), self._now_s()
         alive, age_s = np.ones(n, bool), np.zeros(n)
         freq_mhz, power_w, energy_j = np.array(self._fleet.max_mhz), np.zeros(n), np.zeros(n)
-        for i, meters in self._meters.items():
-            alive[i] = all(meter.alive for meter in meters)
-            age_s[i] = max(0.0, *(t_s - meter.read_s for meter in meters))
-            freq_mhz[i] = min(meter.reading.clock_mhz for meter in meters)
-            power_w[i] = sum(meter.reading.power_w for meter in meters)
-            energy_j[i] = sum(meter.energy.energy_j for meter in meters)
+        for i, seen in self._seen(t_s).items():
+            alive[i], age_s[i], energy_j[i] = seen.alive, seen.age_s, seen.energy_j
+            power_w[i] = seen.power_w or 0.0
+            if seen.clock_mhz is not None:  # else it may be the highest
+                freq_mhz[i] = seen.clock_mhz
         state = replace(
             FleetState.idle(n, t_s=max(0.0, t_s)),
             alive=alive, age_s=age_s, freq_mhz=freq_mhz, power_w=power_w, energy_j=energy_j,
@@ -157,9 +152,12 @@ class GpuMeters:
         return Observation(state=state)
 
     def _read_all(self) -> None:
-        for meters in self._meters.values():
-            for meter in meters:
-                meter.read(self._now_s())
+        for gpu, meter in self._gpus.values():
+            t_s = self._now_s()
+            try:
+                meter.take(t_s, gpu.read())
+            except BackendError as error:
+                meter.fail(t_s, str(error), lost=isinstance(error, GpuLost))
 
     def apply(self, decision: Decision) -> None:
         """Do nothing: there is nothing here to set with.

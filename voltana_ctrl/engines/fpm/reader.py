@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from voltana_ctrl.engines.fpm.messages import (
     decode_forward_pass,
 )
 from voltana_ctrl.engines.fpm.state import RankState
+from voltana_ctrl.engines.patience import longest_prefill_s
 from voltana_ctrl.engines.reading import EngineReading
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import FleetSpec, IterationBatch
@@ -233,6 +235,7 @@ class FpmReader:
                 prefills=instance.role.prefills,
                 decodes=instance.role.decodes,
                 budget_tok=instance.prefill_budget_tok,
+                longest_s=partial(longest_prefill_s, instance),
             )
         missing = rank.missing(one)
         if missing < 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from voltana_ctrl.engines.fpm.messages import ForwardPass
@@ -9,7 +11,8 @@ from voltana_ctrl.engines.waiting_line import WaitingLine
 
 __all__ = ["RankState"]
 
-# An engine also beats while a long iteration runs; work that was queued is still there then.
+# An engine also beats while a long iteration runs; work that was queued is still there then. So
+# long at least, and as long as its profile gives to a prefill of all that it holds.
 _LONG_ITERATION_S = 10.0
 
 
@@ -26,6 +29,8 @@ class RankState:
         What its instance does.
     budget_tok : float
         Tokens of its largest iteration; a prompt is cut where an iteration is full.
+    longest_s : callable, optional
+        How long an iteration may be that prefills so many tokens.
 
     Examples
     --------
@@ -36,7 +41,15 @@ class RankState:
     (900.0, 3.0, 1400.0, 0.5)
     """
 
-    def __init__(self, *, prefills: bool, decodes: bool, budget_tok: float = np.inf) -> None:
+    def __init__(
+        self,
+        *,
+        prefills: bool,
+        decodes: bool,
+        budget_tok: float = np.inf,
+        longest_s: Callable[[float], float] = lambda _: 0.0,
+    ) -> None:
+        self._longest_s = longest_s
         self.prefills, self.decodes = prefills, decodes
         self.last: ForwardPass | None = None
         self.now = ForwardPass()
@@ -68,7 +81,7 @@ class RankState:
         self.last, self.seen_s = one, t_s
         if one.is_heartbeat:
             queued = self.now.queued_prefill_req + self.now.queued_decode_req
-            if queued > 0.0 and t_s - self.worked_s < _LONG_ITERATION_S:
+            if queued > 0.0 and t_s - self.worked_s < self._long_s():
                 return
         else:
             self.worked_s = t_s
@@ -77,6 +90,10 @@ class RankState:
         if not self.prefills:
             self._count_decodes(before, one)
         self._line.follow(t_s, waiting_tok=self.waiting_tok, arrived_tok=arrived_tok)
+
+    def _long_s(self) -> float:
+        held_tok = self.now.queued_prefill_tok + self.now.prefill_tok + self.now.prefill_kv_tok
+        return max(_LONG_ITERATION_S, self._longest_s(held_tok))
 
     def _count_prompts(self, before: ForwardPass, one: ForwardPass) -> float:
         """Arrivals by balance: what is queued and computed now, less what was queued before.
