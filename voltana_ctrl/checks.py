@@ -20,6 +20,7 @@ __all__ = [
     "frozen_array",
     "not_negative",
     "positive",
+    "within",
 ]
 
 #: Array of float64.
@@ -80,6 +81,24 @@ def not_negative(name: str, value: float) -> None:
     """
     if not (_is_number(value) and 0.0 <= value < np.inf):
         raise ConfigError(f"{name}: expected a number >= 0, got {value!r}")
+
+
+def within(value: float | None, most: float) -> float | None:
+    """The value, or None where it is none that can be: blank, negative, NaN or above `most`.
+
+    Parameters
+    ----------
+    value : float or None
+        What was told.
+    most : float
+        Highest that can be.
+
+    Examples
+    --------
+    >>> within(250.0, 5000.0), within(1.4e14, 5000.0), within(float("nan"), 5000.0)
+    (250.0, None, None)
+    """
+    return value if value is not None and 0.0 <= value <= most else None
 
 
 def fraction(name: str, value: float) -> None:

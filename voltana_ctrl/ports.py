@@ -9,7 +9,7 @@ who         may bring          what it is
 backend     ``clock``          a :class:`Clock`: its own time, as a simulated plant has
 backend     ``limit_ranges``   what may be set besides the SM clock, for the guard
 backend     ``acts``           whether decisions are in force, now; one that only watches says False
-backend     ``problems()``     why instances do not answer, in words, by their ids
+backend     ``problems()``     what is wrong with the readings of instances, in words, by their ids
 controller  ``period_s``       time between its decisions; 0.1 s without
 controller  ``notes(memory)``  numbers that it wants seen in the records
 router      ``phase``          "prefill" or "decode", which is what it is without

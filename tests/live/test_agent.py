@@ -381,6 +381,50 @@ def test_parked_instances_keep_a_clock_for_what_they_get():
     assert decision.active.all()
 
 
+@pytest.mark.parametrize("policy", ["mpc", "cascade"])
+def test_engines_that_are_loaded_alike_are_advised_alike(policy):
+    """A policy that would pack all on one engine, where it does not route."""
+    spec = fleet("1P2D")
+    decodes = np.array([one.role.decodes for one in spec.instances])
+    controller = node_policy(spec, SLO, policy)
+    memory, freq_mhz, parked = controller.init(), spec.max_mhz, False
+    for k in range(900):
+        running = 40.0 if k < 600 else 0.0  # and then no load at all
+        state = replace(
+            FleetState.idle(3, t_s=0.1 * k),
+            freq_mhz=freq_mhz,
+            running_req=np.where(decodes, running, 0.0),
+            kv_used_tok=np.where(decodes, 800.0 * running, 0.0),
+            arrived_req=np.full(3, running / 100.0),
+            arrived_tok=np.full(3, 5.0 * running),
+        )
+        decision, memory = controller.decide(Observation(state=state), memory)
+        freq_mhz = decision.freq_mhz
+        first_mhz, second_mhz = freq_mhz[decodes]
+        if k in (599, 899):
+            assert abs(first_mhz - second_mhz) <= 0.3 * max(first_mhz, second_mhz)
+        assert decision.price_j_req.tolist() == [0.0, 0.0, 0.0]
+        parked = parked or not memory.target.active.all() if memory.target else parked
+    assert parked, "the policy would have parked one of them"
+
+
+def test_advice_names_what_is_wrong_with_engines_that_answer():
+    said = []
+    told = {"decode-0": "GPU GPU-1: power not told for 13 s"}
+    advice = Advice(fleet(), said.append, every_s=1.0, problems=lambda: told)
+
+    class Record:
+        applied = Decision.highest(fleet())
+
+    for k in range(12):
+        state = replace(busy(), t_s=0.1 * k)
+        Record.observation = Observation(state=state)
+        advice.on_tick(Record)
+    (line,) = said
+    assert "decode-0: GPU GPU-1: power not told for 13 s" in line
+    assert "does not answer" not in line
+
+
 def test_policies_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="bound"):
         node_policy(fleet(), SLO, "bound")

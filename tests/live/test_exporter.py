@@ -247,3 +247,22 @@ def test_static_controller_without_notes_is_fine():
     ) as loop:
         loop.run(2.0)
     assert total(families(exporter)["voltana_ctrl_ticks"]) == 20
+
+
+def test_power_that_nobody_could_read_is_no_series():
+    exporter = Exporter(fleet())
+    told = replace(FleetState.idle(2, freq_mhz=1410.0), power_w=np.array([300.0, 250.0]))
+    wish = Decision.highest(fleet())
+
+    def page(state):
+        exporter.on_tick(
+            TickRecord(number=0, observation=Observation(state=state), proposed=wish, applied=wish)
+        )
+        return exporter.page().decode()
+
+    text = page(told)
+    assert 'voltana_ctrl_power_watts{instance="decode-0",role="decode"} 250.0' in text
+    text = page(replace(told, power_w=np.array([300.0, 0.0])))
+    assert 'voltana_ctrl_power_watts{instance="prefill-0",role="prefill"} 300.0' in text
+    assert 'voltana_ctrl_power_watts{instance="decode-0"' not in text
+    assert 'voltana_ctrl_sm_clock_hertz{instance="decode-0"' not in text

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from voltana_ctrl.checks import within
+
 __all__ = [
     "FRESH_S",
     "IDLE",
@@ -21,7 +23,6 @@ __all__ = [
     "GpuMeter",
     "GpuReading",
     "InstanceMeter",
-    "within",
 ]
 
 #: No single board or module draws as much; for boards that do not tell their power limit.
@@ -380,21 +381,3 @@ class InstanceMeter:
             energy_j=sum(part * gpu.energy_j for gpu, part in zip(gpus, parts_frac, strict=True)),
             problem="; ".join(filter(None, (gpu.problem(t_s) for gpu in gpus))),
         )
-
-
-def within(value: float | None, most: float) -> float | None:
-    """The value, or None where it is none that can be: blank, negative, NaN or above `most`.
-
-    Parameters
-    ----------
-    value : float or None
-        What was told.
-    most : float
-        Highest that can be.
-
-    Examples
-    --------
-    >>> within(250.0, MOST_W), within(1.4e14, MOST_W), within(float("nan"), MOST_W)
-    (250.0, None, None)
-    """
-    return value if value is not None and 0.0 <= value <= most else None

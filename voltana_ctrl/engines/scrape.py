@@ -25,9 +25,8 @@ from voltana_ctrl.backends.meter import (
     GpuMeter,
     GpuReading,
     InstanceMeter,
-    within,
 )
-from voltana_ctrl.checks import F64, positive
+from voltana_ctrl.checks import F64, positive, within
 from voltana_ctrl.engines.endpoints import Endpoint
 from voltana_ctrl.engines.names import PAGES
 from voltana_ctrl.engines.page import BadPage, read_dcgm_page, read_engine_page

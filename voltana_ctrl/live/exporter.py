@@ -49,8 +49,11 @@ _APPLIED = (
     ("sm_clock_ceiling_hertz", "Highest SM clock allowed.", "freq_max_mhz", _HZ_PER_MHZ),
     ("route_ratio", "Share of new work of its phase.", "route_frac", 1.0),
     ("active", "1 while the instance takes new work.", "active", 1.0),
-    ("price_joules", "Marginal energy of one more request.", "price_j_req", 1.0),
-)
+    (
+        "price_joules", "Marginal energy of one more request; 0 where nobody here routes.",
+        "price_j_req", 1.0,
+    ),
+)  # fmt: skip
 
 
 class Exporter:
@@ -72,7 +75,8 @@ class Exporter:
         Time over which energy per token and attainment are taken.
     unread : collection of str
         Ids of instances whose GPUs nobody reads. There is no series of their clock, power and
-        energy, and no energy per token while one of them is up.
+        energy, and no energy per token while one of them is up. There is none of clock and power
+        of an instance whose power cannot be read for the moment either.
     decides : bool
         False where nobody decides anything: there are no series of decisions per instance.
 
@@ -190,8 +194,13 @@ class Exporter:
         """Take one tick."""
         state, before = record.observation.state, self._before
         for field, factor, gauge in self._state:
-            hidden = self._unread if field in _OF_GPUS else None
-            _set(gauge, self._labels, getattr(state, field), factor, hidden)
+            values, hidden = getattr(state, field), None
+            if field in _OF_GPUS:
+                # No GPU draws nothing: 0 W is what stands for power that nobody could read, and
+                # the clock beside it is assumed.
+                hidden = self._unread | (state.power_w == 0.0)
+                gauge.clear()
+            _set(gauge, self._labels, values, factor, hidden)
         if self._decides:
             self._take_decision(record)
         grown_j = np.zeros(len(state))

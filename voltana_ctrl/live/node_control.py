@@ -61,7 +61,9 @@ class PolicyController(Controller):
 
     Where the policy has governors, which belong before every iteration of an engine, they are
     asked at every tick instead. What routes requests is not ours: an instance that the policy
-    would park gets work all the same, and a clock by its own queue and batch.
+    would park gets work all the same, and a clock by its own queue and batch alone. Prices, which
+    tell a router what one more request costs where the policy has put the load, are not told:
+    they are 0, since nobody puts it there.
 
     Parameters
     ----------
@@ -140,7 +142,9 @@ class PolicyController(Controller):
             decision = replace(self._first, t_s=state.t_s)
         else:
             decision, memory = self._inner.decide(observation, memory)
-        freq_mhz, ceiling_mhz = np.array(decision.freq_mhz), decision.freq_max_mhz
+        # What the policy asks of a parked instance is for being woken by its router.
+        freq_mhz = np.where(decision.active, decision.freq_mhz, self.fleet.min_mhz)
+        ceiling_mhz = decision.freq_max_mhz
         for i, active in enumerate(decision.active):
             asked = self._governors if active else self._parked
             if asked is not None:
@@ -160,6 +164,7 @@ class PolicyController(Controller):
             freq_mhz=freq_mhz,
             active=everybody.active,
             route_frac=everybody.route_frac,
+            price_j_req=everybody.price_j_req,
             limits=None,
         ), memory
 
@@ -248,7 +253,7 @@ class Advice:
     unread : collection of str
         Ids of instances whose clock nobody reads; the line says that it is assumed.
     problems : callable
-        Why instances do not answer, by id.
+        What is wrong with the readings of instances, by id.
 
     Raises
     ------
@@ -293,17 +298,19 @@ class Advice:
         if state.t_s - sums.since_s < self._every_s:
             return
         self._loaded |= sums.loaded
-        self._say(f"advice: {'; '.join([*self._expected(record, sums), *self._silent(state)])}")
+        self._say(f"advice: {'; '.join([*self._expected(record, sums), *self._troubles(state)])}")
         self._sums = _Sums(since_s=state.t_s)
 
-    def _silent(self, state: FleetState) -> list[str]:
-        """Who does not answer, and why."""
+    def _troubles(self, state: FleetState) -> list[str]:
+        """Who does not answer, and what is wrong with the readings of those who do."""
         problems = self._problems()
-        return [
-            f"{name} does not answer ({problems.get(name, 'nothing heard of it')})"
-            for name, alive in zip(self._fleet.ids, state.alive, strict=True)
-            if not alive
-        ]
+        told = []
+        for name, alive in zip(self._fleet.ids, state.alive, strict=True):
+            if not alive:
+                told.append(f"{name} does not answer ({problems.get(name, 'nothing heard of it')})")
+            elif name in problems:
+                told.append(f"{name}: {problems[name]}")
+        return told
 
     def _expected(self, record: TickRecord, sums: _Sums) -> list[str]:
         state = record.observation.state

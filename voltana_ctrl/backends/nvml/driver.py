@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from voltana_ctrl.backends.meter import MOST_W, GpuReading, within
+from voltana_ctrl.backends.meter import MOST_W, GpuReading
+from voltana_ctrl.checks import within
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.units import j_from_mj, w_from_mw
 
