@@ -39,7 +39,11 @@ vllm:kv_cache_usage_perc{engine="0"} 0.01
 
 def record(t_s=0.0, **changes):
     """A tick in which decode-0 made 8 tokens."""
-    state = replace(FleetState.idle(2, t_s=t_s, freq_mhz=1410.0), energy_j=np.full(2, 300.0 * t_s))
+    state = replace(
+        FleetState.idle(2, t_s=t_s, freq_mhz=1410.0),
+        energy_j=np.full(2, 300.0 * t_s),
+        power_w=np.full(2, 300.0),
+    )
     one = np.ones(1)
     made = IterationBatch(
         instance=np.ones(1, np.int64), t_s=t_s * one, wall_s=0.02 * one, freq_mhz=1410.0 * one,

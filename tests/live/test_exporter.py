@@ -265,4 +265,3 @@ def test_power_that_nobody_could_read_is_no_series():
     text = page(replace(told, power_w=np.array([300.0, 0.0])))
     assert 'voltana_ctrl_power_watts{instance="prefill-0",role="prefill"} 300.0' in text
     assert 'voltana_ctrl_power_watts{instance="decode-0"' not in text
-    assert 'voltana_ctrl_sm_clock_hertz{instance="decode-0"' not in text

@@ -75,8 +75,8 @@ class Exporter:
         Time over which energy per token and attainment are taken.
     unread : collection of str
         Ids of instances whose GPUs nobody reads. There is no series of their clock, power and
-        energy, and no energy per token while one of them is up. There is none of clock and power
-        of an instance whose power cannot be read for the moment either.
+        energy, and no energy per token while one of them is up. There is none of the power of an
+        instance whose power cannot be read for the moment either.
     decides : bool
         False where nobody decides anything: there are no series of decisions per instance.
 
@@ -194,12 +194,12 @@ class Exporter:
         """Take one tick."""
         state, before = record.observation.state, self._before
         for field, factor, gauge in self._state:
-            values, hidden = getattr(state, field), None
+            values, hidden = getattr(state, field), np.zeros(len(state), bool)
             if field in _OF_GPUS:
-                # No GPU draws nothing: 0 W is what stands for power that nobody could read, and
-                # the clock beside it is assumed.
-                hidden = self._unread | (state.power_w == 0.0)
-                gauge.clear()
+                hidden = self._unread
+            if field == "power_w":
+                gauge.clear()  # no GPU draws nothing: 0 W is power that nobody could read
+                hidden = hidden | (values == 0.0)
             _set(gauge, self._labels, values, factor, hidden)
         if self._decides:
             self._take_decision(record)

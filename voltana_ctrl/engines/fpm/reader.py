@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -311,8 +311,7 @@ def _batch(rows: list[tuple[int, float, ForwardPass]]) -> IterationBatch:
         ]
     ).T
     none = np.zeros(len(rows))
-    return replace(
-        IterationBatch.empty(),
+    return IterationBatch(
         instance=np.array(instance),
         t_s=np.array(t_s),
         wall_s=columns[0],
