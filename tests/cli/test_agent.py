@@ -162,7 +162,7 @@ def test_parquet_knows_advised_from_applied(tmp_path):
 
 def test_metrics_know_advised_from_applied():
     exporter = Exporter(fleet())
-    floor = 'sm_clock_floor_hertz{instance="decode-0",role="decode"}'
+    floor = 'sm_clock_floor_hertz{role="decode",serving_instance="decode-0"}'
     for in_force in (False, True, False):
         exporter.on_tick(record(in_force=in_force))
         shown = samples(exporter)

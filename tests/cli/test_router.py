@@ -71,7 +71,7 @@ def test_the_first_blocks_run_and_sigterm_lets_requests_end(root, blocks, capsys
         addresses = {"http://10.0.0.1:8000": prefill.url, "http://10.0.0.2:8000": decode.url}
         arguments = [addresses.get(argument, argument) for argument in arguments]
         with command(root, *arguments) as (process, url):
-            exec(blocks["python"][0].replace("http://127.0.0.1:8080", url), {})
+            exec(blocks["python"][0].replace("http://127.0.0.1:8790", url), {})
             printed = capsys.readouterr().out
             assert printed.startswith(" 0 1 2")
             assert "source=modelled" in printed

@@ -56,7 +56,7 @@ def test_the_router_answers_as_shown(root, ways):
         arguments = [addresses.get(argument, argument) for argument in arguments]
         with command(root, *arguments) as (_, url):
             answer = httpx.post(
-                curl[2].replace("http://127.0.0.1:8080", url),
+                curl[2].replace("http://127.0.0.1:8790", url),
                 headers={"content-type": "application/json"},
                 content=curl[curl.index("-d") + 1],
             )

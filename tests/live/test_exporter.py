@@ -77,7 +77,7 @@ def test_energy_tokens_and_requests_are_the_sums(ran):
     spent_j = state.energy_j - records[0].observation.state.energy_j
     energy = found["voltana_ctrl_energy_joules"]
     for name, energy_j in zip(fleet().ids, spent_j, strict=True):
-        assert total(energy, instance=name) == pytest.approx(energy_j)
+        assert total(energy, serving_instance=name) == pytest.approx(energy_j)
     finished = [record.observation.finished for record in records]
     for name, field in (("output_tokens", "output_tok"), ("prompt_tokens", "prompt_tok")):
         expected = sum(getattr(one, field).sum() for one in finished)
@@ -118,7 +118,8 @@ def test_clocks_margins_and_times_are_told(ran):
     exporter, records = ran
     found, last = families(exporter), records[-1]
     shown = [
-        total(found["voltana_ctrl_sm_clock_floor_hertz"], instance=name) for name in fleet().ids
+        total(found["voltana_ctrl_sm_clock_floor_hertz"], serving_instance=name)
+        for name in fleet().ids
     ]
     assert shown == pytest.approx(last.applied.freq_mhz * 1e6)
     assert {one.labels["objective"] for one in found["voltana_ctrl_margin_ratio"].samples} == {
@@ -261,7 +262,7 @@ def test_power_that_nobody_could_read_is_no_series():
         return exporter.page().decode()
 
     text = page(told)
-    assert 'voltana_ctrl_power_watts{instance="decode-0",role="decode"} 250.0' in text
+    assert 'voltana_ctrl_power_watts{role="decode",serving_instance="decode-0"} 250.0' in text
     text = page(replace(told, power_w=np.array([300.0, 0.0])))
-    assert 'voltana_ctrl_power_watts{instance="prefill-0",role="prefill"} 300.0' in text
-    assert 'voltana_ctrl_power_watts{instance="decode-0"' not in text
+    assert 'voltana_ctrl_power_watts{role="prefill",serving_instance="prefill-0"} 300.0' in text
+    assert 'voltana_ctrl_power_watts{role="decode"' not in text

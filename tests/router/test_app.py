@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -27,7 +28,8 @@ CHAT = {"model": "mock", "messages": [{"role": "user", "content": "hello"}], "st
 
 
 @contextlib.contextmanager
-def router(shape, *, kind="vllm", policy=None, engines=None, limits=None, tokens=4, **options):
+def router(shape, *, kind="vllm", policy=None, engines=None, limits=None, tokens=4, probe_s=3600.0,
+           **options):  # fmt: skip
     """A fleet of mock engines with the router in front; yields (client, engines, proxy)."""
     fleet = fleet_of(shape)
     with contextlib.ExitStack() as stack:
@@ -37,6 +39,7 @@ def router(shape, *, kind="vllm", policy=None, engines=None, limits=None, tokens
             if isinstance(engine, MockEngine) and not engine.port:
                 stack.enter_context(engine)
         policy = policy or ("static-max+jsq" if fleet.colocated else JSQ)
+        limits = replace(limits or ProxyLimits(), probe_s=probe_s)
         proxy = Proxy(
             fleet, endpoints_of(fleet, engines, kind), policy=policy, limits=limits, **options
         )
@@ -53,7 +56,7 @@ def router(shape, *, kind="vllm", policy=None, engines=None, limits=None, tokens
             assert not getattr(state, name).any(), name
 
 
-def direct(engine, path, body, request_id="r1"):
+def direct(engine, path, body, request_id):
     answer = httpx.post(engine.url + path, json=body, headers={"x-request-id": request_id})
     assert answer.status_code == 200
     return answer.content
@@ -93,8 +96,8 @@ def test_answers_are_byte_identical_to_those_of_direct_calls(shape, kind, path, 
     with router(shape, kind=kind) as (client, engines, _):
         got = client.post(path, json=body, headers={"x-request-id": "r1"})
         assert got.status_code == 200
-        assert got.headers["x-request-id"] == "r1"
-        assert got.content == direct(engines[-1], path, body)
+        assert got.headers["x-client-request-id"] == "r1"
+        assert got.content == direct(engines[-1], path, body, got.headers["x-request-id"])
         kind_of = "text/event-stream" if stream else "application/json"
         assert got.headers["content-type"].startswith(kind_of)
         assert got.headers["x-engine"] if stream else got.headers["x-voltana-energy"]
@@ -111,11 +114,12 @@ def test_models_are_those_of_an_engine_that_lives():
 def test_what_an_engine_refuses_is_passed_through_and_not_sent_again(status, body):
     with router("2C") as (client, engines, _):
         for engine in engines:
-            engine.fail = [status]
+            engine.fail = [status, status]
         got = client.post("/v1/completions", json=body)
         assert got.status_code == status
         assert got.json()["error"]["message"].endswith(f"says {status}")
-        assert sum(len(engine.seen) for engine in engines) == 1
+        # A stream was asked for its usage: without that wish it is refused once more.
+        assert sum(len(engine.seen) for engine in engines) == 1 + (body is STREAM and status != 429)
 
 
 # Hand-over
@@ -284,9 +288,10 @@ def test_an_answer_that_does_not_stream_is_not_lost_while_it_is_made(trouble):
 def test_each_attempt_has_an_id_of_its_own():
     with router("2C", policy="static-max") as (client, engines, _):
         engines[0].fail = [500]
-        client.post("/v1/completions", json=BODY, headers={"x-request-id": "r1"})
+        got = client.post("/v1/completions", json=BODY)
         ids = [engine.seen[0][1]["x-request-id"] for engine in engines]
-    assert ids == ["r1", "r1-1"]
+    ours = got.headers["x-request-id"]
+    assert ids == [ours, f"{ours}-1"]
 
 
 @pytest.mark.parametrize("trouble", ["die after two tokens", "die in an event"])
@@ -312,8 +317,13 @@ def test_after_the_first_token_a_request_is_never_sent_again(shape, broken, trou
 def test_an_engine_that_tells_of_its_death_in_the_stream_has_broken_it(shape, broken):
     traffic = Traffic(len(fleet_of(shape)))
     with router(shape, policy="static-max", traffic=traffic) as (client, engines, proxy):
-        engines[broken].fail = ["error after two tokens"]
-        got = client.post("/v1/completions", json=STREAM, headers={"x-request-id": "r1"})
+        for _ in range(4):  # each engine tells how many tokens its events bring
+            client.post("/v1/completions", json=STREAM)
+        for engine in engines[broken:]:
+            engine.fail = ["error after two tokens"]
+            engine.gap_s = 0.05
+            engine.seen.clear()
+        got = client.post("/v1/completions", json=STREAM)
         # As the engine said it, and not asked of another.
         assert text_of(got.content) == " 0 1"
         assert got.content.count(b'"error"') == 1
@@ -323,8 +333,8 @@ def test_an_engine_that_tells_of_its_death_in_the_stream_has_broken_it(shape, br
         assert "voltana_router_broken_streams_total 1.0" in page
         assert "voltana_router_retries_total 0.0" in page
         # Two tokens were made and are paid for; it did not end well.
-        assert proxy.energy.find("r1").output_tok == 2
-        assert len(traffic.read()[2]) == 0
+        assert proxy.energy.find(got.headers["x-request-id"]).output_tok == 2
+        assert len(traffic.read()[2]) == 4
 
 
 def test_attempts_are_bounded_and_the_engines_last_word_is_passed_on():
@@ -383,17 +393,18 @@ def test_streams_are_held_to_the_objectives_by_class_of_prompt_length():
     routers = PolicyRouters(fleet_of("1C"), "static-max", Slo(ttft_s=0.2, itl_s=0.05))
 
     def told(client):
-        lines = [one for one in client.get("/metrics").text.splitlines() if "router_streams" in one]
-        pairs = [one.removeprefix("voltana_router_streams_").rpartition(" ") for one in lines]
-        return {name: float(value) for name, mark, value in pairs if mark and "TYPE" not in name}
+        lines = client.get("/metrics").text.splitlines()
+        start = "voltana_router_streams_"
+        pairs = [one.removeprefix(start).rpartition(" ") for one in lines if one.startswith(start)]
+        return {name: float(value) for name, _, value in pairs}
 
     with router("1C", engines=engines, routers=routers) as (client, _, _):
         client.post("/v1/completions", json=BODY)
         assert told(client) == {}
         asks = [(0.0, 0.0, 10), (0.4, 0.0, 10), (0.0, 0.15, 10), (0.0, 0.0, 100)]
-        for engines[0].first_s, engines[0].gap_s, prompt_tok in asks:
-            client.post("/v1/completions", json={**STREAM, "prompt": [7] * prompt_tok})
-        engines[0].first_s = engines[0].gap_s = 0.0
+        for engines[0].first_s, engines[0].gap_s, engines[0].prompt_tok in asks:
+            client.post("/v1/completions", json=STREAM)
+        engines[0].first_s, engines[0].gap_s = 0.0, 0.05
         engines[0].fail = ["error after two tokens"]
         client.post("/v1/completions", json=STREAM)
         assert told(client) == {

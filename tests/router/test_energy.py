@@ -42,8 +42,8 @@ def test_energy_is_in_a_header_of_an_answer_that_does_not_stream(shape):
         assert set(parts) == {"prefill", "decode", "idle"}
         assert parts["prefill"] > 0.0
         assert parts["decode"] > 0.0
-        page = client.get("/v1/energy/r1").json()
-        assert page["id"] == "r1"
+        page = client.get(f"/v1/energy/{got.headers['x-request-id']}").json()
+        assert page["id"] == got.headers["x-request-id"]
         assert (page["prompt_tok"], page["output_tok"], page["source"]) == (7, 4, "modelled")
         assert page["prefill_j"] == pytest.approx(parts["prefill"], abs=1e-4)
         assert page["total_j"] == pytest.approx(sum(parts.values()), abs=3e-4)
@@ -56,8 +56,8 @@ def test_energy_is_in_a_header_of_an_answer_that_does_not_stream(shape):
 @pytest.mark.parametrize("shape", ["1C", "1P1D"])
 def test_a_stream_is_the_engines_own_unless_energy_is_asked_for(shape):
     with router(shape) as (client, _, _):
-        plain = client.post("/v1/completions", json=USAGE, headers={"x-request-id": "r1"})
-        asked = client.post("/v1/completions", json=USAGE, headers={"x-request-id": "r1", **ASK})
+        plain = client.post("/v1/completions", json=USAGE)
+        asked = client.post("/v1/completions", json=USAGE, headers=ASK)
         assert "energy" not in plain.text
         usage = last_usage(asked.content)
         energy = usage.pop("energy")
@@ -65,13 +65,18 @@ def test_a_stream_is_the_engines_own_unless_energy_is_asked_for(shape):
         assert energy["source"] == "modelled"
         parts = energy["prefill_j"] + energy["decode_j"] + energy["idle_j"]
         assert energy["total_j"] == pytest.approx(parts, abs=2e-4)
-        # Nothing but the usage event differs.
-        lines = zip(plain.content.splitlines(), asked.content.splitlines(), strict=True)
+        # Nothing but the usage event differs, and the id.
+        own = plain.headers["x-request-id"], asked.headers["x-request-id"]
+        lines = zip(
+            plain.text.replace(own[0], "").splitlines(),
+            asked.text.replace(own[1], "").splitlines(),
+            strict=True,
+        )
         assert sum(a != b for a, b in lines) == 1
         # Without usage in the stream there is nothing to add to; the page has it.
-        bare = client.post("/v1/completions", json=STREAM, headers={"x-request-id": "r2", **ASK})
-        assert "energy" not in bare.text
-        assert client.get("/v1/energy/r2").json()["output_tok"] == 4
+        bare = client.post("/v1/completions", json=STREAM, headers=ASK)
+        assert "usage" not in bare.text
+        assert client.get(f"/v1/energy/{bare.headers['x-request-id']}").json()["output_tok"] == 4
 
 
 @pytest.mark.parametrize("shape", ["1C", "1P1D"])
@@ -82,8 +87,9 @@ def test_a_kv_cache_that_was_handed_over_was_not_found_in_a_cache(shape, stream)
     with router(shape, engines=engines) as (client, _, _):
 
         def prefill_j(name):
-            client.post("/v1/completions", json=body, headers={"x-request-id": name})
-            return client.get(f"/v1/energy/{name}").json()["prefill_j"]
+            got = client.post("/v1/completions", json=body, headers={"x-request-id": name})
+            ours = got.headers["x-request-id"]
+            return client.get(f"/v1/energy/{ours}").json()["prefill_j"]
 
         cold_j = prefill_j("cold")
         # vLLM's decode engine counts what came over the network as cached.
@@ -91,22 +97,6 @@ def test_a_kv_cache_that_was_handed_over_was_not_found_in_a_cache(shape, stream)
         assert (prefill_j("decode") < cold_j) is (shape == "1C")
         engines[0].cached_tok = 7
         assert prefill_j("prefill") < cold_j
-
-
-def test_chunks_that_break_anywhere_give_the_same_stream_with_energy():
-    from voltana_ctrl.router.exchange import Exchange, _whole_events
-
-    events = b"".join(MockEngine().events("chat", USAGE, {}, 3))
-    whole = None
-    for width in (1, 2, 3, 7, 50, 10_000):
-        exchange = object.__new__(Exchange)
-        exchange._has_ended, exchange._energy = True, None
-        passed, held = b"", b""
-        for start in range(0, len(events), width):
-            whole_events, held = _whole_events(held + events[start : start + width])
-            passed += exchange._with_energy(whole_events)
-        whole = whole or passed + held
-        assert passed + held == whole == events
 
 
 def test_what_is_not_known_is_404_and_memory_is_bounded():
@@ -120,12 +110,25 @@ def test_what_is_not_known_is_404_and_memory_is_bounded():
         EnergyBook(fleet_of("1P1D"), keep_req=0)
 
 
-def test_an_id_that_could_do_harm_is_replaced():
+def test_ids_are_our_own_and_the_clients_are_kept_beside():
     with router("1C") as (client, engines, _):
+        first, again = (
+            client.post("/v1/completions", json=BODY, headers={"x-request-id": "r1"})
+            for _ in range(2)
+        )
+        assert first.headers["x-request-id"] != again.headers["x-request-id"]
+        assert first.headers["x-client-request-id"] == again.headers["x-client-request-id"] == "r1"
+        for got, (_, headers, _) in zip((first, again), engines[0].seen, strict=True):
+            ours = got.headers["x-request-id"]
+            assert re.fullmatch("[0-9a-f]{32}", ours)
+            assert headers["x-request-id"] == ours
+            assert headers["x-client-request-id"] == "r1"
+            assert client.get(f"/v1/energy/{ours}").json()["id"] == ours
+        assert client.get("/v1/energy/r1").status_code == 404
         for bad in ("a b", 'x"} 1', "../../x", "y" * 129):
             got = client.post("/v1/completions", json=BODY, headers={"x-request-id": bad})
-            assert re.fullmatch("[0-9a-f]{32}", got.headers["x-request-id"])
-            assert engines[0].seen[-1][1]["x-request-id"] == got.headers["x-request-id"]
+            assert "x-client-request-id" not in got.headers
+            assert "x-client-request-id" not in engines[0].seen[-1][1]
 
 
 def test_a_request_that_failed_costs_nothing_that_is_told():
@@ -439,6 +442,5 @@ def test_telemetry_reaches_the_routing():
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"usage": 1}', b'"usage"', b'[{"usage": {}}]'])
-@pytest.mark.parametrize("stream", [False, True])
-def test_usage_that_is_none(content, stream):
-    assert usage_of(content, stream=stream) == {}
+def test_usage_that_is_none(content):
+    assert usage_of(content) == {}

@@ -371,7 +371,7 @@ def _run(
 def _address(name: str, text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdigit() and int(port) < 65536):
-        raise ConfigError(f"{name}: expected [HOST:]PORT such as 127.0.0.1:9400, got {text!r}")
+        raise ConfigError(f"{name}: expected [HOST:]PORT such as 127.0.0.1:8791, got {text!r}")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from voltana_ctrl.cli.options import look_here
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.serving.server import listen
 
 if TYPE_CHECKING:
     from voltana_ctrl.engines.endpoints import Endpoint
     from voltana_ctrl.types import FleetSpec
 
-#: Connections that may wait to be accepted, as uvicorn has it.
-_BACKLOG = 2048
+#: Port where nothing else of the trade is by default, and that of before, served until 0.2.
+_PORT, _OLD_PORT = 8790, 8080
 
 
 def router(
@@ -49,7 +51,9 @@ def router(
         typer.Option("--telemetry", help="Let the policy decide from engines' metrics."),
     ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 8790 if left out.", show_default=False)
+    ] = None,
     api_key_env: Annotated[
         str | None, typer.Option(help="Variable with the bearer token that clients must show.")
     ] = None,
@@ -58,12 +62,30 @@ def router(
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, for HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Certificates that engines' must be signed by, for HTTPS.")
+    ] = None,
+    trust_clients: Annotated[
+        bool,
+        typer.Option(
+            "--trust-clients", help="Pass on what clients say of ranks, workers and request ids."
+        ),
+    ] = False,
     max_body_mb: Annotated[int, typer.Option(help="Largest request body.")] = 16,
     max_in_flight: Annotated[int, typer.Option(help="Requests at once; more get 429.")] = 4096,
     attempts: Annotated[int, typer.Option(help="Sends before the first token, at most.")] = 3,
     first_token: Annotated[float, typer.Option(help="Seconds to the first token.")] = 300.0,
     total: Annotated[float, typer.Option(help="Seconds for all of an answer.")] = 3600.0,
     stall: Annotated[float, typer.Option(help="Seconds a client may read nothing.")] = 30.0,
+    silence: Annotated[
+        float, typer.Option(help="Seconds until a client that waits for a stream hears a comment.")
+    ] = 15.0,
+    probe: Annotated[float, typer.Option(help="Seconds between looks at an engine.")] = 5.0,
+    max_held_mb: Annotated[
+        int, typer.Option(help="Bodies and answers of all requests together; more get 429.")
+    ] = 128,
+    max_answer_mb: Annotated[int, typer.Option(help="Largest answer in one piece.")] = 64,
+    max_connections: Annotated[int, typer.Option(help="Connections at once; more get 503.")] = 8192,
     drain: Annotated[float, typer.Option(help="Seconds to end after SIGTERM.")] = 60.0,
 ) -> None:
     """Serve completions from the engines of a fleet, each where the policy says."""
@@ -71,10 +93,10 @@ def router(
     from voltana_ctrl.engines.telemetry import EngineBackend
     from voltana_ctrl.engines.traffic import Traffic
     from voltana_ctrl.loop import ControlLoop
-    from voltana_ctrl.router.app import Proxy, ProxyLimits
+    from voltana_ctrl.router.app import Proxy
+    from voltana_ctrl.router.limits import ProxyLimits
     from voltana_ctrl.router.policy import PolicyRouters
     from voltana_ctrl.router.server import proxy_server
-    from voltana_ctrl.serving.server import listen
     from voltana_ctrl.types import Slo
 
     quick = [*(prefill or []), *(decode or []), *(both or [])]
@@ -95,6 +117,11 @@ def router(
         first_token_s=first_token,
         total_s=total,
         stall_s=stall,
+        silence_s=silence,
+        probe_s=probe,
+        held_bytes=max_held_mb << 20,
+        answer_bytes=max_answer_mb << 20,
+        connections=max_connections,
         drain_s=drain,
     )
     routers = PolicyRouters(spec, policy, Slo.parse(slo))
@@ -107,12 +134,17 @@ def router(
         limits=limits,
         api_key=_secret(api_key_env),
         engine_api_key=_secret(engine_api_key_env),
+        engine_tls_ca=tls_ca,
+        trusts_clients=trust_clients,
     )
-    server = proxy_server(proxy, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key)
-    listening = listen(host, port, what="router")
-    port = listening[0].getsockname()[1]
+    server = proxy_server(proxy, host=host, port=port or 0, tls_cert=tls_cert, tls_key=tls_key)
+    listening = listen(host, _PORT if port is None else port, what="router")
+    address = f"[{host}]" if ":" in host else host
     scheme = "http" if tls_cert is None else "https"
-    typer.echo(f"{policy} routes {len(spec)} instances on {scheme}://{host}:{port}", err=True)
+    url = f"{scheme}://{address}:{listening[0].getsockname()[1]}"
+    typer.echo(f"{policy} routes {len(spec)} instances on {url}", err=True)
+    if port is None:
+        listening += _also_where_it_was(host)
     if traffic is None:
         server.run(listening)
         return
@@ -121,6 +153,20 @@ def router(
         proxy.watch(loop)
         loop.start()
         server.run(listening)
+
+
+def _also_where_it_was(host: str) -> list[socket.socket]:
+    """Sockets on the default port of before, if it is free."""
+    try:
+        made = listen(host, _OLD_PORT, what="router")
+    except BackendError:
+        return []
+    typer.echo(
+        f"router: the default port is {_PORT} now; {_OLD_PORT} is served too until release 0.2,"
+        " give --port to choose",
+        err=True,
+    )
+    return made
 
 
 def _secret(variable: str | None) -> str | None:

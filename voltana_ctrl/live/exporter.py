@@ -99,8 +99,8 @@ class Exporter:
     >>> for line in exporter.page().decode().splitlines():
     ...     if line.startswith("voltana_ctrl_sm_clock_hertz"):
     ...         print(line)
-    voltana_ctrl_sm_clock_hertz{instance="prefill-0",role="prefill"} 1.005e+09
-    voltana_ctrl_sm_clock_hertz{instance="decode-0",role="decode"} 1.005e+09
+    voltana_ctrl_sm_clock_hertz{role="prefill",serving_instance="prefill-0"} 1.005e+09
+    voltana_ctrl_sm_clock_hertz{role="decode",serving_instance="decode-0"} 1.005e+09
     """
 
     def __init__(
@@ -138,7 +138,8 @@ class Exporter:
         self._make()
 
     def _make(self) -> None:
-        by_instance = ("instance", "role")
+        # `instance` is Prometheus' own label, of what it scrapes.
+        by_instance = ("serving_instance", "role")
         gauge, counter = self._gauge, self._counter
         self._state = [(field, factor, gauge(name, text, by_instance))
                        for name, text, field, factor in _STATE]  # fmt: skip

@@ -44,7 +44,7 @@ class ControllerLink:
     Parameters
     ----------
     url : str
-        The controller, such as ``http://10.0.0.1:9400``.
+        The controller, such as ``http://10.0.0.1:8791``.
     token : str
         Its bearer token.
     fleet : FleetSpec

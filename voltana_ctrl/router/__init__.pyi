@@ -1,9 +1,9 @@
 from voltana_ctrl.router.app import Proxy as Proxy
-from voltana_ctrl.router.app import ProxyLimits as ProxyLimits
 from voltana_ctrl.router.energy import EnergyBook as EnergyBook
 from voltana_ctrl.router.energy import RequestEnergy as RequestEnergy
 from voltana_ctrl.router.ledger import Flight as Flight
 from voltana_ctrl.router.ledger import InFlight as InFlight
+from voltana_ctrl.router.limits import ProxyLimits as ProxyLimits
 from voltana_ctrl.router.policy import PolicyRouters as PolicyRouters
 from voltana_ctrl.router.policy import StateSource as StateSource
 from voltana_ctrl.router.server import proxy_server as proxy_server

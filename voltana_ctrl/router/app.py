@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from voltana_ctrl.checks import count, positive
 from voltana_ctrl.engines.endpoints import Endpoint
 from voltana_ctrl.engines.traffic import Traffic
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.router.energy import EnergyBook
 from voltana_ctrl.router.exchange import Exchange, Services
 from voltana_ctrl.router.ledger import InFlight
+from voltana_ctrl.router.limits import ProxyLimits
+from voltana_ctrl.router.messages import UpstreamFailed
+from voltana_ctrl.router.metrics import RouterMetrics
+from voltana_ctrl.router.offload import BodyReader
+from voltana_ctrl.router.paths import COMPLETIONS, GENERATING, OTHER_POSTS, PAGES
 from voltana_ctrl.router.policy import PolicyRouters, StateSource
-from voltana_ctrl.router.upstream import Upstream, UpstreamFailed
+from voltana_ctrl.router.probe import Prober
+from voltana_ctrl.router.upstream import Upstream
 from voltana_ctrl.serving.asgi import (
     JSON,
     RETRY_AFTER,
+    ByteBudget,
     Headers,
     JsonErrors,
     Receive,
@@ -41,63 +47,6 @@ __all__ = ["Proxy", "ProxyLimits"]
 
 _LOG = logging.getLogger(__name__)
 _METRICS = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
-_EVENTS = ("retries", "cancelled", "stalled", "broken_streams", "output_tokens", "ttft_seconds")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProxyLimits:
-    """What one client may ask of a router, and for how long.
-
-    Parameters
-    ----------
-    body_bytes, header_bytes : int
-        Largest request.
-    in_flight_req : int
-        Requests at once; the next is told to come again (429).
-    attempts : int
-        How often a request is sent before its first token, at most.
-    header_s, body_s : float
-        Time for a request to arrive.
-    connect_s, first_token_s, total_s : float
-        Time for an engine to take the connection, for its first token, for all of an answer.
-    stall_s : float
-        Time for a client to read on before it is cut off.
-    drain_s : float
-        Time that requests get to end after SIGTERM.
-    keep_energy_req : int
-        Latest requests whose energy can be asked for.
-
-    Raises
-    ------
-    ConfigError
-        If a limit is not positive.
-
-    Examples
-    --------
-    >>> ProxyLimits(attempts=2).body_bytes
-    16777216
-    """
-
-    body_bytes: int = 16 << 20
-    header_bytes: int = 32 << 10
-    in_flight_req: int = 4096
-    attempts: int = 3
-    header_s: float = 10.0
-    body_s: float = 30.0
-    connect_s: float = 5.0
-    first_token_s: float = 300.0
-    total_s: float = 3600.0
-    stall_s: float = 30.0
-    drain_s: float = 60.0
-    keep_energy_req: int = 10_000
-
-    def __post_init__(self) -> None:
-        for name in ("body_bytes", "header_bytes", "in_flight_req", "attempts", "keep_energy_req"):
-            count(f"ProxyLimits.{name}", getattr(self, name))
-        for name in (
-            "header_s", "body_s", "connect_s", "first_token_s", "total_s", "stall_s", "drain_s",
-        ):  # fmt: skip
-            positive(f"ProxyLimits.{name}", getattr(self, name))
 
 
 class Proxy:
@@ -130,6 +79,11 @@ class Proxy:
         Bearer token that clients must show.
     engine_api_key : str, optional
         Bearer token shown to engines.
+    engine_tls_ca : Path, optional
+        Certificates that those of engines must be signed by, in place of the system's.
+    trusts_clients : bool
+        Whether clients may say what otherwise only a router does: where a KV cache lies, which
+        rank or worker computes, and how engines name a request.
 
     Raises
     ------
@@ -159,6 +113,8 @@ class Proxy:
         limits: ProxyLimits | None = None,
         api_key: str | None = None,
         engine_api_key: str | None = None,
+        engine_tls_ca: Path | None = None,
+        trusts_clients: bool = False,
     ) -> None:
         if [endpoint.instance for endpoint in endpoints] != list(fleet.ids):
             raise ConfigError(
@@ -171,25 +127,27 @@ class Proxy:
         self.energy = EnergyBook(fleet, state, keep_req=self.limits.keep_energy_req)
         self.is_draining = False
         self._key = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
-        self._told: Counter[tuple[str, int]] = Counter()
+        self.metrics = RouterMetrics(self.counts, self.energy, self.routers.slo)
         self._upstream = Upstream(
             endpoints,
             colocated=fleet.colocated,
             connect_s=self.limits.connect_s,
+            answer_bytes=self.limits.answer_bytes,
             api_key=engine_api_key,
             pass_authorization=api_key is None,
+            keep=trusts_clients,
+            tls_ca=engine_tls_ca,
         )
         self._services = Services(
             routers=self.routers,
             counts=self.counts,
             energy=self.energy,
+            metrics=self.metrics,
             upstream=self._upstream,
-            attempts=self.limits.attempts,
-            body_bytes=self.limits.body_bytes,
-            body_s=self.limits.body_s,
-            first_token_s=self.limits.first_token_s,
-            total_s=self.limits.total_s,
-            stall_s=self.limits.stall_s,
+            limits=self.limits,
+            keep=trusts_clients,
+            bodies=BodyReader(),
+            budget=ByteBudget(self.limits.held_bytes),
         )
         self._app = self._routes()
 
@@ -221,8 +179,20 @@ class Proxy:
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[None]:
             del app
+            prober = Prober(
+                self._upstream,
+                self.counts,
+                every_s=self.limits.probe_s,
+                told=lambda i: self.metrics.count("failures", self.fleet.ids[i]),
+            )
             async with self._upstream:
-                yield
+                probing = asyncio.ensure_future(prober.run())
+                try:
+                    yield
+                finally:
+                    probing.cancel()
+                    await asyncio.gather(probing, return_exceptions=True)
+                    self._services.bodies.close()
 
         async def say(request: Any, error: Exception) -> Response:
             del request
@@ -235,9 +205,8 @@ class Proxy:
             return Response(content, status, headers, media_type="application/json")
 
         pages = (
-            ("POST", "/v1/completions", self._complete),
-            ("POST", "/v1/chat/completions", self._complete),
-            ("GET", "/v1/models", self._models),
+            *(("POST", path, self._complete) for path in COMPLETIONS + GENERATING + OTHER_POSTS),
+            *(("GET", path, self._page) for path in PAGES),
             ("GET", "/v1/energy/{request_id}", self._energy_of),
             ("GET", "/health", self._health),
             ("GET", "/metrics", self._metrics),
@@ -254,7 +223,7 @@ class Proxy:
         return app
 
     def _tell(self, path: str, status: int) -> None:
-        self._told[path, status] += 1
+        self.metrics.count("requests", path, str(status))
 
     def _admit(self, headers: Headers) -> None:
         # A colon, a space and the end of the line besides.
@@ -281,16 +250,16 @@ class Proxy:
             raise Refused(429, "rate_limit_error", text, RETRY_AFTER)
         await Exchange(self._services, scope, receive, send).run()
 
-    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive
         self._admit(scope["headers"])
         for instance in sorted(self.fleet.decode.tolist(), key=self.counts.is_down):
             try:
-                answer = await self._upstream.get(instance, "/v1/models", scope["headers"])
+                answer = await self._upstream.get(instance, scope["path"], scope["headers"])
             except UpstreamFailed as failed:
                 _LOG.warning("%s", failed)
                 continue
-            await respond(send, answer.status, answer.headers, answer.head)
+            await respond(send, answer.status, answer.headers, answer.content)
             return
         raise Refused(503, "server_error", "no engine answers; come again", RETRY_AFTER)
 
@@ -312,39 +281,4 @@ class Proxy:
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
-        await respond(send, 200, _METRICS, self._metrics_page().encode())
-
-    def _metrics_page(self) -> str:
-        seen, counts, ids = self._services.seen, self.counts, self.fleet.ids
-        families: dict[str, list[tuple[str, float]]] = {
-            "requests_total": [
-                (f'path="{path}",status="{status}"', n)
-                for (path, status), n in sorted(self._told.items())
-            ],
-            "energy_joules_total": [
-                (f'part="{part}"', energy_j) for part, energy_j in self.energy.spent_j.items()
-            ],
-            "in_flight": [
-                (f'instance="{name}"', counts.in_flight_req(i)) for i, name in enumerate(ids)
-            ],
-            "down": [(f'instance="{name}"', counts.is_down(i)) for i, name in enumerate(ids)],
-        }
-        judged = sorted(self._services.judged.items())
-        families["streams_total"] = [
-            (f'request_class="{name}"', n) for (objective, name), n in judged if objective == "any"
-        ]
-        families["streams_met_total"] = [
-            (f'objective="{objective}",request_class="{name}"', n)
-            for (objective, name), n in judged
-            if objective != "any"
-        ]
-        for name in _EVENTS:
-            families[f"{name}_total"] = [("", seen[name])]
-        lines = []
-        for name, samples in families.items():
-            kind = "counter" if name.endswith("_total") else "gauge"
-            lines.append(f"# TYPE voltana_router_{name} {kind}")
-            for labels, value in samples:
-                tags = f"{{{labels}}}" if labels else ""
-                lines.append(f"voltana_router_{name}{tags} {float(value)!r}")
-        return "\n".join(lines) + "\n"
+        await respond(send, 200, _METRICS, self.metrics.page())

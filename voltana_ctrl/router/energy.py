@@ -224,7 +224,7 @@ class EnergyBook:
         tables = self._tables
         prefill_j = decode_j = 0.0
         i, j = flight.prefill, flight.decode
-        if i >= 0 and flight.output_tok:
+        if i >= 0:
             tok, cached = float(flight.prompt_tok), float(min(cached_tok, flight.prompt_tok))
             load = (freq_mhz[i], tok - cached, tok**2 - cached**2)
             prefill_j = self._prefill_one(tables.records, tables.n_clocks, i, *load)[_ENERGY_J]

@@ -130,6 +130,7 @@ class InFlight:
         self._running_req, self._kv_tok = [0] * n, [0] * n
         self._waiting: list[OrderedDict[int, float]] = [OrderedDict() for _ in range(n)]
         self._down_until_s, self._failures = [0.0] * n, [0] * n
+        self._heard_s = [-math.inf] * n
         # Power of the instances without a request, shared by the requests there are.
         self._idle_w = [float(one.idle_w) for one in fleet.instances]
         self._resting_w = sum(self._idle_w)
@@ -193,6 +194,8 @@ class InFlight:
         flight.last_s = self.clock()
         if flight.output_tok == 0:
             flight.first_s = flight.last_s
+        if flight.decode >= 0:
+            self._heard_s[flight.decode] = flight.last_s
         flight.output_tok += tok
         if flight._held_tok:
             flight._held_tok += tok
@@ -264,16 +267,34 @@ class InFlight:
             )
         )
 
-    def failed(self, instance: int) -> None:
-        """Pass over an instance for a while: 1 s, doubling up to 15 s while it fails."""
+    def failed(self, instance: int, *, at_least_s: float = 0.0) -> None:
+        """Pass over an instance for a while: 1 s, doubling up to 15 s while it fails.
+
+        Parameters
+        ----------
+        instance : int
+            Which.
+        at_least_s : float
+            Longer, where it is known when it will be asked again.
+        """
         self._failures[instance] += 1
-        rest_s = min(_FIRST_REST_S * 2.0 ** (self._failures[instance] - 1), _LONGEST_REST_S)
+        doublings = min(self._failures[instance] - 1, 10)
+        rest_s = max(min(_FIRST_REST_S * 2.0**doublings, _LONGEST_REST_S), at_least_s)
         self._down_until_s[instance] = self.clock() + rest_s
 
     def succeeded(self, instance: int) -> None:
         """Trust an instance again."""
         self._failures[instance] = 0
         self._down_until_s[instance] = 0.0
+        self._heard_s[instance] = self.clock()
+
+    def failures(self, instance: int) -> int:
+        """How often it failed since it last answered."""
+        return self._failures[instance]
+
+    def heard_s(self, instance: int) -> float:
+        """When it last answered or sent a token."""
+        return self._heard_s[instance]
 
     def is_down(self, instance: int) -> bool:
         """Whether it failed a moment ago."""

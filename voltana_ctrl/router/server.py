@@ -18,7 +18,7 @@ def proxy_server(
     proxy: Proxy,
     *,
     host: str = "127.0.0.1",
-    port: int = 8080,
+    port: int = 8790,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
 ) -> uvicorn.Server:
@@ -64,6 +64,7 @@ def proxy_server(
         port=port,
         header_bytes=limits.header_bytes,
         header_s=limits.header_s,
+        connections=limits.connections,
         drain_s=limits.drain_s,
         lifespan=True,
         tls_cert=tls_cert,

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+import json
+import ssl
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl.engines.endpoints import Endpoint
-from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.router.body import usage_of
 from voltana_ctrl.router.dialects import (
     dialect_of,
-    dynamo_pinned,
-    encoded,
-    has_begun,
+    dynamo_pins,
     kv_transfer_params,
-    sglang_pair,
-    vllm_prefill,
+    sglang_meeting,
 )
-from voltana_ctrl.router.ledger import Flight, InFlight
+from voltana_ctrl.router.events import EventReader, is_comment
+from voltana_ctrl.router.fields import ROUTING_HEADERS
+from voltana_ctrl.router.ledger import InFlight
+from voltana_ctrl.router.messages import Answer, Call, Headers, RefusedAltered, UpstreamFailed
+from voltana_ctrl.serving.asgi import Share
 
 if TYPE_CHECKING:
     import aiohttp
 
-__all__ = ["Answer", "Call", "Upstream", "UpstreamFailed"]
-
-Headers = Sequence[tuple[bytes, bytes]]
+__all__ = ["Upstream"]
 
 #: Of one connection alone.
 _HOP_BY_HOP = frozenset(
@@ -37,162 +38,18 @@ _HOP_BY_HOP = frozenset(
     )
 )  # fmt: skip
 #: Of an answer, besides: what the router says itself.
-_OURS = _HOP_BY_HOP | {b"x-request-id", b"x-voltana-energy"}
+_OURS = _HOP_BY_HOP | {b"x-request-id", b"x-client-request-id", b"x-voltana-energy"}
 #: Of a request, besides: the answer is read here, and the address is the engine's.
-_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"expect", b"accept-encoding", b"x-request-id"}
+_NOT_FORWARDED = _HOP_BY_HOP | {
+    b"host", b"expect", b"accept-encoding", b"x-request-id", b"x-client-request-id",
+}  # fmt: skip
 # Engines close idle connections after 5 s by default; one that we close first is never sent into.
 _KEEP_ALIVE_S = 3.0
-_LINGER_S = 60.0
-
-
-class UpstreamFailed(BackendError):
-    """An engine failed a request of which the client has not seen a byte.
-
-    Parameters
-    ----------
-    message : str
-        What happened; never text of the request.
-    instances : tuple of int
-        Who failed.
-    down : bool
-        Whether they may be gone, rather than have trouble with this request.
-    answer : Answer, optional
-        What they said.
-
-    Examples
-    --------
-    >>> UpstreamFailed("decode-0: refused the connection", (1,)).instances
-    (1,)
-    """
-
-    def __init__(
-        self,
-        message: str,
-        instances: tuple[int, ...],
-        *,
-        down: bool = False,
-        answer: Answer | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.instances = instances
-        self.down = down
-        self.answer = answer
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Call:
-    """A request as the client sent it.
-
-    Parameters
-    ----------
-    path : str
-        Such as ``/v1/completions``.
-    content : bytes
-        Its body.
-    body : dict
-        The body, parsed.
-    headers : list of (bytes, bytes)
-        Its headers, names in lower case.
-    stream : bool
-        Whether it wants its tokens one by one.
-    flight : Flight
-        Where it is.
-
-    Examples
-    --------
-    >>> flight = Flight(id="a", prompt_tok=1, begin_s=0.0)
-    >>> Call(path="/v1/completions", content=b"{}", body={}, headers=[], stream=False,
-    ...      flight=flight).attempt
-    0
-    """
-
-    path: str
-    content: bytes
-    body: dict[str, Any]
-    headers: Headers
-    stream: bool
-    flight: Flight
-    attempt: int = field(default=0, init=False)
-
-    @property
-    def request_id(self) -> str:
-        """Told to engines; a new one for each attempt, which may meet the last one there."""
-        return self.flight.id if not self.attempt else f"{self.flight.id}-{self.attempt}"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Answer:
-    """What an engine says: all of it, or its beginning up to the first token.
-
-    Parameters
-    ----------
-    status : int
-        Of HTTP.
-    headers : list of (bytes, bytes)
-        Those to pass on.
-    head : bytes
-        The body so far.
-    response : aiohttp.ClientResponse, optional
-        Where the rest comes from; None where there is none.
-    instance : int
-        Who says it.
-    companion : asyncio.Task, optional
-        Request to another engine that belongs to it.
-
-    Examples
-    --------
-    >>> Answer(status=200, headers=[], head=b"{}", instance=1).is_whole
-    True
-    """
-
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    head: bytes
-    instance: int
-    response: aiohttp.ClientResponse | None = None
-    companion: asyncio.Task[Answer] | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether `head` is the whole body."""
-        return self.response is None
-
-    async def rest(self) -> AsyncIterator[bytes]:
-        """Yield the body from behind `head`, as it comes.
-
-        Raises
-        ------
-        UpstreamFailed
-            If the engine breaks off.
-        """
-        if self.response is None:
-            return
-        import aiohttp
-
-        try:
-            async for chunk in self.response.content.iter_any():
-                yield chunk
-        except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamFailed(
-                f"the engine broke off ({type(error).__name__})", (self.instance,), down=True
-            ) from error
-
-    def close(self, *, is_told: bool) -> None:
-        """Hang up on whatever still speaks.
-
-        Parameters
-        ----------
-        is_told : bool
-            Whether all of it was told; a prefill engine may then still be about to say so.
-        """
-        if self.response is not None:
-            self.response.close()
-        if self.companion is None or self.companion.done():
-            return
-        if is_told:
-            asyncio.get_running_loop().call_later(_LINGER_S, self.companion.cancel)
-        else:
-            self.companion.cancel()
+# What one engine of a pair refuses, the other refuses, too, within this time.
+_OTHERS_WORD_S = 2.0
+_PAGE_S = 10.0
+# Refusals that have nothing to do with what a request says.
+_NOT_OF_THE_BODY = (401, 403, 408, 413, 429)
 
 
 class Upstream:
@@ -206,15 +63,21 @@ class Upstream:
         Whether each instance does both phases.
     connect_s : float
         Time for a connection to be made.
+    answer_bytes : int
+        Longest answer in one piece, and longest event of a stream.
     api_key : str, optional
         Sent to engines as bearer token in place of the client's.
     pass_authorization : bool
         Whether the client's own token is passed on.
+    keep : bool
+        Whether clients may say what otherwise only a router does, such as a rank.
+    tls_ca : Path, optional
+        Certificates that engines' own must be signed by, in place of the system's.
 
     Raises
     ------
     ConfigError
-        If kinds are mixed, or an engine lacks what its kind needs.
+        If kinds are mixed, an engine lacks what its kind needs, or certificates cannot be read.
 
     Examples
     --------
@@ -231,18 +94,31 @@ class Upstream:
         *,
         colocated: bool,
         connect_s: float = 5.0,
+        answer_bytes: int = 64 << 20,
         api_key: str | None = None,
         pass_authorization: bool = True,
+        keep: bool = False,
+        tls_ca: Path | None = None,
     ) -> None:
         self.endpoints = tuple(endpoints)
         self.kind = dialect_of(self.endpoints, colocated=colocated)
-        self.sends_both = self.kind != "vllm"
         self._colocated = colocated
         self._connect_s = connect_s
+        self._answer_bytes = answer_bytes
         self._api_key = api_key
         self._dropped = _NOT_FORWARDED
         if api_key is not None or not pass_authorization:
-            self._dropped = _NOT_FORWARDED | {b"authorization"}
+            self._dropped |= {b"authorization"}
+        if not keep:
+            self._dropped |= frozenset(ROUTING_HEADERS)
+        self._trust: ssl.SSLContext | None = None
+        if tls_ca is not None:
+            try:
+                self._trust = ssl.create_default_context(cafile=str(tls_ca))
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigError(
+                    f"tls-ca: {tls_ca} cannot be read as certificates in PEM: {error}"
+                ) from error
         self._http: aiohttp.ClientSession | None = None
         self._lingering: set[asyncio.Task[Answer]] = set()
 
@@ -253,8 +129,9 @@ class Upstream:
             raise ConfigError(
                 "router: aiohttp is not installed; pip install 'voltana-ctrl[server]'"
             ) from error
+        trust: Any = {} if self._trust is None else {"ssl": self._trust}
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S, **trust),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -266,6 +143,23 @@ class Upstream:
             task.cancel()
         if self._http is not None:
             await self._http.close()
+
+    def is_shared(self, call: Call) -> bool:
+        """Whether a prefill and a decode engine work on a request, one after the other.
+
+        Parameters
+        ----------
+        call : Call
+            The request.
+        """
+        if self._colocated or not call.is_completion:
+            return False
+        return self.kind != "vllm" or call.alone is None
+
+    @property
+    def sends_both(self) -> bool:
+        """Whether both places must be known before anything is sent."""
+        return self.kind != "vllm"
 
     async def begin(
         self, call: Call, counts: InFlight, prefill: int, pick_decode: Callable[[], int]
@@ -279,7 +173,7 @@ class Upstream:
         counts : InFlight
             Told where the request is.
         prefill : int
-            Where to prefill, or where to send it if the fleet is colocated.
+            Where to prefill; where it is not shared, where to send it.
         pick_decode : callable
             Asked for the decode instance when it is needed.
 
@@ -289,34 +183,29 @@ class Upstream:
             If it may be sent to another instance.
         """
         counts.enter_prefill(call.flight, prefill)
-        if self.kind == "vllm":
-            return await self._vllm(call, counts, prefill, pick_decode)
-        if self.kind == "sglang":
-            return await self._sglang(call, counts, prefill, pick_decode)
-        decode = pick_decode()
-        content = call.content
-        if self.kind == "dynamo":
-            ends = None if self._colocated else self.endpoints[prefill], self.endpoints[decode]
-            content = encoded(dynamo_pinned(call.body, *ends))
-        if not self._colocated:
-            counts.enter_decode(call.flight, decode)
-        elif not call.stream:
-            # Its first token does not show.
-            counts.leave_prefill(call.flight)
-            counts.enter_decode(call.flight, decode)
-        try:
-            answer = await self._open(decode, call, content)
-        except UpstreamFailed as failed:
-            # The frontend does not say which of the two it was.
-            failed.instances = (prefill, decode) if self.kind == "dynamo" else failed.instances
-            raise
-        if self._colocated and call.stream:
-            counts.leave_prefill(call.flight)
-            counts.enter_decode(call.flight, decode)
-        counts.leave_prefill(call.flight)
+        if not self.is_shared(call):
+            answer = await self._alone(call, counts, prefill)
+        elif self.kind == "vllm":
+            answer = await self._vllm(call, counts, prefill, pick_decode)
+        elif self.kind == "sglang":
+            answer = await self._sglang(call, counts, prefill, pick_decode)
+        else:
+            answer = await self._dynamo(call, counts, prefill, pick_decode)
+        is_pinned = self.kind == "dynamo" and call.is_completion
+        is_altered = (call.asked.options is not None or is_pinned) and not call.plain
+        if is_altered and _is_refusal(answer.status):
+            call.plain = True
+            answer.close(is_told=False)
+            raise RefusedAltered(
+                f"{self._name(answer.instance)}: status {answer.status} to what was added",
+                (answer.instance,),
+                answer=answer,
+            )
         return answer
 
-    async def get(self, instance: int, path: str, headers: Headers = ()) -> Answer:
+    async def get(
+        self, instance: int, path: str, headers: Headers = (), *, limit_s: float = _PAGE_S
+    ) -> Answer:
         """Ask one engine for a page.
 
         Parameters
@@ -327,45 +216,108 @@ class Upstream:
             Such as ``/v1/models``.
         headers : list of (bytes, bytes)
             Of the client.
+        limit_s : float
+            Time for all of it.
+
+        Raises
+        ------
+        UpstreamFailed
+            If there is none, or not in time.
         """
-        return await self._whole(instance, "GET", path, None, self._headers(headers))
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._whole(instance, "GET", path, None, self._headers(headers))
+        except TimeoutError as error:
+            raise UpstreamFailed(
+                f"{self._name(instance)}: no answer in {limit_s:g} s",
+                (instance,),
+                down=True,
+                is_late=True,
+            ) from error
+
+    async def _alone(self, call: Call, counts: InFlight, instance: int) -> Answer:
+        """To one engine, which does both phases."""
+        extra = {}
+        if self.kind == "dynamo" and call.is_completion and not call.plain:
+            extra = dynamo_pins(call.asked.nvext, None, self.endpoints[instance])
+        if not call.asked.stream:
+            # Its first token does not show.
+            counts.leave_prefill(call.flight)
+            counts.enter_decode(call.flight, instance)
+        answer = await self._open(instance, call, call.content(extra))
+        counts.leave_prefill(call.flight)
+        if call.asked.stream:
+            counts.enter_decode(call.flight, instance)
+        return answer
+
+    async def _dynamo(
+        self, call: Call, counts: InFlight, prefill: int, pick_decode: Callable[[], int]
+    ) -> Answer:
+        decode = pick_decode()
+        counts.enter_decode(call.flight, decode)
+        ends = self.endpoints[prefill], self.endpoints[decode]
+        extra = {"nvext": call.asked.nvext} if call.asked.nvext else {}
+        if not call.plain:
+            extra = dynamo_pins(call.asked.nvext, *ends)
+        try:
+            answer = await self._open(decode, call, call.content(extra))
+        except UpstreamFailed as failed:
+            # The frontend does not say which of the two it was.
+            failed.instances = (prefill, decode)
+            raise
+        counts.leave_prefill(call.flight)
+        return answer
 
     async def _vllm(
         self, call: Call, counts: InFlight, prefill: int, pick_decode: Callable[[], int]
     ) -> Answer:
-        headers = self._headers(call.headers, call.request_id)
-        made = await self._whole(
-            prefill, "POST", call.path, encoded(vllm_prefill(call.body)), headers
-        )
-        counts.leave_prefill(call.flight)
+        headers = self._headers(call.headers, call)
+        made = await self._whole(prefill, "POST", call.path, call.asked.prefill, headers, call)
         if made.status != 200:
-            return made
-        params = kv_transfer_params(made.head)
+            # Its request was not the client's, so that its refusal is not for the client.
+            failed = UpstreamFailed
+            if _is_refusal(made.status):
+                call.alone, failed = "prefill refused", RefusedAltered
+            raise failed(
+                f"{self._name(prefill)}: status {made.status} to a prefill", (prefill,), answer=made
+            )
+        counts.leave_prefill(call.flight)
+        params = kv_transfer_params(made.content)
         decode = pick_decode()
         counts.enter_decode(call.flight, decode)
         # Without them the decode engine prefills for itself.
-        content = call.content
+        extra = {}
         if params is not None:
-            content = encoded({**call.body, "kv_transfer_params": params})
+            extra = {"kv_transfer_params": params}
             # What was handed over is in the cache of the decode engine, which says so.
-            call.flight.cached_tok = usage_of(made.head, stream=False).get("cached_tokens", 0)
-        return await self._open(decode, call, content)
+            call.flight.cached_tok = usage_of(made.content).get("cached_tokens", 0)
+        return await self._open(decode, call, call.content(extra))
 
     async def _sglang(
         self, call: Call, counts: InFlight, prefill: int, pick_decode: Callable[[], int]
     ) -> Answer:
         decode = pick_decode()
         counts.enter_decode(call.flight, decode)
-        content = encoded(sglang_pair(call.body, self.endpoints[prefill]))
-        headers = self._headers(call.headers, call.request_id)
-        made = asyncio.ensure_future(self._whole(prefill, "POST", call.path, content, headers))
+        meeting = sglang_meeting(self.endpoints[prefill], prompts=call.asked.prompts)
+        content = call.content(meeting)
+        headers = self._headers(call.headers, call)
+        made = asyncio.ensure_future(
+            self._whole(prefill, "POST", call.path, content, headers, call)
+        )
         opened = asyncio.ensure_future(self._open(decode, call, content))
         try:
             # If one fails the other waits in vain.
             await asyncio.wait({made, opened}, return_when=asyncio.FIRST_COMPLETED)
-            if not opened.done() and (made.result()).status != 200:
-                opened.cancel()
-                return made.result()
+            if not opened.done() and made.result().status != 200:
+                # The client is told what the decode engine says, if it refuses as well: the
+                # prefill engine may fail at an answer of one token.
+                await asyncio.wait({opened}, timeout=_OTHERS_WORD_S)
+                if not opened.done():
+                    raise UpstreamFailed(
+                        f"{self._name(prefill)}: status {made.result().status} to a prefill",
+                        (prefill,),
+                        answer=made.result(),
+                    )
             answer = await opened
         except BaseException:
             made.cancel()
@@ -381,7 +333,7 @@ class Upstream:
         made.add_done_callback(_look_away)
         return answer
 
-    def _headers(self, headers: Headers, request_id: str | None = None) -> list[tuple[str, str]]:
+    def _headers(self, headers: Headers, call: Call | None = None) -> list[tuple[str, str]]:
         named = {
             part.strip().lower()
             for name, value in headers
@@ -394,8 +346,10 @@ class Upstream:
             if name not in self._dropped and name not in named
         ]
         kept.append(("accept-encoding", "identity"))
-        if request_id is not None:
-            kept.append(("x-request-id", request_id))
+        if call is not None:
+            kept.append(("x-request-id", call.request_id))
+            if call.client_id is not None:
+                kept.append(("x-client-request-id", call.client_id.decode("latin-1")))
         if self._api_key is not None:
             kept.append(("authorization", f"Bearer {self._api_key}"))
         return kept
@@ -416,70 +370,97 @@ class Upstream:
                 headers=headers,
                 allow_redirects=False,
             )
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._silence(instance, error) from error
 
     async def _whole(
-        self, instance: int, method: str, path: str, content: bytes | None, headers: Any
+        self,
+        instance: int,
+        method: str,
+        path: str,
+        content: bytes | None,
+        headers: Any,
+        call: Call | None = None,
     ) -> Answer:
         """Ask, and read all of the answer."""
         response = await self._send(instance, method, path, content, headers)
-        return await self._read(instance, response)
+        return await self._read(instance, response, Share() if call is None else call.share)
 
     async def _open(self, instance: int, call: Call, content: bytes) -> Answer:
         """Ask, and read up to the first token of a stream."""
-        headers = self._headers(call.headers, call.request_id)
+        headers = self._headers(call.headers, call)
         response = await self._send(instance, "POST", call.path, content, headers)
-        streams = call.stream and response.content_type == "text/event-stream"
+        streams = call.asked.stream and response.content_type == "text/event-stream"
         if response.status != 200 or not streams:
-            return await self._read(instance, response)
+            return await self._read(instance, response, call.share)
         import aiohttp
 
-        head = b""
+        reader = EventReader(sequences=call.asked.sequences, event_bytes=self._answer_bytes)
+        answer = Answer(
+            status=200,
+            headers=_passed_on(response),
+            instance=instance,
+            reader=reader,
+            response=response,
+        )
+        begun_bytes = 0
         try:
             async for chunk in response.content.iter_any():
-                head += chunk
-                begun = has_begun(head)
-                if begun is None:
-                    response.close()
+                for event in reader.take(chunk):
+                    if not reader.has_begun and is_comment(event):
+                        await call.comment(answer.headers, event)
+                        continue
+                    answer.begun.append(event)
+                    begun_bytes += len(event)
+                if reader.is_engine_failure:
                     raise UpstreamFailed(
                         f"{self._name(instance)}: failed in the stream", (instance,)
                     )
-                if begun:
-                    return Answer(
-                        status=200,
-                        headers=_passed_on(response),
-                        head=head,
-                        instance=instance,
-                        response=response,
-                    )
-        except (aiohttp.ClientError, OSError) as error:
+                if begun_bytes > self._answer_bytes:
+                    raise ValueError("no end of events without a token")
+                if reader.has_begun or reader.has_failed:
+                    return answer
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             response.close()
             raise self._silence(instance, error) from error
         except BaseException:
             response.close()
             raise
-        if not head:
-            raise UpstreamFailed(f"{self._name(instance)}: an empty stream", (instance,))
-        return Answer(status=200, headers=_passed_on(response), head=head, instance=instance)
+        raise UpstreamFailed(f"{self._name(instance)}: a stream without a token", (instance,))
 
-    async def _read(self, instance: int, response: aiohttp.ClientResponse) -> Answer:
+    async def _read(self, instance: int, response: aiohttp.ClientResponse, share: Share) -> Answer:
         import aiohttp
 
+        content = bytearray()
         try:
-            content = await response.read()
-        except (aiohttp.ClientError, OSError) as error:
+            async for chunk in response.content.iter_any():
+                content += chunk
+                if len(content) > self._answer_bytes or not share.grow(len(chunk)):
+                    raise UpstreamFailed(
+                        f"{self._name(instance)}: its answer is too long to be kept", (instance,)
+                    )
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._silence(instance, error) from error
         finally:
             response.close() if not response.content.at_eof() else response.release()
-        answer = Answer(
-            status=response.status, headers=_passed_on(response), head=content, instance=instance
-        )
-        if response.status >= 500:
+        status = response.status
+        if status != 200 and not 400 <= status < 600:
             raise UpstreamFailed(
-                f"{self._name(instance)}: status {response.status}",
+                f"{self._name(instance)}: status {status}, which is no answer to this", (instance,)
+            )
+        is_framed = "content-length" in response.headers or response.headers.get(
+            "transfer-encoding", ""
+        ).lower().endswith("chunked")
+        if status == 200 and not is_framed and not _is_json(content):
+            raise UpstreamFailed(f"{self._name(instance)}: half an answer", (instance,), down=True)
+        answer = Answer(
+            status=status, headers=_passed_on(response), content=bytes(content), instance=instance
+        )
+        if status >= 500:
+            raise UpstreamFailed(
+                f"{self._name(instance)}: status {status}",
                 (instance,),
-                down=response.status in (502, 503, 504),
+                down=status in (502, 503, 504),
                 answer=answer,
             )
         return answer
@@ -497,6 +478,19 @@ def _passed_on(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     return [
         (name.lower(), value) for name, value in response.raw_headers if name.lower() not in _OURS
     ]
+
+
+def _is_refusal(status: int) -> bool:
+    return 400 <= status < 500 and status not in _NOT_OF_THE_BODY
+
+
+def _is_json(content: bytearray) -> bool:
+    """Whether an answer of which only the connection's end is known may be whole."""
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _look_away(task: asyncio.Task[Answer]) -> None:

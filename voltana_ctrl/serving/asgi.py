@@ -95,13 +95,91 @@ async def _discard(receive: Receive) -> None:
                 size += len(message.get("body", b""))
 
 
-async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, limit_s: float) -> bytes:
+class ByteBudget:
+    """Memory that all requests together may hold; the first of each request are always free.
+
+    Parameters
+    ----------
+    limit_bytes : int
+        Sum over all requests.
+    free_bytes : int
+        So much of each request is not counted, so that short ones pass while long ones fill it.
+
+    Examples
+    --------
+    >>> budget = ByteBudget(1000, free_bytes=10)
+    >>> one, other = budget.share(), budget.share()
+    >>> one.grow(900), other.grow(200), other.grow(10)
+    (True, False, True)
+    >>> one.release()
+    >>> other.grow(200)
+    True
+    """
+
+    def __init__(self, limit_bytes: int, *, free_bytes: int = 1 << 14) -> None:
+        self.limit_bytes = limit_bytes
+        self.free_bytes = free_bytes
+        self.held_bytes = 0
+
+    def share(self) -> Share:
+        """Give a new request its share, which holds nothing yet."""
+        return Share(self)
+
+
+class Share:
+    """What one request holds of a budget; without a budget there is no limit.
+
+    Parameters
+    ----------
+    budget : ByteBudget, optional
+        Of all requests.
+    """
+
+    def __init__(self, budget: ByteBudget | None = None) -> None:
+        self._budget = budget
+        self._bytes = 0
+        self._counted_bytes = 0
+
+    def grow(self, more_bytes: int) -> bool:
+        """Hold so many bytes more, if they fit.
+
+        Parameters
+        ----------
+        more_bytes : int
+            How many.
+        """
+        budget = self._budget
+        if budget is None:
+            return True
+        counted = max(0, self._bytes + more_bytes - budget.free_bytes) - self._counted_bytes
+        if counted and budget.held_bytes + counted > budget.limit_bytes:
+            return False
+        self._bytes += more_bytes
+        self._counted_bytes += counted
+        budget.held_bytes += counted
+        return True
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        if self._budget is not None:
+            self._budget.held_bytes -= self._counted_bytes
+        self._bytes = self._counted_bytes = 0
+
+
+async def read_body(
+    scope: Scope,
+    receive: Receive,
+    *,
+    limit_bytes: int,
+    limit_s: float,
+    share: Share | None = None,
+) -> bytes:
     """Read the body of a request.
 
     Raises
     ------
     Refused
-        If it is too long, too slow or encoded.
+        If it is too long, too slow or encoded, or if there is no memory left for it.
     ClientGone
         If the client leaves.
     """
@@ -112,20 +190,23 @@ async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, limit_s
     encoding = header(scope["headers"], b"content-encoding")
     if encoding not in (None, b"", b"identity"):
         raise Refused(415, "invalid_request_error", "content-encoding: expected none")
-    parts: list[bytes] = []
-    size = 0
+    share = share or Share()
+    content = bytearray()
     try:
         async with asyncio.timeout(limit_s):
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
                     raise ClientGone
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > limit_bytes:
+                part = message.get("body", b"")
+                if len(content) + len(part) > limit_bytes:
                     raise too_long
+                if not share.grow(len(part)):
+                    text = "no memory is left for long bodies; come again"
+                    raise Refused(429, "rate_limit_error", text, RETRY_AFTER)
+                content += part
                 if not message.get("more_body", False):
-                    return b"".join(parts)
+                    return bytes(content)
     except TimeoutError:
         raise Refused(408, "invalid_request_error", "the body came too slowly") from None
 

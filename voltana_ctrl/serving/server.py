@@ -30,6 +30,7 @@ def bounded_server(
     port: int = 0,
     header_bytes: int = 1 << 16,
     header_s: float = 10.0,
+    connections: int = 8192,
     drain_s: float = 5.0,
     lifespan: bool = False,
     tls_cert: Path | None = None,
@@ -50,6 +51,8 @@ def bounded_server(
         Longest head of a request, that is its request line and headers.
     header_s : float
         How long the head may take to come.
+    connections : int
+        How many at once, idle ones too; the next is told to come again (503).
     drain_s : float
         How long requests may take to end once it stops.
     lifespan : bool
@@ -94,7 +97,7 @@ def bounded_server(
         app,
         host=host,
         port=port,
-        http=_bounded_protocol(header_bytes, header_s),
+        http=_bounded_protocol(header_bytes, header_s, connections),
         ws="none",
         lifespan="on" if lifespan else "off",
         log_config=None,
@@ -155,7 +158,9 @@ def listen(host: str, port: int, *, what: str) -> list[socket.socket]:
     return made
 
 
-def _bounded_protocol(header_bytes: int, header_s: float) -> type[asyncio.Protocol]:
+def _bounded_protocol(
+    header_bytes: int, header_s: float, connections: int
+) -> type[asyncio.Protocol]:
     """Uvicorn's own HTTP protocol, with limits on a request's head, and errors in JSON."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -176,7 +181,10 @@ def _bounded_protocol(header_bytes: int, header_s: float) -> type[asyncio.Protoc
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._time_head()
+            if len(self.connections) > connections:
+                self._refuse(503, "Service Unavailable", "too many connections; come again")
+            else:
+                self._time_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._untime_head()
@@ -219,7 +227,8 @@ def _bounded_protocol(header_bytes: int, header_s: float) -> type[asyncio.Protoc
             cycle = self.cycle
             # Inside an answer an error would be read as part of it.
             if cycle is None or cycle.response_complete or not cycle.response_started:
-                content = error_json(status, "invalid_request_error", message)
+                kind = "server_error" if status >= 500 else "invalid_request_error"
+                content = error_json(status, kind, message)
                 head = (
                     f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
                     f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
