@@ -28,7 +28,8 @@ from voltana_ctrl.backends import ReplayBackend
 from voltana_ctrl.backends.log import log_lines
 from voltana_ctrl.engines.endpoints import load_endpoints
 from voltana_ctrl.live.exporter import Exporter
-from voltana_ctrl.live.node_control import Advice, node_policy
+from voltana_ctrl.live.governed import node_policy
+from voltana_ctrl.live.node_control import Advice
 from voltana_ctrl.live.ticklog import TickLog, write_parquet
 
 PAGE = """vllm:num_requests_running{engine="0"} 4.0

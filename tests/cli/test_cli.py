@@ -129,8 +129,11 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["fit", "none.csv"], "cannot be read"),
         (["fit", "none.csv", "--fix", "rise_frac"], "expected NAME=VALUE"),
         (["fit", "none.csv", "--like", "a100"], "profile: expected one of"),
-        (["agent"], "--setter"),
-        (["agent", "--setter"], "--gpu"),
+        (["agent"], "expected --fleet"),
+        (["setter"], "--gpu"),
+        (["controller"], "--fleet"),
+        (["serve", "--fleet", "none.toml"], "none.toml"),
+        (["serve", "--fleet", "f.toml", "--mode", "play"], "mode: expected one of"),
         (["agent", "--fleet", "f.toml", "--tick-ms", "0"], "tick-ms: expected a number > 0"),
         (["agent", "--fleet", "f.toml", "--log", "ticks.txt"], "log: expected a .jsonl file"),
         (["fit", "none.csv", "--out", "mine.txt"], "out: expected a .toml file"),
@@ -212,14 +215,19 @@ def test_the_limits_of_profiling_are_told_by_options_there_are(root):
     assert {"--max-c", "--cool-c", "--max-ttft", "--max-itl", "--no-clock"} <= named <= there
 
 
-@pytest.mark.parametrize("name", ["agent", "router"])
+@pytest.mark.parametrize("name", ["controller", "router", "serve"])
 def test_certificates_are_given_by_the_same_options(name):
     options = {one: of for of in typer.main.get_command(app).commands[name].params
                for one in of.opts}  # fmt: skip
     assert not options["--tls-cert"].hidden
     assert not options["--tls-key"].hidden
-    if name == "agent":
-        assert options["--tls-certificate"].hidden
+
+
+def test_what_went_to_commands_of_its_own_is_hidden_and_there():
+    options = {one: of for of in typer.main.get_command(app).commands["agent"].params
+               for one in of.opts}  # fmt: skip
+    former = ["--setter", "--dashboard", "--serve", "--tls-cert", "--tls-certificate", "--gpu"]
+    assert all(options[name].hidden for name in former)
 
 
 def test_help_names_the_commands(environment):

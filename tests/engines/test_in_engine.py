@@ -1,5 +1,6 @@
 """Inside an engine: settings, the clock thread, and a clock that is always handed back."""
 
+import os
 import signal
 import threading
 import time
@@ -10,15 +11,16 @@ import pytest
 from tests.engines.fpm.test_fpm import FLEET
 from tests.helpers.fake_gpus import Host, all_given_back, machine, needs_compiler, seconds_until
 from tests.story.dynamo_stack import free_ports
+from voltana_ctrl.control.baselines.ecofreq import DEFAULT_LADDER_MHZ
 from voltana_ctrl.engines.clock_thread import ClockThread
 from voltana_ctrl.engines.endpoints import Endpoint
 from voltana_ctrl.engines.fpm.messages import ForwardPass
 from voltana_ctrl.engines.fpm.publisher import FpmPublisher
 from voltana_ctrl.engines.fpm.reader import FpmReader
 from voltana_ctrl.engines.in_engine import InEngine, InEngineSettings
-from voltana_ctrl.engines.limits import write_limits
+from voltana_ctrl.engines.limits import read_limits, write_limits
 from voltana_ctrl.errors import ActuationDenied, ConfigError
-from voltana_ctrl.types import Role
+from voltana_ctrl.types import Order, Role
 
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 CLOCKS_MHZ = np.arange(210.0, 1411.0, 15.0)
@@ -126,9 +128,13 @@ def test_a_refused_set_is_tried_again():
     clock.close()
 
 
-def test_limits_are_followed_and_a_controller_that_is_gone_leaves_the_ceiling(tmp_path):
+def order(floor_mhz, ceiling_mhz, **more):
+    return Order(floor_mhz=floor_mhz, ceiling_mhz=ceiling_mhz, **more)
+
+
+def test_orders_are_followed_and_a_controller_that_is_gone_leaves_the_ceiling(tmp_path):
     path = tmp_path / "limits"
-    write_limits(path, floor_mhz=705.0, ceiling_mhz=1107.0)
+    write_limits(path, order(705.0, 1107.0), valid_s=1.5)
     card = Card()
     clock = ClockThread(card, CLOCKS_MHZ, limits=path)
     assert (clock.floor_mhz, clock.ceiling_mhz) == (705.0, 1095.0)  # a supported clock
@@ -138,14 +144,66 @@ def test_limits_are_followed_and_a_controller_that_is_gone_leaves_the_ceiling(tm
     gone_s = seconds_until(lambda: card.sets[-1] == 1095.0 and clock.floor_mhz == 1095.0)
     assert gone_s < 2.5
     huge = "1" + "0" * 400
-    for odd in ("{", "[" * 50_000, f'{{"floor_mhz": {huge}, "ceiling_mhz": {huge}, "t_s": 0}}'):
+    order_of = f'{{"floor_mhz": {huge}, "ceiling_mhz": {huge}}}'
+    for odd in (
+        "{", "[" * 50_000, "[]", "{}", " " * 70_000,
+        f'{{"schema": "voltana-ctrl/limits/1", "order": {order_of}, "policy": "mpc", "since_s": 1,'
+        ' "valid_s": 1}',
+        '{"schema": "voltana-ctrl/limits/1", "order": {"floor_mhz": 1, "ceiling_mhz": 2},'
+        ' "policy": ["mpc"], "since_s": 1, "valid_s": 1}',
+    ):  # fmt: skip
         path.write_text(odd)
         time.sleep(0.2)
         assert (clock.floor_mhz, clock.ceiling_mhz) == (1095.0, 1095.0)
-    write_limits(path, floor_mhz=300.0, ceiling_mhz=1410.0)
+    write_limits(path, order(300.0, 1410.0))
     seconds_until(lambda: clock.ceiling_mhz == 1410.0)
     assert clock.floor_mhz == 300.0
     clock.close()
+
+
+def test_a_ceiling_that_was_announced_comes_though_nobody_says_so_again(tmp_path):
+    path = tmp_path / "limits"
+    write_limits(path, order(300.0, 1410.0, announced=((0.6, 705.0),)), valid_s=0.2)
+    card = Card()
+    clock = ClockThread(card, CLOCKS_MHZ, limits=path)
+    seconds_until(lambda: clock.floor_mhz == 1410.0)
+    seconds_until(lambda: card.sets and card.sets[-1] == 705.0, limit_s=3.0)
+    assert (clock.floor_mhz, clock.ceiling_mhz) == (705.0, 705.0)
+    clock.close()
+
+
+def test_before_the_first_order_the_clock_is_the_highest(tmp_path):
+    clock = ClockThread(Card(), CLOCKS_MHZ, limits=tmp_path / "none-yet")
+    assert (clock.floor_mhz, clock.ceiling_mhz) == (1410.0, 1410.0)
+    clock.close()
+
+
+def test_orders_that_others_may_have_written_are_not_believed(tmp_path):
+    folder = tmp_path / "orders"
+    folder.mkdir(mode=0o755)
+    path = folder / "decode-0.json"
+    write_limits(path, order(300.0, 705.0))
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert read_limits(path).order.ceiling_mhz == 705.0
+    for what, mode in ((path, 0o646), (path, 0o664), (folder, 0o777), (folder, 0o775)):
+        before = what.stat().st_mode
+        what.chmod(mode)
+        with pytest.raises(ConfigError, match="others than the agent can write"):
+            read_limits(path)
+        what.chmod(before)
+    link = folder / "link.json"
+    link.symlink_to(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_limits(link)
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+        with pytest.raises(ConfigError, match="others than the agent can write it"):
+            read_limits(path)
+        assert read_limits(path, owners=(12345,)).order.ceiling_mhz == 705.0
+    pipe = folder / "pipe"
+    os.mkfifo(pipe, 0o644)
+    with pytest.raises(ConfigError, match="expected a file"):
+        read_limits(pipe)
 
 
 def test_a_clock_in_use_is_renewed_and_one_that_is_not_is_let_go(monkeypatch):
@@ -200,11 +258,45 @@ def test_the_governor_sets_the_clock_of_its_card_and_hands_it_back(tmp_path):
         assert all_given_back(fake)
 
 
+@needs_compiler
+def test_the_governor_obeys_the_order_of_its_node(tmp_path):
+    """Floor, ceiling, pace, margins, delay and policy of the file reach the governor."""
+    path = tmp_path / "orders" / "decode-0.json"
+    with machine(tmp_path) as fake:
+        settings = environment(fake, tmp_path, VOLTANA_CTRL_LIMITS=str(path))
+        write_limits(path, order(210.0, 1410.0), valid_s=30.0)
+        engine = InEngine(InEngineSettings.read(settings), Role.DECODE)
+
+        def clock_of(told, policy="mpc", load=(80, 35_000)):
+            write_limits(path, told, policy=policy, valid_s=30.0)
+            time.sleep(0.3)  # it looks ten times a second
+            engine.before(running_req=load[0], kv_used_tok=load[1])
+            assert engine.clock.settle()
+            return fake.gpus[0].lock_hi_mhz
+
+        try:
+            plain_mhz = clock_of(order(210.0, 1410.0))
+            assert clock_of(order(600.0, 1410.0)) == 600.0 > plain_mhz
+            assert clock_of(order(210.0, 240.0)) == 240.0 < plain_mhz
+            slow_mhz = clock_of(order(210.0, 1410.0, decode_pace_frac=1.5))
+            wary_mhz = clock_of(order(210.0, 1410.0, itl_margin_frac=0.5, decode_pace_frac=1.0))
+            assert slow_mhz > plain_mhz
+            assert wary_mhz > plain_mhz
+            assert clock_of(order(705.0, 1410.0), policy="static-705") == 705.0
+            assert engine.policy == "static-705"
+            assert clock_of(order(210.0, 1410.0), policy="voltanallm") in DEFAULT_LADDER_MHZ
+            # The node measures its delay: that of a call here, and what settling takes.
+            assert 0.0 < engine.delay_s < 0.5
+        finally:
+            engine.close()
+        assert all_given_back(fake)
+
+
 DYING = """
 import os
 os.environ.update({environment!r})
 from voltana_ctrl.engines.in_engine import InEngine, InEngineSettings
-from voltana_ctrl.types import Role
+from voltana_ctrl.types import Order, Role
 engine = InEngine(InEngineSettings.read(os.environ), Role.DECODE)
 engine.before(running_req=4, kv_used_tok=1000)
 engine.clock.settle()

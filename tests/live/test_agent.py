@@ -30,6 +30,7 @@ from voltana_ctrl.backends.nvml.driver import GpuReader, Nvml
 from voltana_ctrl.backends.nvml.meters import GpuMeters
 from voltana_ctrl.control import StaticController
 from voltana_ctrl.live.agent import Agent, AgentSettings
+from voltana_ctrl.live.governed import PolicyController, node_policy
 from voltana_ctrl.live.node import (
     CappedGuard,
     KillSwitch,
@@ -37,7 +38,7 @@ from voltana_ctrl.live.node import (
     node_clocks,
     power_ceilings_mhz,
 )
-from voltana_ctrl.live.node_control import Advice, PolicyController, node_policy
+from voltana_ctrl.live.node_control import Advice
 from voltana_ctrl.savings.switchback import BLOCK_NOTE
 
 pytestmark = needs_compiler
@@ -125,14 +126,16 @@ def test_the_walk_would_see_what_can_set(fake, tmp_path):
 
 @pytest.mark.parametrize("mode", ["observe", "advise"])
 def test_the_command_builds_nothing_that_can_set(fake, tmp_path, engines, monkeypatch, mode):
-    from voltana_ctrl.cli import agent
+    from voltana_ctrl.cli.running import open_node
     from voltana_ctrl.engines.endpoints import load_endpoints
     from voltana_ctrl.engines.telemetry import EngineBackend
 
     monkeypatch.setattr(gpu_meters, "Nvml", lambda _=None: Nvml(fake.library))
     spec, endpoints = load_endpoints(fleet_file(tmp_path, fake, engines))
     chosen = {one.instance: one.gpus for one in endpoints}
-    backend = agent._node(spec, endpoints, chosen, mode, None, tmp_path)
+    backend, _ = open_node(
+        spec, endpoints, chosen, mode, socket=None, lock_dir=tmp_path, policy="mpc"
+    )
     controller = node_policy(spec, SLO, "mpc") if mode == "advise" else None
     with Agent(backend, controller, AgentSettings(mode=mode)) as agent:
         agent.run(duration_s=0.5)
@@ -623,10 +626,11 @@ def test_command_refuses_in_one_line(fake, tmp_path, engines, monkeypatch, capsy
     assert told.startswith("voltana-ctrl: ")
 
 
-def test_command_prints_the_dashboard(monkeypatch, capsys):
+@pytest.mark.parametrize("arguments", [["dashboard"], ["agent", "--dashboard"]])
+def test_command_prints_the_dashboard(monkeypatch, capsys, arguments):
     from voltana_ctrl import cli
 
-    monkeypatch.setattr(sys, "argv", ["voltana-ctrl", "agent", "--dashboard"])
+    monkeypatch.setattr(sys, "argv", ["voltana-ctrl", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
@@ -639,9 +643,10 @@ def test_commands_of_a_controller_and_a_node(fake, tmp_path, root, engines):
     common = ["--fleet", fleet_file(tmp_path, fake, engines), "--mode", "act", "--token-file",
               token, "--policy", "voltanallm-full-ladder", *alone(tmp_path)]  # fmt: skip
     with Command(fake, root, *common, "--serve", "127.0.0.1:0") as controller:
-        line = controller.process.stderr.readline()
-        port = line.rpartition(":")[2].strip()
-        assert port.isdigit(), line
+        told = controller.told("controller of")
+        assert "--serve goes with the next release" in told
+        port = told.rpartition(":")[2].strip()
+        assert port.isdigit(), told
         with Command(fake, root, *common, "--controller", f"http://127.0.0.1:{port}") as node:
             seconds_until(
                 lambda: node.alive() and all(0 < gpu.lock_hi_mhz < 1410 for gpu in fake.gpus), 60.0

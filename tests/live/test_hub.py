@@ -1,7 +1,10 @@
 """One controller, many nodes: messages that nobody can break, and nodes that survive it."""
 
+import itertools
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -13,42 +16,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.fake_gpus import all_given_back, fleet, machine, needs_compiler, seconds_until
-from tests.live.test_agent import meters, setting
+from tests.live.test_agent import SLO, meters, setting
 
 pytest.importorskip("starlette", reason="needs the server extra")
 pytest.importorskip("uvicorn", reason="needs the server extra")
 
 from voltana_ctrl import BackendError, ConfigError, ControlLoop, Decision, FleetState, Observation
 from voltana_ctrl.control import StaticController
+from voltana_ctrl.control.budget import highest_power_w
 from voltana_ctrl.live.agent import Agent, AgentSettings
-from voltana_ctrl.live.hub import HubBackend, HubServer, hub_app
-from voltana_ctrl.live.link import ControllerLink, RemoteController
-from voltana_ctrl.live.node import NodeBackend
-from voltana_ctrl.live.orders import (
+from voltana_ctrl.live.governed import PolicyController, fleet_policy
+from voltana_ctrl.live.hub import HubBackend
+from voltana_ctrl.live.hub_app import HubServer, hub_app
+from voltana_ctrl.live.link import ControllerLink
+from voltana_ctrl.live.messages import (
     MAX_BYTES,
     MessageRefused,
-    NodeOrder,
-    NodeReport,
-    decode_order,
+    decode_orders,
     decode_report,
-    encode_order,
+    encode_orders,
     encode_report,
 )
-from voltana_ctrl.types import IterationBatch, RequestBatch
+from voltana_ctrl.live.node import NodeBackend
+from voltana_ctrl.live.orders import Orders, Report, decision_of
+from voltana_ctrl.live.remote import RemoteController
+from voltana_ctrl.types import IterationBatch, Order, PowerBudget, RequestBatch
 
 TOKEN = "0123456789abcdef-token"
 
 
-def report(ids=("decode-0",), node="n0", number=0, **state):
+COUNT = itertools.count()
+
+
+def report(ids=("decode-0",), sender="n0", number=None, kind="node", start="a", **state):
     made = replace(FleetState.idle(len(ids), freq_mhz=1410.0), **state)
-    return NodeReport(node=node, number=number, ids=ids, observation=Observation(state=made))
+    return Report(
+        kind=kind, sender=sender, start=start, number=next(COUNT) if number is None else number,
+        ids=ids, observation=Observation(state=made),
+    )  # fmt: skip
 
 
-def order(**changes):
-    made = NodeOrder(
-        number=0, valid_s=1.0, freq_mhz={"decode-0": 705.0}, freq_max_mhz={"decode-0": 1410.0}
-    )
-    return replace(made, **changes)
+def orders(number=0, start="c", valid_s=1.0, **changes):
+    told = {"floor_mhz": 705.0, "ceiling_mhz": 1410.0, **changes}
+    return Orders(start=start, number=number, valid_s=valid_s, orders={"decode-0": Order(**told)})
 
 
 # Messages
@@ -59,9 +69,9 @@ finite = st.floats(0.0, 1e12)
 @given(
     numbers=st.lists(finite, min_size=13, max_size=13),
     rows=st.lists(st.tuples(st.integers(0, 1), finite, finite), max_size=5),
-    node=st.text(min_size=1, max_size=20),
+    sender=st.text(min_size=1, max_size=20),
 )
-def test_what_is_encoded_comes_back(numbers, rows, node):
+def test_what_is_encoded_comes_back(numbers, rows, sender):
     names = [name for name in FleetState.__slots__ if name not in ("t_s", "alive")]
     columns = {name: [value] for name, value in zip(names, numbers, strict=False)}
     state = FleetState(t_s=numbers[-1], alive=[True], **columns)
@@ -72,12 +82,12 @@ def test_what_is_encoded_comes_back(numbers, rows, node):
         instance=instance, t_s=none, wall_s=wall_s, freq_mhz=none, batch_req=none,
         prefill_tok=none, kv_tok=none, energy_j=energy_j,
     )  # fmt: skip
-    sent = NodeReport(
-        node=node, number=7, ids=("decode-0",),
+    sent = Report(
+        kind="router", sender=sender, start="s", number=7, ids=("decode-0",),
         observation=Observation(state=state, iterations=iterations),
     )  # fmt: skip
     got = decode_report(encode_report(sent, fleet()), fleet())
-    assert (got.node, got.number, got.ids) == (node, 7, ("decode-0",))
+    assert (got.sender, got.number, got.ids) == (sender, 7, ("decode-0",))
     for part in ("state", "iterations", "finished"):
         one, other = getattr(sent.observation, part), getattr(got.observation, part)
         for name in one.__slots__:
@@ -93,7 +103,15 @@ json_values = st.recursive(
 )  # fmt: skip
 GOOD = {
     "report": json.loads(encode_report(report(), fleet())),
-    "order": json.loads(encode_order(order(), fleet())),
+    "orders": json.loads(
+        encode_orders(
+            replace(
+                orders(announced=((3.0, 900.0),), decode_pace_frac=1.1, admits=("chat",)),
+                state=FleetState.idle(2),
+            ),
+            fleet(),
+        )
+    ),
 }
 
 
@@ -115,20 +133,21 @@ def changed(value, path, new):
     return copied
 
 
-@given(data=st.data(), kind=st.sampled_from(["report", "order"]))
+@given(data=st.data(), kind=st.sampled_from(["report", "orders"]))
 def test_a_message_with_anything_in_any_place_is_taken_or_refused(data, kind):
     path = data.draw(st.sampled_from(list(paths(GOOD[kind]))))
     value = changed(GOOD[kind], path, data.draw(json_values))
-    decode = decode_report if kind == "report" else decode_order
+    decode = decode_report if kind == "report" else decode_orders
     try:
         got = decode(json.dumps(value).encode(), fleet())
     except MessageRefused:
         return
     # What is taken is safe to act on, and goes through the controller's plant.
-    if kind == "order":
-        assert all(
-            0.0 < got.freq_mhz[name] <= got.freq_max_mhz[name] < np.inf for name in got.freq_mhz
-        )
+    if kind == "orders":
+        for one in got.orders.values():
+            assert 0.0 < one.floor_mhz <= one.ceiling_mhz <= 1410.0
+            assert one.alone(5.0).floor_mhz <= 1410.0
+        decision_of(got.orders, fleet())
         return
     hub = HubBackend(fleet())
     hub.apply(Decision.highest(fleet()))
@@ -138,7 +157,7 @@ def test_a_message_with_anything_in_any_place_is_taken_or_refused(data, kind):
 
 @given(st.binary(max_size=200))
 def test_bytes_are_refused(data):
-    for decode in (decode_report, decode_order):
+    for decode in (decode_report, decode_orders):
         with pytest.raises(MessageRefused):
             decode(data, fleet())
 
@@ -153,21 +172,21 @@ def test_bytes_are_refused(data):
         json.dumps({**GOOD["report"], "number": 10**400}).encode(),
         json.dumps({**GOOD["report"], "more": 1}).encode(),
         json.dumps({**GOOD["report"], "fleet": "another"}).encode(),
-        json.dumps({**GOOD["report"], "schema": "voltana-ctrl/node-report/2"}).encode(),
+        json.dumps({**GOOD["report"], "schema": "voltana-ctrl/report/2"}).encode(),
         json.dumps({**GOOD["report"], "ids": ["decode-0", "decode-0"]}).encode(),
         json.dumps({**GOOD["report"], "ids": [["decode-0"]]}).encode(),
     ],
     ids=range(10),
 )
 def test_hostile_messages_are_refused(data):
-    for decode in (decode_report, decode_order):
+    for decode in (decode_report, decode_orders):
         with pytest.raises(MessageRefused):
             decode(data, fleet())
 
 
 def test_messages_are_small():
     assert len(encode_report(report(), fleet())) < 1500
-    assert len(encode_order(order(), fleet())) < 300
+    assert len(encode_orders(orders(), fleet())) < 300
     full = np.zeros(100_000)
     batch = RequestBatch(
         request=full, request_class=full, prompt_tok=full, output_tok=full, ttft_s=full,
@@ -186,9 +205,9 @@ def test_parts_become_the_fleet_and_records_are_told_once():
     hub = HubBackend(fleet(), now_s=lambda: clock[0])
     hub.apply(Decision.highest(fleet()))
     done = RequestBatch.empty()
-    for k in range(2):
+    for _ in range(2):
         told = report(arrived_req=np.array([3.0]), energy_j=np.array([50.0]), age_s=np.array([0.2]))
-        told = replace(told, number=k, observation=replace(told.observation, finished=done))
+        told = replace(told, observation=replace(told.observation, finished=done))
         hub.take(told)
     clock[0] = 10.5
     state = hub.read().state
@@ -209,7 +228,7 @@ def test_orders_end_with_the_loop_that_gives_them():
     hub.apply(Decision.highest(fleet(), floor_mhz=np.array([705.0, 900.0])))
     clock[0] = 0.4
     got = hub.take(report())
-    assert got.freq_mhz == {"decode-0": 900.0}
+    assert got.orders["decode-0"].floor_mhz == 900.0
     assert got.valid_s == pytest.approx(0.6)
     clock[0] = 1.1  # the loop hangs
     with pytest.raises(BackendError, match="any more"):
@@ -227,15 +246,114 @@ def test_two_nodes_cannot_report_the_same_instance():
     clock = [0.0]
     hub = HubBackend(fleet(), now_s=lambda: clock[0])
     hub.apply(Decision.highest(fleet()))
-    hub.take(report(node="n0"))
+    hub.take(report(sender="n0"))
     with pytest.raises(MessageRefused, match="node n0 reports it"):
-        hub.take(report(node="n1"))
+        hub.take(report(sender="n1"))
     clock[0] = 0.9
     hub.apply(Decision.highest(fleet()))
-    hub.take(report(node="n0"))
+    hub.take(report(sender="n0"))
     clock[0] = 3.5  # n0 is gone: the instance has moved
     hub.apply(Decision.highest(fleet()))
-    hub.take(report(node="n1"))
+    hub.take(report(sender="n1"))
+
+
+def done(n=1, ttft_s=0.2):
+    one = np.ones(n)
+    return RequestBatch(
+        request=np.arange(n), request_class=0 * one, prompt_tok=100 * one, output_tok=9 * one,
+        ttft_s=ttft_s * one, itl_s=0.03 * one, prefill_instance=0 * one, decode_instance=one,
+    )  # fmt: skip
+
+
+def with_finished(told, batch):
+    return replace(told, observation=replace(told.observation, finished=batch))
+
+
+def test_a_report_that_comes_twice_counts_once_and_an_older_one_is_refused():
+    hub = HubBackend(fleet())
+    hub.apply(Decision.highest(fleet()))
+    told = with_finished(report(number=5, arrived_req=np.array([3.0])), done(2))
+    assert hub.take(told).orders == hub.take(told).orders
+    seen = hub.read()
+    assert (seen.state.arrived_req[1], len(seen.finished), hub.repeated) == (3.0, 2, 1)
+    with pytest.raises(MessageRefused, match="which is old"):
+        hub.take(report(number=4))
+
+
+def test_another_start_takes_over_once_the_first_has_fallen_silent():
+    clock = [0.0]
+    hub = HubBackend(fleet(), now_s=lambda: clock[0])
+    hub.apply(Decision.highest(fleet()))
+    hub.take(report(number=9, start="a"))
+    with pytest.raises(MessageRefused, match="another process reports under this name"):
+        hub.take(report(number=0, start="b"))
+    clock[0] = 2.5
+    hub.apply(Decision.highest(fleet()))
+    assert hub.take(report(number=0, start="b")).orders
+
+
+def routed(sender="r0", **state):
+    return report(ids=fleet().ids, sender=sender, kind="router", **state)
+
+
+def test_what_routers_have_in_flight_adds_up_and_their_requests_go_first():
+    clock = [0.0]
+    hub = HubBackend(fleet(), now_s=lambda: clock[0])
+    hub.apply(Decision.highest(fleet()))
+    assert not hub.routed()
+    node = report(running_req=np.array([5.0]), arrived_req=np.array([50.0]))
+    hub.take(with_finished(node, done(7)))
+    for sender, running in (("r0", 4.0), ("r1", 3.0)):
+        two = {"running_req": np.array([0.0, running]), "arrived_req": np.array([1.0, 2.0])}
+        got = hub.take(with_finished(routed(sender, **two), done(1)))
+    assert hub.routed()
+    assert set(got.orders) == set(fleet().ids)
+    seen = hub.read()
+    assert seen.state.running_req.tolist() == [0.0, 7.0]
+    assert seen.state.arrived_req.tolist() == [2.0, 4.0]
+    assert len(seen.finished) == 2
+    assert hub.take(routed("r0")).state.running_req[1] == 7.0
+    # Both gone: what engines tell counts again, and nobody may be parked.
+    clock[0] = 3.0
+    hub.apply(Decision.highest(fleet()))
+    hub.take(with_finished(replace(node, number=10**6), done(7)))
+    seen = hub.read()
+    assert not hub.routed()
+    assert (seen.state.running_req[1], seen.state.arrived_req[1]) == (5.0, 50.0)
+    assert len(seen.finished) == 7
+
+
+def test_nobody_is_parked_where_no_router_obeys():
+    class Parks(StaticController):
+        def _decide(self, observation, memory):
+            wish = Decision.highest(self.fleet, floor_mhz=self.fleet.min_mhz)
+            active = np.array([True, True, False])
+            return replace(wish, active=active, route_frac=np.array([1.0, 1.0, 0.0])), memory
+
+    spec, obeyed = fleet("1P2D"), [False]
+    controller = PolicyController(spec, inner=Parks(spec), held=spec.ids, routed=lambda: obeyed[0])
+    seen = Observation(state=FleetState.idle(3))
+    assert controller.decide(seen, None)[0].active.all()
+    obeyed[0] = True
+    decision = controller.decide(seen, None)[0]
+    assert decision.active.tolist() == [True, True, False]
+    assert decision.route_frac.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_steps_of_a_budget_are_announced_and_come_nearer():
+    clock = [0.0]
+    spec = fleet("2P2D")
+    hub = HubBackend(spec, now_s=lambda: clock[0])
+    budget = PowerBudget.parse("0:1600,60:900")
+    controller = fleet_policy(spec, SLO, "mpc", power_budget=budget)
+    seen = Observation(state=FleetState.idle(4, t_s=10.0))
+    hub.apply(controller.decide(seen, controller.init())[0])
+    clock[0] = 0.5
+    (step,) = hub.take(report(ids=("decode-1",))).orders["decode-1"].announced
+    assert step[0] == pytest.approx(49.5)
+    worst_w = [highest_power_w(one)[one.clocks_mhz.tolist().index(step[1])]
+               for one in spec.instances]  # fmt: skip
+    assert sum(worst_w) <= 900.0
 
 
 # Over HTTP
@@ -295,8 +413,8 @@ def test_link_fetches_orders_and_tells_what_happened(served):
             link.tell(Observation(state=state))
         hub.apply(Decision.highest(fleet(), floor_mhz=np.array([705.0, 900.0])))
         link.tell(Observation(state=state))
-        seconds_until(lambda: link.order() is not None)
-        assert link.order().freq_mhz == {"decode-0": 900.0}
+        seconds_until(lambda: link.orders() is not None)
+        assert link.orders().orders["decode-0"].floor_mhz == 900.0
         assert link.failure is None
         seconds_until(lambda: not link._pending)
         time.sleep(0.1)
@@ -313,7 +431,7 @@ def test_link_says_what_is_wrong(served):
         with made as link:
             link.tell(Observation(state=FleetState.idle(2)))
             seconds_until(lambda link=link, word=word: link.failure and word in link.failure)
-            assert link.order() is None
+            assert link.orders() is None
     with pytest.raises(ConfigError, match="instances of"):
         ControllerLink(url, TOKEN, fleet(), "n0", ["decode-9"])
     with pytest.raises(ConfigError, match=r"at most 0\.5 s"):
@@ -327,11 +445,11 @@ def test_an_error_that_nobody_thought_of_does_not_end_the_line(served, monkeypat
     hub.apply(Decision.highest(fleet()))
     with linked(url) as link:
         with monkeypatch.context() as for_a_while:
-            for_a_while.setattr(link_module, "decode_order", lambda *_: 1 // 0)
+            for_a_while.setattr(link_module, "decode_orders", lambda *_: 1 // 0)
             link.tell(Observation(state=FleetState.idle(2)))
             seconds_until(lambda: "ZeroDivisionError" in (link.failure or ""))
         link.tell(Observation(state=FleetState.idle(2)))
-        seconds_until(lambda: link.order() is not None)
+        seconds_until(lambda: link.orders() is not None)
         assert link.failure is None
 
 
@@ -346,7 +464,7 @@ def test_a_controller_that_answers_nonsense_is_as_good_as_gone():
                 return
             with connection:
                 connection.recv(65536)
-                body = b'{"schema": "voltana-ctrl/node-order/1"}'
+                body = b'{"schema": "voltana-ctrl/orders/1"}'
                 connection.sendall(
                     b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
                     % (len(body), body)
@@ -359,33 +477,114 @@ def test_a_controller_that_answers_nonsense_is_as_good_as_gone():
             link.tell(Observation(state=FleetState.idle(2)))
             seconds_until(lambda: link.failure is not None)
             assert "fleet" in link.failure
-            assert link.order() is None
+            assert link.orders() is None
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join(5.0)
 
 
-def test_ceiling_of_the_last_valid_order_outlives_the_controller():
-    orders = [order(freq_max_mhz={"decode-0": 900.0}), None]
+def test_a_report_whose_answer_is_lost_is_sent_again_as_the_same(served):
+    hub, url = served
+    hub.apply(Decision.highest(fleet()))
+    state = replace(FleetState.idle(2), arrived_req=np.array([0.0, 3.0]))
+    with linked(url) as link:
+        post, lost = link._client.post, []
 
-    class Line:
-        def tell(self, observation):
-            pass
+        def loses_one(*args, **kwargs):
+            answer = post(*args, **kwargs)
+            if not lost:
+                lost.append(answer)
+                raise httpx.ReadTimeout("lost on the way")
+            return answer
 
-        def order(self):
-            return orders.pop(0) if orders else None
+        link._client.post = loses_one
+        link.tell(Observation(state=state))
+        seconds_until(lambda: link.orders() is not None)
+    assert hub.repeated == 1
+    assert hub.read().state.arrived_req[1] == 3.0
 
-    controller = RemoteController(fleet(), Line())
+
+def test_two_controllers_cannot_take_turns():
+    clock = [0.0]
+    with linked("http://127.0.0.1:1", now_s=lambda: clock[0]) as link:
+        link._take(orders(number=7, start="a"), 0.0)
+        link._take(orders(number=6, start="a", floor_mhz=300.0), 0.0)  # overtaken on the way
+        assert link.orders().number == 7
+        with pytest.raises(MessageRefused, match="two controllers"):
+            link._take(orders(number=99, start="b"), 0.0)
+        clock[0] = 1.5
+        assert link.orders() is None
+        link._take(orders(number=0, start="b"), 1.5)
+        assert link.orders().start == "b"
+
+
+def test_a_controller_with_a_certificate_of_ones_own(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-keyout",
+               key, "-out", certificate, "-subj", "/CN=localhost", "-addext",
+               "subjectAltName=IP:127.0.0.1"]  # fmt: skip
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=60)
+    hub = HubBackend(fleet(), valid_s=60.0)
+    hub.apply(Decision.highest(fleet()))
+    app = hub_app(hub, TOKEN)
+    with HubServer(app, tls_cert=certificate, tls_key=key) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        with linked(url, limit_s=5.0) as stranger, linked(
+            url, tls_ca=certificate, limit_s=5.0, hold_s=60.0
+        ) as friend:  # fmt: skip
+            stranger._sender = "n1"
+            for link in (stranger, friend):
+                link.tell(Observation(state=FleetState.idle(2)))
+            seconds_until(lambda: friend.orders() is not None)
+            seconds_until(lambda: "certificate" in (stranger.failure or "").lower())
+    with pytest.raises(ConfigError, match="cannot be read as certificates"):
+        linked(url, tls_ca=key)
+    with pytest.raises(ConfigError, match="cannot be read as certificates"):
+        linked(url, tls_ca=tmp_path / "none.pem")
+
+
+class Line:
+    """A link whose orders and clock a test sets."""
+
+    def __init__(self, told):
+        self.told, self.held_s = told, 0.0
+
+    def tell(self, observation):
+        pass
+
+    def orders(self):
+        return self.told if self.held_s <= self.told.valid_s else None
+
+    def last(self):
+        return self.told, self.held_s
+
+
+def test_ceilings_of_the_last_orders_and_those_announced_outlive_the_controller():
+    line = Line(orders(ceiling_mhz=900.0, announced=((30.0, 600.0), (60.0, 1410.0))))
+    controller = RemoteController(fleet(), line)
     memory = controller.init()
     seen = Observation(state=FleetState.idle(2))
     decision, memory = controller.decide(seen, memory)
-    assert decision.freq_mhz[1] == 705.0
+    assert (decision.freq_mhz[1], decision.freq_max_mhz[1]) == (705.0, 900.0)
     assert controller.notes(memory) == {"controller_gone": 0.0}
-    for _ in range(2):
+    for held_s, clock_mhz in ((1.1, 900.0), (29.0, 900.0), (31.0, 600.0), (61.0, 1410.0)):
+        line.held_s = held_s
         decision, memory = controller.decide(seen, memory)
-        assert decision.freq_mhz.tolist() == [1410.0, 900.0]
+        assert decision.freq_mhz.tolist() == [1410.0, clock_mhz]
         assert controller.notes(memory) == {"controller_gone": 1.0}
+
+
+def test_a_policy_is_told_on_and_a_step_that_is_due_holds_at_once():
+    told = []
+    line = Line(orders(announced=((0.5, 600.0),)))
+    controller = RemoteController(fleet(), line, on_policy=told.append)
+    line.held_s = 0.6
+    decision, _ = controller.decide(Observation(state=FleetState.idle(2)), controller.init())
+    assert decision.freq_mhz[1] == decision.freq_max_mhz[1] == 600.0
+    assert told == ["mpc"]
 
 
 @needs_compiler

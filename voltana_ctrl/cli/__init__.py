@@ -13,13 +13,18 @@ import voltana_ctrl
 from voltana_ctrl.cli import (
     agent,
     compare,
+    controller,
+    dashboard,
     doctor,
     fit,
     policies,
     profile,
     profiles,
+    restore,
     router,
     savings,
+    serve,
+    setter,
 )
 from voltana_ctrl.cli.workers import Stopped
 from voltana_ctrl.errors import VoltanaError
@@ -50,7 +55,12 @@ for _command in (
     profile.profile,
     doctor.doctor,
     agent.agent,
+    controller.controller,
     router.router,
+    serve.serve,
+    setter.setter,
+    restore.restore,
+    dashboard.dashboard,
     savings.savings,
     policies.policies,
     profiles.profiles,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from voltana_ctrl.cli.options import look_here
+from voltana_ctrl.cli.running import say, token_of
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.serving.server import listen
 
@@ -46,6 +48,15 @@ def router(
         str, typer.Option(help="Whose routers choose; see `voltana-ctrl policies`.")
     ] = "cascade",
     slo: Annotated[str, typer.Option(help="Targets in seconds.")] = "ttft=0.6,itl=0.06",
+    controller: Annotated[
+        str | None, typer.Option(help="URL of the fleet's controller, which then decides.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="This router's own, for it. [default: host and port]")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Controller's token. [default: env VOLTANA_CTRL_TOKEN]")
+    ] = None,
     telemetry: Annotated[
         bool,
         typer.Option("--telemetry", help="Let the policy decide from engines' metrics."),
@@ -63,7 +74,7 @@ def router(
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, for HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     tls_ca: Annotated[
-        Path | None, typer.Option(help="Certificates that engines' must be signed by, for HTTPS.")
+        Path | None, typer.Option(help="Authorities that sign those of engines and controller.")
     ] = None,
     trust_clients: Annotated[
         bool,
@@ -92,6 +103,8 @@ def router(
     from voltana_ctrl.engines.endpoints import load_endpoints
     from voltana_ctrl.engines.telemetry import EngineBackend
     from voltana_ctrl.engines.traffic import Traffic
+    from voltana_ctrl.live.link import ControllerLink
+    from voltana_ctrl.live.subscription import SubscribedRouters, Subscription
     from voltana_ctrl.loop import ControlLoop
     from voltana_ctrl.router.app import Proxy
     from voltana_ctrl.router.limits import ProxyLimits
@@ -124,16 +137,22 @@ def router(
         connections=max_connections,
         drain_s=drain,
     )
-    routers = PolicyRouters(spec, policy, Slo.parse(slo))
-    traffic = Traffic(len(spec)) if telemetry else None
+    if controller is not None and telemetry:
+        raise ConfigError("router: expected --controller or --telemetry, got both")
+    routers: PolicyRouters
+    if controller is None:
+        routers = PolicyRouters(spec, policy, Slo.parse(slo))
+    else:
+        routers = SubscribedRouters(spec, policy, Slo.parse(slo))
+    traffic = Traffic(len(spec)) if telemetry or controller is not None else None
     proxy = Proxy(
         spec,
         endpoints,
         routers=routers,
         traffic=traffic,
         limits=limits,
-        api_key=_secret(api_key_env),
-        engine_api_key=_secret(engine_api_key_env),
+        api_key=secret_of(api_key_env),
+        engine_api_key=secret_of(engine_api_key_env),
         engine_tls_ca=tls_ca,
         trusts_clients=trust_clients,
     )
@@ -142,11 +161,20 @@ def router(
     address = f"[{host}]" if ":" in host else host
     scheme = "http" if tls_cert is None else "https"
     url = f"{scheme}://{address}:{listening[0].getsockname()[1]}"
-    typer.echo(f"{policy} routes {len(spec)} instances on {url}", err=True)
+    say(f"{policy} routes {len(spec)} instances on {url}")
     if port is None:
         listening += _also_where_it_was(host)
     if traffic is None:
         server.run(listening)
+        return
+    if isinstance(routers, SubscribedRouters) and controller is not None:
+        sender = name or f"{platform.node() or 'router'}:{listening[0].getsockname()[1]}"
+        link = ControllerLink(
+            controller, token_of(token_file), spec, sender, spec.ids, kind="router", tls_ca=tls_ca
+        )
+        with link, Subscription(link, routers, proxy.counts, traffic, say=say) as subscription:
+            proxy.watch(subscription)
+            server.run(listening)
         return
     backend = EngineBackend(spec, endpoints, without_gpus="ignore", traffic=traffic)
     with ControlLoop(backend, routers.controller, router=routers, observers=[proxy.energy]) as loop:
@@ -169,7 +197,8 @@ def _also_where_it_was(host: str) -> list[socket.socket]:
     return made
 
 
-def _secret(variable: str | None) -> str | None:
+def secret_of(variable: str | None) -> str | None:
+    """What a variable of the environment holds, by its name; None without a name."""
     if variable is None:
         return None
     value = os.environ.get(variable)

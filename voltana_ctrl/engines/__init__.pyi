@@ -3,6 +3,8 @@ from voltana_ctrl.engines.endpoints import Endpoint as Endpoint
 from voltana_ctrl.engines.endpoints import load_endpoints as load_endpoints
 from voltana_ctrl.engines.fpm.reader import FpmReader as FpmReader
 from voltana_ctrl.engines.fpm.reader import dynamo_fpm_addresses as dynamo_fpm_addresses
+from voltana_ctrl.engines.limits import Handed as Handed
+from voltana_ctrl.engines.limits import read_limits as read_limits
 from voltana_ctrl.engines.limits import write_limits as write_limits
 from voltana_ctrl.engines.reading import EngineReading as EngineReading
 from voltana_ctrl.engines.scrape import Scraper as Scraper

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import json
 import logging
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Collection
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
-import numpy as np
-
 from voltana_ctrl.checks import F64
+from voltana_ctrl.engines.limits import Handed, read_limits
 from voltana_ctrl.errors import BackendError, ConfigError
-from voltana_ctrl.types.ladder import row_down
+from voltana_ctrl.types import Order
+from voltana_ctrl.types.ladder import row_down, row_up
 
 __all__ = ["ClockThread", "SetsOneClock"]
 
@@ -23,8 +24,8 @@ _log = logging.getLogger("voltana_ctrl")
 _LOOK_S = 0.1
 # A backend that is not used for long gives the clock back; an engine at work keeps it.
 _RENEW_S = 5.0
-# As old as limits may be before the controller counts as gone.
-_LIMITS_S = 2.0
+# Latest sets whose durations count.
+_SETS_KEPT = 64
 
 
 class SetsOneClock(Protocol):
@@ -55,8 +56,12 @@ class ClockThread:
     clocks_mhz : ndarray
         Supported clocks, ascending.
     limits : Path, optional
-        File of :func:`~voltana_ctrl.engines.write_limits`. Where it is older than 2 s the
-        controller is gone: the floor rises to the last ceiling.
+        File of :func:`~voltana_ctrl.engines.write_limits`. Where its order has lapsed the
+        controller is gone: the floor rises to the ceiling that holds then.
+    owners : collection of int
+        User ids besides root and our own that may have written the file.
+    on_handed : callable, optional
+        Told in this thread what holds, whenever that changes, with the policy's name.
 
     Examples
     --------
@@ -73,10 +78,21 @@ class ClockThread:
     """
 
     def __init__(
-        self, backend: SetsOneClock, clocks_mhz: F64, *, limits: Path | None = None
+        self,
+        backend: SetsOneClock,
+        clocks_mhz: F64,
+        *,
+        limits: Path | None = None,
+        owners: Collection[int] = (),
+        on_handed: Callable[[Order, str], None] = lambda *_: None,
     ) -> None:
         self._backend = backend
-        self._limits = limits
+        self._limits, self._owners, self._on_handed = limits, owners, on_handed
+        self._handed: Handed | None = None
+        self._told: tuple[Order, str] | None = None
+        self._problem = ""
+        self._asked_s = 0.0
+        self._took_s: deque[float] = deque(maxlen=_SETS_KEPT)
         self._clocks_mhz = clocks_mhz
         self.floor_mhz, self.ceiling_mhz = float(clocks_mhz[0]), float(clocks_mhz[-1])
         self.asked_mhz = self.ceiling_mhz
@@ -107,6 +123,7 @@ class ClockThread:
         self._at_work = True
         if freq_mhz != self.asked_mhz or self._done_mhz is None:
             self.asked_mhz = freq_mhz
+            self._asked_s = time.monotonic()
             self._idle.clear()
             self._asked.set()
 
@@ -119,6 +136,11 @@ class ClockThread:
             How long to wait.
         """
         return self._idle.wait(limit_s)
+
+    @property
+    def set_s(self) -> float:
+        """Median time from asking until a set has returned; 0 before the first."""
+        return median(self._took_s) if self._took_s else 0.0
 
     def _run(self) -> None:
         looked_s = renewed_s = time.monotonic()
@@ -147,6 +169,9 @@ class ClockThread:
             self._backend.set_clock(0, freq_mhz)
             self.sets += 1
             self._done_mhz = freq_mhz
+            if self._asked_s:
+                self._took_s.append(time.monotonic() - self._asked_s)
+                self._asked_s = 0.0
         except BackendError as error:
             self._done_mhz = None  # tried again with the next iteration
             self.refused += 1
@@ -154,29 +179,38 @@ class ClockThread:
                 _log.warning("voltana-ctrl: the clock cannot be set: %s", error)
 
     def _look(self) -> None:
-        """Take floor and ceiling; a controller that is gone leaves the highest clock allowed."""
-        told, floor_mhz = {}, 0.0
-        if self._limits is not None:
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                told = json.loads(self._limits.read_text(encoding="utf-8"))
+        """Take over what was handed over last, as it stands now."""
         try:
-            ceiling_mhz = self._supported(float(told["ceiling_mhz"]))
-            floor_mhz = min(self._supported(float(told["floor_mhz"])), ceiling_mhz)
-            fresh = 0.0 <= time.monotonic() - float(told["t_s"]) <= _LIMITS_S
-        except (LookupError, TypeError, ValueError, OverflowError):
-            ceiling_mhz, fresh = self.ceiling_mhz, False
-        self.ceiling_mhz, self.floor_mhz = ceiling_mhz, floor_mhz if fresh else ceiling_mhz
+            handed = (
+                None if self._limits is None else read_limits(self._limits, owners=self._owners)
+            )
+            self._problem = ""
+        except ConfigError as error:
+            handed = None
+            if str(error) != self._problem:
+                self._problem = str(error)
+                _log.warning("voltana-ctrl: %s; the last order stays", error)
+        self._handed = handed = handed or self._handed
+        if handed is None:  # no word yet: the highest clock
+            self.floor_mhz = self.ceiling_mhz
+        else:
+            order = handed.now(time.monotonic())
+            self.ceiling_mhz = self._at_most(order.ceiling_mhz)
+            self.floor_mhz = min(self._at_least(order.floor_mhz), self.ceiling_mhz)
+            if (order, handed.policy) != self._told:
+                self._told = order, handed.policy
+                self._on_handed(order, handed.policy)
         # An engine that does not iterate follows, too: a power budget does not wait.
-        allowed_mhz = min(max(self.asked_mhz, self.floor_mhz), ceiling_mhz)
+        allowed_mhz = min(max(self.asked_mhz, self.floor_mhz), self.ceiling_mhz)
         if allowed_mhz != self.asked_mhz:
             self.asked_mhz = allowed_mhz
             self._asked.set()
 
-    def _supported(self, freq_mhz: float) -> float:
-        """Highest supported clock at or below this one; the lowest there is if none."""
-        if not np.isfinite(freq_mhz):
-            raise ConfigError(f"limits: expected clocks, got {freq_mhz}")
+    def _at_most(self, freq_mhz: float) -> float:
         return float(self._clocks_mhz[row_down(self._clocks_mhz, freq_mhz)])
+
+    def _at_least(self, freq_mhz: float) -> float:
+        return float(self._clocks_mhz[row_up(self._clocks_mhz, freq_mhz)])
 
     def close(self) -> None:
         """Give the clock back; may be called twice."""

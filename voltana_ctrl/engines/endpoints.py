@@ -40,6 +40,10 @@ class Endpoint:
         Port where an SGLang prefill engine meets its decode engine.
     worker_id : int, optional
         Id of a Dynamo worker, by which a request is pinned to it.
+    limits : str, optional
+        File through which the governor inside the engine is given its orders
+        (``VOLTANA_CTRL_LIMITS`` there). It says that this governor holds the GPUs and sets their
+        clock; without it the node's agent does.
 
     Raises
     ------
@@ -61,6 +65,7 @@ class Endpoint:
     fpm: str | None = None
     bootstrap_port: int | None = None
     worker_id: int | None = None
+    limits: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ENGINES:
@@ -145,6 +150,7 @@ _KEYS: Mapping[str, type] = {
     "fpm": str,
     "bootstrap_port": int,
     "worker_id": int,
+    "limits": str,
 }
 
 

@@ -14,7 +14,11 @@ VOLTANA_CTRL_GPUS        gpus         UUIDs of the instance's GPUs
 VOLTANA_CTRL_ROLE        role         ``prefill``, ``decode`` or ``colocated``; asked of the
                                       engine where it is not given
 VOLTANA_CTRL_SETTER      setter       Socket of the privileged setter
-VOLTANA_CTRL_LIMITS      limits       File with floor and ceiling, see ``write_limits``
+VOLTANA_CTRL_POLICY      policy       Whose governor chooses clocks, ``mpc`` if left out; a
+                                      controller's order goes first
+VOLTANA_CTRL_LIMITS      limits       File with the order of the node's agent
+VOLTANA_CTRL_LIMITS_UID  limits_uid   User id of that agent, where it is neither root nor the
+                                      engine's own
 VOLTANA_CTRL_FPM         fpm          Address to publish forward-pass metrics at
 VOLTANA_CTRL_WORKER_ID   worker_id    Sent with them
 VOLTANA_CTRL_LOCK_DIR    lock_dir     Where lock files of GPUs live
@@ -39,7 +43,8 @@ from voltana_ctrl.engines.clock_thread import ClockThread
 from voltana_ctrl.engines.fpm.messages import ForwardPass
 from voltana_ctrl.engines.fpm.publisher import FpmPublisher
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types import FleetSpec, InstanceSpec, Role, Slo
+from voltana_ctrl.ports import believe_of
+from voltana_ctrl.types import FleetSpec, InstanceSpec, Order, Role, Slo
 
 __all__ = ["InEngine", "InEngineSettings"]
 
@@ -68,6 +73,10 @@ class InEngineSettings:
         Where the engine cannot tell.
     setter, limits, lock_dir, library : Path, optional
         Files.
+    policy : str
+        Whose governor chooses clocks.
+    limits_uid : int, optional
+        User who may write `limits`.
     fpm, worker_id, base : str
         Address to publish at, id sent, scheduler to extend.
 
@@ -90,7 +99,9 @@ class InEngineSettings:
     gpus: tuple[str, ...] = ()
     role: Role | None = None
     setter: Path | None = None
+    policy: str = "mpc"
     limits: Path | None = None
+    limits_uid: int | None = None
     lock_dir: Path | None = None
     library: Path | None = None
     fpm: str = ""
@@ -136,6 +147,10 @@ class InEngineSettings:
 def _parsed(name: str, value: Any) -> Any:
     if name == "gpus":
         return tuple(value.replace(",", " ").split() if isinstance(value, str) else value)
+    if name == "limits_uid":
+        if not (str(value).isascii() and str(value).isdigit()):
+            raise ConfigError(f"limits_uid: expected the number of a user, got {value!r}")
+        return int(value)
     if not isinstance(value, str):
         raise ConfigError(f"{name}: expected text, got {value!r}")
     if name == "slo":
@@ -189,7 +204,10 @@ class InEngine:
         self.iterations = 0
         self.errors = 0
         self.recent: deque[ForwardPass] = deque(maxlen=_KEPT)
+        self.policy = settings.policy
         self._governor: Any = None
+        self._instance: InstanceSpec | None = None
+        self._delay_s, self._call_s = 0.025, 0.005
         self._clock: ClockThread | None = None
         self._publisher: FpmPublisher | None = None
         if acts and settings.mode == "act":
@@ -200,20 +218,18 @@ class InEngine:
 
     def _open_clock(self, settings: InEngineSettings) -> ClockThread:
         from voltana_ctrl.backends import NvmlBackend
+        from voltana_ctrl.backends.nvml.dead_time import measure_dead_time
         from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
-        from voltana_ctrl.control import IterationGovernor
         from voltana_ctrl.profiles import load_profile
 
         if settings.slo is None:
             raise ConfigError(f"mode act: slo is missing; set {_PREFIX}SLO")
-        instance = InstanceSpec(
+        self._instance = instance = InstanceSpec(
             id="engine",
             role=self.role,
             profile=load_profile(settings.profile),
             gpus=len(settings.gpus),
         )
-        self._governor = IterationGovernor(instance, settings.slo)
-        self._governor.step(1.0, 1.0, 0.0, 0.0, *instance.clocks_mhz[[0, -1]])  # compiles it
         # Its clock is set alike whatever it does; a fleet needs somebody for each phase.
         alone = FleetSpec((replace(instance, role=Role.COLOCATED),))
         backend = NvmlBackend(
@@ -223,7 +239,49 @@ class InEngine:
             lock_dir=settings.lock_dir or LOCK_DIR,
             library=settings.library,
         )
-        return ClockThread(backend, instance.clocks_mhz, limits=settings.limits)
+        try:
+            # The engine does not serve yet: its GPUs are idle.
+            dead = measure_dead_time(backend, repeats=3)
+            self._delay_s, self._call_s = dead.delay_s(), float(dead.call_s.sum())
+            self._choose(settings.policy)
+            return ClockThread(
+                backend,
+                instance.clocks_mhz,
+                limits=settings.limits,
+                owners=() if settings.limits_uid is None else (settings.limits_uid,),
+                on_handed=self._take,
+            )
+        except BaseException:
+            backend.close()
+            raise
+
+    def _choose(self, policy: str) -> None:
+        """Have the governor of a policy choose the clocks from the next iteration on."""
+        from voltana_ctrl.engines.governors import governor_of_policy
+
+        if self._instance is None or self.settings.slo is None:
+            return
+        governor = governor_of_policy(
+            policy, self._instance, self.settings.slo, delay_s=self._delay_s, dwell_s=self._call_s
+        )
+        if governor is not None:  # compiles it
+            governor.step(1.0, 1.0, 0.0, 0.0, *self._instance.clocks_mhz[[0, -1]])
+        self._governor, self.policy = governor, policy
+
+    def _take(self, order: Order, policy: str) -> None:
+        """Do as an order says; called by the clock thread."""
+        if policy != self.policy:
+            self._choose(policy)
+        belief, believe = order.belief(delay_s=self.delay_s), believe_of(self._governor)
+        if belief is not None and believe is not None:
+            believe(belief, 0)
+
+    @property
+    def delay_s(self) -> float:
+        """From asking for a clock until it runs, as measured at the start and while running."""
+        if self._clock is None or self._clock.set_s == 0.0:
+            return self._delay_s
+        return self._delay_s - self._call_s + self._clock.set_s
 
     @property
     def asked_mhz(self) -> float | None:
@@ -258,8 +316,12 @@ class InEngine:
         clock = self._clock
         if clock is None:
             return
+        governor = self._governor
+        if governor is None:
+            clock.ask(clock.floor_mhz)
+            return
         clock.ask(
-            self._governor.step(
+            governor.step(
                 running_req,
                 kv_used_tok,
                 waiting_tok,

@@ -1,36 +1,198 @@
-"""Floor and ceiling that a controller gives the governor inside an engine, as a file."""
+"""The order for the governor inside an engine, as a file that the node's agent writes.
+
+The directory is the agent's (mode 0755); the engine reads what is in it and trusts it only where
+nobody but the agent, root or the engine's own user can have written it. In Kubernetes it is a
+mount of the engine's pod, and the agent's user is named by ``VOLTANA_CTRL_LIMITS_UID``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["write_limits"]
+from voltana_ctrl.checks import positive
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import Order
+
+__all__ = ["Handed", "read_limits", "write_limits"]
+
+_SCHEMA = "voltana-ctrl/limits/1"
+_MAX_BYTES = 1 << 16
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
-def write_limits(path: str | Path, *, floor_mhz: float, ceiling_mhz: float) -> None:
-    """Tell the governor in an engine its floor and ceiling; at least once a second.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handed:
+    """An order as it was handed to an engine.
+
+    Parameters
+    ----------
+    order : Order
+        The order.
+    policy : str
+        Whose governor chooses the clock between floor and ceiling.
+    since_s : float
+        When it was asked for, on the clock since boot, which all processes of a machine share.
+    valid_s : float
+        How long it holds from then on.
+
+    Examples
+    --------
+    >>> handed = Handed(order=Order(floor_mhz=600.0, ceiling_mhz=1410.0), policy="mpc",
+    ...                 since_s=100.0, valid_s=1.0)
+    >>> handed.now(100.5).floor_mhz, handed.now(101.5).floor_mhz
+    (600.0, 1410.0)
+    """
+
+    order: Order
+    policy: str
+    since_s: float
+    valid_s: float
+
+    def now(self, t_s: float) -> Order:
+        """The order as it stands now: in force, or, once it has lapsed, without a controller.
+
+        Parameters
+        ----------
+        t_s : float
+            Time on the same clock.
+        """
+        held_s = max(0.0, t_s - self.since_s)
+        # A time ahead of now is of another boot: nobody knows how old the order is.
+        in_force = 0.0 <= t_s - self.since_s <= self.valid_s
+        return self.order.after(held_s) if in_force else self.order.alone(held_s)
+
+
+def write_limits(
+    path: str | Path,
+    order: Order,
+    *,
+    policy: str = "mpc",
+    valid_s: float = 1.0,
+    since_s: float | None = None,
+) -> None:
+    """Hand an order to the governor inside an engine; anew before it lapses.
 
     Parameters
     ----------
     path : str or Path
-        The file, replaced as a whole.
-    floor_mhz, ceiling_mhz : float
+        The file, replaced as a whole; its directory is made if it is not there.
+    order : Order
         What the controller decided for this instance.
+    policy : str
+        Whose governor is to choose the clock.
+    valid_s : float
+        How long it holds.
+    since_s : float, optional
+        From when on, by ``time.monotonic()``; now if left out.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be written.
 
     Examples
     --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_limits(Path(folder, "limits"), floor_mhz=600.0, ceiling_mhz=1410.0)
-    ...     sorted(json.loads(Path(folder, "limits").read_text()))
-    ['ceiling_mhz', 'floor_mhz', 't_s']
+    ...     path = Path(folder, "decode-0.json")
+    ...     write_limits(path, Order(floor_mhz=600.0, ceiling_mhz=1410.0))
+    ...     read_limits(path).order.floor_mhz
+    600.0
     """
-    # The clock since boot is the same for all processes of a machine, and never set back.
-    told = {"floor_mhz": floor_mhz, "ceiling_mhz": ceiling_mhz, "t_s": time.monotonic()}
+    told = {
+        "schema": _SCHEMA,
+        "order": order.plain(),
+        "policy": policy,
+        "since_s": time.monotonic() if since_s is None else since_s,
+        "valid_s": valid_s,
+    }
     path = Path(path)
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(told), encoding="utf-8")
-    new.replace(path)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            new.unlink()
+        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        with os.fdopen(file, "w", encoding="utf-8") as out:
+            json.dump(told, out)
+        new.replace(path)
+    except OSError as error:
+        raise ConfigError(f"limits {path}: cannot be written: {error.strerror}") from error
+
+
+def read_limits(path: str | Path, *, owners: Collection[int] = ()) -> Handed | None:
+    """What was handed over in a file; None while there is none.
+
+    Parameters
+    ----------
+    path : str or Path
+        Of :func:`write_limits`.
+    owners : collection of int
+        User ids besides root and our own that may have written it.
+
+    Raises
+    ------
+    ConfigError
+        If somebody else may have written it, or it is no order.
+
+    Examples
+    --------
+    >>> read_limits("no-such-file") is None
+    True
+    """
+    path = Path(path)
+    trusted = {0, os.geteuid(), *owners}
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"limits {path}: cannot be read: {error.strerror}") from error
+    try:
+        for what, found in (("it", os.fstat(file)), ("its folder", os.stat(path.parent))):
+            if found.st_uid not in trusted or found.st_mode & _WRITABLE_BY_OTHERS:
+                raise ConfigError(
+                    f"limits {path}: others than the agent can write {what}; expected an owner of"
+                    f" {sorted(trusted)} and mode 0755, got {found.st_uid} and"
+                    f" {stat.S_IMODE(found.st_mode):04o}"
+                )
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ConfigError(f"limits {path}: expected a file")
+        data = os.read(file, _MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"limits {path}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(file)
+    return _parsed(path, data)
+
+
+def _parsed(path: Path, data: bytes) -> Handed:
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(f"limits {path}: longer than {_MAX_BYTES} bytes")
+    try:
+        told = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"limits {path}: expected JSON") from error
+    if not (isinstance(told, dict) and told.get("schema") == _SCHEMA):
+        raise ConfigError(f"limits {path}: expected schema {_SCHEMA}")
+    try:
+        since_s, valid_s, policy = told["since_s"], told["valid_s"], told["policy"]
+        positive("since_s", since_s)
+        positive("valid_s", valid_s)
+        if not (isinstance(policy, str) and len(policy) <= 253):
+            raise ConfigError("policy: expected a name")
+        return Handed(
+            order=Order.parse(told["order"]),
+            policy=policy,
+            since_s=float(since_s),
+            valid_s=float(min(valid_s, 60.0)),
+        )
+    except (LookupError, OverflowError, ConfigError) as error:
+        raise ConfigError(f"limits {path}: {error}") from error

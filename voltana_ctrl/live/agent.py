@@ -18,7 +18,7 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.live.node import CappedGuard, KillSwitch
 from voltana_ctrl.live.node_control import Advice, WatchController
 from voltana_ctrl.loop import ControlLoop
-from voltana_ctrl.ports import Observer, backend_extras
+from voltana_ctrl.ports import Observer, Router, backend_extras
 from voltana_ctrl.savings.switchback import SwitchbackController
 from voltana_ctrl.types import Decision, FleetSpec, Observation, PowerBudget
 
@@ -82,6 +82,8 @@ class AgentSettings:
     ceiling_mhz : ndarray, shape (n,), optional
         Clocks that are never passed, see
         :func:`~voltana_ctrl.live.node.power_ceilings_mhz`.
+    min_mhz : ndarray, shape (n,), optional
+        Clocks below which nothing is ever asked for, power ceilings aside.
     unread : tuple of str
         Ids of instances whose GPUs nobody reads; advice says that their clock is assumed.
 
@@ -102,6 +104,7 @@ class AgentSettings:
     seed: int = 0
     power_budget: PowerBudget | None = None
     ceiling_mhz: F64 | None = None
+    min_mhz: F64 | None = None
     unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -131,6 +134,8 @@ class Agent:
         Log and metrics.
     period_s : float
         Time between readings where there is no controller.
+    router : Router, optional
+        Told every decision that is applied, where requests are routed in this process.
     say : callable
         Told what people should know, a line at a time.
 
@@ -160,6 +165,7 @@ class Agent:
         *,
         observers: Sequence[Observer] = (),
         period_s: float = 0.1,
+        router: Router | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.settings = settings = settings or AgentSettings()
@@ -193,7 +199,12 @@ class Agent:
         self.loop = ControlLoop(
             backend,
             controller,
-            CappedGuard(fleet, fleet.max_mhz if ceiling_mhz is None else np.array(ceiling_mhz)),
+            CappedGuard(
+                fleet,
+                fleet.max_mhz if ceiling_mhz is None else np.array(ceiling_mhz),
+                min_mhz=settings.min_mhz,
+            ),
+            router,
             observers=(*observers, *advice),
         )
         if settings.mode == "act":

@@ -1,29 +1,22 @@
-"""A node's end of the line to its controller, and what the node does when it goes dead."""
+"""The line of a node or a router to its controller: reports go out, orders come in."""
 
 from __future__ import annotations
 
 import logging
+import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, positive
-from voltana_ctrl.control.base import Controller
+from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.live.orders import (
-    MAX_BYTES,
-    MessageRefused,
-    NodeOrder,
-    NodeReport,
-    decode_order,
-    encode_report,
-)
+from voltana_ctrl.live.messages import MAX_BYTES, MessageRefused, decode_orders, encode_report
+from voltana_ctrl.live.orders import Orders, Report, SenderKind, new_start
 from voltana_ctrl.types import (
-    Decision,
     FleetSpec,
     FleetState,
     IterationBatch,
@@ -31,7 +24,7 @@ from voltana_ctrl.types import (
     RequestBatch,
 )
 
-__all__ = ["ControllerLink", "RemoteController", "RemoteMemory"]
+__all__ = ["ControllerLink"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,29 +34,39 @@ _MOST_BATCHES = 200
 class ControllerLink:
     """Sends reports and receives orders, in a thread of its own.
 
+    Orders are in force from when they were asked for until they lapse. Of one start of the
+    controller only newer ones are taken, and another start only once the last ones have lapsed:
+    two controllers cannot take turns.
+
     Parameters
     ----------
     url : str
-        The controller, such as ``http://10.0.0.1:8791``.
+        The controller, such as ``https://10.0.0.1:8791``.
     token : str
         Its bearer token.
     fleet : FleetSpec
         The whole fleet.
-    node : str
-        Name of this node.
+    sender : str
+        Name of this node or router.
     ids : sequence of str
-        Its instances.
+        Its instances; of a router, those of the fleet.
+    kind : {"node", "router"}
+        Who reports.
     limit_s : float
         How long an answer may take.
     hold_s : float
-        Longest that an order holds without a newer one, whatever it says.
+        Longest that orders hold without newer ones, whatever they say.
+    tls_ca : Path, optional
+        Certificates of the authorities that the controller's may be signed by; those of the
+        system if left out.
     now_s : callable
         Time that never goes back.
 
     Raises
     ------
     ConfigError
-        If httpx is not installed, the URL is none, or an instance is not of the fleet.
+        If httpx is not installed, the URL is none, an instance is not of the fleet, or the
+        certificates cannot be read.
 
     Examples
     --------
@@ -71,7 +74,7 @@ class ControllerLink:
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> with ControllerLink("http://127.0.0.1:9", "0123456789abcdef", fleet, "n0",
     ...                     ["decode-0"]) as link:
-    ...     link.order() is None
+    ...     link.orders() is None
     True
     """
 
@@ -80,11 +83,13 @@ class ControllerLink:
         url: str,
         token: str,
         fleet: FleetSpec,
-        node: str,
+        sender: str,
         ids: Sequence[str],
         *,
+        kind: SenderKind = "node",
         limit_s: float = 0.5,
         hold_s: float = 1.0,
+        tls_ca: Path | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         positive("ControllerLink.limit_s", limit_s)
@@ -108,18 +113,22 @@ class ControllerLink:
                 headers={"Authorization": f"Bearer {token}"},
                 timeout=limit_s,
                 trust_env=False,
+                verify=_trusted(tls_ca),
             )
         except (httpx.InvalidURL, ValueError) as error:
             raise ConfigError(
                 f"controller: expected http://HOST:PORT, got {url!r}: {error}"
             ) from error
-        self._fleet, self._node, self._ids = fleet, node, tuple(ids)
+        if self._client.base_url.scheme not in ("http", "https"):
+            raise ConfigError(f"controller: expected http://HOST:PORT, got {url!r}")
+        self._fleet, self._sender, self._kind = fleet, sender, kind
+        self._ids = tuple(ids)
         self._where = [fleet.ids.index(name) for name in ids]
         self._hold_s, self._now_s = hold_s, now_s
         self.failure: str | None = None
-        self._number = 0
+        self._start, self._number = new_start(), 0
         self._pending: list[Observation] = []
-        self._received: tuple[NodeOrder, float] | None = None
+        self._last: tuple[Orders, float] | None = None
         self._lock = threading.Lock()
         self._news, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="voltana-ctrl-link", daemon=True)
@@ -131,20 +140,24 @@ class ControllerLink:
         Parameters
         ----------
         observation : Observation
-            Of the whole fleet; only this node's part is sent.
+            Of the whole fleet; only the part of `ids` is sent.
         """
         with self._lock:
             self._pending = [*self._pending[-_MOST_BATCHES:], observation]
         self._news.set()
 
-    def order(self) -> NodeOrder | None:
-        """The order in force; None where there is none, or none any more."""
-        received = self._received
-        if received is None:
-            return None
-        order, from_s = received
-        held_s = self._now_s() - from_s
-        return order if 0.0 <= held_s <= min(order.valid_s, self._hold_s) else None
+    def orders(self) -> Orders | None:
+        """The orders in force; None where there are none, or none any more."""
+        last = self._last
+        return None if last is None or self._lapsed(*last) else last[0]
+
+    def last(self) -> tuple[Orders, float] | None:
+        """The last orders that came, in force or not, and how long ago they were asked for."""
+        last = self._last
+        return None if last is None else (last[0], max(0.0, self._now_s() - last[1]))
+
+    def _lapsed(self, orders: Orders, asked_s: float) -> bool:
+        return not 0.0 <= self._now_s() - asked_s <= min(orders.valid_s, self._hold_s)
 
     def _run(self) -> None:
         while not self._closed.is_set():
@@ -152,30 +165,37 @@ class ControllerLink:
             self._news.clear()
             with self._lock:
                 pending, self._pending = self._pending, []
-            if pending and not self._closed.is_set() and not self._reported(pending):
-                with self._lock:  # what happened is told with the next report
-                    self._pending = [*pending, *self._pending][-_MOST_BATCHES:]
+            # A report whose answer is lost may have been heard: it is sent again as the same.
+            told_s = self._now_s()
+            while pending and not self._closed.is_set() and not self._reported(pending, told_s):
+                if self._now_s() - told_s > self._hold_s:
+                    # What happened without a controller would look like a burst to the next one.
+                    with self._lock:
+                        self._pending = self._pending[-1:]
+                    break
                 self._closed.wait(0.1)
+            self._number += 1
 
-    def _reported(self, pending: Sequence[Observation]) -> bool:
+    def _reported(self, pending: Sequence[Observation], told_s: float) -> bool:
         """Report once; whatever goes wrong with it, the line stays open for the next."""
         try:
-            return self._report(pending)
+            return self._report(pending, told_s)
         except Exception as error:  # noqa: BLE001  the next report may well be heard
             self.failure = f"controller: {type(error).__name__}: {error}"
             _log.exception("voltana-ctrl: a report to the controller failed")
             return True  # the same report would fail again
 
-    def _report(self, pending: Sequence[Observation]) -> bool:
+    def _report(self, pending: Sequence[Observation], told_s: float) -> bool:
         sent_s = self._now_s()
         try:
-            report = NodeReport(
-                node=self._node,
+            report = Report(
+                kind=self._kind,
+                sender=self._sender,
+                start=self._start,
                 number=self._number,
                 ids=self._ids,
-                observation=_part(pending, self._where),
+                observation=_part(pending, self._where, older_s=sent_s - told_s),
             )
-            self._number += 1
             answer = self._client.post(
                 "/v1/report",
                 content=encode_report(report, self._fleet),
@@ -183,15 +203,16 @@ class ControllerLink:
             )
             if answer.status_code == 503:
                 self.failure = f"controller: {answer.text[:200]}"
-                return True  # it took the report, and has no order
+                return True  # it took the report, and has no orders
             if answer.status_code != 200:
                 self.failure = f"controller: status {answer.status_code}: {answer.text[:200]}"
-                return False
+                return answer.status_code == 422  # it would be refused again
             if len(answer.content) > MAX_BYTES:
                 raise MessageRefused("the answer is too long")
-            order = decode_order(answer.content, self._fleet)
-            if set(order.freq_mhz) != set(self._ids):
-                raise MessageRefused("the order is for other instances")
+            orders = decode_orders(answer.content, self._fleet)
+            if set(orders.orders) != set(self._ids):
+                raise MessageRefused("the orders are for other instances")
+            self._take(orders, sent_s)
         except MessageRefused as error:
             self.failure = f"controller: {error}"
             return True  # the same report would be refused again
@@ -199,9 +220,17 @@ class ControllerLink:
             self.failure = f"controller: {type(error).__name__}: {error}"
             return False
         self.failure = None
-        # From when it was asked for: what the answer was made of is no younger.
-        self._received = (order, sent_s)
         return True
+
+    def _take(self, orders: Orders, asked_s: float) -> None:
+        """Take orders over, from when they were asked for: what they rest on is no younger."""
+        if self._last is not None:
+            before, before_s = self._last
+            if orders.start != before.start and not self._lapsed(before, before_s):
+                raise MessageRefused("two controllers give orders; end one of them")
+            if orders.start == before.start and orders.number < before.number:
+                return  # overtaken on the way
+        self._last = (orders, asked_s)
 
     def close(self) -> None:
         """Hang up; may be called twice."""
@@ -217,14 +246,27 @@ class ControllerLink:
         self.close()
 
 
-def _part(pending: Sequence[Observation], where: Sequence[int]) -> Observation:
-    """Latest state of this node's instances, and all that happened to them."""
+def _trusted(tls_ca: Path | None) -> Any:
+    """What httpx takes for `verify`."""
+    if tls_ca is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=str(tls_ca))
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"tls-ca {tls_ca}: cannot be read as certificates: {error}") from error
+
+
+def _part(
+    pending: Sequence[Observation], where: Sequence[int], *, older_s: float = 0.0
+) -> Observation:
+    """Latest state of these instances, so much older by now, and all that happened to them."""
     state = pending[-1].state
     columns: dict[str, Any] = {
         name: getattr(state, name)[where] for name in FleetState.__slots__ if name != "t_s"
     }
     for name in ("arrived_req", "arrived_tok"):
         columns[name] = np.sum([getattr(one.state, name)[where] for one in pending], axis=0)
+    columns["age_s"] = columns["age_s"] + older_s
     iterations = [one.iterations for one in pending if len(one.iterations)]
     finished = [one.finished for one in pending if len(one.finished)]
     return Observation(
@@ -235,7 +277,7 @@ def _part(pending: Sequence[Observation], where: Sequence[int]) -> Observation:
 
 
 def _rows(kind: Any, batches: Sequence[Any], where: Sequence[int], names: Sequence[str]) -> Any:
-    """Rows of all batches that concern these instances, and hold numbers only."""
+    """Rows of all batches that concern those instances, and hold numbers only."""
     if not batches:
         return kind.empty()
     columns = {
@@ -245,93 +287,3 @@ def _rows(kind: Any, batches: Sequence[Any], where: Sequence[int], names: Sequen
     for column in columns.values():
         ours &= np.isfinite(column)
     return kind(**{name: column[ours][-5000:] for name, column in columns.items()})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RemoteMemory:
-    """What the node remembers of its controller.
-
-    Parameters
-    ----------
-    ceiling_mhz : ndarray, shape (n,)
-        Ceilings of the last valid order; the highest clocks before the first.
-    gone : bool
-        Whether there is no order in force.
-
-    Examples
-    --------
-    >>> RemoteMemory(ceiling_mhz=np.ones(2), gone=True).gone
-    True
-    """
-
-    ceiling_mhz: F64
-    gone: bool
-
-
-class RemoteController(Controller):
-    """Does what a controller elsewhere says; without it, the highest clock under its ceiling.
-
-    Parameters
-    ----------
-    fleet : FleetSpec
-        The whole fleet.
-    link : ControllerLink
-        The line to it.
-    period_s : float
-        Time between decisions.
-
-    Raises
-    ------
-    ConfigError
-        If the period is longer than 0.5 s, and a dead controller would be noticed too late.
-
-    Examples
-    --------
-    >>> from voltana_ctrl import load_profile
-    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    >>> class Dead:
-    ...     def tell(self, observation): pass
-    ...     def order(self): return None
-    >>> controller = RemoteController(fleet, Dead())
-    >>> seen = Observation(state=FleetState.idle(2))
-    >>> controller.decide(seen, controller.init())[0].freq_mhz
-    array([1410., 1410.])
-    """
-
-    def __init__(self, fleet: FleetSpec, link: ControllerLink, *, period_s: float = 0.1) -> None:
-        super().__init__(fleet, period_s=period_s)
-        if period_s > 0.5:
-            raise ConfigError(
-                f"RemoteController.period_s: expected at most 0.5 s, got {period_s:g}; a node"
-                " must notice within 2 s that its controller is gone"
-            )
-        self._link = link
-
-    def init(self) -> RemoteMemory:
-        """No order yet."""
-        return RemoteMemory(ceiling_mhz=self.fleet.max_mhz, gone=True)
-
-    def notes(self, memory: RemoteMemory) -> Mapping[str, float]:
-        """Whether the controller is gone.
-
-        Parameters
-        ----------
-        memory : RemoteMemory
-            Of the latest tick.
-        """
-        return {"controller_gone": float(memory.gone)}
-
-    def _decide(
-        self, observation: Observation, memory: RemoteMemory
-    ) -> tuple[Decision, RemoteMemory]:
-        self._link.tell(observation)
-        order, t_s = self._link.order(), observation.state.t_s
-        if order is None:
-            highest = Decision.highest(self.fleet, t_s=t_s, ceiling_mhz=memory.ceiling_mhz)
-            return highest, replace(memory, gone=True)
-        floor, ceiling = np.array(self.fleet.max_mhz), np.array(self.fleet.max_mhz)
-        for i, name in enumerate(self.fleet.ids):
-            if name in order.freq_mhz:
-                floor[i], ceiling[i] = order.freq_mhz[name], order.freq_max_mhz[name]
-        decision = Decision.highest(self.fleet, t_s=t_s, floor_mhz=floor, ceiling_mhz=ceiling)
-        return decision, RemoteMemory(ceiling_mhz=ceiling, gone=False)

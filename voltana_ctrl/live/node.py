@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +15,12 @@ from voltana_ctrl.backends.nvml.gpus import NvmlBackend
 from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
 from voltana_ctrl.checks import F64, Bool
 from voltana_ctrl.control.budget import highest_power_w
+from voltana_ctrl.engines.limits import write_limits
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.guard import Guard
+from voltana_ctrl.live.orders import orders_of
 from voltana_ctrl.ports import Backend, backend_extras
-from voltana_ctrl.types import Decision, FleetSpec, Observation, Role
+from voltana_ctrl.types import Decision, FleetSpec, Observation, Order, Role
 
 __all__ = ["CappedGuard", "KillSwitch", "NodeBackend", "node_clocks", "power_ceilings_mhz"]
 
@@ -97,7 +100,7 @@ def power_ceilings_mhz(fleet: FleetSpec, limit_w: Mapping[str, float]) -> F64:
 
 
 class CappedGuard(Guard):
-    """A guard that knows ceilings of its own, under whatever the controller asks for.
+    """A guard that knows ceilings and floors of its own, whatever the controller asks for.
 
     Parameters
     ----------
@@ -105,6 +108,8 @@ class CappedGuard(Guard):
         The fleet.
     ceiling_mhz : ndarray, shape (n,)
         Never passed; see :func:`power_ceilings_mhz`.
+    min_mhz : ndarray, shape (n,), optional
+        Nothing lower is asked for, unless the ceiling says so.
 
     Examples
     --------
@@ -116,9 +121,10 @@ class CappedGuard(Guard):
     array([1155., 1410.])
     """
 
-    def __init__(self, spec: FleetSpec, ceiling_mhz: F64) -> None:
+    def __init__(self, spec: FleetSpec, ceiling_mhz: F64, *, min_mhz: F64 | None = None) -> None:
         super().__init__(spec)
         self.ceiling_mhz = ceiling_mhz
+        self.min_mhz = spec.min_mhz if min_mhz is None else min_mhz
 
     def shield(
         self, proposed: Decision, observation: Observation, last: Decision | None
@@ -131,30 +137,36 @@ class CappedGuard(Guard):
             As of the guard.
         """
         highest = np.minimum(proposed.freq_max_mhz, self.ceiling_mhz)
-        capped = replace(
-            proposed, freq_mhz=np.minimum(proposed.freq_mhz, highest), freq_max_mhz=highest
-        )
+        floor = np.maximum(proposed.freq_mhz, self.min_mhz)
+        capped = replace(proposed, freq_mhz=np.minimum(floor, highest), freq_max_mhz=highest)
         return super().shield(capped, observation, last)
 
 
 class NodeBackend:
     """Telemetry read from `reads`; clocks of some instances set through `sets`, if there is one.
 
-    Without `sets` there is no object in it that could set anything. With it, only clocks are
-    set, and only those of the instances that `sets` was opened for: power caps belong to
-    whoever set them.
+    Without `sets` and `hands` there is no object in it that could set anything. With `sets`, only
+    clocks are set, and only those of the instances that it was opened for: power caps belong to
+    whoever set them. The instances of `hands` have a governor inside their engine, which holds
+    their GPUs and is handed floor, ceiling and the rest as a file.
 
     Parameters
     ----------
     reads : Backend
         State of the whole fleet.
     sets : NvmlBackend, optional
-        Of :func:`node_clocks`; None only watches.
+        Of :func:`node_clocks`; None sets no clock.
+    hands : mapping of str to Path, optional
+        File of :func:`~voltana_ctrl.engines.write_limits` that the engine of an instance reads.
+    policy : str
+        Whose governor is to choose clocks there.
+    valid_s : float
+        How long an order holds there without a newer one.
 
     Raises
     ------
     ConfigError
-        If `sets` has instances that the fleet has not.
+        If `sets` or `hands` have instances that the fleet has not, or share one.
 
     Examples
     --------
@@ -167,20 +179,39 @@ class NodeBackend:
     False
     """
 
-    def __init__(self, reads: Backend, sets: NvmlBackend | None = None) -> None:
+    def __init__(
+        self,
+        reads: Backend,
+        sets: NvmlBackend | None = None,
+        *,
+        hands: Mapping[str, Path] | None = None,
+        policy: str = "mpc",
+        valid_s: float = 1.0,
+    ) -> None:
         self._reads = reads
         self._read_problems = backend_extras(reads).problems
-        self._sets = sets
+        self._sets, self._hands = sets, dict(hands or {})
+        #: Whose governor chooses clocks in engines; may be changed while it runs.
+        self.policy = policy
+        self._valid_s = valid_s
         self._released = False
+        self._handing = threading.Lock()
         ids = reads.spec.ids
-        self._chosen = []
-        if sets is not None:
-            strange = sorted(set(sets.spec.ids) - set(ids))
+        set_ids = () if sets is None else sets.spec.ids
+        for name, those in (("sets", set_ids), ("hands", tuple(self._hands))):
+            strange = sorted(set(those) - set(ids))
             if strange:
                 raise ConfigError(
-                    f"NodeBackend.sets: expected instances of {', '.join(ids)}, got {strange[0]!r}"
+                    f"NodeBackend.{name}: expected instances of {', '.join(ids)}, got"
+                    f" {strange[0]!r}"
                 )
-            self._chosen = [ids.index(name) for name in sets.spec.ids]
+        both = sorted(set(set_ids) & set(self._hands))
+        if both:
+            raise ConfigError(
+                f"NodeBackend: {both[0]}: expected one to set its clock, got two: the governor in"
+                " its engine and this process; leave out engine.limits or the GPU"
+            )
+        self._chosen = [ids.index(name) for name in set_ids]
 
     @property
     def spec(self) -> FleetSpec:
@@ -190,7 +221,12 @@ class NodeBackend:
     @property
     def acts(self) -> bool:
         """Whether anything can be set, now."""
-        return self._sets is not None and not self._released
+        return (self._sets is not None or bool(self._hands)) and not self._released
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Instances whose clock the governor in their engine chooses."""
+        return tuple(self._hands)
 
     def problems(self) -> dict[str, str]:
         """Why instances do not answer, by id, as far as `reads` knows."""
@@ -212,13 +248,17 @@ class NodeBackend:
                 raise
 
     def apply(self, decision: Decision) -> None:
-        """Set the clocks of the chosen instances to those of the decision.
+        """Set the clocks of the chosen instances, and hand the others' orders to their engines.
 
         Raises
         ------
         ActuationDenied, BackendError
             As of :class:`~voltana_ctrl.backends.NvmlBackend`.
+        ConfigError
+            If an order cannot be written.
         """
+        if self._hands:
+            self._hand(orders_of(decision, self.spec))
         if self._sets is None:
             return
         chosen = self._chosen
@@ -234,15 +274,29 @@ class NodeBackend:
         sets = self._sets
         self._unless_released(lambda: sets.apply(part))
 
+    def _hand(self, orders: Mapping[str, Order], *, last: bool = False) -> None:
+        with self._handing:
+            if self._released and not last:
+                return
+            for name, path in self._hands.items():
+                write_limits(path, orders[name], policy=self.policy, valid_s=self._valid_s)
+
     def release(self) -> None:
         """Give the hardware back and set nothing any more; from any thread, also twice.
+
+        Governors in engines are told to run at the highest clock.
 
         Raises
         ------
         ActuationDenied, BackendError
             As of :meth:`voltana_ctrl.backends.NvmlBackend.close`.
         """
-        self._released = True
+        if not self._released:
+            self._released = True
+            if self._hands:
+                highest = Decision.highest(self.spec)
+                with suppress(ConfigError):  # the order in force lapses all the same
+                    self._hand(orders_of(highest, self.spec), last=True)
         if self._sets is not None:
             self._sets.close()
 

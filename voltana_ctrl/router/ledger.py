@@ -6,7 +6,8 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -303,6 +304,32 @@ class InFlight:
     def in_flight_req(self, instance: int) -> int:
         """Requests that were sent there and have not ended."""
         return self._queue_req[instance] + self._running_req[instance]
+
+    def own(self, *, arrived_req: F64, arrived_tok: F64) -> FleetState:
+        """State by our own requests alone, as told to a controller; from any thread.
+
+        Parameters
+        ----------
+        arrived_req, arrived_tok : ndarray, shape (n,)
+            What was sent to each instance since the last time.
+        """
+        now_s = self.clock()
+        waits = []
+        for waiting in self._waiting:
+            with suppress(StopIteration, RuntimeError):  # it changed meanwhile
+                waits.append(now_s - next(iter(waiting.values())))
+                continue
+            waits.append(0.0)
+        return replace(
+            FleetState.idle(len(self.fleet), t_s=now_s),
+            queue_tok=np.array(self._queue_tok, float),
+            queue_req=np.array(self._queue_req, float),
+            oldest_wait_s=np.array(waits),
+            running_req=np.array(self._running_req, float),
+            kv_used_tok=np.array(self._kv_tok, float),
+            arrived_req=arrived_req,
+            arrived_tok=arrived_tok,
+        )
 
     def state(self) -> FleetState:
         """State of the fleet now, as far as it is known here."""

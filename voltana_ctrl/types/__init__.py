@@ -24,6 +24,7 @@ from voltana_ctrl.types.observation import (
     Request,
     RequestBatch,
 )
+from voltana_ctrl.types.order import Order
 from voltana_ctrl.types.profile import Profile
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Limits",
     "Load",
     "Observation",
+    "Order",
     "PowerBudget",
     "Profile",
     "Request",

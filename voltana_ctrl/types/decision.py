@@ -8,7 +8,15 @@ from enum import Enum
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, Bool, fraction, freeze_fields, not_negative, positive
+from voltana_ctrl.checks import (
+    F64,
+    Bool,
+    fraction,
+    freeze_fields,
+    frozen_array,
+    not_negative,
+    positive,
+)
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types.actuators import Limits
 from voltana_ctrl.types.belief import Belief
@@ -129,6 +137,9 @@ class Decision:
     belief : Belief, optional
         What governors and routers should believe about the instances; without one they keep what
         they believed.
+    announced : tuple of (after_s, ceiling_mhz)
+        Ceilings, of shape (n,), that follow by themselves so many seconds after the decision, for
+        those who outlive the controller.
     status : Status
         Anything but OK is never applied.
 
@@ -153,6 +164,7 @@ class Decision:
     price_j_req: F64
     limits: Limits | None = None
     belief: Belief | None = None
+    announced: tuple[tuple[float, F64], ...] = ()
     status: Status = Status.OK
 
     def __post_init__(self) -> None:
@@ -164,6 +176,11 @@ class Decision:
         for name in names:
             if not np.isfinite(getattr(self, name)).all():
                 raise ShapeError(f"Decision.{name}: expected finite numbers, got NaN or infinity")
+        announced = tuple(
+            (float(after_s), frozen_array("Decision.announced", ceiling_mhz, shape))
+            for after_s, ceiling_mhz in self.announced
+        )
+        object.__setattr__(self, "announced", announced)
         if self.belief is not None and len(self.belief) != shape[0]:
             raise ShapeError(
                 f"Decision.belief: expected one about {shape[0]} instances, got one about"

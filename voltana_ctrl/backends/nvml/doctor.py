@@ -345,7 +345,7 @@ def examine(
         problem = str(error)
     if gpus and not privileged and served is None:
         mends.append(
-            "to set clocks, run `voltana-ctrl agent --setter` as root beside the server, or run"
+            "to set clocks, run `voltana-ctrl setter` as root beside the server, or run"
             " the controller as root; reading works as it is"
         )
     compiled_code, compile_mend = _compiled_code()

@@ -219,7 +219,7 @@ class Nvml:
             if code == nvml.NVML_ERROR_NO_PERMISSION:
                 raise ActuationDenied(
                     f"{what}: no permission to set; run as root or with CAP_SYS_ADMIN, or set"
-                    " through `voltana-ctrl agent --setter`"
+                    " through `voltana-ctrl setter`"
                 ) from error
             if code in (nvml.NVML_ERROR_INVALID_ARGUMENT, nvml.NVML_ERROR_NOT_SUPPORTED):
                 raise ActuationDenied(f"{what}: refused by the driver: {error}") from error

@@ -70,7 +70,7 @@ class NvmlBackend:
     actuate : bool
         False opens for reading only: `apply` checks, and sets nothing.
     setter : Path, optional
-        Socket of the privileged setter (``voltana-ctrl agent --setter``), through which clocks
+        Socket of the privileged setter (``voltana-ctrl setter``), through which clocks
         are then set; without, this process needs the privilege.
     restore_lock_mhz : tuple of int, optional
         Clock lock (lowest, highest) to leave behind instead of none.

@@ -22,7 +22,7 @@ from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, 
 from voltana_ctrl.backends.nvml.process import process_start
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 
-__all__ = ["LOCK_DIR", "LockFile"]
+__all__ = ["LOCK_DIR", "LockFile", "restore_abandoned"]
 
 #: Where lock files live: a folder that a reboot empties, since a reboot gives everything back.
 LOCK_DIR = Path("/run/lock")
@@ -167,6 +167,44 @@ class LockFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def restore_abandoned(folder: Path = LOCK_DIR) -> tuple[list[str], list[str]]:
+    """Give back all hardware whose controller and watchdog are both gone.
+
+    Parameters
+    ----------
+    folder : Path
+        Where lock files live.
+
+    Returns
+    -------
+    given_back, problems : list of str
+        Lock files whose hardware was given back, and what could not be, in words. What somebody
+        holds is left alone.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     restore_abandoned(Path(folder))
+    ([], [])
+    """
+    given_back, problems = [], []
+    for path in sorted(Path(folder).glob("voltana-ctrl-*.lock")):
+        name = path.name.removeprefix("voltana-ctrl-").removesuffix(".lock")
+        if holder(name, folder) is not None:
+            continue
+        try:
+            # Taking hold of abandoned hardware gives it back.
+            held = LockFile(name, folder=folder, wait_s=0.0)
+        except (BackendError, ActuationDenied) as error:
+            problems.append(str(error))
+            continue
+        if held.recovered:
+            given_back.append(name)
+        held.release()
+    return given_back, problems
 
 
 def read_record(fd: int) -> FoundFile | FoundGpu | None:

@@ -70,7 +70,7 @@ class SetterClient:
             connection.close()
             raise BackendError(
                 f"setter: nobody serves {self._path}: {error.strerror or error}; start"
-                " `voltana-ctrl agent --setter` as root"
+                " `voltana-ctrl setter` as root"
             ) from error
         return connection
 

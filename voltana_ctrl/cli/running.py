@@ -1,0 +1,290 @@
+"""What the commands share that run on a fleet: `agent`, `controller`, `router` and `serve`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from voltana_ctrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from voltana_ctrl.backends.nvml.gpus import NvmlBackend
+    from voltana_ctrl.checks import F64
+    from voltana_ctrl.control.base import Controller
+    from voltana_ctrl.engines.endpoints import Endpoint
+    from voltana_ctrl.engines.traffic import Traffic
+    from voltana_ctrl.live.agent import AgentSettings, Mode, Switchable
+    from voltana_ctrl.live.node import NodeBackend
+    from voltana_ctrl.ports import Router
+    from voltana_ctrl.router.app import Proxy
+    from voltana_ctrl.types import FleetSpec, PowerBudget, Slo
+
+TOKEN_VARIABLE = "VOLTANA_CTRL_TOKEN"
+
+
+def say(line: str) -> None:
+    """Tell people, with the time."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stderr.flush()
+
+
+def warn_former(**given: tuple[object, str]) -> None:
+    """Say what is used instead of options that go with the next release."""
+    for name, (value, instead) in given.items():
+        if value:
+            option = name.replace("_", "-")
+            say(f"warning: --{option} goes with the next release; use {instead}")
+
+
+def own_engines(
+    fleet: FleetSpec, endpoints: Sequence[Endpoint], node: str | None
+) -> list[Endpoint]:
+    """Engines of a node; all where none is named."""
+    nodes = sorted({one.node for one in fleet.instances})
+    if node is not None and node not in nodes:
+        raise ConfigError(f"node: expected one of {', '.join(nodes)}, got {node!r}")
+    here = {one.id for one in fleet.instances if node in (None, one.node)}
+    return [endpoint for endpoint in endpoints if endpoint.instance in here]
+
+
+def canaries(canary: str | None, own: Sequence[Endpoint]) -> dict[str, tuple[str, ...]]:
+    """GPUs of the instances that may be set, by instance."""
+    known = {endpoint.instance: endpoint.gpus for endpoint in own}
+    if canary is None:
+        return {name: gpus for name, gpus in known.items() if gpus}
+    names = [name.strip() for name in canary.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"canary: expected instances of {', '.join(known)}, got {name!r}")
+        if not known[name]:
+            raise ConfigError(f"canary: {name}: no GPUs in the fleet file; give engine.gpus")
+    if not names:
+        raise ConfigError("canary: expected at least one instance, got none")
+    return {name: known[name] for name in names}
+
+
+def unread(fleet: FleetSpec, own: Sequence[Endpoint]) -> tuple[str, ...]:
+    """Instances whose GPUs are not read here; says so of those that are looked after here."""
+    dark = [endpoint.instance for endpoint in own if not endpoint.gpus]
+    if dark:
+        say(
+            f"warning: no GPUs named for {', '.join(dark)}: clock assumed to be the highest, power"
+            " unknown; give engine.gpus in the fleet file"
+        )
+    read = {endpoint.instance for endpoint in own if endpoint.gpus}
+    return tuple(name for name in fleet.ids if name not in read)
+
+
+def ceilings(fleet: FleetSpec, limits_w: Mapping[str, float]) -> F64 | None:
+    """Clocks under the power limits of others; None where there are none."""
+    if not limits_w:
+        return None
+    from voltana_ctrl.live.node import power_ceilings_mhz
+
+    told = ", ".join(f"{name} {limit_w:g} W" for name, limit_w in limits_w.items())
+    say(f"power limits per GPU in force: {told}; clocks stay within them, caps are not set")
+    return power_ceilings_mhz(fleet, limits_w)
+
+
+def least_mhz(text: str | None, fleet: FleetSpec) -> F64 | None:
+    """Lowest clocks of MHZ or ID=MHZ,...; None where the option was left out."""
+    if text is None:
+        return None
+    from voltana_ctrl.cli.options import number
+
+    least = fleet.min_mhz
+    for part in text.split(","):
+        name, equals, mhz = part.rpartition("=")
+        if equals and name not in fleet.ids:
+            raise ConfigError(f"min-mhz: expected MHZ, or ID=MHZ of {', '.join(fleet.ids)}")
+        where = slice(None) if not equals else fleet.ids.index(name)
+        least[where] = number("min-mhz", mhz)
+    if (least > fleet.max_mhz).any() or not (least > 0.0).all():
+        raise ConfigError(
+            f"min-mhz: expected clocks up to the highest of each instance, got {text}"
+        )
+    return least
+
+
+def since_start() -> Callable[[], float]:
+    """Time since now, which is what the steps of a budget count from."""
+    begin_s = time.monotonic()
+    return lambda: time.monotonic() - begin_s
+
+
+def open_node(
+    fleet: FleetSpec,
+    own: Sequence[Endpoint],
+    chosen: Mapping[str, tuple[str, ...]],
+    mode: str,
+    *,
+    socket: Path | None,
+    lock_dir: Path | None,
+    policy: str,
+    ceiling_mhz: F64 | None = None,
+    traffic: Traffic | None = None,
+) -> tuple[NodeBackend, float]:
+    """A node as a plant, and the delay of its clock sets, which is measured where it acts."""
+    from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
+    from voltana_ctrl.backends.nvml.meters import GpuMeters
+    from voltana_ctrl.engines.telemetry import EngineBackend
+    from voltana_ctrl.live.node import NodeBackend, node_clocks
+
+    meters = GpuMeters(fleet, {one.instance: one.gpus for one in own})
+    for uuid, cap_w in meters.caps_w.items():
+        say(f"a power cap of {cap_w:g} W is in force on GPU {uuid}; it is left as it is")
+    reads = EngineBackend(fleet, own, gpus=meters, traffic=traffic, now_s=since_start())
+    if mode != "act":
+        return NodeBackend(reads), 0.025
+    sets, delay_s = None, 0.025
+    try:
+        if not chosen:
+            raise ConfigError("agent: mode act: no instance has GPUs; give engine.gpus")
+        hands = {
+            one.instance: Path(one.limits)
+            for one in own
+            if one.limits is not None and one.instance in chosen
+        }
+        free = {name: gpus for name, gpus in chosen.items() if name not in hands}
+        if free:
+            sets = node_clocks(fleet, free, setter=socket, lock_dir=lock_dir or LOCK_DIR)
+            delay_s = _measured_delay_s(fleet, sets, ceiling_mhz)
+        for name in chosen:
+            who = "the governor in its engine" if name in hands else "this process, at every tick"
+            say(f"{name}: its clock is set by {who}")
+        return NodeBackend(reads, sets, hands=hands, policy=policy), delay_s
+    except BaseException:
+        if sets is not None:
+            sets.close()
+        reads.close()
+        raise
+
+
+def _measured_delay_s(fleet: FleetSpec, sets: NvmlBackend, ceiling_mhz: F64 | None) -> float:
+    from voltana_ctrl.backends.nvml.dead_time import measure_dead_time
+
+    highest = fleet.max_mhz if ceiling_mhz is None else ceiling_mhz
+    ours = highest[[fleet.ids.index(name) for name in sets.spec.ids]]
+    dead = measure_dead_time(sets, ceiling_mhz=ours, repeats=3)
+    delay_s = dead.delay_s()
+    say(f"a clock runs {1e3 * delay_s:.0f} ms after it is asked for, as measured now")
+    return delay_s
+
+
+def run_agent(
+    ending: ExitStack,
+    backend: Switchable,
+    controller: Controller | None,
+    settings: AgentSettings,
+    slo: Slo,
+    *,
+    log: Path | None,
+    parquet: bool,
+    metrics: str | None,
+    duration_s: float | None,
+    period_s: float,
+    router: Router | None = None,
+    observers: Sequence[Any] = (),
+    what: str = "agent",
+    watched_by: Proxy | None = None,
+) -> None:
+    """Run a loop in one of the modes until it is told to end, with log and metrics."""
+    from voltana_ctrl.backends.nvml.lease import end_on_sigterm
+    from voltana_ctrl.live.agent import Agent
+    from voltana_ctrl.live.exporter import Exporter
+    from voltana_ctrl.live.ticklog import TickLog
+
+    ending.callback(backend.close)
+    ending.enter_context(end_on_sigterm())
+    watching = list(observers)
+    if log is not None:
+        ticks = TickLog(log, backend.spec, slo=slo, mode=settings.mode, unread=settings.unread,
+                        parquet=parquet)  # fmt: skip
+        ending.callback(ticks.close)
+        watching.append(ticks)
+    if metrics is not None:
+        exporter = Exporter(
+            backend.spec, slo=slo, unread=settings.unread, decides=settings.mode != "observe"
+        )
+        host, port = address("metrics", metrics)
+        say(f"metrics on {host}:{exporter.serve(port, host)}")
+        ending.callback(exporter.close)
+        watching.append(exporter)
+    agent = ending.enter_context(
+        Agent(
+            backend,
+            controller,
+            settings,
+            observers=watching,
+            period_s=period_s,
+            say=say,
+            router=router,
+        )
+    )
+    if watched_by is not None:
+        watched_by.watch(agent.loop)
+    ending.enter_context(agent.killed_by_signal())
+    hint = f"; kill -USR1 {os.getpid()} gives the hardware back" if settings.mode == "act" else ""
+    say(f"{what}: mode {settings.mode}, {len(backend.spec)} instances{hint}")
+    agent.run(duration_s=float("inf") if duration_s is None else duration_s)
+
+
+def address(name: str, text: str) -> tuple[str, int]:
+    """Host and port of [HOST:]PORT."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise ConfigError(f"{name}: expected [HOST:]PORT such as 127.0.0.1:8791, got {text!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def token_of(path: Path | None) -> str:
+    """Bearer token from a file, else from the environment."""
+    if path is None:
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    else:
+        try:
+            token = path.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError(f"token-file {path}: cannot be read: {error.strerror}") from error
+    if not token:
+        raise ConfigError(
+            f"token: expected one in --token-file or {TOKEN_VARIABLE}; make one with"
+            ' python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+    return token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promises:
+    """What the options of all of them say alike, read once."""
+
+    mode: Mode
+    slo: Slo
+    period_s: float
+    budget: PowerBudget | None
+
+
+def promises(
+    mode: str, slo: str, tick_s: float, power_budget_w: str | None, policy: str
+) -> Promises:
+    """Mode, promises, period and budget from their options."""
+    from voltana_ctrl.cli.options import above_zero, look_here
+    from voltana_ctrl.live.agent import MODES
+    from voltana_ctrl.types import PowerBudget, Slo
+
+    if mode not in MODES:
+        raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    above_zero(tick_ms=1000.0 * tick_s)
+    look_here([policy])
+    return Promises(
+        mode=mode,
+        slo=Slo.parse(slo),
+        period_s=tick_s,
+        budget=None if power_budget_w is None else PowerBudget.parse(power_budget_w),
+    )

@@ -1,0 +1,160 @@
+"""``voltana-ctrl serve``: router, controller and agent of one machine in one process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from voltana_ctrl.cli.options import above_zero, check_outputs
+from voltana_ctrl.cli.running import (
+    canaries,
+    ceilings,
+    least_mhz,
+    open_node,
+    own_engines,
+    promises,
+    run_agent,
+    say,
+    unread,
+)
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from voltana_ctrl.router.app import Proxy
+
+
+def serve(
+    fleet: Annotated[Path, typer.Option(help="TOML of [[instance]] tables, each with its engine.")],
+    mode: Annotated[
+        str, typer.Option(help="observe: reads only; advise: says what it would do; act: does it.")
+    ] = "observe",
+    policy: Annotated[str, typer.Option(help="See `voltana-ctrl policies`.")] = "mpc",
+    slo: Annotated[str, typer.Option(help="TTFT and ITL in s.")] = "ttft=0.6,itl=0.06",
+    tick_ms: Annotated[float, typer.Option(help="Control period.")] = 100.0,
+    host: Annotated[str, typer.Option(help="Address to listen on, for clients.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on, for clients.")] = 8790,
+    canary: Annotated[
+        str | None, typer.Option(help="ID,...: only these instances are ever set.")
+    ] = None,
+    min_mhz: Annotated[str | None, typer.Option(help="MHZ or ID=MHZ,...: never lower.")] = None,
+    kill_file: Annotated[
+        Path | None, typer.Option(help="When this file appears, all is given back.")
+    ] = None,
+    switchback: Annotated[
+        float | None, typer.Option(help="Minutes: alternate policy and highest clock.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of its order. [default: drawn]")] = None,
+    log: Annotated[Path | None, typer.Option(help="Write ticks to this .jsonl.")] = None,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Full log files become Parquet.")
+    ] = False,
+    metrics: Annotated[
+        str | None, typer.Option(help="[HOST:]PORT for Prometheus to scrape.")
+    ] = None,
+    power_budget_w: Annotated[
+        str | None, typer.Option(help="W, or steps S:W,S:W from the start on, of the fleet.")
+    ] = None,
+    gpu_power_limit: Annotated[
+        list[str] | None, typer.Option(help="[ID=]W per GPU, kept; may be repeated.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Variable with the bearer token that clients must show.")
+    ] = None,
+    engine_api_key_env: Annotated[
+        str | None, typer.Option(help="Variable with the bearer token shown to engines.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, for HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
+    lock_dir: Annotated[
+        Path | None, typer.Option(help="Of lock files, the same for all of a machine.")
+    ] = None,
+    socket: Annotated[Path | None, typer.Option(help="Set through this setter's socket.")] = None,
+    duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
+) -> None:
+    """Route, decide and set clocks on one machine; clients come to --host and --port."""
+    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy)
+    above_zero(switchback=switchback, duration=duration)
+    check_outputs({"log": log}, suffix=".jsonl")
+    from voltana_ctrl.cli.router import secret_of
+    from voltana_ctrl.engines.endpoints import load_endpoints
+    from voltana_ctrl.engines.traffic import Traffic
+    from voltana_ctrl.live.agent import AgentSettings
+    from voltana_ctrl.live.governed import node_policy
+    from voltana_ctrl.live.pod_power import power_limits_w
+    from voltana_ctrl.live.subscription import SubscribedRouters
+    from voltana_ctrl.router.app import Proxy
+    from voltana_ctrl.router.server import proxy_server
+    from voltana_ctrl.serving.server import listen
+
+    spec, endpoints = load_endpoints(fleet)
+    own = own_engines(spec, endpoints, None)
+    chosen = canaries(canary, own)
+    limits_w = power_limits_w(
+        list(spec.ids), given=gpu_power_limit or (), annotations=None, environment=os.environ
+    )
+    with ExitStack() as ending:
+        settings = AgentSettings(
+            mode=asked.mode,
+            kill_file=kill_file,
+            switchback_s=None if switchback is None else 60.0 * switchback,
+            seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
+            power_budget=asked.budget,
+            ceiling_mhz=ceilings(spec, limits_w),
+            min_mhz=least_mhz(min_mhz, spec),
+            unread=unread(spec, own),
+        )
+        traffic = Traffic(len(spec))
+        routers = SubscribedRouters(spec, policy, asked.slo)
+        proxy = Proxy(
+            spec,
+            endpoints,
+            routers=routers,
+            traffic=traffic,
+            api_key=secret_of(api_key_env),
+            engine_api_key=secret_of(engine_api_key_env),
+        )
+        server = proxy_server(proxy, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key)
+        listening = listen(host, port, what="serve")
+        backend, delay_s = open_node(
+            spec, own, chosen, mode, socket=socket, lock_dir=lock_dir, policy=policy,
+            ceiling_mhz=settings.ceiling_mhz, traffic=traffic,
+        )  # fmt: skip
+        ending.callback(backend.close)
+        decides = None
+        if mode != "observe":
+            decides = node_policy(
+                spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
+                delay_s=delay_s, held=backend.held, routed=lambda: asked.mode == "act",
+            )  # fmt: skip
+        ending.enter_context(_in_a_thread(server, proxy, listening))
+        scheme = "http" if tls_cert is None else "https"
+        say(f"{policy} routes on {scheme}://{host}:{listening[0].getsockname()[1]}")
+        run_agent(
+            ending, backend, decides, settings, asked.slo, log=log, parquet=parquet,
+            metrics=metrics, duration_s=duration, period_s=asked.period_s,
+            # Who only watches or advises leaves the routing to the load.
+            router=routers if asked.mode == "act" else None, observers=[proxy.energy],
+            what="serve", watched_by=proxy,
+        )  # fmt: skip
+
+
+@contextmanager
+def _in_a_thread(server: uvicorn.Server, proxy: Proxy, listening: list) -> Iterator[None]:  # type: ignore[type-arg]
+    """Serve beside the control loop, which has the main thread and its signals."""
+    thread = threading.Thread(
+        target=server.run, args=(listening,), name="voltana-ctrl-router", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        proxy.is_draining = True
+        server.should_exit = True
+        thread.join(proxy.limits.drain_s + 5.0)

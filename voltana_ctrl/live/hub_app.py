@@ -1,0 +1,164 @@
+"""The HTTP side of a controller: where nodes and routers report."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.live.hub import HubBackend
+from voltana_ctrl.live.messages import MAX_BYTES, MessageRefused, decode_report, encode_orders
+from voltana_ctrl.serving.server import bounded_server, listen
+
+__all__ = ["HubServer", "hub_app"]
+
+
+def hub_app(hub: HubBackend, token: str) -> Any:
+    """ASGI application that nodes and routers report to: POST ``/v1/report``, GET ``/v1/health``.
+
+    Parameters
+    ----------
+    hub : HubBackend
+        The fleet.
+    token : str
+        What they must show as a bearer token.
+
+    Raises
+    ------
+    ConfigError
+        If starlette is not installed or the token is shorter than 16 characters.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> hub_app(HubBackend(fleet), "short")
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: token: expected at least 16 characters, got 5; ...
+    """
+    try:
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.requests import Request
+        from starlette.responses import JSONResponse, Response
+        from starlette.routing import Route
+    except ImportError as error:
+        raise ConfigError(
+            "controller: starlette is not installed; pip install 'voltana-ctrl[server]'"
+        ) from error
+    if len(token) < 16:
+        raise ConfigError(
+            f"token: expected at least 16 characters, got {len(token)}; make one with"
+            ' python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+
+    def refused(status: int, message: str) -> Response:
+        return JSONResponse({"error": message}, status_code=status)
+
+    async def report(request: Request) -> Response:
+        shown = request.headers.get("authorization", "")
+        if not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
+            return refused(401, "expected the bearer token of this controller")
+        data = b""
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BYTES:
+                return refused(413, f"expected at most {MAX_BYTES} bytes")
+        try:
+            orders = hub.take(decode_report(data, hub.spec))
+            return Response(encode_orders(orders, hub.spec), media_type="application/json")
+        except MessageRefused as error:
+            return refused(422, str(error))
+        except BackendError as error:
+            return refused(503, str(error))
+
+    async def health(_request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def not_found(_request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        return refused(status, getattr(error, "detail", "error"))
+
+    return Starlette(
+        routes=[
+            Route("/v1/report", report, methods=["POST"]),
+            Route("/v1/health", health, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: not_found},
+    )
+
+
+class HubServer:
+    """Serves an application in a thread of its own.
+
+    Parameters
+    ----------
+    app : ASGI application
+        Of :func:`hub_app`.
+    host : str
+        Address to listen on.
+    port : int
+        0 for any that is free.
+    tls_cert, tls_key : Path, optional
+        Certificate chain and its key, for HTTPS.
+
+    Attributes
+    ----------
+    port : int
+        The port.
+
+    Raises
+    ------
+    ConfigError
+        If uvicorn is not installed.
+    BackendError
+        If it cannot listen there.
+
+    Examples
+    --------
+    >>> async def app(scope, receive, send): ...
+    >>> with HubServer(app) as server:
+    ...     server.port > 0
+    True
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
+        self._server = bounded_server(app, what="controller", tls_cert=tls_cert, tls_key=tls_key)
+        self._sockets = listen(host, port, what="controller")
+        self.port = int(self._sockets[0].getsockname()[1])
+        self._thread = threading.Thread(
+            target=self._server.run, args=(self._sockets,), name="voltana-ctrl-hub", daemon=True
+        )
+        self._thread.start()
+        begin_s = time.monotonic()
+        while not self._server.started and time.monotonic() - begin_s < 10.0:
+            if not self._thread.is_alive():
+                raise BackendError("controller: the HTTP server did not start")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Stop serving; may be called twice."""
+        self._server.should_exit = True
+        self._thread.join(5.0)
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.close()
+
+    def __enter__(self) -> HubServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,115 @@
+"""A node that does what a controller elsewhere says, and knows what to do without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from voltana_ctrl.control.base import Controller
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.live.link import ControllerLink
+from voltana_ctrl.live.orders import decision_of
+from voltana_ctrl.types import Decision, FleetSpec, Observation
+
+__all__ = ["RemoteController", "RemoteMemory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteMemory:
+    """What the node remembers of its controller.
+
+    Parameters
+    ----------
+    gone : bool
+        Whether there are no orders in force.
+
+    Examples
+    --------
+    >>> RemoteMemory(gone=True).gone
+    True
+    """
+
+    gone: bool
+
+
+class RemoteController(Controller):
+    """Does what a controller elsewhere says; without it, the highest clock under its ceilings.
+
+    The ceilings are those of the last orders that held, and those that they announced for later:
+    a power budget that begins after the controller's death is kept.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The whole fleet.
+    link : ControllerLink
+        The line to it.
+    period_s : float
+        Time between decisions.
+    on_policy : callable, optional
+        Told the name of the policy whose governors are to choose clocks, when it changes.
+
+    Raises
+    ------
+    ConfigError
+        If the period is longer than 0.5 s, and a dead controller would be noticed too late.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetState, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> class Dead:
+    ...     def tell(self, observation): pass
+    ...     def orders(self): return None
+    ...     def last(self): return None
+    >>> controller = RemoteController(fleet, Dead())
+    >>> seen = Observation(state=FleetState.idle(2))
+    >>> controller.decide(seen, controller.init())[0].freq_mhz
+    array([1410., 1410.])
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSpec,
+        link: ControllerLink,
+        *,
+        period_s: float = 0.1,
+        on_policy: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        super().__init__(fleet, period_s=period_s)
+        if period_s > 0.5:
+            raise ConfigError(
+                f"RemoteController.period_s: expected at most 0.5 s, got {period_s:g}; a node"
+                " must notice within 2 s that its controller is gone"
+            )
+        self._link, self._on_policy = link, on_policy
+
+    def init(self) -> RemoteMemory:
+        """No order yet."""
+        return RemoteMemory(gone=True)
+
+    def notes(self, memory: RemoteMemory) -> Mapping[str, float]:
+        """Whether the controller is gone.
+
+        Parameters
+        ----------
+        memory : RemoteMemory
+            Of the latest tick.
+        """
+        return {"controller_gone": float(memory.gone)}
+
+    def _decide(
+        self, observation: Observation, memory: RemoteMemory
+    ) -> tuple[Decision, RemoteMemory]:
+        self._link.tell(observation)
+        in_force, last, t_s = self._link.orders(), self._link.last(), observation.state.t_s
+        memory = RemoteMemory(gone=in_force is None)
+        if last is None:
+            return Decision.highest(self.fleet, t_s=t_s), memory
+        orders, held_s = last
+        self._on_policy(orders.policy)
+        told = {
+            name: order.alone(held_s) if memory.gone else order.after(held_s)
+            for name, order in orders.orders.items()
+        }
+        return decision_of(told, self.fleet, t_s=t_s), memory
