@@ -1,5 +1,7 @@
 """The fast layer: against its twin, monotone, bounded, and what it does to tails."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from tests.oracles import naive_control
 from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
 from voltana_ctrl.control.governor import IterationGovernor
 from voltana_ctrl.kernels.choose.governor import squared_tok
-from voltana_ctrl.laws import prefill_s
+from voltana_ctrl.laws import kv_transfer_s, prefill_s
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 FLEET = FleetSpec.parse("1P1D", PROFILE)
@@ -150,3 +152,18 @@ def test_settings_are_checked():
         fresh(DECODE, margin_frac=(-2.0, 0.0))
     with pytest.raises(ConfigError, match="delay_s"):
         fresh(DECODE, delay_s=np.nan)
+
+
+@pytest.mark.parametrize(("fleet", "waits"), [("1P1D", True), ("1C", False)])
+def test_a_first_token_told_by_decode_leaves_prefill_less_time(fleet, waits):
+    """Only where another instance tells it: a colocated one moves nothing."""
+    slo = Slo(ttft_s=0.6, itl_s=0.06)
+    told = [
+        dataclasses.replace(PROFILE, first_token=phase) for phase in ("prefill", "decode")
+    ]  # fmt: skip
+    early, late = (
+        IterationGovernor(FleetSpec.parse(fleet, profile).instances[0], slo).params
+        for profile in told
+    )
+    moved_s = float(kv_transfer_s(PROFILE, PROFILE.prefill_budget_tok))
+    assert early[0] - late[0] == (pytest.approx(moved_s + 2.0 * early[1]) if waits else 0.0)

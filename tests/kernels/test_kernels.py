@@ -40,7 +40,9 @@ def test_an_iteration_is_its_two_parts(name, k, n, context, chunk, start) -> Non
     assert wall_s == pytest.approx(expected_s, rel=1e-12)
     expected_j = float(decode_j(row, n, kv_tok, padded)) if n else 0.0
     assert decoded_j == pytest.approx(expected_j, rel=1e-12)
-    assert prefilled_j == pytest.approx(apart_s * row["prefill_power_w"], rel=1e-12)
+    beside_w = row["prefill_beside_w"] if n else 0.0
+    drawn_w = row["prefill_power_w"] + beside_w
+    assert prefilled_j == pytest.approx(apart_s * drawn_w, rel=1e-12)
 
 
 @given(name=names, k=st.integers(0, 80), n=st.integers(1, 1000), kv_tok=st.floats(0.0, 4e5))

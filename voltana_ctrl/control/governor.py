@@ -119,6 +119,7 @@ class IterationGovernor(CompiledGovernor):
         profile = profile or instance.profile
         self.slo = slo
         self._profile = profile
+        self.instance = instance
         super().__init__(
             instance,
             profile,
@@ -142,7 +143,7 @@ class IterationGovernor(CompiledGovernor):
         """TTFT and ITL that predictions must keep."""
         ttft_s = self.slo.ttft_s / (1.0 + ttft_margin_frac)
         itl_s = self.slo.itl_s / (1.0 + itl_margin_frac)
-        if self._profile.first_token == "decode":
+        if self._profile.first_token == "decode" and not self.instance.role.decodes:
             # The client waits for transfer and up to two decode iterations besides.
             moved_s = float(kv_transfer_s(self._profile, self.instance.prefill_budget_tok))
             ttft_s -= moved_s + 2.0 * itl_s
