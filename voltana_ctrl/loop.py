@@ -170,7 +170,9 @@ class ControlLoop:
     def _decide(self, observation: Observation) -> tuple[Decision, Any]:
         """What the controller says; where it raises, a decision that the guard replaces."""
         try:
-            return self.controller.decide(observation, self._memory)
+            return _understood(
+                self.controller.decide(observation, self._memory), self.controller, observation
+            )
         except Exception:
             if self._raises:
                 raise
@@ -250,3 +252,27 @@ class ControlLoop:
             self.stop()
         finally:
             self.backend.close()
+
+
+def _understood(answer: Any, controller: object, observation: Observation) -> tuple[Decision, Any]:
+    """What a controller returned, or how it should have been, in its own terms."""
+    who = f"{type(controller).__name__}.decide"
+    expected = "expected a pair (Decision, memory)"
+    if isinstance(answer, Decision):
+        raise ConfigError(f"{who}: {expected}, got the Decision alone; end it with `, memory`")
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        got = "nothing" if answer is None else type(answer).__name__
+        raise ConfigError(f"{who}: {expected}, got {got}; end it with `return decision, memory`")
+    decision, memory = answer
+    if not isinstance(decision, Decision):
+        raise ConfigError(
+            f"{who}: {expected}, got {type(decision).__name__} for the Decision; begin with"
+            " Decision.highest(fleet), and dataclasses.replace what differs"
+        )
+    instances = len(observation.state.freq_mhz)
+    if len(decision.freq_mhz) != instances:
+        raise ConfigError(
+            f"{who}: expected a Decision for {instances} instances, got one for"
+            f" {len(decision.freq_mhz)}"
+        )
+    return decision, memory

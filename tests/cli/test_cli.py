@@ -126,6 +126,10 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["compare", "--actuation-ms", "-1"], "actuation-ms"),
         (["compare", "--json", "no/such/folder/o.json"], "does not exist"),
         (["compare", "--nothing"], "--nothing"),
+        (["compare", "--power-budget-w", "1200W"], "got '1200W'"),
+        (["compare", "--csv", "out.txt"], "csv: expected a .csv file"),
+        (["compare", "--series", "out.txt"], "expected a .csv or .parquet file"),
+        (["compare", "--config", "none.toml"], "config none.toml: cannot be read"),
         (["fit", "none.csv"], "cannot be read"),
         (["fit", "none.csv", "--fix", "rise_frac"], "expected NAME=VALUE"),
         (["fit", "none.csv", "--like", "a100"], "profile: expected one of"),
@@ -151,6 +155,57 @@ def test_bad_input_ends_with_2_and_one_line(arguments, words, tmp_path, environm
     assert len(done.stderr.splitlines()) == 1
     assert words in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rate", "ten"], ["--policies", "voltana"], ["--slo", "ttft=1"], ["--fleet", "2X2D"],
+        ["--profile", "h100"], ["--workload", "nothing.csv"], ["--power-budget-w", "1200W"],
+    ],
+    ids=lambda arguments: arguments[0],
+)  # fmt: skip
+def test_a_mistyped_option_is_told_before_the_simulator_is_loaded(arguments, environment):
+    program = (
+        "import sys; from voltana_ctrl.cli import main\n"
+        f"sys.argv = ['voltana-ctrl', 'compare', *{arguments!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, *{'numba', 'scipy', 'cvxpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.split() == ["2"]
+
+
+def test_the_module_is_the_command(environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "voltana_ctrl", "--version"],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.split() == ["voltana-ctrl", voltana_ctrl.__version__]
+
+
+def test_lists_are_told_to_programs_too(environment):
+    policies = json.loads(run("policies", "--json", **environment).stdout)
+    assert {"static-max", "mpc", "bound"} <= {one["name"] for one in policies["policies"]}
+    profiles = json.loads(run("profiles", "--json", **environment).stdout)["profiles"]
+    assert all(one["clocks_mhz"] and one["status"] for one in profiles)
+
+
+def test_the_shell_completes_policies_in_a_list(environment):
+    program = "import sys; from voltana_ctrl.cli import main; sys.argv = ['voltana-ctrl']; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={
+            **os.environ, **environment, "_VOLTANA_CTRL_COMPLETE": "complete_bash",
+            "COMP_WORDS": "voltana-ctrl compare --policies static-max,voltanallm-f",
+            "COMP_CWORD": "3",
+        },
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.split() == ["static-max,voltanallm-full-ladder"]
 
 
 def test_policies_and_profiles_are_listed(environment):

@@ -26,6 +26,7 @@ from voltana_ctrl.cli import (
     serve,
     setter,
 )
+from voltana_ctrl.cli.config import configurable
 from voltana_ctrl.cli.workers import Stopped
 from voltana_ctrl.errors import VoltanaError
 
@@ -40,11 +41,11 @@ class _Command(TyperCommand):
             text = getattr(option, "help", None)
             if text:
                 option.help = escape(text)  # type: ignore[attr-defined]
+        self.epilog = escape(self.epilog or "")
         super().format_help(ctx, formatter)
 
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Less energy for LLM serving at the same latency: compare control policies.",
@@ -65,7 +66,13 @@ for _command in (
     policies.policies,
     profiles.profiles,
 ):
-    app.command(cls=_Command)(_command)
+    app.command(
+        cls=_Command,
+        # Rich keeps paragraphs, and joins lines.
+        epilog="\n\n".join(
+            ["Examples:", *getattr(sys.modules[_command.__module__], "EXAMPLES", ())]
+        ),
+    )(configurable(_command))
 
 
 @app.callback(invoke_without_command=True)

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from voltana_ctrl.live.node import NodeBackend
     from voltana_ctrl.types import FleetSpec, Slo
 
+EXAMPLES = (
+    "voltana-ctrl agent --fleet fleet.toml",
+    "voltana-ctrl agent --fleet fleet.toml --mode advise --log ticks.jsonl --metrics 9400",
+    "voltana-ctrl agent --fleet fleet.toml --mode act --canary decode-0",
+)
+
 
 def agent(
     mode: Annotated[

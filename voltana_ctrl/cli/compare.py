@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from voltana_ctrl.cli.complete import policy_names, workload_names
 from voltana_ctrl.cli.options import above_zero, check_outputs, cores, look_here, numbers
 from voltana_ctrl.errors import ConfigError
 
@@ -48,7 +49,10 @@ def compare(
     ] = None,
     workload: Annotated[
         str,
-        typer.Option(help="sharegpt, lmsys, azure-conv, azure-code, fixed, or a trace file."),
+        typer.Option(
+            help="sharegpt, lmsys, azure-conv, azure-code, fixed, or a trace file.",
+            autocompletion=workload_names,
+        ),
     ] = "sharegpt",
     concurrency: Annotated[
         int | None, typer.Option(help="Closed loop: clients that wait for their answer.")
@@ -66,7 +70,10 @@ def compare(
     ] = "ttft=0.6,itl=0.06,attainment=0.99",
     policies: Annotated[
         str | None,
-        typer.Option(help="Names with commas between; see `voltana-ctrl policies`."),
+        typer.Option(
+            help="Names with commas between; see `voltana-ctrl policies`.",
+            autocompletion=policy_names,
+        ),
     ] = None,
     power_budget_w: Annotated[
         str | None,

@@ -21,6 +21,8 @@ from voltana_ctrl.cli.running import (
     token_of,
 )
 
+EXAMPLES = ("voltana-ctrl controller --fleet fleet.toml --mode advise",)
+
 
 def controller(
     fleet: Annotated[Path, typer.Option(help="TOML of [[instance]] tables, each with its engine.")],

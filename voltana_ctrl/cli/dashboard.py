@@ -6,6 +6,8 @@ from importlib.resources import files
 
 import typer
 
+EXAMPLES = ("voltana-ctrl dashboard > voltana-ctrl.json",)
+
 
 def dashboard() -> None:
     """Print the Grafana dashboard of the metrics that `agent` and `controller` export."""

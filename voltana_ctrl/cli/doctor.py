@@ -6,6 +6,12 @@ from typing import Annotated
 
 import typer
 
+EXAMPLES = (
+    "voltana-ctrl doctor",
+    "voltana-ctrl doctor --json",
+    "voltana-ctrl doctor --actuate",
+)
+
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,

@@ -9,6 +9,11 @@ import typer
 
 from voltana_ctrl.cli.options import check_outputs, ladder_mhz, number, pairs
 
+EXAMPLES = (
+    "voltana-ctrl fit table.csv --out mine.toml",
+    "voltana-ctrl fit a.csv b.csv --where tp=1 --name my-gpu/my-model --plot fit.png",
+)
+
 
 def fit(
     tables: Annotated[list[Path], typer.Argument(help="CSV or Parquet of measured iterations.")],

@@ -14,6 +14,11 @@ import typer
 from voltana_ctrl.cli.options import check_outputs, progress, whole
 from voltana_ctrl.errors import BackendError, ConfigError
 
+EXAMPLES = (
+    "voltana-ctrl profile http://localhost:8000 --gpu GPU-8f6d0000 --dry-run",
+    "voltana-ctrl profile http://localhost:8000 --gpu GPU-8f6d0000 --out table.csv",
+)
+
 #: Options of profile whose names differ from those of :class:`Engine` and :class:`Sweep`.
 _FLAGS = {
     "gpus": "gpu",

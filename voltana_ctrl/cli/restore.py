@@ -9,6 +9,8 @@ import typer
 
 from voltana_ctrl.errors import BackendError
 
+EXAMPLES = ("voltana-ctrl restore",)
+
 
 def restore(
     lock_dir: Annotated[

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from voltana_ctrl.engines.endpoints import Endpoint
     from voltana_ctrl.types import FleetSpec
 
+EXAMPLES = (
+    "voltana-ctrl router --prefill http://10.0.0.1:8000 --decode http://10.0.0.2:8000",
+    "voltana-ctrl router --fleet fleet.toml --policy cascade --telemetry --port 8790",
+)
+
 #: Port where nothing else of the trade is by default, and that of before, served until 0.2.
 _PORT, _OLD_PORT = 8790, 8080
 

@@ -8,6 +8,11 @@ from typing import Annotated
 
 import typer
 
+EXAMPLES = (
+    "voltana-ctrl savings ticks.jsonl",
+    "voltana-ctrl savings logs/ --price-kwh 0.30 --co2-g-kwh 380 --json",
+)
+
 
 def savings(
     logs: Annotated[

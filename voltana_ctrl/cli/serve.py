@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from voltana_ctrl.router.app import Proxy
 
 
+EXAMPLES = ("voltana-ctrl serve --fleet fleet.toml --mode advise",)
+
+
 def serve(
     fleet: Annotated[Path, typer.Option(help="TOML of [[instance]] tables, each with its engine.")],
     mode: Annotated[

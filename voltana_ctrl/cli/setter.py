@@ -9,6 +9,8 @@ import typer
 
 from voltana_ctrl.errors import ConfigError
 
+EXAMPLES = ("voltana-ctrl setter --gpu GPU-8f6d0000 --uid 1000",)
+
 
 def setter(
     gpu: Annotated[

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl.checks import count, not_negative, positive
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.errors import ConfigError, VoltanaError
 from voltana_ctrl.experiment.run import GRACE_S, Run
 from voltana_ctrl.policies import HEADLINE, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.profiles import load_profile
@@ -171,8 +173,27 @@ class Grid:
 
 def _carry_out(index: int, run: Run) -> Done:
     begin_s = time.perf_counter()
-    figures = run.simulate()
+    try:
+        figures = run.simulate()
+    except VoltanaError:
+        raise
+    except Exception as error:
+        if ":" not in str(run.policy):
+            raise  # a mistake of ours
+        raise ConfigError(f"policy {run.policy!r}: {_told(error)}") from error
     return Done(index=index, figures=figures, took_s=time.perf_counter() - begin_s)
+
+
+def _told(error: Exception) -> str:
+    """What was raised, and by which line of the user's."""
+    package = str(Path(__file__).parents[1])
+    theirs = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((package, sys.prefix, sys.base_prefix))
+    ]
+    where = "" if not theirs else f" ({theirs[-1].filename}, line {theirs[-1].lineno})"
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def plan_runs(

@@ -191,7 +191,7 @@ def series_rows(
                     "rate_req_s": run["rate_req_s"],
                     "seed": run["seed"],
                     "instance": instance,
-                    "role": "both" if instance in prefill & decode else role,
+                    "role": "colocated" if instance in prefill & decode else role,
                     "from_s": round(float(detail.edge_s[row]), 9),
                     "until_s": round(float(detail.edge_s[row + 1]), 9),
                     "freq_mhz": _number(detail.freq_mhz[row, instance]),

@@ -309,7 +309,9 @@ class ProfilePlan:
         """Points by clock, and how long they take, as lines of text."""
         lines = [
             f"{len(self.points)} points to measure, {self.done} in the table already; about"
-            f" {self.duration_s / 60.0:.0f} min"
+            f" {self.duration_s / 60.0:.0f} min",
+            "The engine must serve nobody else for so long: drain it first, so that only the"
+            " profile's requests are in its batches",
         ]
         for setting in dict.fromkeys(point.setting_text for point in self.points):
             here = [point for point in self.points if point.setting_text == setting]

@@ -77,7 +77,13 @@ class PowerBudget:
         ((0.0, 1200.0),)
         """
         if ":" not in text and "," not in text:
-            text = f"0:{text}"
+            try:
+                return cls(steps=((0.0, float(text)),))
+            except ValueError:
+                raise ConfigError(
+                    f"power-budget-w: expected watts such as 1200, or steps SECONDS:WATTS, got"
+                    f" {text!r}"
+                ) from None
         steps = []
         for part in text.split(","):
             from_s, colon, limit_w = part.partition(":")
