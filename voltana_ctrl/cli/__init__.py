@@ -66,13 +66,9 @@ for _command in (
     policies.policies,
     profiles.profiles,
 ):
-    app.command(
-        cls=_Command,
-        # Rich keeps paragraphs, and joins lines.
-        epilog="\n\n".join(
-            ["Examples:", *getattr(sys.modules[_command.__module__], "EXAMPLES", ())]
-        ),
-    )(configurable(_command))
+    _examples = getattr(sys.modules[_command.__module__], "EXAMPLES", ())
+    # Rich keeps paragraphs, and joins lines.
+    app.command(cls=_Command, epilog="\n\n".join(["Examples:", *_examples]))(configurable(_command))
 
 
 @app.callback(invoke_without_command=True)
