@@ -20,6 +20,7 @@ __all__ = [
     "ShapeError",
     "TelemetryStale",
     "VoltanaError",
+    "missing_package",
 ]
 
 
@@ -92,3 +93,24 @@ class TelemetryStale(BackendError):
     ...
     voltana_ctrl.errors.TelemetryStale: decode-1: last reading 7.0 s old
     """
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Say what is not installed, and how it comes without moving what is.
+
+    Parameters
+    ----------
+    error : ModuleNotFoundError
+        What the import raised.
+
+    Examples
+    --------
+    >>> missing_package(ModuleNotFoundError(name="zmq"))
+    'pyzmq is not installed: pip install pyzmq; beside an engine, pip freeze > pins.txt before...'
+    """
+    name = (error.name or str(error)).partition(".")[0]
+    package = {"pynvml": "nvidia-ml-py", "zmq": "pyzmq"}.get(name, name)
+    return (
+        f"{package} is not installed: pip install {package}; beside an engine, pip freeze >"
+        f" pins.txt before it, and pip install -c pins.txt {package}"
+    )

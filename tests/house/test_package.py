@@ -94,6 +94,7 @@ def test_extras_are_the_promised_ones(project):
         "report",
         "dask",
         "tables",
+        "theory",
         "dev",
     }
 

@@ -28,7 +28,7 @@ from voltana_ctrl.cli import (
 )
 from voltana_ctrl.cli.config import configurable
 from voltana_ctrl.cli.workers import Stopped
-from voltana_ctrl.errors import VoltanaError
+from voltana_ctrl.errors import VoltanaError, missing_package
 
 
 class _Command(TyperCommand):
@@ -92,6 +92,11 @@ def main() -> None:
         sys.exit(143)
     except VoltanaError as error:
         _refuse(str(error))
+    except ModuleNotFoundError as error:
+        # Of an installation without its dependencies, as it is made beside an engine.
+        if (error.name or "").startswith("voltana_ctrl"):
+            raise
+        _refuse(missing_package(error))
     except Exception as error:
         # Usage errors of the parser, which come from click or from typer's copy of it.
         message = getattr(error, "format_message", None)

@@ -158,6 +158,11 @@ class LinearModel:
 
         The input ``one`` carries the constant `c`: hold it at 1. Outputs are the states.
 
+        Raises
+        ------
+        ConfigError
+            If the package control is not installed.
+
         Examples
         --------
         >>> system = prefill_model(0.1).to_control()
@@ -165,7 +170,12 @@ class LinearModel:
         (['queue_tok'], ['service_tok_s', 'arrival_tok_s', 'one'])
         """
         # Loads SciPy, which `import voltana_ctrl` must not.
-        import control
+        try:
+            import control
+        except ImportError as error:
+            raise ConfigError(
+                "to_control: needs the package control; pip install 'voltana-ctrl[theory]'"
+            ) from error
 
         n = len(self.states)
         return control.ss(
