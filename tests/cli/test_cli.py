@@ -130,7 +130,7 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["compare", "--csv", "out.txt"], "csv: expected a .csv file"),
         (["compare", "--series", "out.txt"], "expected a .csv or .parquet file"),
         (["compare", "--config", "none.toml"], "config none.toml: cannot be read"),
-        (["fit", "none.csv"], "cannot be read"),
+        (["fit", "none.csv"], "expected a file, got none of that name"),
         (["fit", "none.csv", "--fix", "rise_frac"], "expected NAME=VALUE"),
         (["fit", "none.csv", "--like", "a100"], "profile: expected one of"),
         (["agent"], "expected --fleet"),

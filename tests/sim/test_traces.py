@@ -197,7 +197,8 @@ def test_mooncake_round_trip(tmp_path, rows, zipped, blocks):
     ids = st.lists(st.integers(0, 9), max_size=5)
     rows = [(*row, blocks.draw(ids)) for row in rows]
     rows.append((1234, 700, 5, [3, 4]))  # not a multiple of 3 s: stamps are taken as they are
-    w = read_trace(write(tmp_path, [mooncake_line(*row) for row in rows], zipped=zipped))
+    path = write(tmp_path, [mooncake_line(*row) for row in rows], zipped=zipped)
+    w = read_trace(path, time_unit="ms", block_tok=512)
     rows.sort(key=lambda row: row[0])
     assert w.prompt_tok.tolist() == [row[1] for row in rows]
     expected_s = (np.array([row[0] for row in rows]) - rows[0][0]) * 1e-3
@@ -321,9 +322,9 @@ def test_failed_requests_are_refused_or_counted(tmp_path):
         ([json.dumps({"prompt": "What is the capital of India?"})], "tokenizer"),
         ([json.dumps({"conversations": []})], "tokenizer"),
         ([json.dumps({"a": 1, "b\n": 2})], r"keys \['a', 'b\\n'\]"),
-        (["[]"], "expected an Azure LLM trace"),
+        (["[]"], "expected a table .CSV. .* an Azure LLM trace"),
         (["TIMESTAMP,ContextTokens", "1,2"], "got none named GeneratedTokens"),
-        (["time,in,out", "1,2,3"], r"line 1: expected an Azure LLM trace .* got 'time,in,out'"),
+        (["time,in,out", "1,2,3"], r"line 1: expected a table .CSV. .* got 'time,in,out'"),
         ([""], "got an empty file"),
         (["", "  ", "\t"], "got an empty file"),
         ([HEADER], "at least one usable row, got 0"),

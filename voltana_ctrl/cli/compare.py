@@ -23,6 +23,7 @@ from voltana_ctrl.errors import ConfigError
 if TYPE_CHECKING:
     from voltana_ctrl.experiment import Comparison, Grid
     from voltana_ctrl.policies import PolicyParts
+    from voltana_ctrl.sim.workload import Workload
 
 EXAMPLES = (
     "voltana-ctrl compare",
@@ -96,6 +97,14 @@ def compare(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave out trace rows that cannot be read.")
     ] = False,
+    time_unit: Annotated[
+        str | None,
+        typer.Option(help="s, ms, us or ns: of a trace's times, where it does not tell."),
+    ] = None,
+    block_tok: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a trace's prefix blocks, where it does not tell."),
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write every figure to this file.")
     ] = None,
@@ -144,6 +153,7 @@ def compare(
     from voltana_ctrl.sim.arrivals import parse_arrivals
     from voltana_ctrl.sim.faults import read_faults
     from voltana_ctrl.sim.settings import PlantSettings
+    from voltana_ctrl.sim.traces import read_trace
     from voltana_ctrl.types import PowerBudget, Slo
 
     outputs = Outputs(
@@ -158,10 +168,15 @@ def compare(
     outputs.check()
     names = [part.strip() for part in policies.split(",")] if policies else list(HEADLINE)
     look_here(names)
+    source: str | Workload = workload
+    if time_unit is not None or block_tok is not None:
+        source = read_trace(
+            workload, skip_bad_rows=skip_bad_rows, time_unit=time_unit, block_tok=block_tok
+        )
     grid = plan_runs(
         fleet=fleet,
         profile=profile,
-        workload=workload,
+        workload=source,
         rates_req_s=rates,
         concurrency=concurrency,
         duration_s=duration,

@@ -249,7 +249,7 @@ def token_of(path: Path | None) -> str:
         token = os.environ.get(TOKEN_VARIABLE, "").strip()
     else:
         try:
-            token = path.read_text(encoding="utf-8").strip()
+            token = path.read_text(encoding="utf-8-sig").strip()
         except OSError as error:
             raise ConfigError(f"token-file {path}: cannot be read: {error.strerror}") from error
     if not token:

@@ -127,7 +127,7 @@ def load_endpoints(path: str | Path) -> tuple[FleetSpec, tuple[Endpoint, ...]]:
     from voltana_ctrl.profiles import load_profile
 
     fleet = FleetSpec.from_toml(path, load_profile)
-    tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))["instance"]
+    tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))["instance"]
     endpoints = []
     for number, table in enumerate(tables, start=1):
         where = f"{path}: instance {number}"

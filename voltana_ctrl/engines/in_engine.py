@@ -130,7 +130,7 @@ class InEngineSettings:
         path = environment.get(f"{_PREFIX}CONFIG")
         if path:
             try:
-                told = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+                told = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
             except (OSError, ValueError) as error:
                 raise ConfigError(f"{path}: cannot be read: {error}") from error
             unknown = sorted(set(told) - set(cls.__slots__))

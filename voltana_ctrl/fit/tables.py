@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, Bool, count, freeze_fields
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.fit.published import from_published, numbers
+from voltana_ctrl.textfile import is_parquet, parquet_rows, read_text
 
 __all__ = ["IterationTable", "read_table"]
 
@@ -278,24 +280,12 @@ def sets_other(row: Mapping[str, str]) -> bool:
 
 def raw_rows(path: Path) -> list[dict[str, str]]:
     """Cells of a table by column, as text."""
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ConfigError(
-                f"{path}: Parquet needs pyarrow (pip install pyarrow), or write CSV"
-            ) from error
-        try:
-            records = parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as Parquet: {error}") from error
-        return [{key: str(value) for key, value in record.items()} for record in records]
+    if path.suffix == ".parquet" or is_parquet(path):
+        return [{key: str(value) for key, value in row.items()} for row in parquet_rows(path)]
+    text = read_text(path)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
         raise ConfigError(f"{path}: expected CSV with a header line: {error}") from error
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():

@@ -422,10 +422,10 @@ class RowFile:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
         self._whole_bytes = data.rfind(b"\n") + 1
-        lines = data[: self._whole_bytes].decode(errors="replace").splitlines()
-        if not lines:
+        text = data[: self._whole_bytes].decode("utf-8-sig", errors="replace")
+        if not text:
             return
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         self.columns = tuple(reader.fieldnames or ())
         if not set(_COLUMNS) - {"energy_j", *_OTHERS} <= set(self.columns):
             raise ConfigError(

@@ -323,7 +323,7 @@ def read_faults(path: str | Path) -> tuple[Fault, ...]:
     (Failure(instance='decode-0', from_s=60.0, until_s=90.0),)
     """
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,0 +1,118 @@
+"""Units that a trace does not name: told by its content, by the caller, or refused."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from voltana_ctrl.checks import F64, I64
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.sim.trace_rows import Source
+
+#: Names of units of time, and their seconds.
+UNITS_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+#: Stamps of Mooncake's published traces are multiples of it.
+QUANTUM_MS = 3000
+# The same stamps are a thousand times as many requests per second in milliseconds as in seconds.
+# Up to the first rate they are milliseconds, from the second on seconds, between nobody knows.
+_SURELY_MS_REQ_S = 30.0
+_SURELY_S_REQ_S = 1000.0
+# A request in half a minute or less often is not what a trace in seconds has.
+_RAREST_REQ_S = 0.03
+#: Mooncake's block, and what stands where no prompt has any.
+NO_BLOCKS_TOK = 512
+_BLOCKS_TOK = (NO_BLOCKS_TOK, 16, 32, 64, 128, 256, 1024, 2048, 4096)
+_FITTING_FRAC = 0.99
+
+
+def on_quanta(stamps: F64) -> bool:
+    """Whether all stamps are multiples of 3 s, in milliseconds and give or take one."""
+    return bool(np.all(np.abs(stamps - QUANTUM_MS * np.rint(stamps / QUANTUM_MS)) <= 1.0))
+
+
+def unit_s_of(source: Source, stamps: F64, *, usually_s: bool = False) -> float:
+    """Seconds of the unit of some stamps.
+
+    Parameters
+    ----------
+    source : Source
+        Its `time_unit` comes first.
+    stamps : ndarray
+        As the file has them.
+    usually_s : bool
+        Whether such files are in seconds unless they are strange.
+
+    Raises
+    ------
+    ConfigError
+        If they do not tell.
+
+    Examples
+    --------
+    >>> bailian = 0.8 * np.arange(100)  # seconds
+    >>> unit_s_of(Source("trace"), bailian), unit_s_of(Source("trace"), 1000.0 * bailian)
+    (1.0, 0.001)
+    """
+    if source.time_unit is not None:
+        return UNITS_S[source.time_unit]
+    span = float(np.ptp(stamps))
+    rate_ms = (len(stamps) - 1) / span * 1e3 if span > 0.0 else 0.0
+    if usually_s:
+        if span > 0.0 and rate_ms / 1e3 < _RAREST_REQ_S:
+            raise _unclear(source, rate_ms)
+        return UNITS_S["s"]
+    if span == 0.0 or on_quanta(stamps) or rate_ms <= _SURELY_MS_REQ_S:
+        return UNITS_S["ms"]
+    if rate_ms >= _SURELY_S_REQ_S:
+        return UNITS_S["s"]
+    raise _unclear(source, rate_ms)
+
+
+def _unclear(source: Source, rate_ms_req_s: float) -> ConfigError:
+    return source.refuse(
+        "",
+        f"expected stamps that tell their unit, got {rate_ms_req_s:.3g} req/s if they are"
+        f" milliseconds and {rate_ms_req_s / 1e3:.3g} req/s if seconds; say which: time_unit='ms'"
+        " or 's' (--time-unit)",
+    )
+
+
+def block_tok_of(source: Source, prompt_tok: I64, blocks: I64) -> int:
+    """Tokens of a prefix block, from the blocks that prompts of these lengths have.
+
+    A prompt of L tokens has L / b blocks, rounded up (the last one partly filled, as Mooncake and
+    Bailian have it) or down (full ones only).
+
+    Parameters
+    ----------
+    source : Source
+        Its `block_tok` comes first.
+    prompt_tok, blocks : ndarray of int
+        Lengths, and how many blocks each has.
+
+    Raises
+    ------
+    ConfigError
+        If no size fits.
+
+    Examples
+    --------
+    >>> lengths = np.array([30, 1000, 6758])
+    >>> block_tok_of(Source("trace"), lengths, -(-lengths // 16))
+    16
+    """
+    if source.block_tok is not None:
+        return source.block_tok
+    told = blocks > 0
+    if not told.any():
+        return NO_BLOCKS_TOK
+    tok, n = prompt_tok[told], blocks[told]
+    for size_tok in _BLOCKS_TOK:
+        for fitting in (-(-tok // size_tok) == n, np.maximum(tok // size_tok, 1) == n):
+            if fitting.mean() >= _FITTING_FRAC:
+                return size_tok
+    each_tok = float(np.median(tok / n))
+    raise source.refuse(
+        "",
+        "hash_ids: expected blocks of one size, of which the prompts tell how many there are, got"
+        f" about {each_tok:.3g} tokens a block; say the size: block_tok=... (--block-tok)",
+    )
