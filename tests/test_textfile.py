@@ -83,11 +83,11 @@ def test_fleet_faults_and_settings_may_have_a_mark(tmp_path):
 
 
 def test_a_token_may_have_a_mark(tmp_path):
-    from voltana_ctrl.cli.agent import _token
+    from voltana_ctrl.cli.running import token_of
 
     path = tmp_path / "token"
     path.write_bytes(MARK + b"0123456789abcdef0123456789abcdef\n")
-    assert _token(path) == "0123456789abcdef0123456789abcdef"
+    assert token_of(path) == "0123456789abcdef0123456789abcdef"
 
 
 def test_a_table_of_ours_that_a_spreadsheet_has_saved_goes_on(tmp_path):

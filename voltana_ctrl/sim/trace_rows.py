@@ -32,13 +32,17 @@ _THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3}){1,5}")
 _DELIMITERS = (",", ";", "\t")
 
 
+#: A time in the unit of the file.
+Stamp = float
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One request as the file tells it; the unit of `stamp` is the format's."""
 
     prompt_tok: int
     output_tok: int
-    stamp: float = 0.0
+    stamp: Stamp = 0.0
     blocks: Sequence[int] = ()
 
 
@@ -141,7 +145,7 @@ def tokens_of(column: str, cell: object, *, lowest: int = 1) -> int:
     return whole(column, value, lowest, MOST_TOK)
 
 
-def stamp_of(column: str, cell: object, per_s: float = 1.0) -> float:
+def stamp_of(column: str, cell: object, per_s: float = 1.0) -> Stamp:
     """Number of a time stamp, in a unit of which `per_s` are a second."""
     value: object = cell
     if isinstance(cell, str):

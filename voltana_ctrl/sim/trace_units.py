@@ -8,6 +8,8 @@ from voltana_ctrl.checks import F64, I64
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.sim.trace_rows import Source
 
+#: Times in the unit of the file.
+Stamps = F64
 #: Names of units of time, and their seconds.
 UNITS_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 #: Stamps of Mooncake's published traces are multiples of it.
@@ -24,12 +26,12 @@ _BLOCKS_TOK = (NO_BLOCKS_TOK, 16, 32, 64, 128, 256, 1024, 2048, 4096)
 _FITTING_FRAC = 0.99
 
 
-def on_quanta(stamps: F64) -> bool:
+def on_quanta(stamps: Stamps) -> bool:
     """Whether all stamps are multiples of 3 s, in milliseconds and give or take one."""
     return bool(np.all(np.abs(stamps - QUANTUM_MS * np.rint(stamps / QUANTUM_MS)) <= 1.0))
 
 
-def unit_s_of(source: Source, stamps: F64, *, usually_s: bool = False) -> float:
+def unit_s_of(source: Source, stamps: Stamps, *, usually_s: bool = False) -> float:
     """Seconds of the unit of some stamps.
 
     Parameters
