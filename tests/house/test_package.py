@@ -46,7 +46,7 @@ def test_every_listed_name_is_the_one_its_module_makes_public(stub):
 
 def test_the_lazy_packages_are_these():
     assert {stub.parent.name for stub in STUBS} == {
-        "backends", "control", "engines", "live", "profiling", "router",
+        "backends", "control", "engines", "live", "machine", "profiling", "router",
         "routing", "savings", "testing", "voltana_ctrl",
     }  # fmt: skip
 

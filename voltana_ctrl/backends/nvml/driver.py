@@ -358,6 +358,36 @@ class GpuReader:
         return None if mode is None else bool(mode)
 
     @property
+    def compute_pids(self) -> tuple[int, ...]:
+        """Numbers of the processes that compute on it, as the driver's own namespace counts."""
+        nvml = self._nvml.pynvml
+        try:
+            found = self._told("processes", nvml.nvmlDeviceGetComputeRunningProcesses)
+        except nvml.NVMLLibraryMismatchError:  # a driver older than its Python module
+            found = None
+        return tuple(int(one.pid) for one in found or ())
+
+    @property
+    def power_profiles(self) -> tuple[str, ...]:
+        """Workload power profiles in force, such as ``MAX_Q``; none where the board has none."""
+        nvml = self._nvml.pynvml
+        ask = getattr(nvml, "nvmlDeviceWorkloadPowerProfileGetCurrentProfiles", None)
+        if ask is None:
+            return ()
+        asked = nvml.c_nvmlWorkloadPowerProfileCurrentProfiles_v1_t()
+        if self._told("power profiles", ask, asked) is None:
+            return ()
+        words = list(asked.enforcedProfilesMask.mask)
+        prefix = "NVML_POWER_PROFILE_"
+        return tuple(
+            name.removeprefix(prefix)
+            for name, bit in vars(nvml).items()
+            if name.startswith(prefix)
+            and "OPERATION" not in name
+            and words[bit // 32] >> (bit % 32) & 1
+        )
+
+    @property
     def covers_module(self) -> bool:
         """Whether its energy counter is that of a module with a CPU, as on Grace Hopper."""
         return re.search(r"\b(GH|GB)\d", self.name) is not None

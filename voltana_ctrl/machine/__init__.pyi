@@ -1,0 +1,9 @@
+from voltana_ctrl.machine.engines import FoundEngine as FoundEngine
+from voltana_ctrl.machine.engines import find_engines as find_engines
+from voltana_ctrl.machine.fleet_file import FleetDraft as FleetDraft
+from voltana_ctrl.machine.fleet_file import draft_fleet as draft_fleet
+from voltana_ctrl.machine.meter import EngineUse as EngineUse
+from voltana_ctrl.machine.meter import GpuUse as GpuUse
+from voltana_ctrl.machine.meter import MachineUse as MachineUse
+from voltana_ctrl.machine.meter import measure as measure
+from voltana_ctrl.machine.schema import fleet_schema as fleet_schema

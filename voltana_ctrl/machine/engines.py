@@ -1,0 +1,196 @@
+"""The serving engines of this machine, found by the ports that they listen at."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from voltana_ctrl.engines.endpoints import ENGINES
+from voltana_ctrl.engines.names import PAGES
+from voltana_ctrl.engines.page import BadPage, read_engine_page
+from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.machine.processes import Process, family, listeners
+
+__all__ = ["FoundEngine", "find_engines"]
+
+# Where engines listen unless told otherwise: vLLM and TensorRT-LLM, SGLang, Dynamo's workers.
+_USUAL_PORTS = (*range(8000, 8011), *range(30000, 30011), *range(8081, 8091))
+_LIMIT_S = 1.0
+_PAGE_BYTES = 8 << 20
+_MARKS = {"vllm": "vllm:", "sglang": "sglang:", "trtllm": "trtllm", "dynamo": "dynamo_"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundEngine:
+    """A serving engine that answers.
+
+    Parameters
+    ----------
+    url : str
+        Its address.
+    kind : {"vllm", "sglang", "trtllm", "dynamo"}
+        By the names on its page of metrics.
+    told : mapping of str to float
+        What the page tells, see :func:`~voltana_ctrl.engines.page.read_engine_page`.
+    model : str, optional
+        What it serves.
+    role : {"prefill", "decode", "colocated"}, optional
+        As its command line or its server's information has it; None where neither tells.
+    worker_id : int, optional
+        Of a Dynamo worker; another one at every start.
+    process : Process, optional
+        Who listens, where this user may know.
+
+    Examples
+    --------
+    >>> FoundEngine(url="http://127.0.0.1:8000", kind="vllm", told={}).gpus({1: ["GPU-1"]})
+    ()
+    """
+
+    url: str
+    kind: str
+    told: Mapping[str, float]
+    model: str | None = None
+    role: str | None = None
+    worker_id: int | None = None
+    process: Process | None = field(default=None, repr=False)
+
+    def gpus(self, held: Mapping[int, Iterable[str]]) -> tuple[str, ...]:
+        """UUIDs of the GPUs that its processes compute on.
+
+        Parameters
+        ----------
+        held : mapping of int to iterable of str
+            UUIDs by the number of the process that computes on them, as the driver tells.
+        """
+        if self.process is None:
+            return ()
+        mine = family(self.process.pid)
+        return tuple(dict.fromkeys(uuid for pid in held if pid in mine for uuid in held[pid]))
+
+    def read(self) -> FoundEngine:
+        """Read its page anew.
+
+        Raises
+        ------
+        BadPage
+            If it answers with something else, or not at all.
+        """
+        text = _get(self.url + PAGES.get(self.kind, "/metrics"))
+        if text is None:
+            raise BadPage(f"{self.url} does not answer")
+        told = read_engine_page(self.kind, text, worker_id=self.worker_id)
+        return replace(self, told=told)
+
+
+def find_engines(urls: Iterable[str] = ()) -> list[FoundEngine]:
+    """Ask those who may be engines for their page of metrics.
+
+    Only ports are asked that a process listens at whose command line names an engine, and those
+    that engines have by default.
+
+    Parameters
+    ----------
+    urls : iterable of str
+        Addresses to ask instead; one that does not answer is refused.
+
+    Raises
+    ------
+    ConfigError
+        If an address that was given is none, or has no page of an engine.
+
+    Examples
+    --------
+    >>> find_engines(["http://127.0.0.1:9"])
+    Traceback (most recent call last):
+    voltana_ctrl.errors.ConfigError: url http://127.0.0.1:9: no page of vllm, sglang, trtllm or...
+    """
+    given = [url.rstrip("/") for url in urls]
+    for url in given:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"url: expected http://HOST:PORT, got {url!r}")
+    here = listeners()
+    ports = [
+        port
+        for port, process in sorted(here.items())
+        if port in _USUAL_PORTS or (process is not None and process.serves)
+    ]
+    asked = given or [f"http://127.0.0.1:{port}" for port in ports]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda url: _ask(url, here), asked))
+    for url, engine in zip(asked, found, strict=True):
+        if given and engine is None:
+            raise ConfigError(
+                f"url {url}: no page of {', '.join(ENGINES[:-1])} or {ENGINES[-1]} there; is it"
+                " the engine's own address, and are its metrics on?"
+            )
+    return [engine for engine in found if engine is not None]
+
+
+def _ask(url: str, here: Mapping[int, Process | None]) -> FoundEngine | None:
+    for page in ("/metrics", PAGES["trtllm"]):
+        text = _get(url + page)
+        # A Dynamo worker shows its engine's metrics beside its own.
+        kinds = [kind for kind in ("dynamo", *_MARKS) if text and _MARKS[kind] in text]
+        for kind in kinds:
+            try:
+                told = read_engine_page(kind, text or "")
+            except BadPage:
+                continue
+            port = re.search(r":(\d+)$", url)
+            local = re.match(r"https?://(127\.|localhost|\[::1\])", url)
+            process = here.get(int(port[1])) if port and local else None
+            worker = re.search(r'worker_id="(\d+)"', text or "") if kind == "dynamo" else None
+            return FoundEngine(
+                url=url,
+                kind=kind,
+                told=told,
+                model=_model(url, text or ""),
+                role=_role(url, kind, process),
+                worker_id=None if worker is None else int(worker[1]),
+                process=process,
+            )
+    return None
+
+
+def _model(url: str, page: str) -> str | None:
+    try:
+        return str(json.loads(_get(url + "/v1/models") or "")["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        named = re.search(r'\bmodel(?:_name)?="([^"]+)"', page)
+        return None if named is None else named[1]
+
+
+def _role(url: str, kind: str, process: Process | None) -> str | None:
+    """Prefill, decode or colocated; None where nobody tells."""
+    roles = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "colocated"}
+    if kind == "sglang":
+        try:
+            mode = json.loads(_get(url + "/get_server_info") or "")["disaggregation_mode"]
+        except (ValueError, LookupError, TypeError):
+            mode = process.option("--disaggregation-mode") if process else None
+        return {"prefill": "prefill", "decode": "decode", "null": "colocated"}.get(str(mode))
+    if process is None or not process.command:
+        return None
+    transfer = process.option("--kv-transfer-config")
+    if transfer is None:
+        mode = process.option("--disaggregation-mode") or ""
+        return mode if mode in ("prefill", "decode") else "colocated"
+    return next((role for word, role in roles.items() if word in transfer), None)
+
+
+def _get(url: str) -> str | None:
+    """A page, or None where there is none; nothing waits long, and no proxy is asked."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=_LIMIT_S) as answer:
+            body: Any = answer.read(_PAGE_BYTES)
+            return str(body.decode("utf-8", errors="replace"))
+    except (OSError, ValueError, urllib.error.URLError):
+        return None
