@@ -80,7 +80,13 @@ def test_compiled_code_is_kept_in_a_private_folder_and_found_again(as_nobody, op
 
 @pytest.mark.parametrize(
     "command",
-    [["doctor"], ["policies"], ["profiles"], ["compare", "--rate", "ten"]],
+    [
+        ["doctor"],
+        ["policies"],
+        ["profiles"],
+        ["compare", "--rate", "ten"],
+        ["meter", "--duration", "0.2"],
+    ],
     ids=lambda command: command[0],
 )
 def test_other_commands_say_what_they_do_where_nothing_can_be_written(as_nobody, command, tmp_path):

@@ -92,7 +92,7 @@ def test_energy_is_divided_by_the_tokens_that_were_made(tmp_path):
         use = measure(engines, duration_s=1.0, library=fake.library)
     assert [gpu.uuid for gpu in use.gpus] == list(fake.uuids)
     (one,) = use.engines
-    assert (one.tokens, one.requests) == (100.0, 2.0)
+    assert (one.output_tok, one.finished_req) == (100.0, 2.0)
     # The only engine is taken to use every GPU, and that is said.
     assert one.energy_j == pytest.approx(sum(gpu.energy_j for gpu in use.gpus))
     assert one.token_j == pytest.approx(one.energy_j / 100.0)

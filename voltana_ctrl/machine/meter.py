@@ -74,7 +74,7 @@ class EngineUse:
         What it serves, and the UID of its Kubernetes pod.
     gpus : tuple of str
         UUIDs of the GPUs that it computes on; empty where that is not known.
-    tokens, requests : float or None
+    output_tok, finished_req : float or None
         Output tokens and finished requests of the measurement.
     energy_j : float or None
         Of its GPUs; None where it is not known which they are.
@@ -84,7 +84,7 @@ class EngineUse:
     Examples
     --------
     >>> use = EngineUse(url="http://127.0.0.1:8000", kind="vllm", model=None, pod=None,
-    ...                 gpus=("GPU-1",), tokens=2000.0, requests=10.0, energy_j=500.0)
+    ...                 gpus=("GPU-1",), output_tok=2000.0, finished_req=10.0, energy_j=500.0)
     >>> use.token_j, use.request_j
     (0.25, 50.0)
     """
@@ -94,20 +94,28 @@ class EngineUse:
     model: str | None
     pod: str | None
     gpus: tuple[str, ...]
-    tokens: float | None
-    requests: float | None
+    output_tok: float | None
+    finished_req: float | None
     energy_j: float | None
     hints: tuple[str, ...] = ()
 
     @property
     def token_j(self) -> float | None:
         """Energy per output token; None where there was none."""
-        return None if self.energy_j is None or not self.tokens else self.energy_j / self.tokens
+        return (
+            None
+            if self.energy_j is None or not self.output_tok
+            else self.energy_j / self.output_tok
+        )
 
     @property
     def request_j(self) -> float | None:
         """Energy per finished request; None where there was none."""
-        return None if self.energy_j is None or not self.requests else self.energy_j / self.requests
+        return (
+            None
+            if self.energy_j is None or not self.finished_req
+            else self.energy_j / self.finished_req
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,8 +197,10 @@ class MachineUse:
 def _engine_lines(engine: EngineUse) -> Iterator[str]:
     pod = "" if engine.pod is None else f", pod {engine.pod}"
     yield f"{engine.kind} at {engine.url} ({engine.model or 'model not told'}{pod})"
-    made = "tokens not told" if engine.tokens is None else f"{engine.tokens:.0f} output tokens"
-    done = "" if engine.requests is None else f", {engine.requests:.0f} requests finished"
+    made = (
+        "tokens not told" if engine.output_tok is None else f"{engine.output_tok:.0f} output tokens"
+    )
+    done = "" if engine.finished_req is None else f", {engine.finished_req:.0f} requests finished"
     yield f"  {made}{done}"
     if engine.token_j is not None:
         per_request = "" if engine.request_j is None else f", {engine.request_j:.1f} J a request"
@@ -369,8 +379,8 @@ def _engine_use(
         model=before.model,
         pod=before.process.pod if before.process else None,
         gpus=mine,
-        tokens=_gain(before, after, "output_tok"),
-        requests=_gain(before, after, "finished_req"),
+        output_tok=_gain(before, after, "output_tok"),
+        finished_req=_gain(before, after, "finished_req"),
         energy_j=sum(known) if known and len(known) == len(energies) else None,
         hints=tuple(hints),
     )
