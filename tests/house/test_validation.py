@@ -5,9 +5,6 @@ import sys
 
 import pytest
 
-#: Tables that take the longest.
-SLOW = {"l20-control"}
-
 
 @pytest.fixture
 def page(root, monkeypatch):
@@ -60,6 +57,11 @@ def test_l20_profile_is_what_the_fit_makes(page, root):
     path = root / "voltana_ctrl" / "profiles" / "data" / "l20" / "qwen2.5-7b.toml"
     shipped = path.read_text(encoding="utf-8")
     assert page("page").unlike(text.splitlines(), shipped.splitlines()) == []
+
+
+@pytest.mark.slow
+def test_refit(page, root):
+    compare(page, root, "refit", page("refit").tables())
 
 
 @pytest.mark.slow

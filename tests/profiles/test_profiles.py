@@ -118,15 +118,16 @@ def test_every_group_says_where_it_comes_from(name: str) -> None:
         assert profile.status == "extrapolated"
 
 
-def test_six_profiles_ship() -> None:
-    assert NAMES == (
+def test_seven_profiles_ship() -> None:
+    assert (
         "a100-sxm-80gb/llama-3-70b-tp4",
         REFERENCE,
+        f"{REFERENCE}-refit",
         "a800-sxm-80gb/qwen3-32b",
         "h100-sxm-80gb/llama-3.1-70b-tp4",
         "h100-sxm-80gb/llama-3.1-8b",
         "l20/qwen2.5-7b",
-    )
+    ) == NAMES
 
 
 def test_own_file_is_read_by_path(tmp_path) -> None:

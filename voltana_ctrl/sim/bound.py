@@ -1,7 +1,9 @@
-"""The fluid bound: least power that any choice of active set, shares and clocks could reach.
+"""The fluid bound: an estimate of the least power at steady load.
 
-It knows the load in advance, has no randomness, no padding, no launch overhead of prefill and
-no actuation delay, so no controller that keeps its promises can be below it.
+It knows the mean load in advance and has no padding, no launch overhead of prefill and no
+actuation delay, but it takes arrivals for Poisson, each instance for one clock, and the window for
+long: under bursts, over short windows and with misses allowed a run can be some percent below it.
+What no run can be below is :mod:`voltana_ctrl.sim.lower_bound`.
 """
 
 from __future__ import annotations

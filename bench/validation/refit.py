@@ -1,0 +1,59 @@
+"""What the refitted voltage, decode energy and idle power change in every headline figure.
+
+    python -m bench.validation refit
+
+One seed, 120 s a run; the same load for both profiles. Some two minutes of one core.
+"""
+
+from voltana_ctrl import FleetSpec, Slo, load_profile
+from voltana_ctrl.experiment.run import Run
+from voltana_ctrl.sim.lower_bound import lower_bound_w
+
+NAMES = ("a100-sxm-80gb/llama-3.1-8b", "a100-sxm-80gb/llama-3.1-8b-refit")
+RATES_REQ_S = (10.0, 20.0, 35.0, 50.0, 65.0)
+POLICIES = ("static-max", "static-1005", "voltanallm", "pack", "mpc")
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+#: VoltanaLLM's figure, Llama panels: 1 - saving of static 1005, from low to high load.
+PAPER = "0.64 to 0.70 (LMSYS), 0.64 to 0.72 (ShareGPT)"
+
+
+def figures(name, rate_req_s):
+    """Watts and attainment by policy, and the lower bound."""
+    fleet = FleetSpec.parse("2P2D", load_profile(name))
+    runs = {
+        policy: Run(
+            policy=policy, fleet=fleet, slo=SLO, workload="sharegpt", rate_req_s=rate_req_s, seed=1
+        )
+        for policy in POLICIES
+    }
+    found = {policy: run.simulate() for policy, run in runs.items()}
+    load = runs["mpc"]._requests()
+    return found, lower_bound_w(fleet, load, 30.0, 150.0, SLO)
+
+
+def tables():
+    """Tables of the page by name."""
+    headline = [
+        "| req/s | profile | static-max W | pack | voltanallm | mpc | mpc below voltanallm"
+        " | mpc within the SLO | lower bound / mpc |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    ratio = ["| req/s | static-1005 / static-max | refitted | paper |", "|---|---|---|---|"]
+    for rate_req_s in RATES_REQ_S:
+        ratios = []
+        for name in NAMES:
+            found, bound_w = figures(name, rate_req_s)
+            power_w = {policy: each["mean_power_w"] for policy, each in found.items()}
+            most_w = power_w["static-max"]
+            saved = [
+                f"{1.0 - power_w[each] / most_w:.1%}" for each in ("pack", "voltanallm", "mpc")
+            ]
+            less = f"{1.0 - power_w['mpc'] / power_w['voltanallm']:.1%}"
+            label = "refitted" if name.endswith("refit") else "shipped"
+            headline.append(
+                f"| {rate_req_s:g} | {label} | {most_w:.0f} | {' | '.join(saved)} | {less}"
+                f" | {found['mpc']['slo_attainment']:.3f} | {bound_w / power_w['mpc']:.2f} |"
+            )
+            ratios.append(f"{power_w['static-1005'] / most_w:.3f}")
+        ratio.append(f"| {rate_req_s:g} | {' | '.join(ratios)} | {PAPER} |")
+    return {"refit-headline": headline, "refit-ratio": ratio}
