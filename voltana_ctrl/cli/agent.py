@@ -158,6 +158,7 @@ def agent(
             power_budget=asked.budget,
             ceiling_mhz=ceilings(spec, limits_w),
             min_mhz=least_mhz(min_mhz, spec),
+            obeys=controller is not None,
             unread=unread(spec, own),
         )
         backend, delay_s = open_node(

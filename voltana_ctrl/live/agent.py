@@ -84,6 +84,8 @@ class AgentSettings:
         :func:`~voltana_ctrl.live.node.power_ceilings_mhz`.
     min_mhz : ndarray, shape (n,), optional
         Clocks below which nothing is ever asked for, power ceilings aside.
+    obeys : bool
+        Whether a controller elsewhere decides, which sees the whole fleet.
     unread : tuple of str
         Ids of instances whose GPUs nobody reads; advice says that their clock is assumed.
 
@@ -105,6 +107,7 @@ class AgentSettings:
     power_budget: PowerBudget | None = None
     ceiling_mhz: F64 | None = None
     min_mhz: F64 | None = None
+    obeys: bool = False
     unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -203,6 +206,7 @@ class Agent:
                 fleet,
                 fleet.max_mhz if ceiling_mhz is None else np.array(ceiling_mhz),
                 min_mhz=settings.min_mhz,
+                obeys=settings.obeys,
             ),
             router,
             observers=(*observers, *advice),

@@ -110,6 +110,9 @@ class CappedGuard(Guard):
         Never passed; see :func:`power_ceilings_mhz`.
     min_mhz : ndarray, shape (n,), optional
         Nothing lower is asked for, unless the ceiling says so.
+    obeys : bool
+        Whether shares and active set were made by a controller that sees the whole fleet: they
+        are left alone, since a node that sees its own part alone would find the rest dead.
 
     Examples
     --------
@@ -121,8 +124,16 @@ class CappedGuard(Guard):
     array([1155., 1410.])
     """
 
-    def __init__(self, spec: FleetSpec, ceiling_mhz: F64, *, min_mhz: F64 | None = None) -> None:
+    def __init__(
+        self,
+        spec: FleetSpec,
+        ceiling_mhz: F64,
+        *,
+        min_mhz: F64 | None = None,
+        obeys: bool = False,
+    ) -> None:
         super().__init__(spec)
+        self.obeys = obeys
         self.ceiling_mhz = ceiling_mhz
         self.min_mhz = spec.min_mhz if min_mhz is None else min_mhz
 
@@ -139,7 +150,10 @@ class CappedGuard(Guard):
         highest = np.minimum(proposed.freq_max_mhz, self.ceiling_mhz)
         floor = np.maximum(proposed.freq_mhz, self.min_mhz)
         capped = replace(proposed, freq_mhz=np.minimum(floor, highest), freq_max_mhz=highest)
-        return super().shield(capped, observation, last)
+        shielded = super().shield(capped, observation, last)
+        if not self.obeys:
+            return shielded
+        return replace(shielded, active=proposed.active, route_frac=proposed.route_frac)
 
 
 class NodeBackend:

@@ -8,16 +8,21 @@ evaluates the laws on the card's ladder of supported clocks.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.profiles.format import profile_from_laws
 from voltana_ctrl.types.profile import Profile
 
-__all__ = ["list_profiles", "load_profile"]
+__all__ = ["dilated", "list_profiles", "load_profile"]
+
+_FACTOR = re.compile(r"\d{1,4}(\.\d{1,3})?")
 
 
 def list_profiles() -> tuple[str, ...]:
@@ -44,7 +49,8 @@ def load_profile(name: str | Path) -> Profile:
     Parameters
     ----------
     name : str or Path
-        One of :func:`list_profiles`, or the path of a file that ends in ``.toml``.
+        One of :func:`list_profiles`, or the path of a file that ends in ``.toml``. With ``@10``
+        behind it everything takes ten times as long and as much energy, see :func:`dilated`.
 
     Returns
     -------
@@ -68,6 +74,9 @@ def load_profile(name: str | Path) -> Profile:
     'a100-sxm-80gb/llama-3-8b'; did you mean 'a100-sxm-80gb/llama-3.1-8b'?
     """
     text = str(name)
+    base, at, factor = text.rpartition("@")
+    if at and _FACTOR.fullmatch(factor):
+        return dilated(load_profile(base), float(factor))
     if text.endswith(".toml"):
         return _read(text, Path(text).read_bytes)
     known = list_profiles()
@@ -76,6 +85,49 @@ def load_profile(name: str | Path) -> Profile:
         hint = f"; did you mean {close[0]!r}?" if close else "; or name a .toml file"
         raise ConfigError(f"profile: expected one of {', '.join(known)}, got {text!r}{hint}")
     return _read(text, (files(__name__) / "data" / f"{text}.toml").read_bytes)
+
+
+def dilated(profile: Profile, dilation: float) -> Profile:
+    """The same instance in slow motion: times and energies stretched, powers as they were.
+
+    What holds of a fleet at its load holds of the dilated one at a load so much smaller, if its
+    promises are so much longer. An emulated engine has time for it that a real one has not.
+
+    Parameters
+    ----------
+    profile : Profile
+        At its true speed.
+    dilation : float
+        How many times as long everything takes.
+
+    Raises
+    ------
+    ConfigError
+        If the dilation is not positive.
+
+    Examples
+    --------
+    >>> one = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    >>> ten = dilated(one, 10.0)
+    >>> ten.name, bool((ten.table["decode_base_s"] == 10.0 * one.table["decode_base_s"]).all())
+    ('a100-sxm-80gb/llama-3.1-8b@10', True)
+    """
+    positive("dilation", dilation)
+    table = profile.table.copy()
+    for column in table.dtype.names or ():
+        if column.endswith(("_s", "_j")):
+            table[column] *= dilation
+    return replace(
+        profile,
+        name=f"{profile.name}@{dilation:g}",
+        table=table,
+        link_bytes_s=profile.link_bytes_s / dilation,
+        link_latency_s=profile.link_latency_s * dilation,
+        transfer_j_per_tok=profile.transfer_j_per_tok * dilation,
+        wake_s=profile.wake_s * dilation,
+        clock_stall_s=profile.clock_stall_s * dilation,
+        clock_change_j=profile.clock_change_j * dilation,
+    )
 
 
 def _read(where: str, read_bytes: Callable[[], bytes]) -> Profile:

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from voltana_ctrl.errors import ConfigError
 
-__all__ = ["FakeGpu", "FakeNvml", "build_fake_nvml"]
+__all__ = ["FakeGpu", "FakeNvml", "attached_gpu", "build_fake_nvml"]
 
 # In the order of `enum field` of fake_nvml.c, with what an A100-SXM-80GB has.
 _FIELDS: Mapping[str, float] = {
@@ -59,6 +59,7 @@ _FIELDS: Mapping[str, float] = {
     "dynamic_w": 197.3,
     "cap_gain_frac": 0.0,
     "cap_sets": 0.0,
+    "told_w": 0.0,
 }
 _NUMBER = {name: number for number, name in enumerate(_FIELDS)}
 
@@ -105,9 +106,10 @@ class FakeGpu:
     Attributes are numbers, read and written like any other. Set up: `util_frac`, `idle_w`,
     `power_scale_frac`, `static_w` and `dynamic_w` (the power law, per GHz), `clamp_mhz` (0:
     none), `cap_inert`, `cap_gain_frac` (how much more a power cap saves than a lock at the same
-    clock), `cap_w`, `set_s` (duration of a set call), `mig`, `virtualization`, `no_energy`,
-    `no_reasons`. Faults: `lost`, `deny_pid` (the process that may not set, -1: nobody may),
-    `hang_s` for the next `hang_calls` calls, `energy_zero_j` (the counter restarts there). Seen:
+    clock), `cap_w`, `told_w` (what it draws; 0: the law says), `set_s` (duration of a set call),
+    `mig`, `virtualization`, `no_energy`, `no_reasons`. Faults: `lost`, `deny_pid` (the process that
+    may not set, -1: nobody may), `hang_s` for the next `hang_calls` calls, `energy_zero_j` (the
+    counter restarts there). Seen:
     `lock_lo_mhz`, `lock_hi_mhz` (0: not locked), `mem_lock_hi_mhz`, `sets`, `cap_sets`,
     `unsupported_sets`, `highest_lock_mhz`, `energy_j`.
 
@@ -171,6 +173,54 @@ class FakeGpu:
         )
 
 
+def _loaded(library: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(library))
+    lib.fakeNvmlGet.restype = ctypes.c_double
+    lib.fakeNvmlClock.restype = ctypes.c_double
+    lib.fakeNvmlPut.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_double]
+    return lib
+
+
+def _uuid(number: int) -> str:
+    return f"GPU-00000000-0000-4000-8000-{number:012d}"
+
+
+def attached_gpu(library: Path, number: int) -> FakeGpu:
+    """A fake GPU that another process made, through the file that ``FAKE_NVML_STATE`` names.
+
+    Parameters
+    ----------
+    library : Path
+        The fake driver library.
+    number : int
+        Of the GPU.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file or GPU.
+
+    Examples
+    --------
+    >>> import shutil, tempfile
+    >>> if shutil.which("cc"):
+    ...     with tempfile.TemporaryDirectory() as folder, FakeNvml(Path(folder)) as fake:
+    ...         attached_gpu(fake.library, 1).told_w = 90.0
+    ...         shown = fake.gpus[1].told_w
+    ... else:
+    ...     shown = 90.0
+    >>> shown
+    90.0
+    """
+    lib = _loaded(library)
+    if lib.nvmlInit_v2() != 0:
+        raise ConfigError("fake NVML: FAKE_NVML_STATE names no file of fake GPUs")
+    gpu = FakeGpu(lib, number, _uuid(number))
+    if gpu.max_mhz != gpu.max_mhz:  # NaN where there is none
+        raise ConfigError(f"fake NVML: no GPU {number} in {os.environ.get('FAKE_NVML_STATE')}")
+    return gpu
+
+
 class FakeNvml:
     """Fake GPUs of one machine, shared by this process and those it starts.
 
@@ -224,16 +274,12 @@ class FakeNvml:
         self.library = library or build_fake_nvml(folder)
         self._state = Path(folder) / "fake-gpus"
         self._before: str | None = None
-        lib = ctypes.CDLL(str(self.library))
-        lib.fakeNvmlGet.restype = ctypes.c_double
-        lib.fakeNvmlClock.restype = ctypes.c_double
-        lib.fakeNvmlPut.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_double]
+        lib = _loaded(self.library)
         # A file of its own for every fake: whoever maps the last one keeps it.
         self._state.unlink(missing_ok=True)
         if lib.fakeNvmlCreate(str(self._state).encode(), gpus) != 0:
             raise ConfigError(f"fake NVML: {self._state} cannot be created")
-        uuids = [f"GPU-00000000-0000-4000-8000-{number:012d}" for number in range(gpus)]
-        self.gpus = tuple(FakeGpu(lib, number, uuid) for number, uuid in enumerate(uuids))
+        self.gpus = tuple(FakeGpu(lib, number, _uuid(number)) for number in range(gpus))
         for number, gpu in enumerate(self.gpus):
             lib.fakeNvmlName(number, gpu.uuid.encode(), name.encode())
             for field, value in _FIELDS.items():

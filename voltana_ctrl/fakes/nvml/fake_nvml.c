@@ -15,6 +15,7 @@
  *   P_capped(f) = P(f) - G (P(f_free) - P(f)),
  * as a regulator does that lowers the clock while the SMs wait for memory and not while they
  * compute; the work done is that of the clock reported.
+ * An emulated engine knows better what it draws, and tells it (TOLD_W > 0).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -40,7 +41,7 @@ enum field {
     LOCK_LO_MHZ, LOCK_HI_MHZ, MEM_LOCK_LO_MHZ, MEM_LOCK_HI_MHZ,
     LOST, DENY_PID, HANG_S, HANG_CALLS, SET_S, MIG, VIRTUALIZATION, NO_ENERGY, NO_REASONS,
     ENERGY_J, ENERGY_ZERO_J, LAST_S, SETS, UNSUPPORTED_SETS, HIGHEST_LOCK_MHZ, TEMPERATURE_C,
-    STATIC_W, DYNAMIC_W, CAP_GAIN_FRAC, CAP_SETS,
+    STATIC_W, DYNAMIC_W, CAP_GAIN_FRAC, CAP_SETS, TOLD_W,
     N_FIELDS
 };
 enum { MAX_GPUS = 64, ROOM = 64 };
@@ -107,7 +108,10 @@ static double clock_mhz(const gpu_t *d) {
         f -= d->v[STEP_MHZ];
     return f;
 }
-static double watts_now(const gpu_t *d) { return capped_watts(d, clock_mhz(d), free_clock(d)); }
+static double watts_now(const gpu_t *d) {
+    if (d->v[TOLD_W] > 0) return d->v[TOLD_W];
+    return capped_watts(d, clock_mhz(d), free_clock(d));
+}
 static void integrate(gpu_t *d) {
     const double t = now_s();
     if (d->v[LAST_S] > 0) d->v[ENERGY_J] += watts_now(d) * (t - d->v[LAST_S]);
