@@ -1,5 +1,6 @@
 from voltana_ctrl.fakes.nvml import FakeGpu as FakeGpu
 from voltana_ctrl.fakes.nvml import FakeNvml as FakeNvml
+from voltana_ctrl.fakes.nvml import attached_gpu as attached_gpu
 from voltana_ctrl.fakes.nvml import build_fake_nvml as build_fake_nvml
 from voltana_ctrl.testing.backends import BACKEND_LAWS as BACKEND_LAWS
 from voltana_ctrl.testing.backends import check_backend as check_backend
