@@ -37,7 +37,7 @@ class FoundEngine:
     kind : {"vllm", "sglang", "trtllm", "dynamo"}
         By the names on its page of metrics.
     told : mapping of str to float
-        What the page tells, see :func:`~voltana_ctrl.engines.page.read_engine_page`.
+        What the page tells: queues, tokens and requests, by name.
     model : str, optional
         What it serves.
     role : {"prefill", "decode", "colocated"}, optional
