@@ -110,7 +110,9 @@ def test_every_group_says_where_it_comes_from(name: str) -> None:
         "decode_time", "decode_energy", "prefill_time", "prefill_power", "power", "memory",
         "transfer",
     }  # fmt: skip
-    assert groups <= set(profile.sources) <= groups | {"parking", "clock_change", "server"}
+    assert groups <= set(profile.sources) <= groups | {
+        "parking", "clock_change", "server", "band",
+    }  # fmt: skip
     for group, entry in profile.sources.items():
         assert entry["source"], group
         assert entry["error"], group

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Collection
 from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -134,6 +134,9 @@ def compare(
         Path | None,
         typer.Option(help="Keep runs in this folder as they end; those it has are not run again."),
     ] = None,
+    uncertainty: Annotated[
+        int, typer.Option(help="Draws from the bands of the profiles; adds intervals to savings.")
+    ] = 0,
     jobs: Annotated[int, typer.Option(help="Processes; 0 lets the size of the work decide.")] = 0,
 ) -> int:
     """Run policies on workloads against the simulated fleet; all savings are simulated."""
@@ -149,6 +152,7 @@ def compare(
             raise ConfigError(f"{option}: expected a number >= 0, got {value:g}")
     rates = numbers("rate", rate)
     from voltana_ctrl.experiment.grid import plan_runs
+    from voltana_ctrl.experiment.uncertainty import refuse_unknown
     from voltana_ctrl.policies import HEADLINE
     from voltana_ctrl.sim.arrivals import parse_arrivals
     from voltana_ctrl.sim.faults import read_faults
@@ -194,7 +198,9 @@ def compare(
         skip_bad_rows=skip_bad_rows,
         detail=outputs.detailed,
     )
-    return _carry_out(grid, outputs, store, jobs)
+    if uncertainty:
+        refuse_unknown(grid, uncertainty)
+    return _carry_out(grid, outputs, store, jobs, uncertainty)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +254,9 @@ class Outputs:
             write_plot(found.to_study(), self.plot, self.figures)
 
 
-def _carry_out(grid: Grid, outputs: Outputs, folder: Path | None, jobs: int) -> int:
+def _carry_out(
+    grid: Grid, outputs: Outputs, folder: Path | None, jobs: int, uncertainty: int = 0
+) -> int:
     """Run it, with rows as they are done; an exit status."""
     from rich.console import Console
 
@@ -256,10 +264,12 @@ def _carry_out(grid: Grid, outputs: Outputs, folder: Path | None, jobs: int) -> 
     from voltana_ctrl.cli.workers import Stopped, stop_on_sigterm, workers
     from voltana_ctrl.experiment import Comparison, ResultStore
     from voltana_ctrl.experiment.remaining import TimeLeft
+    from voltana_ctrl.experiment.uncertainty import interval_lines, savings_intervals
 
     errors = Console(stderr=True)
     screen: Screen | None = None
     status = 0
+    intervals: list[dict[str, Any]] = []
     with stop_on_sigterm():
         try:
             with nullcontext() if folder is None else ResultStore(folder) as store:
@@ -274,6 +284,8 @@ def _carry_out(grid: Grid, outputs: Outputs, folder: Path | None, jobs: int) -> 
                 with workers(number) as pool, Screen(grid, TimeLeft(grid, asked, number)) as screen:
                     for done in grid.execute(pool, store):
                         screen.add(done)
+                    if uncertainty:
+                        intervals = savings_intervals(grid, uncertainty, executor=pool)
         except KeyboardInterrupt:
             status = 128 + signal.SIGINT
         except Stopped:
@@ -281,8 +293,11 @@ def _carry_out(grid: Grid, outputs: Outputs, folder: Path | None, jobs: int) -> 
         except BrokenExecutor:
             status = 1
         found = Comparison.of(grid, ()) if screen is None else screen.found()
+        found = replace(found, uncertainty=tuple(intervals))
         if screen is not None:
             screen.print_foot()
+        for line in interval_lines(intervals):
+            typer.echo(line)
         if status:
             why = "a process was killed, perhaps for its memory" if status == 1 else "stopped"
             again = "" if folder is None else "; the same command goes on from there"

@@ -64,6 +64,9 @@ class Comparison:
         The command line, where there was one.
     profiles : tuple of Profile
         Those of the fleet; not in the JSON.
+    uncertainty : tuple of dict
+        Savings with their intervals, where they were asked for; see
+        :func:`voltana_ctrl.experiment.uncertainty.savings_intervals`.
     details : tuple of RunDetail or None
         One per run, where they were asked for; not in the JSON.
 
@@ -86,6 +89,7 @@ class Comparison:
     planned: int | None = None
     command: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = ()
+    uncertainty: tuple[dict[str, Any], ...] = ()
     details: tuple[RunDetail | None, ...] = ()
 
     @classmethod
@@ -150,6 +154,7 @@ class Comparison:
             "arrivals": self.arrivals,
             "faults": fault_rows(self.faults),
             "power_budget_w": None if budget is None else [list(step) for step in budget.steps],
+            "uncertainty": list(self.uncertainty) or None,
             "runs": list(self.runs),
         }
 

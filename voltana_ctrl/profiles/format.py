@@ -14,7 +14,8 @@ is; a term without a shape does not depend on the clock. A shape is a factor of 
 
 Sections that may be left out: ``parking`` (what a parked and empty instance draws, and how long
 it takes to wake), ``clock_change`` (what a change of its clock costs), ``server`` (what the rest
-of its server draws, per instance) and ``actuators``. Within the others a coefficient that may be
+of its server draws, per instance), ``band`` (how far all of it may be from the truth: fields of
+:class:`voltana_ctrl.types.Band`) and ``actuators``. Within the others a coefficient that may be
 left out is 0: time of the host per decode step (``decode_time.host_s``) and per prompt
 (``prefill_time.req_s``), what prompts draw on top in an iteration that decodes, too
 (``prefill_power.beside_w``), the line to which computing bends the step time
@@ -35,7 +36,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types import PROFILE_DTYPE, ActuatorPoint, Profile
+from voltana_ctrl.types import PROFILE_DTYPE, ActuatorPoint, Band, Profile
 
 _PROVENANCE = ("status", "source", "error")
 _STATUS_BEST_FIRST = ("measured", "fitted", "scaled", "extrapolated")
@@ -72,6 +73,8 @@ _SHAPES = {
 _TOP = ("name", "summary", "gpus", "first_token", "clocks", "shapes", *_SETTINGS, *_LAWS)
 # Measurements of other actuators; a profile without them leaves those alone.
 _ACTUATORS = "actuators"
+# How far the profile may be from the truth: fields of Band.
+_BAND = "band"
 _POINT_OPTIONAL = ("kv_tok", "power_cap_w", "mem_mhz", "cpu_mhz")
 _POINT = tuple(field.name for field in fields(ActuatorPoint) if field.name not in _POINT_OPTIONAL)
 
@@ -101,13 +104,19 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     ...
     voltana_ctrl.errors.ConfigError: missing key 'name'
     """
-    _check_keys("", laws, _TOP, optional=(_ACTUATORS, *_EXTRAS))
+    _check_keys("", laws, _TOP, optional=(_ACTUATORS, _BAND, *_EXTRAS))
     sources = {}
     for section, keys in (_LAWS | _SETTINGS).items():
         optional = _OPTIONAL.get(section, ())
         table = _check_keys(section, laws[section], (*keys, *_PROVENANCE), optional=optional)
         sources[section] = _provenance(section, table)
     extras: dict[str, Any] = {}
+    if _BAND in laws:
+        keys = tuple(field.name for field in fields(Band))
+        table = _check_keys(_BAND, laws[_BAND], _PROVENANCE, optional=keys)
+        sources[_BAND] = _provenance(_BAND, table)
+        given = {key: _number(f"{_BAND}.{key}", table[key]) for key in keys if key in table}
+        extras["band"] = Band(**given)
     for section, names in _EXTRAS.items():
         if section in laws:
             table = _check_keys(section, laws[section], (*names, *_PROVENANCE))
@@ -136,7 +145,8 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     settings = {key: laws[section][key] for section, keys in _SETTINGS.items() for key in keys}
     settings["idle_w"] = float(rows["idle_w"][-1])
     settings["batch_steps"] = _steps(settings["batch_steps"])
-    weakest = max((entry["status"] for entry in sources.values()), key=_STATUS_BEST_FIRST.index)
+    stated = [entry["status"] for section, entry in sources.items() if section != _BAND]
+    weakest = max(stated, key=_STATUS_BEST_FIRST.index)
     actuators: tuple[ActuatorPoint, ...] = ()
     if _ACTUATORS in laws:
         table = _check_keys(_ACTUATORS, laws[_ACTUATORS], ("point", *_PROVENANCE))

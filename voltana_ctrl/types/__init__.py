@@ -25,12 +25,13 @@ from voltana_ctrl.types.observation import (
     RequestBatch,
 )
 from voltana_ctrl.types.order import Order
-from voltana_ctrl.types.profile import Profile
+from voltana_ctrl.types.profile import Band, Profile
 
 __all__ = [
     "PROFILE_DTYPE",
     "ActuatorPoint",
     "ActuatorSetting",
+    "Band",
     "Belief",
     "Decision",
     "FleetSpec",

@@ -16,6 +16,55 @@ from voltana_ctrl.types.actuators import ActuatorPoint
 ProfileStatus = Literal["measured", "fitted", "scaled", "extrapolated"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Band:
+    """How far a profile may be from the truth: one standard deviation each, relative.
+
+    What is shared is drawn once for all clocks and, where it says so, for both phases: errors of
+    a profile are errors of its sources, not noise from clock to clock.
+
+    Parameters
+    ----------
+    decode_time_frac, prefill_time_frac : float
+        Level of the times.
+    clock_time_frac : float
+        Time at 0.7 of the highest clock and below over that at the highest, in both phases.
+    decode_power_frac, prefill_power_frac : float
+        Level of power and energy.
+    clock_power_frac : float
+        Power at 0.7 of the highest clock and below over that at the highest, in both phases: where
+        the voltage rises, and how fast.
+    idle_frac : float
+        Idle and parked power.
+
+    Raises
+    ------
+    ConfigError
+        If a value is negative or 1 and more.
+
+    Examples
+    --------
+    >>> Band(idle_frac=0.2).decode_time_frac
+    0.0
+    """
+
+    decode_time_frac: float = 0.0
+    prefill_time_frac: float = 0.0
+    clock_time_frac: float = 0.0
+    decode_power_frac: float = 0.0
+    prefill_power_frac: float = 0.0
+    clock_power_frac: float = 0.0
+    idle_frac: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            not_negative(f"Band.{name}", getattr(self, name))
+            if getattr(self, name) >= 1.0:
+                raise ConfigError(
+                    f"Band.{name}: expected less than 1, a ratio, got {getattr(self, name):g}"
+                )
+
+
 def with_idle_w(table: Any, idle_w: float) -> Any:
     """Rows whose idle power at the highest clock is this; at the others it moves as much.
 
@@ -87,6 +136,8 @@ class Profile:
         One line on where it comes from.
     sources : mapping of str to mapping
         Per group of coefficients: `status`, `source`, `error`.
+    band : Band, optional
+        How far all this may be from the truth; without one nothing is known of it.
     actuators : tuple of ActuatorPoint
         Measurements of power caps, memory and CPU clocks beside those of clock locks; none
         leaves these actuators alone.
@@ -126,6 +177,7 @@ class Profile:
     status: ProfileStatus
     summary: str = ""
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    band: Band | None = None
     actuators: tuple[ActuatorPoint, ...] = ()
 
     def __post_init__(self) -> None:
