@@ -109,6 +109,12 @@ class GpuMeters:
                 found[uuid] = cap_w
         return found
 
+    @property
+    def shared(self) -> dict[str, str]:
+        """Why what a GPU draws is not one tenant's alone (MIG, vGPU), by GPU."""
+        told = {uuid: gpu.shared for uuid, (gpu, _) in self._gpus.items()}
+        return {uuid: why for uuid, why in told.items() if why is not None}
+
     def problems(self) -> dict[str, str]:
         """What is wrong with the readings of each instance's GPUs, by its id."""
         told = {self._fleet.ids[i]: seen.problem for i, seen in self._seen(self._now_s()).items()}
