@@ -134,7 +134,7 @@ def test_full_disk_costs_ticks_and_nothing_else(tmp_path, monkeypatch):
     with TickLog(path, fleet()) as log:
         log.on_tick(record(0))
         _until(lambda: log.ticks == 1)
-        log._file = FullDisk(log._file, 3000)
+        log._file._file = FullDisk(log._file._file, 3000)
         for number in range(1, 21):
             log.on_tick(record(number))
         _until(lambda: log.ticks + log.dropped == 21)
@@ -158,7 +158,7 @@ def test_slow_disk_does_not_stop_the_loop(tmp_path, monkeypatch):
             time.sleep(0.2)
             return self.file.write(data)
 
-    log._file = Hangs(log._file, 0)
+    log._file._file = Hangs(log._file._file, 0)
     begin_s = time.monotonic()
     for number in range(100):
         log.on_tick(record(number))

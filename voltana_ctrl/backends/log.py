@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,11 +38,13 @@ from voltana_ctrl.types import (
 
 __all__ = [
     "PARQUET_KEY",
+    "LogFile",
     "log_applied",
     "log_decision",
     "log_files",
     "log_fleet",
     "log_header",
+    "log_line",
     "log_lines",
     "log_observation",
     "log_tick",
@@ -128,6 +131,78 @@ def log_tick(record: TickRecord) -> dict[str, Any]:
     values = {field.name: plain(getattr(record, field.name)) for field in fields(record)}
     in_force = values.pop("in_force")
     return values if in_force else {**values, "applied": None, "advised": values["applied"]}
+
+
+class LogFile:
+    r"""One file of a log, being written: a header, then a line for every tick.
+
+    Parameters
+    ----------
+    path : Path
+        The file; an existing one is replaced.
+    header : mapping
+        Of :func:`log_header`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what was torn stays at its end.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = LogFile(Path(folder, "ticks.jsonl"), {"schema": "x"})
+    ...     file.append(log_line({"number": 0}))
+    ...     file.close()
+    ...     file.bytes, Path(folder, "ticks.jsonl").read_text()
+    (28, '{"schema":"x"}\n{"number":0}\n')
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self._file: BinaryIO | None = Path(path).open("wb")  # noqa: SIM115
+        self.bytes = 0
+        try:
+            self.append(log_line(header))
+        except OSError:
+            with suppress(OSError):  # what a full disk would not take is refused once more
+                self.close()
+            raise
+
+    def append(self, line: bytes) -> None:
+        """Write one line, and hand it to the system.
+
+        Parameters
+        ----------
+        line : bytes
+            Of :func:`log_line`.
+        """
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            self.bytes += len(line)
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+
+
+def log_line(values: Mapping[str, Any]) -> bytes:
+    r"""Line of a log, as it stands in the file.
+
+    Parameters
+    ----------
+    values : mapping
+        Of :func:`log_header` or :func:`log_tick`.
+
+    Examples
+    --------
+    >>> log_line({"number": 0})
+    b'{"number":0}\n'
+    """
+    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
 
 
 def log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,17 +6,17 @@ come back to the last bit. A replayed controller must therefore decide exactly a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 from voltana_ctrl.backends.log import (
+    LogFile,
     log_applied,
     log_fleet,
     log_header,
+    log_line,
     log_lines,
     log_observation,
     log_tick,
@@ -73,25 +73,20 @@ class Recorder:
         self.failure: str | None = None
         self.ticks = 0
         try:
-            self._file: TextIO | None = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+            self._file: LogFile | None = LogFile(path, log_header(fleet))
         except OSError as error:
             raise ConfigError(f"log {path}: cannot be written: {error.strerror}") from error
-        self._write(log_header(fleet))
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self.failure = f"the log ends after {self.ticks} ticks: {error.strerror}"
-            self.close()
 
     def on_tick(self, record: TickRecord) -> None:
         """Write one tick."""
-        self._write(log_tick(record))
-        self.ticks += self._file is not None
+        if self._file is None:
+            return
+        try:
+            self._file.append(log_line(log_tick(record)))
+            self.ticks += 1
+        except OSError as error:
+            self.failure = f"the log ends after {self.ticks} ticks: {error.strerror}"
+            self.close()
 
     def close(self) -> None:
         """Close the file; may be called twice."""

@@ -15,11 +15,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from voltana_ctrl.backends.log import PARQUET_KEY, log_header, log_lines, log_tick, put_aside
+from voltana_ctrl.backends.log import (
+    PARQUET_KEY,
+    LogFile,
+    log_header,
+    log_line,
+    log_lines,
+    log_tick,
+    put_aside,
+)
 from voltana_ctrl.checks import count
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.ports import Observer
@@ -112,10 +120,9 @@ class TickLog:
         self.failure: str | None = None
         self._path = Path(path)
         told = {"slo": None if slo is None else asdict(slo), "mode": mode, "unread": list(unread)}
-        self._header = _line(log_header(fleet, **told))
+        self._header = log_header(fleet, **told)
         self._max_bytes, self._keep, self._parquet = max_bytes, keep, parquet
-        self._file: BinaryIO | None = None
-        self._bytes = 0
+        self._file: LogFile | None = None
         self._retry_s = 0.0
         try:
             self._put_aside()
@@ -160,7 +167,7 @@ class TickLog:
             self._fail(error)
 
     def _write(self, record: TickRecord) -> None:
-        line = _line(log_tick(record))
+        line = log_line(log_tick(record))
         try:
             if self._file is None:
                 if time.monotonic() < self._retry_s:
@@ -168,7 +175,7 @@ class TickLog:
                     return
                 self._put_aside()  # what was torn stays at the end of its file
                 self._open()
-            elif self._bytes + len(line) > self._max_bytes:
+            elif self._file.bytes + len(line) > self._max_bytes:
                 self._shut()
                 self._put_aside()
                 self._open()
@@ -180,15 +187,11 @@ class TickLog:
             self.ticks += 1
 
     def _open(self) -> None:
-        self._file = self._path.open("wb")
-        self._bytes = 0
-        self._append(self._header)
+        self._file = LogFile(self._path, self._header)
 
     def _append(self, line: bytes) -> None:
         if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-            self._bytes += len(line)
+            self._file.append(line)
 
     def _shut(self) -> None:
         if self._file is not None:
@@ -217,10 +220,6 @@ class TickLog:
                 target.unlink()
         for old in put_aside(self._path)[: -self._keep]:
             old.unlink()
-
-
-def _line(values: Any) -> bytes:
-    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
 
 
 def _pyarrow() -> tuple[Any, Any]:
