@@ -30,7 +30,7 @@ def encode_forward_pass(one: ForwardPass, pack: Callable[[object], bytes] | None
     one : ForwardPass
         The iteration.
     pack : callable, optional
-        Packs a value as MessagePack; looked for at every call without, which takes a hundred
+        Packs a value as MessagePack; looked for at every call without, which takes forty
         times as long as packing where msgpack is not installed.
 
     Examples
