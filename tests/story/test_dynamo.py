@@ -180,6 +180,7 @@ def test_pins_of_our_router_are_obeyed(stack):
 def ask_the_router(stack, policy, prompts, lengths):
     """Events of the answers, every other one streamed; energies, with places; the metrics page."""
     proxy = Proxy(stack.fleet, stack.endpoints, policy=policy)
+    ids = {}
 
     async def run(url):
         async with httpx.AsyncClient(base_url=url, timeout=30.0, trust_env=False) as client:
@@ -189,9 +190,9 @@ def ask_the_router(stack, policy, prompts, lengths):
                 asked = body(prompts[k], int(lengths[k]))
                 if k % 2:
                     asked |= {"stream": True, "stream_options": {"include_usage": True}}
-                headers = {"x-request-id": f"r{k}"}
-                got = await client.post("/v1/completions", json=asked, headers=headers)
+                got = await client.post("/v1/completions", json=asked)
                 assert got.status_code == 200, got.text
+                ids[k] = got.headers["x-request-id"]
                 if not k % 2:
                     return [got.json()]
                 *events, done, rest = got.text.split("\n\n")
@@ -199,7 +200,7 @@ def ask_the_router(stack, policy, prompts, lengths):
                 return [json.loads(event.removeprefix("data: ")) for event in events]
 
             answers = await asyncio.gather(*map(one, range(len(prompts))))
-            spent = [(await client.get(f"/v1/energy/r{k}")).json() for k in range(len(prompts))]
+            spent = [(await client.get(f"/v1/energy/{ids[k]}")).json() for k in range(len(prompts))]
             return answers, spent, (await client.get("/metrics")).text
 
     with serving(proxy) as server:

@@ -99,8 +99,8 @@ def router(
     probe: Annotated[float, typer.Option(help="Seconds between looks at an engine.")] = 5.0,
     max_held_mb: Annotated[
         int, typer.Option(help="Bodies and answers of all requests together; more get 429.")
-    ] = 128,
-    max_answer_mb: Annotated[int, typer.Option(help="Largest answer in one piece.")] = 64,
+    ] = 64,
+    max_answer_mb: Annotated[int, typer.Option(help="Largest answer in one piece.")] = 32,
     max_connections: Annotated[int, typer.Option(help="Connections at once; more get 503.")] = 8192,
     drain: Annotated[float, typer.Option(help="Seconds to end after SIGTERM.")] = 60.0,
 ) -> None:

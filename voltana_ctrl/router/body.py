@@ -26,7 +26,7 @@ _LEARN_FRAC = 0.02
 # A chat template adds about this much around each message.
 _TOK_PER_MESSAGE = 4
 # Each value of a body takes about 60 bytes once it is parsed, however short it was.
-_MOST_VALUES = 2_000_000
+_MOST_VALUES = 1_000_000
 _BEGIN = re.compile(rb"\s*\{\s*(\})?")
 
 

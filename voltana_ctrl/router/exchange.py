@@ -416,14 +416,12 @@ class Exchange:
                 async for events in answer.events():
                     counts.token(flight, reader.tokens - seen)
                     seen = reader.tokens
-                    passed = events
                     if reader.usage and (wants_energy or strips_usage):
-                        passed = [self._of_usage(e, answer, strips_usage) for e in events]
-                    body = b"".join(passed)
+                        events = [self._of_usage(e, answer, strips_usage) for e in events]
+                    body = b"".join(events)
                     if body:
-                        await self._put(
-                            {"type": "http.response.body", "body": body, "more_body": True}
-                        )
+                        message = {"type": "http.response.body", "body": body, "more_body": True}
+                        await self._put(message)
             rest = reader.rest
         except UpstreamFailed as failed:
             # Its first token is out: sent again, the client would read it twice.

@@ -61,8 +61,8 @@ class ProxyLimits:
     """
 
     body_bytes: int = 16 << 20
-    answer_bytes: int = 64 << 20
-    held_bytes: int = 128 << 20
+    answer_bytes: int = 32 << 20
+    held_bytes: int = 64 << 20
     header_bytes: int = 32 << 10
     in_flight_req: int = 4096
     connections: int = 8192

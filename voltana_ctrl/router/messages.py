@@ -203,9 +203,7 @@ class Answer:
 
         try:
             async for chunk in self.response.content.iter_any():
-                events = self.reader.take(chunk)
-                if events:
-                    yield events
+                yield self.reader.take(chunk)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             if not self.reader.is_whole:
                 raise UpstreamFailed(

@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from voltana_ctrl.router.body import Asked, BadBody, read_request
@@ -20,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 # The worst of this size takes about two milliseconds.
 _INLINE_BYTES = 1 << 16
 _LIMIT_S = 20.0
-_MEMORY_BYTES = 1 << 30
+_MEMORY_BYTES = 256 << 20
 _SIZE_BYTES = 8
 # Isolated: neither the working folder nor PYTHON* variables say what runs.
 _FLAGS = ("-I", "-S")
@@ -85,14 +86,17 @@ class BodyReader:
         patience = threading.Timer(_LIMIT_S, child.kill)
         patience.start()
         try:
-            _put(child.stdin, (content, options))
-            told = _get(child.stdout)
+            _put(child.stdin, pickle.dumps(options))
+            _put(child.stdin, content)
+            told = pickle.loads(_get(child.stdout))
         except (OSError, EOFError):
             _LOG.warning("the process that reads long bodies ended; the next one starts it anew")
             self._end()
             return BadBody("the body takes too much time or memory to read")
         finally:
             patience.cancel()
+        if isinstance(told, Asked) and not told.content:
+            return replace(told, content=content)
         return told  # type: ignore[no-any-return]  # the other end is this module
 
     def _end(self) -> None:
@@ -116,25 +120,30 @@ def main() -> None:
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
-            content, options = _get(source)
+            options = pickle.loads(_get(source))
+            content = _get(source)
             try:
                 told: Asked | BadBody = read_request(content, **options)
             except BadBody as bad:
                 told = bad
-            _put(sink, told)
-            del content, told
+            except MemoryError:
+                told = BadBody("the body takes too much memory to read")
+            if isinstance(told, Asked) and told.content is content:
+                told = replace(told, content=b"")  # the other end has it
+            del content
+            _put(sink, pickle.dumps(told, protocol=5))
+            del told
 
 
-def _put(sink: BinaryIO | Any, value: Any) -> None:
-    packed = pickle.dumps(value, protocol=5)
+def _put(sink: BinaryIO | Any, packed: bytes) -> None:
     sink.write(len(packed).to_bytes(_SIZE_BYTES, "big"))
     sink.write(packed)
     sink.flush()
 
 
-def _get(source: BinaryIO | Any) -> Any:
+def _get(source: BinaryIO | Any) -> bytes:
     head = source.read(_SIZE_BYTES)
     if len(head) < _SIZE_BYTES:
         raise EOFError
-    packed = source.read(int.from_bytes(head, "big"))
-    return pickle.loads(packed)
+    packed: bytes = source.read(int.from_bytes(head, "big"))
+    return packed

@@ -48,6 +48,8 @@ _KEEP_ALIVE_S = 3.0
 # What one engine of a pair refuses, the other refuses, too, within this time.
 _OTHERS_WORD_S = 2.0
 _PAGE_S = 10.0
+# Of a stream that its client does not read, so much stays in several places on its way.
+_READ_BYTES = 1 << 14
 # Refusals that have nothing to do with what a request says.
 _NOT_OF_THE_BODY = (401, 403, 408, 413, 429)
 
@@ -94,7 +96,7 @@ class Upstream:
         *,
         colocated: bool,
         connect_s: float = 5.0,
-        answer_bytes: int = 64 << 20,
+        answer_bytes: int = 32 << 20,
         api_key: str | None = None,
         pass_authorization: bool = True,
         keep: bool = False,
@@ -135,6 +137,7 @@ class Upstream:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=_READ_BYTES,
         )
         return self
 
@@ -431,11 +434,14 @@ class Upstream:
     async def _read(self, instance: int, response: aiohttp.ClientResponse, share: Share) -> Answer:
         import aiohttp
 
-        content = bytearray()
+        parts: list[bytes] = []
+        size = 0
         try:
             async for chunk in response.content.iter_any():
-                content += chunk
-                if len(content) > self._answer_bytes or not share.grow(len(chunk)):
+                parts.append(chunk)
+                size += len(chunk)
+                if size > self._answer_bytes or not share.grow(len(chunk)):
+                    parts.clear()
                     raise UpstreamFailed(
                         f"{self._name(instance)}: its answer is too long to be kept", (instance,)
                     )
@@ -443,6 +449,8 @@ class Upstream:
             raise self._silence(instance, error) from error
         finally:
             response.close() if not response.content.at_eof() else response.release()
+        content = b"".join(parts)
+        del parts
         status = response.status
         if status != 200 and not 400 <= status < 600:
             raise UpstreamFailed(
@@ -454,7 +462,7 @@ class Upstream:
         if status == 200 and not is_framed and not _is_json(content):
             raise UpstreamFailed(f"{self._name(instance)}: half an answer", (instance,), down=True)
         answer = Answer(
-            status=status, headers=_passed_on(response), content=bytes(content), instance=instance
+            status=status, headers=_passed_on(response), content=content, instance=instance
         )
         if status >= 500:
             raise UpstreamFailed(
@@ -484,7 +492,7 @@ def _is_refusal(status: int) -> bool:
     return 400 <= status < 500 and status not in _NOT_OF_THE_BODY
 
 
-def _is_json(content: bytearray) -> bool:
+def _is_json(content: bytes) -> bool:
     """Whether an answer of which only the connection's end is known may be whole."""
     try:
         json.loads(content)

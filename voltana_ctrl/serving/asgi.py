@@ -191,7 +191,8 @@ async def read_body(
     if encoding not in (None, b"", b"identity"):
         raise Refused(415, "invalid_request_error", "content-encoding: expected none")
     share = share or Share()
-    content = bytearray()
+    parts: list[bytes] = []
+    size = 0
     try:
         async with asyncio.timeout(limit_s):
             while True:
@@ -199,16 +200,20 @@ async def read_body(
                 if message["type"] != "http.request":
                     raise ClientGone
                 part = message.get("body", b"")
-                if len(content) + len(part) > limit_bytes:
+                size += len(part)
+                if size > limit_bytes:
                     raise too_long
                 if not share.grow(len(part)):
                     text = "no memory is left for long bodies; come again"
                     raise Refused(429, "rate_limit_error", text, RETRY_AFTER)
-                content += part
+                parts.append(part)
                 if not message.get("more_body", False):
-                    return bytes(content)
+                    return b"".join(parts)
     except TimeoutError:
         raise Refused(408, "invalid_request_error", "the body came too slowly") from None
+    finally:
+        # A refusal that is on its way would keep them.
+        parts.clear()
 
 
 async def respond(
