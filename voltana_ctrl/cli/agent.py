@@ -29,6 +29,7 @@ from voltana_ctrl.cli.setter import setter as run_setter
 from voltana_ctrl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from voltana_ctrl.control.base import Controller
     from voltana_ctrl.live.governed import PolicyController
     from voltana_ctrl.live.node import NodeBackend
     from voltana_ctrl.types import FleetSpec, Slo
@@ -166,19 +167,22 @@ def agent(
             ceiling_mhz=settings.ceiling_mhz,
         )  # fmt: skip
         ending.callback(backend.close)
-        decides = None
+        decides: Controller | None = None
         if mode != "observe" and controller is not None:
             decides = _remote(
                 ending, spec, backend, controller, token, node, [one.instance for one in own],
                 asked.slo, asked.period_s, delay_s, tls_ca,
             )  # fmt: skip
         elif mode != "observe":
+            from voltana_ctrl.live.descent import Descent
             from voltana_ctrl.live.governed import node_policy
 
             decides = node_policy(
                 spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
                 delay_s=delay_s, held=backend.held,
             )  # fmt: skip
+            if mode == "act":
+                decides = Descent(decides, asked.slo)
         run_agent(
             ending, backend, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration, period_s=asked.period_s,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from voltana_ctrl.cli.running import (
 )
 
 EXAMPLES = ("voltana-ctrl controller --fleet fleet.toml --mode advise",)
+
+if TYPE_CHECKING:
+    from voltana_ctrl.control.base import Controller
 
 
 def controller(
@@ -93,6 +96,7 @@ def run_controller(
     """Listen for nodes and routers, and decide until told to end."""
     from voltana_ctrl.engines.endpoints import load_endpoints
     from voltana_ctrl.live.agent import AgentSettings
+    from voltana_ctrl.live.descent import Descent
     from voltana_ctrl.live.governed import fleet_policy
     from voltana_ctrl.live.hub import HubBackend
     from voltana_ctrl.live.hub_app import HubServer, hub_app
@@ -101,12 +105,14 @@ def run_controller(
     host, port = address("serve", listen_at)
     token = token_of(token_file)
     hub = HubBackend(spec, policy=policy, now_s=since_start())
-    decides = None
+    decides: Controller | None = None
     if asked.mode != "observe":
         decides = fleet_policy(
             spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
             routed=hub.routed,
         )  # fmt: skip
+        if asked.mode == "act":
+            decides = Descent(decides, asked.slo)
     if asked.mode != "act":
         hub.release()
     settings = AgentSettings(

@@ -32,7 +32,7 @@ def demo(
     rate: Annotated[float, typer.Option(help="req/s, as if at true speed.")] = 12.0,
     dilation: Annotated[
         float, typer.Option(help="How many times as long everything takes, promises too.")
-    ] = 20.0,
+    ] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
 ) -> None:

@@ -27,6 +27,7 @@ from voltana_ctrl.cli.running import (
 if TYPE_CHECKING:
     import uvicorn
 
+    from voltana_ctrl.control.base import Controller
     from voltana_ctrl.router.app import Proxy
 
 
@@ -89,6 +90,7 @@ def serve(
     from voltana_ctrl.engines.endpoints import load_endpoints
     from voltana_ctrl.engines.traffic import Traffic
     from voltana_ctrl.live.agent import AgentSettings
+    from voltana_ctrl.live.descent import Descent
     from voltana_ctrl.live.governed import node_policy
     from voltana_ctrl.live.pod_power import power_limits_w
     from voltana_ctrl.live.subscription import SubscribedRouters
@@ -130,12 +132,14 @@ def serve(
             ceiling_mhz=settings.ceiling_mhz, traffic=traffic,
         )  # fmt: skip
         ending.callback(backend.close)
-        decides = None
+        decides: Controller | None = None
         if mode != "observe":
             decides = node_policy(
                 spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
                 delay_s=delay_s, held=backend.held, routed=lambda: asked.mode == "act",
             )  # fmt: skip
+            if asked.mode == "act":
+                decides = Descent(decides, asked.slo)
         ending.enter_context(_in_a_thread(server, proxy, listening))
         scheme = "http" if tls_cert is None else "https"
         say(f"{policy} routes on {scheme}://{host}:{listening[0].getsockname()[1]}")

@@ -1,0 +1,130 @@
+"""Clocks come down step by step, and go up again where requests miss or the profile is wrong."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.helpers.fake_gpus import fleet
+from voltana_ctrl import Decision, FleetState, Observation, Slo
+from voltana_ctrl.control import StaticController
+from voltana_ctrl.laws import decode_s
+from voltana_ctrl.live.descent import Descent
+from voltana_ctrl.types import IterationBatch, RequestBatch
+
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+DT_S = 0.1
+
+
+def finished(n, itl_s, decode=1):
+    one = np.ones(n)
+    return RequestBatch(
+        request=np.arange(n), request_class=0 * one, prompt_tok=100 * one, output_tok=9 * one,
+        ttft_s=0.2 * one, itl_s=itl_s * one, prefill_instance=0 * one,
+        decode_instance=decode * one,
+    )  # fmt: skip
+
+
+def passes(n, pace, clock_mhz=705.0, prefill_tok=0.0):
+    one = fleet().instances[1]
+    row = one.table[one.clocks_mhz == clock_mhz]
+    wall_s = pace * float(decode_s(row, 64.0, 20_000.0)[0])
+    ones = np.ones(n)
+    return IterationBatch(
+        instance=np.ones(n, np.int64), t_s=ones, wall_s=wall_s * ones, freq_mhz=clock_mhz * ones,
+        batch_req=64 * ones, prefill_tok=prefill_tok * ones, kv_tok=2e4 * ones, energy_j=0 * ones,
+    )  # fmt: skip
+
+
+class Low(StaticController):
+    """Asks for 705 MHz, and would allow any."""
+
+    def _decide(self, observation, memory):
+        floor_mhz = np.full(len(self.fleet), 705.0)
+        return Decision.highest(self.fleet, floor_mhz=floor_mhz), memory
+
+
+class Run:
+    """A descent to 705 MHz on 1P1D, tick by tick."""
+
+    def __init__(self, **settings):
+        self.descent = Descent(Low(fleet(), 705), SLO, **settings)
+        self.memory, self.t_s = self.descent.init(), 0.0
+
+    def tick(self, seconds, done=None, made=None, **state):
+        clocks = []
+        for _ in range(round(seconds / DT_S)):
+            self.t_s += DT_S
+            seen = Observation(
+                state=replace(FleetState.idle(2, t_s=self.t_s), **state),
+                finished=done, iterations=made,
+            )  # fmt: skip
+            decision, self.memory = self.descent.decide(seen, self.memory)
+            clocks.append(decision.freq_mhz.copy())
+        return np.array(clocks)
+
+
+def test_it_comes_down_one_step_at_a_time():
+    clocks = Run().tick(15.0)
+    assert clocks[0].tolist() == [1410.0, 1410.0]
+    falls = -np.diff(clocks[:, 1])
+    assert falls.max() <= 60.0 + 1e-9
+    assert np.all(falls >= 0.0)
+    assert np.flatnonzero(falls)[1] - np.flatnonzero(falls)[0] >= 3
+    assert clocks[-1].tolist() == [705.0, 705.0]
+
+
+def test_nothing_is_lowered_on_readings_that_are_old_or_of_the_dead():
+    clocks = Run().tick(15.0, age_s=np.array([5.0, 0.0]), alive=np.array([True, False]))
+    assert clocks[-1].tolist() == [1410.0, 1410.0]
+
+
+def test_lasting_misses_return_one_instance_to_the_highest_clock_and_it_comes_down_again(caplog):
+    run = Run()
+    run.tick(15.0, done=finished(2, 0.03))
+    with caplog.at_level(logging.WARNING):
+        clocks = run.tick(8.0, done=finished(2, 0.09))
+    assert clocks[-1].tolist() == [705.0, 1410.0]
+    # A burst of misses is no reason; some seconds of them are.
+    assert clocks[40, 1] == 705.0
+    (told,) = caplog.messages
+    assert "decode-0: back to the highest clock: requests miss" in told
+    assert run.descent.notes(run.memory)["returned_to_highest"] == 1.0
+    assert run.tick(4.0, done=finished(2, 0.03))[-1, 1] == 1410.0
+    assert run.tick(30.0, done=finished(2, 0.03))[-1, 1] == 705.0
+
+
+def test_misses_that_the_promise_allows_change_nothing():
+    run, random = Run(), np.random.default_rng(0)
+    run.tick(15.0)
+    for _ in range(600):
+        missed = random.random() < 0.01
+        assert run.tick(DT_S, done=finished(1, 0.09 if missed else 0.03))[-1, 1] == 705.0
+
+
+@pytest.mark.parametrize(("pace", "believed"), [(1.0, True), (1.15, True), (1.3, False),
+                                                (0.7, False)])  # fmt: skip
+def test_a_profile_is_held_against_the_engine_before_anything_is_lowered(pace, believed, caplog):
+    run = Run()
+    with caplog.at_level(logging.WARNING):
+        run.tick(1.0, made=passes(10, pace))
+        clocks = run.tick(15.0, made=passes(10, pace))
+    assert (clocks[-1, 1] == 705.0) == believed
+    assert clocks[-1, 0] == 705.0
+    assert run.memory.pace_frac[1] == pytest.approx(pace, rel=1e-6)
+    if not believed:
+        assert f"take {pace:.2f} times what the profile" in caplog.messages[0]
+        assert "voltana-ctrl fit" in caplog.messages[0]
+
+
+def test_an_engine_that_drifts_while_its_clock_is_low_is_brought_back():
+    run = Run()
+    run.tick(15.0, made=passes(10, 1.0))
+    assert run.tick(30.0, made=passes(10, 1.5))[-1, 1] == 1410.0
+
+
+def test_iterations_with_prompts_in_them_are_no_witnesses():
+    run = Run()
+    run.tick(15.0, made=passes(10, 3.0, prefill_tok=500.0))
+    assert run.memory.passes[1] == 0.0

@@ -1,0 +1,271 @@
+"""How far clocks may come down on a fleet that runs: step by step, and up again where users suffer.
+
+A policy that is right about its engines may lower a clock at once. Whether it is right is not known
+before it has acted, so every instance begins at its highest clock, and what it may run at comes
+down one step per settled observation. It returns to the highest, with the reason in the log,
+
+- where requests have missed their promise for a while more often than chance allows, and
+- where the engine does not take the time that its profile says: such a profile must be fitted anew
+  before anything is lowered on its word.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from voltana_ctrl.checks import F64, Bool, positive
+from voltana_ctrl.control.base import Controller
+from voltana_ctrl.laws import decode_s
+from voltana_ctrl.ports import controller_extras
+from voltana_ctrl.types import Decision, IterationBatch, Observation, RequestBatch, Slo
+
+__all__ = ["Descent", "DescentMemory"]
+
+_log = logging.getLogger(__name__)
+
+#: Steps from the highest clock to the lowest.
+_STEPS = 20
+#: Times in promises of TTFT: between two steps, how long misses must last, and what is remembered.
+_SETTLE_TTFT, _LASTING_TTFT, _MEMORY_TTFT = 0.5, 10.0, 50.0
+#: Standard deviations, and requests, by which misses must exceed what was promised.
+_BEYOND_SD, _LEAST_MISSED = 3.0, 3.0
+#: Readings older than this settle nothing.
+_FRESH_S = 2.0
+#: Iterations after which a profile is held to what it says, and how many are remembered.
+_JUDGED, _REMEMBERED = 40.0, 400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DescentMemory:
+    """How far each instance has come down, and what speaks against it.
+
+    Parameters
+    ----------
+    inner : object
+        Memory of the policy.
+    lid_mhz : ndarray, shape (n,)
+        Clock below which nothing is asked for yet.
+    stepped_s : ndarray, shape (n,)
+        When it was lowered last, or returned.
+    judged_req, missed_req : ndarray, shape (2, n)
+        Requests that finished and those of them that missed, TTFT and ITL, forgetting the old.
+    missing_s : ndarray, shape (n,)
+        Since when misses are more than chance allows; infinite where they are not.
+    passes, log_pace : ndarray, shape (n,)
+        Iterations compared with the profile, and the mean logarithm of their ratio.
+    returned : ndarray, shape (n,)
+        How often it returned to the highest clock.
+    t_s : float
+        Of the last decision.
+
+    Examples
+    --------
+    >>> DescentMemory.__slots__[1]
+    'lid_mhz'
+    """
+
+    inner: Any
+    lid_mhz: F64
+    stepped_s: F64
+    judged_req: F64
+    missed_req: F64
+    missing_s: F64
+    passes: F64
+    log_pace: F64
+    returned: F64
+    t_s: float = -np.inf
+
+    @property
+    def pace_frac(self) -> F64:
+        """Time of an iteration over what the profile says; 1 until enough were seen."""
+        return np.where(self.passes >= _JUDGED, np.exp(self.log_pace), 1.0)
+
+
+class Descent(Controller):
+    """A policy whose clocks come down step by step, and go up again where it is wrong.
+
+    Parameters
+    ----------
+    inner : Controller
+        The policy.
+    slo : Slo
+        Promises.
+    band_frac : float
+        A profile is believed whose times are off by no more than this.
+
+    Raises
+    ------
+    ConfigError
+        If the band is not positive.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, load_profile
+    >>> from voltana_ctrl.live.governed import fleet_policy
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> slo = Slo(ttft_s=0.6, itl_s=0.06)
+    >>> descent = Descent(fleet_policy(fleet, slo, "mpc"), slo)
+    >>> memory = descent.init()
+    >>> for k in range(40):
+    ...     seen = Observation(state=FleetState.idle(2, t_s=0.5 * k))
+    ...     decision, memory = descent.decide(seen, memory)
+    ...     if k in (0, 5, 39):
+    ...         print(decision.freq_mhz)
+    [1410. 1410.]
+    [1110. 1110.]
+    [210. 210.]
+    """
+
+    def __init__(self, inner: Controller, slo: Slo, *, band_frac: float = 0.2) -> None:
+        super().__init__(inner.fleet, period_s=inner.period_s)
+        positive("Descent.band_frac", band_frac)
+        self.inner, self.slo, self.band_frac = inner, slo, band_frac
+        self._inner_notes = controller_extras(inner).notes
+        self._step_mhz = (self.fleet.max_mhz - self.fleet.min_mhz) / _STEPS
+        self._padded = [one.profile.padded_batch(one.max_batch) for one in self.fleet.instances]
+
+    def init(self) -> DescentMemory:
+        """Everybody at the highest clock."""
+        n = len(self.fleet)
+        return DescentMemory(
+            inner=self.inner.init(),
+            lid_mhz=self.fleet.max_mhz,
+            stepped_s=np.full(n, -np.inf),
+            judged_req=np.zeros((2, n)),
+            missed_req=np.zeros((2, n)),
+            missing_s=np.full(n, np.inf),
+            passes=np.zeros(n),
+            log_pace=np.zeros(n),
+            returned=np.zeros(n),
+        )
+
+    def notes(self, memory: DescentMemory) -> Mapping[str, float]:
+        """How many instances are not all the way down, and how often any returned.
+
+        Parameters
+        ----------
+        memory : DescentMemory
+            Of the latest tick.
+        """
+        return {
+            **self._inner_notes(memory.inner),
+            "descending": float(np.sum(memory.lid_mhz > self.fleet.min_mhz)),
+            "returned_to_highest": float(memory.returned.sum()),
+            "profile_not_believed": float(np.sum(self._strange(memory))),
+        }
+
+    def _decide(
+        self, observation: Observation, memory: DescentMemory
+    ) -> tuple[Decision, DescentMemory]:
+        decision, inner = self.inner.decide(observation, memory.inner)
+        memory = self._judged(observation.finished, observation.state.t_s, memory)
+        believed = ~self._strange(memory)
+        memory = self._compared(observation.iterations, memory)
+        for i in np.flatnonzero(self._strange(memory) & believed):
+            _log.warning("voltana-ctrl: %s", self._disbelief(int(i), memory))
+        memory = self._moved(observation, replace(memory, inner=inner))
+        lid_mhz = np.minimum(memory.lid_mhz, decision.freq_max_mhz)
+        return replace(decision, freq_mhz=np.maximum(decision.freq_mhz, lid_mhz)), memory
+
+    def _judged(self, done: RequestBatch, t_s: float, memory: DescentMemory) -> DescentMemory:
+        """Count who missed, where; and since when that is more than chance allows."""
+        keep = 1.0
+        if np.isfinite(memory.t_s):
+            keep = float(np.exp(-max(0.0, t_s - memory.t_s) / (_MEMORY_TTFT * self.slo.ttft_s)))
+        judged, missed = keep * memory.judged_req, keep * memory.missed_req
+        for row, (told_s, promised_s, where) in enumerate(
+            (
+                (done.ttft_s, self.slo.ttft_s, done.prefill_instance),
+                (done.itl_s, self.slo.itl_s, done.decode_instance),
+            )
+        ):
+            known = where >= 0
+            np.add.at(judged[row], where[known], 1.0)
+            np.add.at(missed[row], where[known], (told_s > promised_s)[known].astype(float))
+        allowed = (1.0 - self.slo.attainment) * judged
+        beyond = allowed + _BEYOND_SD * np.sqrt(np.maximum(allowed, 1.0)) + _LEAST_MISSED
+        missing = (missed > beyond).any(axis=0)
+        missing_s = np.where(missing, np.minimum(memory.missing_s, t_s), np.inf)
+        return replace(memory, judged_req=judged, missed_req=missed, missing_s=missing_s, t_s=t_s)
+
+    def _compared(self, done: IterationBatch, memory: DescentMemory) -> DescentMemory:
+        """Hold the profile against iterations that only decoded: nothing else tells a clock."""
+        chosen = (done.batch_req > 0.0) & (done.prefill_tok == 0.0) & (done.wall_s > 0.0)
+        chosen &= (done.freq_mhz > 0.0) & (done.instance >= 0)
+        if not chosen.any():
+            return memory
+        passes, log_pace = memory.passes.copy(), memory.log_pace.copy()
+        for i in np.unique(done.instance[chosen]):
+            one, mine = self.fleet.instances[i], chosen & (done.instance == i)
+            rows = one.table[
+                np.searchsorted(one.clocks_mhz, done.freq_mhz[mine]).clip(
+                    max=len(one.clocks_mhz) - 1
+                )
+            ]
+            req = np.minimum(done.batch_req[mine], one.max_batch)
+            padded = self._padded[i][req.astype(np.int64)]
+            expected_s = decode_s(rows, req, done.kv_tok[mine], padded)
+            ratios = np.log(done.wall_s[mine] / expected_s)
+            # The middle one: an iteration in which the clock changed is no witness.
+            before, new = min(passes[i], _REMEMBERED), len(ratios)
+            log_pace[i] = (before * log_pace[i] + new * np.median(ratios)) / (before + new)
+            passes[i] += new
+        return replace(memory, passes=passes, log_pace=log_pace)
+
+    def _strange(self, memory: DescentMemory) -> Bool:
+        off: Bool = np.abs(memory.log_pace) > np.log1p(self.band_frac)
+        return (memory.passes >= _JUDGED) & off
+
+    def _moved(self, observation: Observation, memory: DescentMemory) -> DescentMemory:
+        """Lower what has settled, and raise what must."""
+        state, slo, t_s = observation.state, self.slo, observation.state.t_s
+        strange = self._strange(memory)
+        lasting = t_s - memory.missing_s >= _LASTING_TTFT * slo.ttft_s
+        highest_mhz = self.fleet.max_mhz
+        back = (lasting | strange) & (memory.lid_mhz < highest_mhz)
+        for i in np.flatnonzero(back & lasting):
+            _log.warning("voltana-ctrl: %s", self._reason(int(i), memory))
+        settled = state.alive & (state.age_s <= _FRESH_S) & ~np.isfinite(memory.missing_s)
+        settled &= ~strange & (t_s - memory.stepped_s >= _SETTLE_TTFT * slo.ttft_s)
+        # The first tick only looks.
+        begun = np.isfinite(memory.stepped_s)
+        lid_mhz = np.where(
+            settled & begun, np.maximum(memory.lid_mhz - self._step_mhz, self.fleet.min_mhz),
+            memory.lid_mhz,
+        )  # fmt: skip
+        wait_s = _LASTING_TTFT * slo.ttft_s
+        stepped_s = np.where(settled | ~begun, t_s, memory.stepped_s)
+        # What was missed at the lower clock is paid for; what comes is judged anew.
+        forget = np.where(back & lasting, 0.0, 1.0)
+        return replace(
+            memory,
+            lid_mhz=np.where(back, highest_mhz, lid_mhz),
+            stepped_s=np.where(back, t_s + wait_s, stepped_s),
+            judged_req=memory.judged_req * forget,
+            missed_req=memory.missed_req * forget,
+            missing_s=np.where(back & lasting, np.inf, memory.missing_s),
+            returned=memory.returned + back,
+        )
+
+    def _disbelief(self, i: int, memory: DescentMemory) -> str:
+        return (
+            f"{self.fleet.ids[i]}: its iterations take {memory.pace_frac[i]:.2f} times what the"
+            f" profile {self.fleet.instances[i].profile.name} says: it stays at its highest clock;"
+            " measure it with `voltana-ctrl profile`, and fit a profile with `voltana-ctrl fit`"
+        )
+
+    def _reason(self, i: int, memory: DescentMemory) -> str:
+        missed, judged = memory.missed_req[:, i], memory.judged_req[:, i]
+        told = ", ".join(
+            f"{which} of {missed[row]:.0f} of {judged[row]:.0f}"
+            for row, which in enumerate(("TTFT", "ITL"))
+            if missed[row] > 0.0
+        )
+        return (
+            f"{self.fleet.ids[i]}: back to the highest clock: requests miss their promise ({told})"
+        )
