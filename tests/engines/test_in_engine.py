@@ -172,6 +172,17 @@ def test_a_ceiling_that_was_announced_comes_though_nobody_says_so_again(tmp_path
     clock.close()
 
 
+def test_an_idle_engine_under_orders_keeps_its_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr("voltana_ctrl.engines.clock_thread._RENEW_S", 0.1)
+    path = tmp_path / "limits"
+    write_limits(path, order(300.0, 705.0), valid_s=30.0)
+    card = Card()
+    clock = ClockThread(card, CLOCKS_MHZ, limits=path)
+    seconds_until(lambda: len(card.sets) >= 4, limit_s=10.0)  # no iteration runs
+    assert set(card.sets) == {705.0}
+    clock.close()
+
+
 def test_before_the_first_order_the_clock_is_the_highest(tmp_path):
     clock = ClockThread(Card(), CLOCKS_MHZ, limits=tmp_path / "none-yet")
     assert (clock.floor_mhz, clock.ceiling_mhz) == (1410.0, 1410.0)

@@ -154,8 +154,10 @@ class ClockThread:
                 self._look()
             if now_s - renewed_s >= _RENEW_S:
                 renewed_s = now_s
-                asked |= self._at_work
-                if not self._at_work:
+                # Who is under orders keeps its clock idle, too: a budget counts idle power as well.
+                in_use = self._at_work or self._handed is not None
+                asked |= in_use
+                if not in_use:
                     self._done_mhz = None  # may be given back before the next iteration
                 self._at_work = False
             if asked:
