@@ -87,3 +87,10 @@ def test_a_json_is_replaced_whole_or_not_at_all(found, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         found.write_json(path)
     assert json.loads(path.read_text()) == {"old": True}
+
+
+def test_the_page_explains_every_key_of_the_json(found, root):
+    page = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    told = found.to_dict()
+    keys = {*told, *told["runs"][0]}
+    assert [key for key in sorted(keys) if f"`{key}`" not in page] == []

@@ -285,7 +285,10 @@ def _carry_out(
                     for done in grid.execute(pool, store):
                         screen.add(done)
                     if uncertainty:
-                        intervals = savings_intervals(grid, uncertainty, executor=pool)
+                        screen.tell_draws(0, uncertainty)
+                        intervals = savings_intervals(
+                            grid, uncertainty, executor=pool, on_progress=screen.tell_draws
+                        )
         except KeyboardInterrupt:
             status = 128 + signal.SIGINT
         except Stopped:

@@ -104,7 +104,7 @@ class Screen:
         self._headed = False
         errors = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("{task.completed}/{task.total} runs"),
+            TextColumn("{task.completed}/{task.total}"),
             BarColumn(),
             TextColumn("{task.fields[left]}"),
             console=errors,
@@ -113,6 +113,7 @@ class Screen:
         )
         self._task = self._bar.add_task("runs", total=len(grid.runs), left="")
         self._stopping = threading.Event()
+        self._draws_s: float | None = None
         self._begin_s = time.monotonic()
 
     @property
@@ -141,6 +142,16 @@ class Screen:
         self._tell()
         while self._waiting and self._whole(*self._waiting[0]):
             self._print(*self._waiting.pop(0))
+
+    def tell_draws(self, done: int, total: int) -> None:
+        """Show how many draws of the profiles are done; the first call begins them."""
+        now_s = time.monotonic()
+        if self._draws_s is None:
+            self._draws_s = now_s
+            self._bar.update(self._task, total=total)
+        left_s = (now_s - self._draws_s) * (total - done) / max(1, done)
+        told = f"draws; about {_shown(left_s)} left" if done else "draws of the profiles"
+        self._bar.update(self._task, completed=done, left=told)
 
     def found(self) -> Comparison:
         """Give the comparison as far as it got."""
@@ -180,7 +191,8 @@ class Screen:
 
     def _tell(self) -> None:
         left_s = self._left.left_s(time.monotonic() - self._begin_s)
-        self._bar.update(self._task, left=f"about {_shown(left_s)} left")
+        if self._draws_s is None:
+            self._bar.update(self._task, left=f"runs; about {_shown(left_s)} left")
 
 
 def _shown(duration_s: float) -> str:

@@ -49,10 +49,13 @@ def workers(number: int) -> Iterator[Executor]:
         # All are started now, before anything here starts a thread.
         pool.submit(_nothing).result()
         yield pool
-    finally:
+    except BaseException:
         for child in multiprocessing.active_children():
             child.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    finally:
+        # Waited for, since the interpreter must not end while the pool's own thread does.
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _nothing() -> None:
