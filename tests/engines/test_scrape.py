@@ -216,6 +216,17 @@ def test_a_live_page_becomes_state():
         made.close()
 
 
+def test_a_cache_of_another_size_than_planned_is_told_once(caplog):
+    """The fleet plans with 450,000 tokens; this engine is full at 16,000."""
+    with Pages(metrics=VLLM) as pages:
+        made = scraper(pages.url)
+        wait_for(lambda: pages.fetched > 4)
+        made.close()
+    told = [one for one in caplog.messages if "kv_capacity_tok" in one]
+    assert len(told) == 1
+    assert "decode-0: its KV cache holds 16000 tokens, by the fleet 450000" in told[0]
+
+
 def test_arrivals_follow_from_counters_and_are_told_once():
     with Pages(metrics=VLLM) as pages:
         made = scraper(pages.url)

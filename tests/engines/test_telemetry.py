@@ -234,3 +234,19 @@ def test_the_example_of_the_page_runs(root, capsys):
     assert len(blocks) == 1
     exec(blocks[0], {})
     assert "[False False]" in capsys.readouterr().out
+
+
+def test_problems_are_those_of_engines_and_of_gpus():
+    class Gpus(ModelledGpus):
+        def problems(self):
+            return {"decode-0": "power not told for 13 s (power: Unknown Error)"}
+
+    with Pages(metrics=VLLM) as pages:
+        backend = heard(open_engines(engines(pages.url), gpus=Gpus(fleet())))
+        assert backend.problems() == {"decode-0": "power not told for 13 s (power: Unknown Error)"}
+        pages.stop()
+        wait_for(lambda: set(backend.problems()) == {"prefill-0", "decode-0"})
+        said = backend.problems()
+        assert said["decode-0"].endswith("power not told for 13 s (power: Unknown Error)")
+        assert "Connect" in said["decode-0"]
+        backend.close()

@@ -45,6 +45,8 @@ _PRIOR_PROMPT_TOK = 500.0
 # An engine without energy metrics is not asked for them all the time.
 _ENERGY_RETRY_S = 60.0
 _STOP_LIMIT_S = 5.0
+# Further apart is another cache than was planned with.
+_CAPACITY_FRAC = 0.1
 
 
 class Scraper:
@@ -318,6 +320,8 @@ class _Engine:
 
     def take(self, told: dict[str, float], t_s: float) -> None:
         before, self._last, self.page_s = self._last, told, t_s
+        if "kv_capacity_tok" in told and "kv_capacity_tok" not in before:
+            self._compare_capacity(told["kv_capacity_tok"])
         if not self._still(before, told):
             self._moved_s = t_s
         arrived_req = 0.0
@@ -326,6 +330,16 @@ class _Engine:
                 arrived_req = max(0.0, _total_req(told) - _total_req(before))
             self._arrived_req += arrived_req
         self._line.follow(t_s, waiting_tok=told.get("queue_req", 0.0), arrived_tok=arrived_req)
+
+    def _compare_capacity(self, own_tok: float) -> None:
+        """Say so where "full" is another number to the engine than to whoever controls it."""
+        planned_tok = self._instance.kv_capacity_tok
+        if abs(own_tok - planned_tok) > _CAPACITY_FRAC * planned_tok:
+            _log.warning(
+                "voltana-ctrl: %s: its KV cache holds %.0f tokens, by the fleet %d; give"
+                " kv_capacity_tok in the fleet file",
+                self.endpoint.instance, own_tok, planned_tok,
+            )  # fmt: skip
 
     def _still(self, before: dict[str, float], told: dict[str, float]) -> bool:
         """Whether a batch runs and no number moves: a long iteration, or an engine that hangs.
