@@ -46,7 +46,7 @@ def read_text(path: Path) -> str:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "table.csv.gz")
-    ...     _ = path.write_bytes(gzip.compress("\\ufeffphase,freq_mhz".encode("utf-16-le")))
+    ...     _ = path.write_bytes(gzip.compress("\ufeffphase,freq_mhz".encode("utf-16-le")))
     ...     read_text(path)
     'phase,freq_mhz'
     """

@@ -65,6 +65,7 @@ class ClockThread:
 
     Examples
     --------
+    >>> import numpy as np
     >>> class Card:
     ...     def set_clock(self, instance, freq_mhz): print("set", freq_mhz)
     ...     def close(self): print("given back")
