@@ -129,6 +129,7 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["compare", "--power-budget-w", "1200W"], "got '1200W'"),
         (["compare", "--csv", "out.txt"], "csv: expected a .csv file"),
         (["compare", "--series", "out.txt"], "expected a .csv or .parquet file"),
+        (["compare", "--store", "kept", "--plot", "out.png"], "store: it keeps figures of runs"),
         (["compare", "--config", "none.toml"], "config none.toml: cannot be read"),
         (["fit", "none.csv"], "expected a file, got none of that name"),
         (["fit", "none.csv", "--fix", "rise_frac"], "expected NAME=VALUE"),

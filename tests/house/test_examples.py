@@ -30,7 +30,7 @@ def execute(path, *arguments, cwd, **environment):
 
 def test_the_promised_examples_exist():
     assert {
-        "heterogeneous_fleet", "own_policy", "own_router", "power_budget", "quickstart",
+        "heterogeneous_fleet", "own_lqr", "own_policy", "own_router", "power_budget", "quickstart",
         "starlette_router", "sweep_on_dask", "sweep_on_mpi", "sweep_on_ray", "trace_replay",
     } == NAMES  # fmt: skip
 

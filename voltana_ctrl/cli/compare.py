@@ -170,6 +170,11 @@ def compare(
         figures=tuple(part.strip() for part in figures.split(",")) if figures else (),
     )
     outputs.check()
+    if store is not None and outputs.detailed:
+        raise ConfigError(
+            "store: it keeps figures of runs, not what happened over time; leave out --series,"
+            " --html and --plot, and draw from a run of its own"
+        )
     names = [part.strip() for part in policies.split(",")] if policies else list(HEADLINE)
     look_here(names)
     source: str | Workload = workload
