@@ -1,6 +1,6 @@
 """A linear-quadratic regulator of your own: the model from here, the gain from python-control.
 
-The prefill queue is an integrator: prompt tokens that arrive fill it, those that are served drain it.
+The prefill queue is an integrator: tokens that arrive fill it, those that are served drain it.
 The regulator says how many tokens a second to serve, and the profile at which clock.
 
 Run: pip install '.[theory]' && python examples/own_lqr.py
