@@ -132,3 +132,49 @@ def test_perseus_a40_cap_is_found(shared_data):
     table = read_table(path, where={"stage": "0"})
     # "A40 rows >= ~1400 MHz sit on the power limit"
     assert 1400 <= fit_power(table).capped_mhz <= 1455
+
+
+def test_a_band_covers_nine_in_ten_of_what_it_has_not_seen(one_gpu, two_gpus):
+    """Bands of other batch sizes on the rows of each; few clocks make a band that covers more."""
+    for result in (one_gpu, two_gpus):
+        for quantity in ("time", "energy"):
+            held = result.errors("decode", quantity, "batch")
+            print(
+                f"decode {quantity}: 90 % band {held.p90_frac:.1%}, {held.fold_coverage_frac:.0%}"
+            )
+            assert 0.85 <= held.fold_coverage_frac <= 0.95
+            clocks = result.errors("decode", quantity, "clock")
+            assert clocks.fold_coverage_frac >= 0.85
+
+
+def test_standard_errors_are_as_wide_as_errors_held_out(one_gpu):
+    """The fit's own residuals do not show that rows of a batch size err together."""
+    assert 1.3 < one_gpu.widening("decode") < 3.0
+
+
+def test_a_fit_of_small_batches_says_how_little_it_knows_of_large_ones(one_gpu):
+    """Up to 32 requests measured, 64 and 128 asked."""
+    table = one_gpu.table
+    decode = np.array(table.phase) == "decode"
+    small = fit_table(table.rows(~decode | (table.batch_req <= 32)))
+    for batch_req in (64.0, 128.0):
+        rows = table.rows(decode & (table.batch_req == batch_req))
+        error = np.abs(small.laws.time_s(rows) / rows.wall_s - 1.0).mean()
+        stated = small.band_frac("decode", 1410.0, batch_req)
+        assert error <= stated <= 4.0 * error
+        assert stated > small.band_frac("decode", 1410.0, 32.0)
+
+
+def test_what_comes_from_another_model_is_said_and_no_batch_is_made_up(one_gpu):
+    like = load_profile("a100-sxm-80gb/llama-3.1-8b")
+    profile = one_gpu.profile("own/qwen3-32b", like)
+    assert profile.max_batch == one_gpu.table.of("decode").batch_req.max() == 128
+    said = profile.sources["memory"]["error"]
+    assert "450000 KV tokens" in said
+    assert "llama-3.1-8b, not of qwen3-32b" in said
+    assert "max_batch: 128" in said
+    same = one_gpu.profile("own/qwen3-32b", load_profile(A800))
+    assert "KV tokens" not in same.sources["memory"]["error"]
+    assert profile.band.decode_time_frac == pytest.approx(
+        one_gpu.errors("decode", "time", "batch").p90_frac / 1.645
+    )

@@ -39,6 +39,7 @@ def fit(
 ) -> None:
     """Identify a profile from measured iterations; refuses what the table cannot support."""
     from voltana_ctrl.fit import actuator_lines, fit_table
+    from voltana_ctrl.fit.result import foreign_lines
     from voltana_ctrl.profiles import load_profile
     from voltana_ctrl.report import check_plot, write_fit_plot
 
@@ -59,6 +60,8 @@ def fit(
     if plot is not None:
         write_fit_plot(result, plot)
     typer.echo(result.summary())
+    for line in foreign_lines(result, name, donor) if out is not None else ():
+        typer.echo(line)
     if result.actuators:
         fitted = result.profile(name, donor, ladder_mhz=ladder_mhz(ladder))
         typer.echo("\n".join(actuator_lines(fitted)))

@@ -28,6 +28,9 @@ FIXABLE = {
     "voltage_knee_mhz": "clock above which the voltage rises",
 }
 
+#: Share of unseen rows that a band is to cover.
+BAND_FRAC = 0.9
+
 Split = Literal["batch", "clock"]
 
 
@@ -133,6 +136,11 @@ class HeldOut:
         Coefficient of determination of the same predictions.
     by : mapping of float to float
         Mean absolute relative error for each held-out value.
+    p90_frac : float
+        Absolute relative error that 90 % of the held-out rows stay below.
+    fold_coverage_frac : float
+        Share of the rows of each held-out value that stay below the band made of all *other*
+        rows, on average: what it covers of values that it has not seen.
 
     Examples
     --------
@@ -149,6 +157,8 @@ class HeldOut:
     mape_frac: float
     r2_frac: float
     by: Mapping[float, float]
+    p90_frac: float = np.nan
+    fold_coverage_frac: float = np.nan
 
     @property
     def worst(self) -> tuple[float, float]:
@@ -316,4 +326,34 @@ def _held_out(
         mape_frac=float(error.mean()),
         r2_frac=float(1.0 - left / total) if total > 0.0 else np.nan,
         by=MappingProxyType(by),
+        p90_frac=_band(error, key),
+        fold_coverage_frac=_coverage(error, key),
     )
+
+
+def _band(error: F64, key: F64) -> float:
+    """Error that 90 % of the rows of a value that was not seen stay below.
+
+    Rows of one value err together, so there are as many independent errors as values: their 90 %
+    quantile is widened as Student's t with that many is wider than a normal distribution.
+    """
+    from scipy.stats import norm, t
+
+    values = len(np.unique(key))
+    quantile = float(np.quantile(error, BAND_FRAC))
+    if values < 2:
+        return quantile
+    two_sided = (1.0 + BAND_FRAC) / 2.0
+    few = np.sqrt(1.0 + 1.0 / values) * t.ppf(two_sided, values - 1) / norm.ppf(two_sided)
+    return float(quantile * few)
+
+
+def _coverage(error: F64, key: F64) -> float:
+    """Mean over rows of whether each is within the quantile of the rows of all other values."""
+    if len(np.unique(key)) < 3:
+        return np.nan
+    inside = np.zeros(len(error), dtype=bool)
+    for value in np.unique(key):
+        own = key == value
+        inside[own] = error[own] <= _band(error[~own], key[~own])
+    return float(inside.mean())

@@ -15,9 +15,12 @@ from voltana_ctrl.fit.heldout import HeldOut, Laws
 from voltana_ctrl.fit.profile_file import profile_text
 from voltana_ctrl.fit.tables import IterationTable
 from voltana_ctrl.profiles.format import profile_from_laws
-from voltana_ctrl.types import ActuatorPoint, Profile
+from voltana_ctrl.types import ActuatorPoint, Band, Profile
 
-__all__ = ["FitResult"]
+__all__ = ["FitResult", "foreign_lines"]
+
+#: 90 % of a normal distribution lie within so many standard deviations.
+_SD_OF_90 = 1.645
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,7 +77,46 @@ class FitResult:
                 return held
         return None
 
-    def band_frac(self, phase: str, freq_mhz: float) -> float:
+    def band(self) -> Band:
+        """How far a profile of these laws may be from the truth, for ``compare --uncertainty``.
+
+        One standard deviation: what 90 % of held-out rows stay below, over 1.645. What tells of
+        the response to the clock are the clocks held out.
+        """
+
+        def sd(phase: str, quantity: str, split: str) -> float:
+            held = self.errors(phase, quantity, split)
+            found = np.nan if held is None else held.p90_frac / _SD_OF_90
+            return float(min(found, 0.99)) if np.isfinite(found) else 0.0
+
+        both = ("decode", "prefill")
+        return Band(
+            decode_time_frac=sd("decode", "time", "batch"),
+            prefill_time_frac=sd("prefill", "time", "batch"),
+            clock_time_frac=max(sd(phase, "time", "clock") for phase in both),
+            decode_power_frac=sd("decode", "energy", "batch"),
+            prefill_power_frac=sd("prefill", "energy", "batch"),
+            clock_power_frac=max(sd(phase, "energy", "clock") for phase in both),
+        )
+
+    def widening(self, phase: str) -> float:
+        """What standard errors are multiplied by: errors held out over those of the fit itself.
+
+        Rows of one clock or one batch err together, which the residuals of a fit do not show.
+
+        Parameters
+        ----------
+        phase : {"decode", "prefill"}
+            Which law.
+        """
+        rows = self.table.of(phase)
+        held = self.errors(phase, "time", "batch")
+        if held is None or len(rows) == 0:
+            return 1.0
+        inside = float(np.mean(np.abs(self.laws.time_s(rows) / rows.wall_s - 1.0)))
+        return max(1.0, held.mape_frac / max(inside, 1e-9))
+
+    def band_frac(self, phase: str, freq_mhz: float, batch_req: float | None = None) -> float:
         """Relative error of the predicted time to be expected at a clock.
 
         At a measured clock the error on held-out batches. Between measured clocks the larger
@@ -87,7 +129,20 @@ class FitResult:
             Which law.
         freq_mhz : float
             A clock within the measured range.
+        batch_req : float, optional
+            Requests in the batch. Beyond the largest measured one the error of that one, held
+            out, is taken to grow in proportion to how far the batch lies beyond.
         """
+        inside = self._inside_frac(phase, freq_mhz)
+        by_batch = self.errors(phase, "time", "batch")
+        if batch_req is None or by_batch is None or len(by_batch.by) < 2:
+            return inside
+        below, largest = sorted(by_batch.by)[-2:]
+        if batch_req <= largest:
+            return inside
+        return inside + by_batch.by[largest] * (batch_req - largest) / (largest - below)
+
+    def _inside_frac(self, phase: str, freq_mhz: float) -> float:
         by_batch = self.errors(phase, "time", "batch")
         by_clock = self.errors(phase, "time", "clock")
         band = by_batch.mape_frac if by_batch else np.nan
@@ -100,13 +155,15 @@ class FitResult:
 
     def summary(self) -> str:
         """Coefficients with standard errors, held-out errors and notes, as lines of text."""
-        lines = [*_coefficient_lines(self.laws)]
+        wider = {phase: self.widening(phase) for phase in ("decode", "prefill")}
+        lines = [*_coefficient_lines(self.laws, wider)]
         for held in self.held_out:
             value, worst = held.worst
             lines.append(
                 f"{held.phase} {held.quantity}, one {held.split} held out:"
                 f" {held.mape_frac:.1%} mean, {worst:.1%} at {value:g} {held.unit},"
-                f" R2 {held.r2_frac:.4f}"
+                f" R2 {held.r2_frac:.4f}; 90 % below {held.p90_frac:.1%}, which covers"
+                f" {held.fold_coverage_frac:.0%} of what it has not seen"
             )
         return "\n".join([*lines, *self.notes])
 
@@ -156,7 +213,48 @@ class FitResult:
         Path(path).write_text(self.to_toml(name, like, **options), encoding="utf-8")
 
 
-def _coefficient_lines(laws: Laws) -> list[str]:
+def foreign_lines(result: FitResult, name: str, like: Profile) -> list[str]:
+    """What a profile takes from another that may not hold, in words; empty if nothing.
+
+    Parameters
+    ----------
+    result : FitResult
+        What was measured.
+    name : str
+        ``gpu/model`` of the new profile.
+    like : Profile
+        Where memory and transfer come from.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> empty = IterationTable(
+    ...     phase=(), freq_mhz=[], batch_req=[], kv_tok=[], prefill_tok=[], square_tok2=[],
+    ...     wall_s=[], energy_j=[])
+    >>> result = FitResult(
+    ...     table=empty, laws=Laws(decode=None, prefill=None, power=None), held_out=())
+    >>> lines = foreign_lines(result, "a/qwen3-32b", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> print(lines[0].partition(";")[0])
+    memory: 450000 KV tokens, 131072 bytes each, are of llama-3.1-8b, not of qwen3-32b
+    """
+    lines = []
+    model, donor = (each.partition("/")[2] for each in (name, like.name))
+    if model != donor:
+        lines.append(
+            f"memory: {like.kv_capacity_tok} KV tokens, {like.kv_bytes_per_tok:g} bytes each, are"
+            f" of {donor}, not of {model}; name a profile of that model with --like, or set"
+            " kv_capacity_tok and kv_bytes_per_tok in the file"
+        )
+    measured = result.table.of("decode").batch_req
+    if len(measured) and measured.max() < like.max_batch:
+        lines.append(
+            f"max_batch: {measured.max():.0f}, the largest batch measured, not the"
+            f" {like.max_batch} of {like.name}; measure larger ones to go beyond"
+        )
+    return lines
+
+
+def _coefficient_lines(laws: Laws, wider: Mapping[str, float]) -> list[str]:
     lines = []
     if laws.batch_steps:
         lines.append(f"batch_steps = {[list(step) for step in laws.batch_steps]}")
@@ -180,7 +278,8 @@ def _coefficient_lines(laws: Laws) -> list[str]:
     for title, each, clocks in tables:
         lines.append(f"{title}, one standard error:")
         for k, clock in enumerate(clocks):
-            cells = (f"{name} {v[k]:.4g} +- {sd[k]:.2g}" for name, (v, sd) in each.items())
+            scale = wider[title.partition(" ")[0]]
+            cells = (f"{name} {v[k]:.4g} +- {scale * sd[k]:.2g}" for name, (v, sd) in each.items())
             lines.append(f"  {clock:g} MHz: " + ", ".join(cells))
     if laws.decode is not None and laws.decode.floor_s > 0.0:
         lines.append(f"decode_floor_s {laws.decode.floor_s:.4g} +- {laws.decode.floor_sd_s:.2g}")
