@@ -59,6 +59,10 @@ def test_l20_profile_is_what_the_fit_makes(page, root):
     assert page("page").unlike(text.splitlines(), shipped.splitlines()) == []
 
 
+def test_points(page, root):
+    compare(page, root, "points", page("points").tables())
+
+
 @pytest.mark.slow
 def test_refit(page, root):
     compare(page, root, "refit", page("refit").tables())

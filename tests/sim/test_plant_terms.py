@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import Decision, FleetSpec, load_profile
+from voltana_ctrl.control.budget import highest_power_w
 from voltana_ctrl.kernels import law
 from voltana_ctrl.laws import (
     batch_j,
@@ -17,6 +18,7 @@ from voltana_ctrl.laws import (
     prefill_j,
     prefill_s,
 )
+from voltana_ctrl.sim.arrivals import MarkovModulated
 from voltana_ctrl.sim.metrics import snapshot
 from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
@@ -204,3 +206,29 @@ def test_one_stall_delays_one_request_by_its_length():
         busy_s = float(snapshot(plant)["busy_s"][0])
         assert busy_s == pytest.approx(done_s[stall_s])
     assert done_s[0.3] - done_s[0.0] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("name", [PROFILE.name, "l20/qwen2.5-7b"])
+@pytest.mark.parametrize("fleet", ["1P1D", "2C"])
+def test_no_iteration_passes_the_power_of_its_clock(name, fleet):
+    """Bursts of prompts between silences, at a clock in the middle: each iteration on its own."""
+    profile = load_profile(name)
+    spec = FleetSpec.parse(fleet, profile)
+    middle = len(profile.clocks_mhz) // 2
+    bursts = make_workload(
+        "azure-code", rate_req_s=3.0, duration_s=40.0, seed=3,
+        arrivals=MarkovModulated(high_s=0.2, low_s=2.0),
+    )  # fmt: skip
+    plant = Plant(spec, bursts, PlantSettings(settle_s=0.0, log_iterations=100_000))
+    ceiling_mhz = np.full(len(spec), profile.clocks_mhz[middle])
+    plant.apply(Decision.highest(spec, ceiling_mhz=ceiling_mhz))
+    plant.advance(1.0)  # the clock is there
+    plant.read()
+    plant.advance(40.0)
+    log = plant.read().iterations
+    assert (log.freq_mhz == profile.clocks_mhz[middle]).all()
+    most_w = np.array([highest_power_w(one)[middle] for one in spec.instances])
+    drawn_w = log.energy_j / log.wall_s
+    assert len(drawn_w) > 100
+    assert (drawn_w <= most_w[log.instance.astype(int)] * (1.0 + 1e-9)).all()
+    assert drawn_w.max() > 0.7 * most_w.max()
