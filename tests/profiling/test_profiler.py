@@ -459,6 +459,8 @@ def test_the_plan_touches_nothing_and_tells_what_is_left(tmp_path):
     assert plan.points == QUICK.points()
     assert plan.text().splitlines() == [
         "8 points to measure, 0 in the table already; about 0 min",
+        "The engine must serve nobody else for so long: drain it first, so that only the profile's"
+        " requests are in its batches",
         "1410 MHz: idle once; decode 1x64, 4x64; prefill 1x128",
         "705 MHz: idle once; decode 1x64, 4x64; prefill 1x128",
     ]
