@@ -51,6 +51,7 @@ def test_json_has_the_promised_keys_and_no_nan(result, tmp_path):
         "arrivals",
         "faults",
         "power_budget_w",
+        "uncertainty",
         "runs",
     }
     assert len(data["runs"]) == len(HEADLINE) * 2 * 2
