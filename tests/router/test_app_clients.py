@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.mock_engine import MockEngine
 from tests.router.test_app import router
+from tests.story.vllm_stack import environment_folder, make_model
 from voltana_ctrl.router.app import ProxyLimits
 
 openai = pytest.importorskip("openai", reason="needs the openai package")
@@ -153,6 +154,34 @@ def test_openai_comes_again_when_told_to():
     with router("1C", engines=[engine], limits=limits) as (http, _, _):
         assert asyncio.run(main(http)) == [TEXT] * 3
         assert engine.answered == 3
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("shape", ["2C", "1P1D"])
+def test_the_load_generator_of_vllm_finds_no_failure(shape, tmp_path):
+    """``vllm bench serve``, from the environment of tests/story/vllm_env.sh, at mock engines."""
+    venv = environment_folder()
+    model = make_model(venv, tmp_path / "tiny")
+    with router(shape, tokens=12) as (http, _, _):
+        command = [
+            venv / "bin" / "vllm", "bench", "serve", "--backend", "openai", "--base-url",
+            http.base_url, "--model", "tiny", "--tokenizer", model, "--dataset-name", "random",
+            "--random-input-len", "60", "--random-output-len", "12", "--num-prompts", "60",
+            "--request-rate", "20", "--ignore-eos", "--save-result", "--result-filename",
+            tmp_path / "told.json",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [str(part) for part in command], env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True, text=True, timeout=240, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        page = http.get("/metrics").text
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert (told["completed"], told["total_output_tokens"]) == (60, 60 * 12)
+    assert 'requests_total{path="/v1/completions",status="200"} 60.0' in page
+    # It asks for the length of its prompts.
+    assert 'requests_total{path="/tokenize",status="200"}' in page
+    assert "voltana_router_uncounted_total 0.0" in page
 
 
 @pytest.mark.external

@@ -6,9 +6,7 @@ Run like ``tests/story/test_vllm.py``; takes three to four minutes.
 import asyncio
 import contextlib
 import json
-import os
 import re
-import subprocess
 from dataclasses import dataclass
 
 import httpx
@@ -464,31 +462,6 @@ def _texts(got):
                 one[1] += call["function"].get("arguments") or ""
             one[2] = choice.get("finish_reason") or one[2]
     return told
-
-
-@pytest.mark.parametrize("shape", ["2C", "1P1D"])
-def test_the_load_generator_of_vllm_runs_unchanged(shape, venv, model, servers, apart, tmp_path):
-    engines = servers[:1] * 2 if shape == "2C" else apart[:2]
-    with routed(shape, engines) as (url, _):
-        command = [
-            venv / "bin" / "vllm", "bench", "serve", "--backend", "openai", "--base-url", url,
-            "--model", "tiny", "--tokenizer", model, "--dataset-name", "random",
-            "--random-input-len", "60", "--random-output-len", "12", "--num-prompts", "60",
-            "--request-rate", "20", "--ignore-eos", "--save-result", "--result-filename",
-            tmp_path / "told.json",
-        ]  # fmt: skip
-        environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [str(part) for part in command], env=environ, capture_output=True, text=True,
-            timeout=240, check=False,
-        )  # fmt: skip
-        counts = router_counts(url)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["completed"] == 60
-    assert told["total_output_tokens"] == 60 * 12
-    assert counts['requests_total{path="/v1/completions",status="200"}'] >= 60
-    assert counts["uncounted_total"] == 0
 
 
 def test_a_decode_engine_killed_mid_run_loses_no_request_that_had_not_begun(apart):
