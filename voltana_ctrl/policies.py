@@ -422,7 +422,7 @@ _SHIPPED = (
     ),
     Policy(
         name="bound",
-        summary="no controller: the clairvoyant fluid minimum",
+        summary="no controller: a fluid estimate of the least at steady load",
         source="closed forms, see the theory page",
         build=_shares,
     ),
