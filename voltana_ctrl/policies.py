@@ -261,6 +261,13 @@ def _dualscale(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     return _balanced(fleet, [control.DualScaleGovernor(one, slo) for one in fleet.instances])
 
 
+def _governors(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    return _balanced(
+        fleet,
+        [control.IterationGovernor(one, slo, delay_s=setup.delay_s) for one in fleet.instances],
+    )
+
+
 def _pack(plan_mhz: float | None) -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         return _balanced(
@@ -405,6 +412,12 @@ _SHIPPED = (
         summary="voltanallm-full-ladder with tables that learn and margins that hold the SLO",
         source="EcoFreq as above; recursive least squares and attainment tracking, see the docs",
         build=_adaptive,
+    ),
+    Policy(
+        name="governors",
+        summary="the project's governors alone: everybody awake, no plan; textbook routers",
+        source="this project; what mpc is without its controller",
+        build=_governors,
     ),
     Policy(
         name="cascade",

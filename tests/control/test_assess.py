@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.oracles import naive_control
 from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
 from voltana_ctrl.control.assess import Assessor
-from voltana_ctrl.laws import length_moments
-from voltana_ctrl.types import Load
+from voltana_ctrl.laws import length_moments, paced
+from voltana_ctrl.types import Belief, Load
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 OTHER = load_profile("h100-sxm-80gb/llama-3.1-8b")
@@ -39,6 +39,11 @@ FLEETS = {"mixed": mixed(), "colocated": FleetSpec.parse("3C", PROFILE)}
 ASSESSORS = {name: Assessor(fleet, SLO) for name, fleet in FLEETS.items()}
 
 
+def with_pace(one, pace):
+    table = paced(one.profile.table, *pace)
+    return dataclasses.replace(one, profile=dataclasses.replace(one.profile, table=table))
+
+
 @st.composite
 def situations(draw):
     name = draw(st.sampled_from(sorted(FLEETS)))
@@ -62,40 +67,47 @@ def situations(draw):
     return name, state, load, each(0.0, 1.0)
 
 
-@given(at=situations(), delay_s=st.floats(0.0, 0.3), burst=st.floats(0.0, 4.0))
-def test_needed_clocks_against_the_twin(at, delay_s, burst):
+@given(
+    at=situations(),
+    delay_s=st.floats(0.0, 0.3),
+    burst=st.floats(0.0, 4.0),
+    pace=st.tuples(st.floats(0.5, 2.0), st.floats(0.5, 2.0)),
+)
+def test_needed_clocks_against_the_twin(at, delay_s, burst, pace):
     name, state, load, share = at
+    fleet = FLEETS[name]
     typical_tok = LENGTHS.prompt_tok + LENGTHS.prompt_sd_tok**2 / LENGTHS.prompt_tok
     margin_frac = (0.02, 0.035)
-    ours = ASSESSORS[name].clocks_mhz(
-        state, load, share, margin_frac=margin_frac, delay_s=delay_s, burst_sd_frac=burst
+    belief = dataclasses.replace(
+        Belief.of_profiles(fleet, margin_frac=margin_frac, delay_s=delay_s),
+        prefill_pace_frac=np.full(len(fleet), pace[0]),
+        decode_pace_frac=np.full(len(fleet), pace[1]),
     )
+    ours = ASSESSORS[name].clocks_mhz(state, load, share, belief, burst_sd_frac=burst)
     theirs = [
         naive_control.needed_mhz(
-            one, state.running_req[i], state.kv_used_tok[i], state.queue_tok[i],
+            with_pace(one, pace), state.running_req[i], state.kv_used_tok[i], state.queue_tok[i],
             state.oldest_wait_s[i], load.arrival_req_s * LENGTHS.prompt_tok * share[i],
             typical_tok, SLO, margin_frac, delay_s, burst,
         )
-        for i, one in enumerate(FLEETS[name].instances)
+        for i, one in enumerate(fleet.instances)
     ]  # fmt: skip
-    np.testing.assert_array_equal(ours, theirs)
+    # Times that are equal may differ in their last bit, so that one is a clock above the other.
+    for i, one in enumerate(fleet.instances):
+        rows = np.searchsorted(one.clocks_mhz, [ours[i], theirs[i]])
+        assert abs(int(rows[0]) - int(rows[1])) <= (pace != (1.0, 1.0))
 
 
 @given(at=situations())
-def test_token_rate_and_thrifty_clocks_against_twins(at):
+def test_thrifty_clocks_against_the_twin(at):
     name, state, load, _ = at
-    rows = list(
-        zip(FLEETS[name].instances, state.running_req, state.kv_used_tok, state.freq_mhz,
-            strict=True)
-    )  # fmt: skip
-    rate = sum(naive_control.decoding_tok_s(*row) for row in rows)
-    assert ASSESSORS[name].decoding_tok_s(state) == pytest.approx(rate)
-    for rests in (False, True):
-        theirs = [
-            naive_control.thrifty_mhz(*row[:3], LENGTHS.prompt_tok, 0.06, rests * row[0].idle_w)
-            for row in rows
-        ]
-        np.testing.assert_array_equal(ASSESSORS[name].thrifty_mhz(state, load, rests=rests), theirs)
+    theirs = [
+        naive_control.thrifty_mhz(one, running_req, kv_tok, LENGTHS.prompt_tok, 0.06, 0.0)
+        for one, running_req, kv_tok in zip(
+            FLEETS[name].instances, state.running_req, state.kv_used_tok, strict=True
+        )
+    ]
+    np.testing.assert_array_equal(ASSESSORS[name].thrifty_mhz(state, load), theirs)
 
 
 @given(at=situations(), active=st.lists(st.booleans(), min_size=6, max_size=6))

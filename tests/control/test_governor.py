@@ -138,7 +138,9 @@ def test_a_long_prompt_is_done_in_time_at_a_steady_clock(prompt_tok):
     """The last parts of a long prompt take longest, which is known when it begins."""
     took_s, clocks = serve(prompt_tok)
     assert took_s <= 30.0
-    assert clocks.max() <= 1.1 * clocks[0]
+    # At its end room is made for what may arrive meanwhile.
+    assert clocks[:-1].max() <= 1.1 * clocks[0]
+    assert clocks[-1] <= 1.2 * clocks[0]
 
 
 def test_a_prompt_that_no_clock_serves_in_time_takes_least_energy():

@@ -49,7 +49,7 @@ def test_station_against_the_naive_sum(arrival, floor_k):
     one = LEAST.station(LENGTHS)
     ours = kernels.station(one, arrival, LENGTHS.output_tok - 1.0, 800, 0.0597, floor_k)
     step_s, power_w, needed = naive_control.fill_station(
-        PROFILE.table, PROFILE.padded_batch(), LENGTHS.context_tok, 1.0, 0.06 / 1.035
+        PROFILE.table, PROFILE.padded_batch(), LENGTHS.context_tok, 0.06 / 1.035
     )
     theirs = naive_control.station(
         step_s, power_w, needed, arrival, LENGTHS.output_tok - 1.0, 800, 0.0597, floor_k, 60.0
@@ -62,20 +62,17 @@ def test_station_against_the_naive_sum(arrival, floor_k):
 @given(
     steps=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), max_size=3),
     context=st.floats(1.0, 2000.0),
-    pace=st.floats(1.0, 3.0),
     target_s=st.floats(0.005, 0.2),
 )
-def test_times_and_needed_rows_against_the_twin(steps, context, pace, target_s):
+def test_times_and_needed_rows_against_the_twin(steps, context, target_s):
     """Executed sizes that fall from one batch to the next included."""
     steps = tuple((sum(each[0] for each in steps[: i + 1]), step) for i, (_, step) in
                   enumerate(steps))  # fmt: skip
     profile = dataclasses.replace(PROFILE, batch_steps=steps, max_batch=200)
     padded = profile.padded_batch()
     needed, step_s, power_w = np.empty(201, np.int64), np.empty(201), np.empty(201)
-    kernels.governed_batches(
-        PROFILE.table, padded, context, pace, target_s, needed, step_s, power_w
-    )
-    all_s, all_w, row = naive_control.fill_station(PROFILE.table, padded, context, pace, target_s)
+    kernels.governed_batches(PROFILE.table, padded, context, target_s, needed, step_s, power_w)
+    all_s, all_w, row = naive_control.fill_station(PROFILE.table, padded, context, target_s)
     np.testing.assert_array_equal(needed, row)
     np.testing.assert_allclose(step_s, all_s[row, np.arange(201)], rtol=1e-12)
     np.testing.assert_allclose(power_w, all_w[row, np.arange(201)], rtol=1e-12)
@@ -90,7 +87,7 @@ def test_least_floor_against_every_floor(name, governed):
     decode = FleetSpec.parse("1P1D", profile).instances[1]
     least = least_power(dataclasses.replace(decode, clocks_mhz=rungs), governed)
     step_s, power_w, needed = naive_control.fill_station(
-        profile.table[::6], profile.padded_batch(), LENGTHS.context_tok, 1.0,
+        profile.table[::6], profile.padded_batch(), LENGTHS.context_tok,
         0.06 / 1.035 if governed else np.inf,
     )  # fmt: skip
     loads = np.concatenate([np.linspace(1.0, 60.0, 12), [30.0, 5.0, 41.0]])

@@ -62,12 +62,12 @@ def decode_clock(rows, padded, running_req, kv_tok, target_s, floor_mhz, ceiling
     return float(allowed[-1]["clock_mhz"])
 
 
-def fill_station(rows, padded, context_tok, pace_frac, target_s):
+def fill_station(rows, padded, context_tok, target_s):
     """Time and power per clock and batch, and the lowest row within the target."""
     rows = rows[:, None]
     sizes = np.arange(len(padded), dtype=float)
     kv_tok = sizes * context_tok
-    step_s = pace_frac * np.maximum(
+    step_s = np.maximum(
         rows["decode_floor_s"],
         rows["decode_base_s"] + rows["decode_req_s"] * padded + rows["decode_kv_s"] * kv_tok,
     )

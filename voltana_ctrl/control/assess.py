@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, Bool
-from voltana_ctrl.types import FleetSpec, FleetState, Load, Slo
+from voltana_ctrl.laws import decode_s
+from voltana_ctrl.types import Belief, FleetSpec, FleetState, Load, Slo
+from voltana_ctrl.types.ladder import row_down
 from voltana_ctrl.types.packed import instance_types
 
 __all__ = ["Assessor"]
@@ -30,8 +32,8 @@ class Assessor:
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
     >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
-    >>> assessor.clocks_mhz(FleetState.idle(2), load, np.ones(2), margin_frac=(0.02, 0.035),
-    ...                  delay_s=0.1)
+    >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.035), delay_s=0.1)
+    >>> assessor.clocks_mhz(FleetState.idle(2), load, np.ones(2), belief)
     array([345., 210.])
     """
 
@@ -50,7 +52,6 @@ class Assessor:
         self._decodes = np.array([one.role.decodes for one in many], dtype=np.int64)
         self._max_batch = np.array([one.max_batch for one in many], dtype=np.int64)
         self._idle_w = np.array([one.idle_w for one in many], dtype=np.float64)
-        self._nothing_w = np.zeros(len(fleet))
         self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
 
     def clocks_mhz(
@@ -58,9 +59,9 @@ class Assessor:
         state: FleetState,
         load: Load,
         route_frac: F64,
+        belief: Belief,
         *,
-        margin_frac: tuple[float, float],
-        delay_s: float,
+        hold_s: float = 0.0,
         burst_sd_frac: float = 3.0,
     ) -> F64:
         """Lowest clocks that keep the promises at this state, shape (n,); the highest if none.
@@ -77,10 +78,10 @@ class Assessor:
             What arrives.
         route_frac : ndarray, shape (n,)
             Share of the arrivals.
-        margin_frac : tuple of float
-            TTFT and ITL margin.
-        delay_s : float
-            Until a clock decided now runs, and until the next can.
+        belief : Belief
+            Margins, delay and pace of each instance.
+        hold_s : float
+            How long a clock stays until the next can be asked for.
         burst_sd_frac : float
             Standard deviations of arrivals that prefill keeps room for.
         """
@@ -102,29 +103,17 @@ class Assessor:
             load.arrival_req_s * lengths.prompt_tok,
             lengths.prompt_tok + lengths.prompt_sd_tok**2 / lengths.prompt_tok,
             self._slo.ttft_s,
-            1.0 + margin_frac[0],
-            self._slo.itl_s / (1.0 + margin_frac[1]),
-            delay_s,
+            belief.prefill_pace_frac,
+            belief.decode_pace_frac,
+            1.0 + belief.ttft_margin_frac,
+            self._slo.itl_s / (1.0 + belief.itl_margin_frac),
+            belief.delay_s + hold_s,
             burst_sd_frac,
             needed_mhz,
         )
         return needed_mhz
 
-    def decoding_tok_s(self, state: FleetState) -> float:
-        """Tokens per second that the fleet should be decoding, by its profiles.
-
-        Parameters
-        ----------
-        state : FleetState
-            Batches and clocks.
-        """
-        total: float = self._kernels.decoding_tok_s(
-            self._tables, self._padded, self._kind, self._n_clocks, self._decodes,
-            self._max_batch, state.running_req, state.kv_used_tok, state.freq_mhz,
-        )  # fmt: skip
-        return total
-
-    def thrifty_mhz(self, state: FleetState, load: Load, *, rests: bool = False) -> F64:
+    def thrifty_mhz(self, state: FleetState, load: Load) -> F64:
         """Clocks of least energy per token at the present batch: the U-shaped curve's minimum.
 
         The right floor where clients wait for their answers or the batch is capped, since
@@ -134,8 +123,6 @@ class Assessor:
         ----------
         state, load
             As of :meth:`clocks_mhz`.
-        rests : bool
-            Whether it idles when it is done, so that only what it draws above idle power counts.
 
         Examples
         --------
@@ -149,10 +136,48 @@ class Assessor:
         thrifty_mhz = np.empty(len(state))
         self._kernels.thrifty(
             self._tables, self._padded, self._kind, self._n_clocks, self._decodes,
-            self._max_batch, self._idle_w if rests else self._nothing_w, state.running_req,
-            state.kv_used_tok, load.lengths.prompt_tok, self._slo.itl_s, thrifty_mhz,
+            self._max_batch, state.running_req, state.kv_used_tok, load.lengths.prompt_tok,
+            self._slo.itl_s, thrifty_mhz,
         )  # fmt: skip
         return thrifty_mhz
+
+    def crowded_req(self, state: FleetState, belief: Belief) -> float:
+        """Running requests that are too many for the ITL promise even at the highest clocks.
+
+        They cannot move, but what arrives can go elsewhere until they are done.
+
+        Parameters
+        ----------
+        state : FleetState
+            Batches.
+        belief : Belief
+            Pace and highest clock of each instance.
+
+        Examples
+        --------
+        >>> from dataclasses import replace
+        >>> from voltana_ctrl import load_profile
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.0), delay_s=0.025)
+        >>> state = replace(FleetState.idle(2), running_req=[0, 300], kv_used_tok=[0, 1.2e5])
+        >>> assessor.crowded_req(state, belief)
+        0.0
+        >>> state = replace(FleetState.idle(2), running_req=[0, 900], kv_used_tok=[0, 3.6e5])
+        >>> round(assessor.crowded_req(state, belief))
+        278
+        """
+        top = self._n_clocks - 1
+        for i in np.flatnonzero(belief.able_mhz < self._max_mhz):
+            clocks_mhz = self._tables["clock_mhz"][self._kind[i], : self._n_clocks[i]]
+            top[i] = row_down(clocks_mhz, belief.able_mhz[i])
+        running = np.minimum(state.running_req, self._max_batch).astype(np.int64)
+        size_req = self._padded[self._kind, running].astype(np.float64)
+        step_s = decode_s(self._tables[self._kind, top], size_req, state.kv_used_tok)
+        step_s = step_s * belief.decode_pace_frac
+        itl_s = self._slo.itl_s
+        crowded = (self._decodes > 0) & state.alive & (running > 0) & (step_s > itl_s)
+        return float(np.sum(running[crowded] * (1.0 - itl_s / step_s[crowded])))
 
     def worst_power_w(self, state: FleetState, load: Load, active: Bool) -> F64:
         """Most that each instance can draw before the next decision, shape (n, n_clocks).
@@ -195,7 +220,17 @@ class Assessor:
         clock_mhz : ndarray, shape (n,)
             Clocks.
         """
-        return float(self._raised(worst_w, clock_mhz)[1].sum())
+        return float(self.power_at_w(worst_w, clock_mhz).sum())
+
+    def power_at_w(self, worst_w: F64, clock_mhz: F64) -> F64:
+        """Power of each instance at its clock, shape (n,); otherwise as :meth:`drawn_w`.
+
+        Parameters
+        ----------
+        worst_w, clock_mhz
+            As of :meth:`drawn_w`.
+        """
+        return self._raised(worst_w, clock_mhz)[1]
 
     def ceilings_mhz(self, worst_w: F64, wanted_mhz: F64, budget_w: float) -> tuple[F64, bool]:
         """Highest clocks, in proportion to those wanted, that cannot draw more than the budget.

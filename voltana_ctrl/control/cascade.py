@@ -15,15 +15,27 @@ from voltana_ctrl.control.budget import target_within
 from voltana_ctrl.control.target import Target, TargetOptimiser
 from voltana_ctrl.estimate.headroom import HeadroomFilter, HeadroomMemory
 from voltana_ctrl.estimate.load import LoadFilter, LoadMemory
+from voltana_ctrl.estimate.pace import PaceFilter, PaceMemory
 from voltana_ctrl.estimate.regime import Regime, RegimeFilter, RegimeMemory
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Load, Observation, Slo, Status
+from voltana_ctrl.types import (
+    Belief,
+    Decision,
+    FleetSpec,
+    FleetState,
+    Load,
+    Observation,
+    Slo,
+    Status,
+)
 
 __all__ = ["CascadeController", "CascadeMemory", "MpcController"]
 
-#: Time over which decoded tokens are compared with what profiles say, and the excess of the
-#: iteration time from which on profiles are not believed.
-_PACE_MEMORY_S = 10.0
-_PACE_EXCESS_FRAC = 0.05
+#: Standard deviations of the load that a smaller active set must be able to take.
+_DOUBT_SD = 3.0
+#: What must change before another belief is sent out: pace, relative; margin; delay.
+_PACE_NEWS_FRAC, _MARGIN_NEWS_FRAC, _DELAY_NEWS_S = 0.02, 0.003, 0.004
+#: A clamped instance is asked for its highest clock so often, for so long: is it clamped still?
+_PROBE_EVERY_S, _PROBE_S = 10.0, 0.5
 #: Time in which a backlog should be gone.
 _CATCH_UP_S = 5.0
 
@@ -54,8 +66,10 @@ class CascadeMemory:
         Ceilings of the last decision.
     overload_frac : float
         ITL margin that still pays where the target is not feasible.
-    expected_tok, decoded_tok : float
-        Tokens that profiles say were decoded, and that were; weighted.
+    pace : PaceMemory
+        Behind the pace, the delay and the highest clock of every instance.
+    belief : Belief
+        What governors and routers were told last.
 
     Examples
     --------
@@ -66,6 +80,8 @@ class CascadeMemory:
     load: LoadMemory
     margin: HeadroomMemory
     regime: RegimeMemory
+    pace: PaceMemory
+    belief: Belief
     target: Target | None = None
     planned_s: float = 0.0
     plan: Any = None
@@ -73,20 +89,6 @@ class CascadeMemory:
     price_j_req: F64 | None = None
     ceiling_mhz: F64 | None = None
     overload_frac: float = 0.0
-    expected_tok: float = 0.0
-    decoded_tok: float = 0.0
-
-    @property
-    def pace_frac(self) -> float:
-        """Iteration time over what profiles say; 1 until enough was seen, at most 3."""
-        if self.decoded_tok < 1000.0:
-            return 1.0
-        return min(3.0, self.expected_tok / self.decoded_tok)
-
-    @property
-    def slower_frac(self) -> float:
-        """Excess of the iteration time that is more than noise."""
-        return self.pace_frac - 1.0 if self.pace_frac > 1.0 + _PACE_EXCESS_FRAC else 0.0
 
 
 class CascadeController(Controller):
@@ -160,10 +162,12 @@ class CascadeController(Controller):
             fleet, slo, margin_frac=margin_frac, delay_s=delay_s, governed=governed
         )
         self._load = load or LoadFilter(fleet)
+        self._pace = PaceFilter(fleet, delay_s=delay_s)
         self._regime = RegimeFilter(fleet)
         self._margin = HeadroomFilter(fleet, slo)
         self._idle_w = sum(one.idle_w for one in fleet.instances)
         self._assessor = Assessor(fleet, slo)
+        self._prefills = np.array([one.role.prefills for one in fleet.instances])
         # Put together anew at every access; asked for at every tick.
         self._prefill, self._decode = np.array(fleet.prefill), np.array(fleet.decode)
         self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
@@ -172,7 +176,13 @@ class CascadeController(Controller):
     def init(self) -> CascadeMemory:
         """Nothing seen, nothing planned."""
         return CascadeMemory(
-            load=self._load.init(), margin=self._margin.init(), regime=RegimeMemory()
+            load=self._load.init(),
+            margin=self._margin.init(),
+            regime=RegimeMemory(),
+            pace=self._pace.init(),
+            belief=Belief.of_profiles(
+                self.fleet, margin_frac=self.margin_frac, delay_s=self.delay_s
+            ),
         )
 
     def regime(self, memory: CascadeMemory) -> Regime:
@@ -186,19 +196,26 @@ class CascadeController(Controller):
         return self._regime.regime(memory.regime)
 
     def notes(self, memory: CascadeMemory) -> dict[str, float]:
-        """What observers of the loop may want to see: margins on TTFT and ITL, and the pace.
+        """What observers of the loop may want to see: margins, pace, delay, and who is clamped.
 
         Parameters
         ----------
         memory : CascadeMemory
             Of the last tick.
         """
-        ttft, itl = self._margin.extra_frac(memory.margin, self.margin_frac)
-        return {
-            "margin_ttft_frac": self.margin_frac[0] + float(ttft),
-            "margin_itl_frac": self.margin_frac[1] + float(itl),
-            "pace_frac": memory.pace_frac,
+        belief = memory.belief
+        noted = {
+            "margin_ttft_frac": float(belief.ttft_margin_frac.max()),
+            "margin_itl_frac": float(belief.itl_margin_frac.max()),
+            "delay_s": float(belief.delay_s.max()),
         }
+        for phase, members in (("prefill", self._prefill), ("decode", self._decode)):
+            pace = getattr(belief, f"{phase}_pace_frac")[members]
+            noted[f"{phase}_pace_frac"] = float(pace.max())
+        # Who does not get what it is asked for is named.
+        for i in np.flatnonzero(belief.able_mhz < self._max_mhz):
+            noted[f"clamped_{self.fleet.ids[i]}_mhz"] = float(belief.able_mhz[i])
+        return noted
 
     def _decide(
         self, observation: Observation, memory: CascadeMemory
@@ -210,12 +227,12 @@ class CascadeController(Controller):
         self, state: FleetState, memory: CascadeMemory, plan: Any
     ) -> tuple[Decision, CascadeMemory]:
         decision = self._follow(state, memory, plan)
-        return decision, replace(memory, ceiling_mhz=decision.freq_max_mhz)
+        pace = self._pace.asked(memory.pace, decision, governed=self.governed)
+        return decision, replace(memory, ceiling_mhz=decision.freq_max_mhz, pace=pace)
 
     def _look(self, observation: Observation, memory: CascadeMemory) -> CascadeMemory:
         """Update the estimates, and the target when it is due."""
         state = observation.state
-        memory = self._pace(observation, memory)
         memory = replace(
             memory,
             load=self._load.update(observation, memory.load),
@@ -226,50 +243,85 @@ class CascadeController(Controller):
                 feasible=memory.target is None or memory.target.feasible,
             ),
             regime=self._regime.update(observation, memory.regime),
+            pace=self._pace.update(
+                memory.pace,
+                observation,
+                prompt_tok=self._load.load(memory.load).lengths.prompt_tok,
+            ),
         )
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
+        memory, changed = self._believe(memory, margins_too=due)
         # Until a target period has been watched, and work has come, there is nothing to plan for.
         seen = memory.load.arrived_req > 0.0 or bool(state.running_req.any())
-        if memory.load.span_s < self.target_period_s or not due or not seen:
+        if memory.load.span_s < self.target_period_s or not (due or changed) or not seen:
             return memory
-        load, pace_frac = self._load.load(memory.load), memory.slower_frac + 1.0
-        # What waits longer than was promised has to be served besides what arrives.
+        load, belief = self._load.load(memory.load), memory.belief
+        # What waits longer than was promised has to be served besides what arrives, and what
+        # crowds an instance must be kept from it.
         late_req = float(state.queue_req[self._prefill].sum())
         late_req -= load.arrival_req_s * self.slo.ttft_s
-        if late_req > 0.0:
-            load = replace(load, arrival_req_s=load.arrival_req_s + late_req / _CATCH_UP_S)
+        behind_req = max(0.0, late_req) + self._assessor.crowded_req(state, memory.belief)
+        if behind_req > 0.0:
+            load = replace(load, arrival_req_s=load.arrival_req_s + behind_req / _CATCH_UP_S)
         # Everybody is active at first: parking must pay.
         active = np.ones(len(state), bool) if memory.target is None else memory.target.active
 
         def plan(part: Load) -> Target:
-            return self._target.plan(part, active=active, usable=state.alive, pace_frac=pace_frac)
+            before = memory.target
+            return self._target.plan(
+                part, active=active, usable=state.alive, belief=belief,
+                forgone_j=(0.0, 0.0) if before is None else before.forgone_j,
+                lasted_s=state.t_s - memory.planned_s,
+                doubt_frac=min(1.0, _DOUBT_SD * self._load.doubt_frac(memory.load)),
+            )  # fmt: skip
 
         target = target_within(self._budget_w(state.t_s), load, plan(load), plan)
         overload_frac = 0.0
         if not target.feasible:
-            overload_frac = self._target.overload_frac(load, target.route_frac, pace_frac)
+            overload_frac = self._target.overload_frac(load, target.route_frac, belief)
         return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload_frac)
 
-    def _pace(self, observation: Observation, memory: CascadeMemory) -> CascadeMemory:
-        """Compare the tokens that were decoded since the last tick with what profiles say."""
-        state, finished, before = observation.state, observation.finished, memory.load
-        dt_s = state.t_s - before.t_s
-        if before.t_s < 0.0 or dt_s <= 0.0 or self.fleet.colocated:
-            return memory
-        decode = self._decode
-        held_tok = float(state.kv_used_tok[decode].sum() + state.queue_tok[decode].sum())
-        decoded_tok = (
-            held_tok
-            - before.held_tok
-            - float(state.arrived_tok[decode].sum())
-            + float(finished.prompt_tok.sum() + finished.output_tok.sum())
+    def _believe(self, memory: CascadeMemory, *, margins_too: bool) -> tuple[CascadeMemory, bool]:
+        """Memory with a new belief, if there is news, and whether any instance is another now.
+
+        Governors keep what they believe as long as it is about right, and plans, too.
+        """
+        pace = memory.pace
+        pace_frac = self._pace.pace_frac(pace)
+        before = memory.belief
+        ttft, itl = before.ttft_margin_frac, before.itl_margin_frac
+        if margins_too:
+            noise_frac = self._pace.noise_frac(pace)[self._decode]
+            margins = self._margin.margins_frac(
+                memory.margin, self.margin_frac, float(noise_frac.mean())
+            )
+            if memory.target is not None and not memory.target.feasible:
+                margins[1] = max(margins[1], self.margin_frac[1] + memory.overload_frac)
+            ttft, itl = (np.full(len(self.fleet), margin) for margin in margins)
+        belief = Belief(
+            ttft_margin_frac=ttft,
+            itl_margin_frac=itl,
+            delay_s=self._pace.delay_s(pace),
+            prefill_pace_frac=pace_frac[:, 0],
+            decode_pace_frac=pace_frac[:, 1],
+            able_mhz=self._pace.able_mhz(pace),
+            noise_frac=self._pace.noise_frac(pace),
         )
-        keep = float(np.exp(-dt_s / _PACE_MEMORY_S))
-        return replace(
-            memory,
-            expected_tok=keep * memory.expected_tok + dt_s * self._assessor.decoding_tok_s(state),
-            decoded_tok=keep * memory.decoded_tok + decoded_tok,
+
+        def moved(name: str, news: float) -> bool:
+            return bool(np.any(np.abs(getattr(belief, name) - getattr(before, name)) > news))
+
+        other = (
+            moved("able_mhz", 0.0)
+            or moved("prefill_pace_frac", _PACE_NEWS_FRAC)
+            or moved("decode_pace_frac", _PACE_NEWS_FRAC)
+            or moved("delay_s", _DELAY_NEWS_S)
         )
+        told = any(
+            moved(name, _MARGIN_NEWS_FRAC)
+            for name in ("ttft_margin_frac", "itl_margin_frac", "noise_frac")
+        )
+        return (replace(memory, belief=belief), other) if other or told else (memory, False)
 
     def _budget_w(self, t_s: float) -> float:
         budget = self.power_budget_w
@@ -291,6 +343,7 @@ class CascadeController(Controller):
             active = target.active
             floor = self._floors(state, memory, load, target)
             price = target.price_j_req if memory.price_j_req is None else memory.price_j_req
+        floor = self._probed(state, memory.belief, floor)
         budget_w = self._budget_w(state.t_s)
         ceiling, status = self._max_mhz, Status.OK
         if np.isfinite(budget_w):
@@ -304,8 +357,15 @@ class CascadeController(Controller):
             route_frac=route_frac,
             active=active,
             price_j_req=price,
+            belief=memory.belief,
             status=status,
         )
+
+    def _probed(self, state: FleetState, belief: Belief, floor: F64) -> F64:
+        """Floors; at times the highest clock of who is clamped, which tells whether it still is."""
+        if state.t_s % _PROBE_EVERY_S >= _PROBE_S:
+            return floor
+        return np.where(belief.able_mhz < self._max_mhz, self._max_mhz, floor)
 
     def _ceilings(
         self,
@@ -316,51 +376,39 @@ class CascadeController(Controller):
         active: Bool,
         budget_w: float,
     ) -> F64:
-        """Ceilings under the budget; nobody rises before those that must fall have fallen."""
-        wanted = self._assessor.clocks_mhz(
-            state, load, route_frac, margin_frac=self.margin_frac, delay_s=self.delay_s
-        )
-        worst_w = self._assessor.worst_power_w(state, load, active)
-        ceiling, _ = self._assessor.decode_first_mhz(worst_w, wanted, budget_w)
+        """Ceilings under the budget; nobody rises before those that must fall have fallen.
+
+        A governor is asked when an iteration begins, so what prefills keeps its clock until its
+        iteration ends, whatever the ceiling says: the others have what that leaves.
+        """
+        assessor = self._assessor
+        wanted = assessor.clocks_mhz(state, load, route_frac, memory.belief)
+        worst_w = assessor.worst_power_w(state, load, active)
+        ceiling, _ = assessor.decode_first_mhz(worst_w, wanted, budget_w)
         before = self._max_mhz if memory.ceiling_mhz is None else memory.ceiling_mhz
         # What may still run: the clock that is seen, and one asked for a moment ago.
         running = np.maximum(state.freq_mhz, np.where(before > ceiling, 0.0, before))
         held = np.maximum(ceiling, running)
-        too_much = self._assessor.drawn_w(worst_w, held) > budget_w
-        return np.minimum(ceiling, before) if too_much else ceiling
+        if assessor.drawn_w(worst_w, held) <= budget_w:
+            return ceiling
+        stuck = self._prefills & (state.queue_req > 0.0) & (running > ceiling)
+        if self.governed and stuck.any():
+            kept_w = np.where(stuck[:, None], assessor.power_at_w(worst_w, held)[:, None], worst_w)
+            rest, _ = assessor.decode_first_mhz(kept_w, wanted, budget_w)
+            ceiling = np.where(stuck, ceiling, np.minimum(rest, ceiling))
+        return np.minimum(ceiling, before)
 
     def _floors(self, state: FleetState, memory: CascadeMemory, load: Load, target: Target) -> F64:
-        floor = target.floor_mhz
-        if not target.active.all():
-            # What is parked rests when it is done, so what it has left costs least as if batch
-            # and not arrivals were given.
-            rest = self._assessor.thrifty_mhz(state, load, rests=True)
-            floor = np.where(target.active, floor, rest)
-        extra = self._margin.extra_frac(memory.margin, self.margin_frac)
+        # What is parked drains at the clock that its running requests need.
+        floor = np.where(target.active, target.floor_mhz, self._min_mhz)
         if not target.feasible:
             # Beyond what can be served the batch sets the clock, not a floor.
-            floor = floor.copy()
             floor[self._decode] = self._min_mhz[self._decode]
-            extra[1] = max(extra[1], memory.overload_frac)
-        # The pace says so sooner than requests, which miss only when they are done.
-        slower = memory.slower_frac
-        if slower > 0.0:
-            extra[0] = max(extra[0], slower)
-            extra[1] += (1.0 + self.margin_frac[1] + extra[1]) * slower
-        if not self.governed or extra.max() > 0.0:
+        if not self.governed:
             needed = self._assessor.clocks_mhz(
-                state, load, target.route_frac,
-                margin_frac=(
-                    self.margin_frac[0] + float(extra[0]), self.margin_frac[1] + float(extra[1])
-                ),
-                delay_s=self.delay_s + (0.0 if self.governed else float(self.period_s)),
-                # Governors keep room for bursts themselves.
-                burst_sd_frac=0.0 if self.governed else 3.0,
-            )  # fmt: skip
-            missing = np.zeros(len(floor), bool)
-            missing[self._prefill] = extra[0] > 0.0 or not self.governed
-            missing[self._decode] |= extra[1] > 0.0 or not self.governed
-            floor = np.where(missing, np.maximum(floor, needed), floor)
+                state, load, target.route_frac, memory.belief, hold_s=float(self.period_s)
+            )
+            floor = np.maximum(floor, needed)
         if self.regime(memory) is not Regime.OPEN:
             floor = np.maximum(floor, self._assessor.thrifty_mhz(state, load))
         return floor

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64
+from voltana_ctrl.laws import paced
 from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo
+from voltana_ctrl.types.ladder import row_down
 
 __all__ = ["Curve", "LeastPower"]
 
@@ -59,6 +61,10 @@ class LeastPower:
         Which.
     slo, margin_frac, delay_s, governed
         As of :class:`voltana_ctrl.control.TargetOptimiser`.
+    pace_frac : tuple of float
+        Prefill and decode iterations take so many times what the profile says.
+    able_mhz : float
+        Highest clock that the instance gets.
 
     Examples
     --------
@@ -80,16 +86,20 @@ class LeastPower:
         margin_frac: tuple[float, float],
         delay_s: float,
         governed: bool,
+        pace_frac: tuple[float, float] = (1.0, 1.0),
+        able_mhz: float = math.inf,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl.kernels.choose import target as kernels
 
         self._kernels = kernels
         self.instance = instance
-        self._rows: Any = np.ascontiguousarray(instance.table)
+        table = instance.table[: row_down(instance.clocks_mhz, able_mhz) + 1]
+        #: Coefficients per clock, as they are believed.
+        self.rows: Any = np.ascontiguousarray(paced(table, *pace_frac))
         self._padded = instance.profile.padded_batch(instance.max_batch)
         # Of a colocated instance: its prompts run beside what decodes.
-        self._prompt_w = self._rows["prefill_power_w"] + self._rows["prefill_beside_w"]
+        self._prompt_w = self.rows["prefill_power_w"] + self.rows["prefill_beside_w"]
         self._sizes = np.arange(1, instance.max_batch + 1)
         self._governed = governed
         self._miss_frac = 1.0 - slo.attainment
@@ -100,19 +110,17 @@ class LeastPower:
         self._attainment, self._itl_s = slo.attainment, slo.itl_s
         self._itl_margin_frac = margin_frac[1]
 
-    def at(self, lengths: Lengths, pace_frac: float = 1.0) -> Callable[[F64], Curve]:
+    def at(self, lengths: Lengths) -> Callable[[F64], Curve]:
         """Curve at these lengths: a function of loads [req/s], each > 0.
 
         Parameters
         ----------
         lengths : Lengths
             Of the requests.
-        pace_frac : float
-            Decode iterations take so many times what profiles say.
         """
         if self.instance.role is Role.PREFILL:
             return self._prefill(lengths)
-        return self._decode(lengths, pace_frac)
+        return self._decode(lengths)
 
     def _prefill(self, lengths: Lengths) -> Callable[[F64], Curve]:
         """M/G/1 with exponential tail of the wait; base time shared by those that queue.
@@ -126,7 +134,7 @@ class LeastPower:
         def curve(loads_req_s: F64) -> Curve:
             power_w, row, late_frac = _empty(loads_req_s)
             self._kernels.prefill_curve(
-                self._rows, loads_req_s, lengths.prompt_tok, lengths.prompt_sd_tok, self._ttft_s,
+                self.rows, loads_req_s, lengths.prompt_tok, lengths.prompt_sd_tok, self._ttft_s,
                 self._miss_frac, self._governed, self._deaf_frac,
                 typical_tok, power_w, row, late_frac,
             )  # fmt: skip
@@ -136,8 +144,8 @@ class LeastPower:
 
         return curve
 
-    def _decode(self, lengths: Lengths, pace_frac: float) -> Callable[[F64], Curve]:
-        station = self.station(lengths, pace_frac)
+    def _decode(self, lengths: Lengths) -> Callable[[F64], Curve]:
+        station = self.station(lengths)
         limits = self._limits(lengths)
 
         def curve(loads_req_s: F64) -> Curve:
@@ -160,9 +168,7 @@ class LeastPower:
         limit_req = int(np.count_nonzero(kv_tok <= 0.99 * self.instance.kv_capacity_tok))
         return decoded_tok, limit_req, self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
 
-    def overload_frac(
-        self, arrival_req_s: float, lengths: Lengths, pace_frac: float = 1.0
-    ) -> float:
+    def overload_frac(self, arrival_req_s: float, lengths: Lengths) -> float:
         """ITL margin, on top of the governor's own, that pays where promises cannot be kept.
 
         The least that serves in time as many of the requests, but for what the promise allows,
@@ -174,8 +180,8 @@ class LeastPower:
         ----------
         arrival_req_s : float
             Load of this instance.
-        lengths, pace_frac
-            As of :meth:`at`.
+        lengths : Lengths
+            Of the requests.
 
         Examples
         --------
@@ -192,7 +198,7 @@ class LeastPower:
         for k, extra_frac in enumerate(_EXTRA_FRAC):
             aim_s = self._itl_s / (1.0 + self._itl_margin_frac + extra_frac)
             power_w[k], missed_frac, _ = self._kernels.station(
-                self.station(lengths, pace_frac, aim_s=aim_s), arrival_req_s,
+                self.station(lengths, aim_s=aim_s), arrival_req_s,
                 *self._limits(lengths), 0,
             )  # fmt: skip
             served_frac[k] = 1.0 - missed_frac
@@ -200,25 +206,23 @@ class LeastPower:
         free = np.flatnonzero(power_w <= (1.0 + _FREE_FRAC) * power_w[least])[-1]
         return float(_EXTRA_FRAC[max(free, least)])
 
-    def station(
-        self, lengths: Lengths, pace_frac: float = 1.0, *, aim_s: float | None = None
-    ) -> tuple[Any, ...]:
+    def station(self, lengths: Lengths, *, aim_s: float | None = None) -> tuple[Any, ...]:
         """The decode station at these lengths, as its kernels take it.
 
         Parameters
         ----------
-        lengths, pace_frac
-            As of :meth:`at`.
+        lengths : Lengths
+            Of the requests.
         aim_s : float, optional
             Iteration time that the governor aims at; the promise less its margin by default.
         """
         if aim_s is None:
             # Without a governor nobody aims at anything.
             aim_s = self._itl_s / (1.0 + self._itl_margin_frac) if self._governed else math.inf
-        rows, n = self._rows, len(self._padded)
+        rows, n = self.rows, len(self._padded)
         needed_row, step_s, power_w = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
         self._kernels.governed_batches(
-            rows, self._padded, lengths.context_tok, pace_frac, aim_s,
+            rows, self._padded, lengths.context_tok, aim_s,
             needed_row, step_s, power_w,
         )  # fmt: skip
         prompt_s = np.zeros(len(rows))
@@ -227,8 +231,8 @@ class LeastPower:
             prompt_s = rows["prefill_tok_s"] * lengths.prompt_tok + rows["prefill_tok2_s"] * square
             prompt_s = prompt_s + rows["prefill_req_s"]
         return (
-            rows, self._padded, lengths.context_tok, pace_frac, needed_row, step_s, power_w,
-            prompt_s, self._prompt_w,
+            rows, self._padded, lengths.context_tok, needed_row, step_s, power_w, prompt_s,
+            self._prompt_w,
         )  # fmt: skip
 
 

@@ -13,6 +13,9 @@ from voltana_ctrl.types import Belief, InstanceSpec, Profile, Slo
 __all__ = ["IterationGovernor", "thrifty_row"]
 
 
+#: What is predicted late, over what the promise allows: the prediction takes each iteration to run
+#: at the limit, while the ladder is coarse and most leave more.
+_LATE_PART = 1.5
 #: Memory of arrivals in TTFT promises.
 _MEMORY_TTFT = 25.0
 
@@ -62,9 +65,6 @@ class IterationGovernor(CompiledGovernor):
         From asking for a clock until it runs: actuation and settling.
     dwell_s : float
         Least time between a change and a lowering.
-    reserve_sd, urgent_sd : float
-        Standard deviations of the arrivals during one prefill iteration for which room is
-        kept at the thrifty clock (:func:`thrifty_row`) and at the ceiling.
     memory_s : float, optional
         Time constant of the arrival estimate behind it; 25 times the TTFT promise if left out, so
         that what may arrive within one promise is known whatever the promise.
@@ -98,8 +98,6 @@ class IterationGovernor(CompiledGovernor):
         margin_frac: tuple[float, float] = (0.02, 0.035),
         delay_s: float = 0.025,
         dwell_s: float = 0.0,
-        reserve_sd: float = 3.0,
-        urgent_sd: float = 0.5,
         memory_s: float | None = None,
         repay_tok: float = 32.0,
     ) -> None:
@@ -129,8 +127,8 @@ class IterationGovernor(CompiledGovernor):
                 delay_s,
                 dwell_s,
                 thrifty_row(instance.table),
-                reserve_sd,
-                urgent_sd,
+                _LATE_PART * (1.0 - slo.attainment),
+                0.0,
                 memory_s,
                 float(instance.role.prefills),
                 repay_tok,
@@ -181,6 +179,7 @@ class IterationGovernor(CompiledGovernor):
             float(belief.ttft_margin_frac[i]), float(belief.itl_margin_frac[i])
         )
         params[kernel.DELAY_S] = belief.delay_s[i]
+        params[kernel.NOISE_FRAC] = belief.noise_frac[i]
         params[kernel.PREFILL_PACE_FRAC] = belief.prefill_pace_frac[i]
         params[kernel.DECODE_PACE_FRAC] = belief.decode_pace_frac[i]
         self.params = params

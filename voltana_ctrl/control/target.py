@@ -10,24 +10,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, I64, Bool, count, not_negative, positive
+from voltana_ctrl.checks import F64, I64, Bool, count, not_negative
 from voltana_ctrl.control.curve import Curve, LeastPower
 from voltana_ctrl.control.groups import Node, equal_groups
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types import FleetSpec, InstanceSpec, Lengths, Load, Role, Slo
+from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo
 
 __all__ = ["Curve", "Target", "TargetOptimiser"]
 
 _CurveOf = Callable[[F64], Curve]
 
-#: Part of the power of prefill that a change of its active set must save.
+#: Part of the power of prefill that a change of its active set must save: mostly it saves launches,
+#: at the price of longer queues.
 _PREFILL_PAYS_FRAC = 0.05
 #: Least share of the load of an instance that stays active.
 _LEAST_FRAC = 1e-3
+#: Beliefs that differ less are planned as one: paces by this factor, margins and delays by these
+#: steps. Else no two instances would be alike.
+_PACE_STEP, _MARGIN_STEP, _DELAY_STEP_S = 1.05, 0.005, 0.005
+#: Settings by belief that are kept.
+_KEPT = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,6 +56,9 @@ class Target:
         Marginal energy of one more request there.
     feasible : bool
         Whether the promises can be kept; if not, everybody is active and fast.
+    forgone_j : ndarray, shape (n_phases,)
+        Energy that the active set of each phase has cost more than the best one would have, since
+        the two began to differ; see :meth:`TargetOptimiser.plan`.
 
     Examples
     --------
@@ -61,6 +72,7 @@ class Target:
     power_w: F64
     price_j_req: F64
     feasible: bool
+    forgone_j: F64
 
 
 class TargetOptimiser:
@@ -81,9 +93,7 @@ class TargetOptimiser:
     grid : int
         Loads per instance and group at which power is evaluated.
     wake_j : float
-        Energy that a change of the active set costs per instance, if its own is not more.
-    hold_s : float
-        Time over which a change must earn that back.
+        Energy that waking up an instance costs, if its own is not more.
 
     Raises
     ------
@@ -112,7 +122,6 @@ class TargetOptimiser:
         governed: bool = True,
         grid: int = 128,
         wake_j: float = 100.0,
-        hold_s: float = 30.0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl.kernels.choose import target as kernels
@@ -120,7 +129,6 @@ class TargetOptimiser:
         count("TargetOptimiser.grid", grid, minimum=8)
         not_negative("TargetOptimiser.wake_j", wake_j)
         not_negative("TargetOptimiser.delay_s", delay_s)
-        positive("TargetOptimiser.hold_s", hold_s)
         if not min(margin_frac) > -1.0:
             raise ConfigError(
                 f"TargetOptimiser.margin_frac: expected numbers > -1, got {margin_frac}"
@@ -132,16 +140,13 @@ class TargetOptimiser:
         self.governed = governed
         self.grid = grid
         self.wake_j = wake_j
-        self.hold_s = hold_s
         self._kernels = kernels
         self._parked_w = np.array([one.parked_w for one in fleet.instances], dtype=np.float64)
         self._wake_j = np.array([one.wake_j for one in fleet.instances], dtype=np.float64)
         self._min_mhz = fleet.min_mhz
         phases = [fleet.decode] if fleet.colocated else [fleet.prefill, fleet.decode]
-        self._phases = [
-            [(group, self._least_power(fleet.instances[int(group[0])])) for group in groups]
-            for groups in (equal_groups(fleet, members) for members in phases)
-        ]
+        self._groups = [equal_groups(fleet, members) for members in phases]
+        self._least = lru_cache(maxsize=_KEPT)(self._least_power)
 
     def plan(
         self,
@@ -149,9 +154,18 @@ class TargetOptimiser:
         *,
         active: Bool | None = None,
         usable: Bool | None = None,
-        pace_frac: float = 1.0,
+        belief: Belief | None = None,
+        forgone_j: Sequence[float] | F64 = (0.0, 0.0),
+        lasted_s: float = 30.0,
+        doubt_frac: float = 0.0,
     ) -> Target:
         """Least-power target at this load.
+
+        The active set changes when it has cost as much more than the best one as the change costs:
+        whatever comes afterwards, no more than twice the least is spent (the rule of ski rental,
+        Karlin et al. 1988). A change costs the wake-up, and a tail: while running requests are
+        served to their end on the old set, half of what the two sets differ in is lost. A set that
+        cannot keep the promises changes at once.
 
         Parameters
         ----------
@@ -161,8 +175,15 @@ class TargetOptimiser:
             Who is active now; kept unless a change pays.
         usable : ndarray of bool, shape (n,), optional
             Who is alive; all by default.
-        pace_frac : float
-            Decode iterations take so many times what profiles say.
+        belief : Belief, optional
+            What was learnt about the instances; what the profiles say by default.
+        forgone_j : sequence of float
+            Of the last target, one per phase.
+        lasted_s : float
+            Time since it.
+        doubt_frac : float
+            How uncertain the load is, relative: a smaller active set must be able to serve so much
+            more, since it would have to grow again at once.
 
         Returns
         -------
@@ -171,7 +192,16 @@ class TargetOptimiser:
         n = len(self.fleet)
         usable = np.ones(n, bool) if usable is None else np.asarray(usable, bool)
         parts = [
-            self._plan_phase(load, groups, active, usable, pace_frac) for groups in self._phases
+            self._plan_phase(
+                load,
+                self._known(groups, belief),
+                active,
+                usable,
+                forgone_j[phase],
+                lasted_s,
+                doubt_frac,
+            )
+            for phase, groups in enumerate(self._groups)
         ]
         return Target(
             active=np.sum([part.active for part in parts], axis=0) > 0,
@@ -180,6 +210,7 @@ class TargetOptimiser:
             power_w=np.sum([part.power_w for part in parts], axis=0),
             price_j_req=np.sum([part.price_j_req for part in parts], axis=0),
             feasible=all(part.feasible for part in parts),
+            forgone_j=np.concatenate([part.forgone_j for part in parts]),
         )
 
     def curve(
@@ -187,7 +218,6 @@ class TargetOptimiser:
         instance: InstanceSpec,
         loads_req_s: F64,
         lengths: Lengths,
-        pace_frac: float = 1.0,
     ) -> Curve:
         """Least power of one instance at each load.
 
@@ -199,8 +229,6 @@ class TargetOptimiser:
             Arrivals per second at this instance, > 0.
         lengths : Lengths
             Of the requests.
-        pace_frac : float
-            As of :meth:`plan`.
 
         Examples
         --------
@@ -212,17 +240,17 @@ class TargetOptimiser:
         >>> optimiser.curve(fleet.instances[1], np.array([5.0, 80.0]), lengths).power_w.round(1)
         array([117.2,   inf])
         """
-        least = self._least_power(instance)
-        return least.at(lengths, pace_frac)(np.ascontiguousarray(loads_req_s, dtype=np.float64))
+        least = self._least_power(self.fleet.instances.index(instance), None)
+        return least.at(lengths)(np.ascontiguousarray(loads_req_s, dtype=np.float64))
 
-    def overload_frac(self, load: Load, route_frac: F64, pace_frac: float = 1.0) -> float:
+    def overload_frac(self, load: Load, route_frac: F64, belief: Belief | None = None) -> float:
         """ITL margin, on top of the governors' own, that pays where promises cannot be kept.
 
         The most of any decode instance, see :meth:`LeastPower.overload_frac`.
 
         Parameters
         ----------
-        load, pace_frac
+        load, belief
             As of :meth:`plan`.
         route_frac : ndarray, shape (n,)
             Share of the arrivals.
@@ -238,20 +266,45 @@ class TargetOptimiser:
         0.0
         """
         return max(
-            least.overload_frac(
-                load.arrival_req_s * float(route_frac[group].max()), load.lengths, pace_frac
-            )
-            for group, least in self._phases[-1]
+            least.overload_frac(load.arrival_req_s * float(route_frac[group].max()), load.lengths)
+            for group, least in self._known(self._groups[-1], belief)
         )
 
-    def _least_power(self, instance: InstanceSpec) -> LeastPower:
-        return LeastPower(
-            instance,
-            self.slo,
-            margin_frac=self.margin_frac,
-            delay_s=self.delay_s,
-            governed=self.governed,
+    def _known(self, groups: Sequence[I64], belief: Belief | None) -> list[tuple[I64, LeastPower]]:
+        """Groups of instances that are equal, and are believed to be, with their least power."""
+        if belief is None:
+            return [(group, self._least(int(group[0]), None)) for group in groups]
+        keys = np.stack(
+            [
+                np.rint(np.log(belief.prefill_pace_frac) / math.log(_PACE_STEP)),
+                np.rint(np.log(belief.decode_pace_frac) / math.log(_PACE_STEP)),
+                belief.able_mhz,
+                np.rint(belief.ttft_margin_frac / _MARGIN_STEP),
+                np.rint(belief.itl_margin_frac / _MARGIN_STEP),
+                np.rint(belief.delay_s / _DELAY_STEP_S),
+            ],
+            axis=1,
         )
+        known = []
+        for group in groups:
+            kinds, which = np.unique(keys[group], axis=0, return_inverse=True)
+            for k, kind in enumerate(kinds):
+                part = group[which.reshape(-1) == k]
+                known.append((part, self._least(int(group[0]), tuple(kind.tolist()))))
+        return known
+
+    def _least_power(self, i: int, kind: tuple[float, ...] | None) -> LeastPower:
+        instance = self.fleet.instances[i]
+        believed: dict[str, Any] = {"margin_frac": self.margin_frac, "delay_s": self.delay_s}
+        if kind is not None:
+            prefill, decode, able_mhz, ttft, itl, delay = kind
+            believed = {
+                "pace_frac": (_PACE_STEP**prefill, _PACE_STEP**decode),
+                "able_mhz": able_mhz,
+                "margin_frac": (_MARGIN_STEP * ttft, _MARGIN_STEP * itl),
+                "delay_s": _DELAY_STEP_S * delay,
+            }
+        return LeastPower(instance, self.slo, governed=self.governed, **believed)
 
     # From one instance to the fleet
 
@@ -261,17 +314,19 @@ class TargetOptimiser:
         known: Sequence[tuple[I64, LeastPower]],
         active: Bool | None,
         usable: Bool,
-        pace_frac: float,
+        forgone_j: float,
+        lasted_s: float,
+        doubt_frac: float,
     ) -> Target:
         left = [(group[usable[group]], least) for group, least in known]
         # Where nobody is left, the plan is for when they are back.
         left = [(group, least) for group, least in left if group.size] or list(known)
         groups = [group for group, _ in left]
         members = np.concatenate([group for group, _ in known])
-        curve_of = [least.at(load.lengths, pace_frac) for _, least in left]
+        curve_of = [least.at(load.lengths) for _, least in left]
         curves = [self._grid_curve(curve, load) for curve in curve_of]
         free_w, free = self._split(load, groups, curves, [True] * len(groups))
-        chosen = free
+        chosen, now_forgone_j = free, 0.0
         if active is not None and any(np.any(active[group]) for group in groups):
             stay = [group[active[group]] for group in groups]
             keep = [k for k, group in enumerate(stay) if group.size]
@@ -280,18 +335,55 @@ class TargetOptimiser:
             )
             stay_w += sum(float(self._parked_w[group[~active[group]]].sum()) for group in groups)
             changed = members[(free > 0.0)[members] != active[members]]
-            change_j = float(np.maximum(self.wake_j, self._wake_j[changed]).sum())
-            pays_w = change_j / self.hold_s
-            if not self.fleet.instances[int(members[0])].role.decodes:
-                # Mostly the launches saved, at the price of longer queues.
-                pays_w += _PREFILL_PAYS_FRAC * stay_w
-            if np.isfinite(stay_w) and stay_w - free_w <= pays_w:
+            role = self.fleet.instances[int(members[0])].role
+            saved_w = stay_w - free_w
+            if not role.decodes:
+                saved_w -= _PREFILL_PAYS_FRAC * stay_w
+            shrinks = bool(np.any(active[members] & (free <= 0.0)[members]))
+            if shrinks and not self._serves(load, groups, curve_of, free, 1.0 + doubt_frac):
+                saved_w = 0.0
+            if saved_w > 0.0:
+                now_forgone_j = forgone_j + saved_w * lasted_s
+            if np.isfinite(stay_w) and now_forgone_j <= self._change_j(
+                changed, stay_w - free_w, role, load.lengths
+            ):
                 # Who stays active gets a share, be it small.
                 chosen = kept
                 for group in stay:
                     chosen[group] = np.maximum(kept[group], _LEAST_FRAC * load.arrival_req_s)
                 chosen *= load.arrival_req_s / max(chosen.sum(), 1e-300)
-        return self._target(load, members, groups, curve_of, chosen)
+            else:
+                now_forgone_j = 0.0
+        return self._target(load, members, left, curve_of, chosen, now_forgone_j)
+
+    def _serves(
+        self,
+        load: Load,
+        groups: Sequence[I64],
+        curve_of: Sequence[_CurveOf],
+        loads_req_s: F64,
+        factor: float,
+    ) -> bool:
+        """Whether those that have a load could also serve so many times all of it."""
+        more = replace(load, arrival_req_s=factor * load.arrival_req_s)
+        awake = [
+            (group[loads_req_s[group] > 0.0], curve)
+            for group, curve in zip(groups, curve_of, strict=True)
+        ]
+        awake = [(group, curve) for group, curve in awake if group.size]
+        if not awake:
+            return load.arrival_req_s == 0.0
+        curves = [self._grid_curve(curve, more) for _, curve in awake]
+        power_w, _ = self._split(more, [group for group, _ in awake], curves, [False] * len(awake))
+        return math.isfinite(power_w)
+
+    def _change_j(self, changed: I64, saved_w: float, role: Role, lengths: Lengths) -> float:
+        """Energy that a change of the active set costs: wake-ups, and what runs to its end."""
+        stays_s = self.slo.ttft_s
+        if role.decodes:
+            stays_s += max(0.0, lengths.output_tok - 1.0) * self.slo.itl_s
+        wake_j = float(np.maximum(self.wake_j, self._wake_j[changed]).sum())
+        return wake_j + 0.5 * stays_s * max(0.0, saved_w)
 
     def _grid_curve(self, curve: _CurveOf, load: Load) -> tuple[F64, F64]:
         """Least power on a grid that ends where the instance saturates, or at the whole load."""
@@ -371,17 +463,19 @@ class TargetOptimiser:
         self,
         load: Load,
         members: I64,
-        groups: Sequence[I64],
+        known: Sequence[tuple[I64, LeastPower]],
         curve_of: Sequence[_CurveOf],
         loads_req_s: F64,
+        forgone_j: float,
     ) -> Target:
         """Floors, powers and prices at these loads; everybody in proportion if there are none."""
         n = len(self.fleet)
+        groups = [group for group, _ in known]
         feasible = load.arrival_req_s == 0.0 or loads_req_s[members].sum() > 0.0
         if not feasible:
             loads_req_s = np.zeros(n)
             weight = np.concatenate(
-                [np.full(len(group), self._speed(int(group[0]), load)) for group in groups]
+                [np.full(len(group), _speed_req_s(least, load.lengths)) for group, least in known]
             )
             loads_req_s[np.concatenate(groups)] = load.arrival_req_s * weight / weight.sum()
         active = loads_req_s > 0.0
@@ -401,14 +495,14 @@ class TargetOptimiser:
             distinct, which = np.unique(loads_req_s[group], return_inverse=True)
             # Wide enough to see past the rungs of the ladder.
             step = max(0.02 * float(distinct.max()), 1e-6)
-            loads = np.maximum(distinct, step)
+            loads = np.where(distinct > 0.0, distinct, step)
             at = curve(np.concatenate([loads, loads + step]))
             here, above = at.power_w[: distinct.size], at.power_w[distinct.size :]
             with np.errstate(invalid="ignore"):
                 slope = (above - here) / step
             # Beyond what can be served, a price that nobody takes.
-            known = slope[np.isfinite(slope)]
-            worst = 10.0 * known.max() if known.size else 1e3
+            told = slope[np.isfinite(slope)]
+            worst = 10.0 * told.max() if told.size else 1e3
             slope = np.where(np.isfinite(slope), slope, worst)
             on = distinct > 0.0
             power = np.where(on, np.where(np.isfinite(here), here, 0.0), instance.parked_w)
@@ -425,18 +519,18 @@ class TargetOptimiser:
             power_w=power_w,
             price_j_req=price_j_req,
             feasible=bool(feasible),
+            forgone_j=np.array([forgone_j]),
         )
 
-    def _speed(self, i: int, load: Load) -> float:
-        """Requests per second that instance i serves at its highest clock, about."""
-        instance = self.fleet.instances[i]
-        row = instance.table[-1]
-        if instance.role is Role.PREFILL:
-            prompt_s = row["prefill_tok_s"] * load.lengths.prompt_tok + row["prefill_req_s"]
-            return float(1.0 / prompt_s)
-        per_req_s = max(row["decode_req_s"], row["decode_roof_s"])
-        growth_s = per_req_s + row["decode_kv_s"] * load.lengths.context_tok
-        return float(1.0 / (growth_s * max(1.0, load.lengths.output_tok - 1.0)))
+
+def _speed_req_s(least: LeastPower, lengths: Lengths) -> float:
+    """Requests per second that an instance serves at its highest clock, about."""
+    row = least.rows[-1]
+    if least.instance.role is Role.PREFILL:
+        return float(1.0 / (row["prefill_tok_s"] * lengths.prompt_tok + row["prefill_req_s"]))
+    per_req_s = max(row["decode_req_s"], row["decode_roof_s"])
+    growth_s = per_req_s + row["decode_kv_s"] * lengths.context_tok
+    return float(1.0 / (growth_s * max(1.0, lengths.output_tok - 1.0)))
 
 
 def _served(curve: _CurveOf, load_req_s: float) -> bool:

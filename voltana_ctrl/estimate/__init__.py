@@ -9,6 +9,8 @@
 ``predictor``, ``learner``
     Latency and energy of every instance at any clock and load: as believed, and as learned from
     iteration records.
+``pace``
+    Pace of each instance and phase, how late its clock answers, how high it gets.
 ``margin``, ``headroom``
     The margin that holds the promised attainment, and what is kept free besides.
 ``regime``
@@ -41,6 +43,7 @@ from voltana_ctrl.estimate.learner import Learned, OnlineLearner
 from voltana_ctrl.estimate.lengths import LengthEstimator, LengthState, RequestClasses
 from voltana_ctrl.estimate.load import LoadFilter, LoadMemory
 from voltana_ctrl.estimate.margin import MarginState, MarginTracker
+from voltana_ctrl.estimate.pace import PaceFilter, PaceMemory
 from voltana_ctrl.estimate.predictor import (
     FleetTables,
     InstancePredictor,
@@ -69,6 +72,8 @@ __all__ = [
     "MarginState",
     "MarginTracker",
     "OnlineLearner",
+    "PaceFilter",
+    "PaceMemory",
     "Prediction",
     "Regime",
     "RegimeFilter",

@@ -6,10 +6,16 @@ way to end: a part ``u`` of one, evenly spread. Its mean inter-token latency is 
 
     ``mean over requests of max(0, 1 - x d)``
 
-miss, whatever else goes well. Long answers hide the wait, short ones do not: the margin ``x``
-at which that share is what the promise allows follows from the lengths of the answers that
-finished. What is left over, from a profile that is wrong to prompts between the tokens of a
-colocated instance, is integrated by :class:`voltana_ctrl.estimate.margin.MarginTracker`.
+miss, whatever else goes well. Where iteration times vary by a standard deviation ``s`` about what
+is expected, the mean of ``d`` of them varies by ``s / sqrt(d)``, and the share is
+
+    ``mean over requests of E[clip(1 - x d + sqrt(d) s Z, 0, 1)]``,   ``Z`` standard normal,
+
+which is a difference of two unit normal losses ``L(z) = E[max(0, Z - z)]``. Long answers hide the
+wait and the noise, short ones do not: the margin ``x`` at which that share is what the promise
+allows follows from the lengths of the answers that finished. What is left over, from a profile that
+is wrong to prompts between the tokens of a colocated instance, is integrated by
+:class:`voltana_ctrl.estimate.margin.MarginTracker`.
 """
 
 from __future__ import annotations
@@ -32,12 +38,13 @@ _MEMORY_REQ = 2000.0
 _PRIOR_REQ = 200.0
 #: Outcomes come as many requests late as are running; larger steps would swing.
 _STEP_FRAC = 0.004
-#: Prefill misses come by whole batches; so many on top of the promise are no chance.
-_RUN_OF_MISSES = 40
+#: Part of the misses that the promise allows at which the margins stand still.
+_SET_POINT = 0.8
 _MAX_FRAC = 0.5
 
 _LENGTHS = np.arange(1.0, _LONG_TOK + 1.0)
-_MISSING = np.maximum(0.0, 1.0 - _LENGTHS / _LENGTHS[:, None])
+#: Largest margin that the hand-off may ask for, and how exactly it is found.
+_MOST_FRAC, _EXACT_FRAC = 4.0, 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,8 +87,8 @@ class HeadroomFilter:
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> filter = HeadroomFilter(fleet, Slo(ttft_s=0.6, itl_s=0.06))
-    >>> filter.extra_frac(filter.init(), (0.02, 0.035))
-    array([0., 0.])
+    >>> filter.margins_frac(filter.init(), (0.02, 0.035))
+    array([0.02 , 0.035])
     """
 
     def __init__(self, fleet: FleetSpec, slo: Slo) -> None:
@@ -90,7 +97,7 @@ class HeadroomFilter:
         # The governors hold the promise in the mean, so nothing is added until it is missed.
         self._tracker = MarginTracker(
             slo=slo, eta_frac=_STEP_FRAC, min_frac=0.0, max_frac=_MAX_FRAC, start_frac=0.0,
-            set_point_frac=slo.attainment,
+            set_point_frac=1.0 - _SET_POINT * self._miss_frac,
         )  # fmt: skip
 
     def init(self) -> HeadroomMemory:
@@ -138,30 +145,75 @@ class HeadroomFilter:
             )
         return HeadroomMemory(tracked=tracked, short_req=keep * memory.short_req + came)
 
-    def hand_off_frac(self, memory: HeadroomMemory) -> float:
-        """ITL margin that the hand-off alone asks for.
+    def hand_off_frac(self, memory: HeadroomMemory, noise_frac: float = 0.0) -> float:
+        """ITL margin that the hand-off and the noise of iteration times ask for by themselves.
 
         Parameters
         ----------
         memory : HeadroomMemory
             Of :meth:`update`.
+        noise_frac : float
+            Standard deviation of an iteration's time about what is expected.
         """
-        if not self._hands_off:
+        if not (self._hands_off or noise_frac > 0.0):
             return 0.0
-        # At x = 1/k; linear in x between these.
-        missing = _MISSING @ memory.short_req / memory.short_req.sum()
-        return float(np.interp(self._miss_frac, missing, 1.0 / _LENGTHS))
+        seen = np.flatnonzero(memory.short_req)
+        part, decoded = memory.short_req[seen] / memory.short_req.sum(), _LENGTHS[seen]
+        sd = noise_frac * np.sqrt(decoded)
 
-    def extra_frac(self, memory: HeadroomMemory, margin_frac: tuple[float, float]) -> F64:
-        """Margins of TTFT and ITL on top of the governors' own, shape (2,), >= 0.
+        def missing_frac(margin_frac: float) -> float:
+            spare = margin_frac * decoded
+            if self._hands_off:
+                return float(_clipped_mean(1.0 - spare, sd) @ part)
+            # Nobody waits: a request misses where the mean of its iterations is too long.
+            return float(_normal_below(-spare / sd) @ part)
+
+        # It never rises with the margin.
+        low, high = 0.0, _MOST_FRAC
+        while high - low > _EXACT_FRAC:
+            middle = (low + high) / 2.0
+            if missing_frac(middle) > _SET_POINT * self._miss_frac:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def margins_frac(
+        self, memory: HeadroomMemory, least_frac: tuple[float, float], noise_frac: float = 0.0
+    ) -> F64:
+        """Margins of TTFT and ITL, shape (2,).
 
         Parameters
         ----------
         memory : HeadroomMemory
             Of :meth:`update`.
-        margin_frac : tuple of float
-            The governors' own.
+        least_frac : tuple of float
+            What is kept free in any case.
+        noise_frac : float
+            As of :meth:`hand_off_frac`.
         """
         ttft, itl = self._tracker.applied_frac(memory.tracked)
-        hand_off = max(0.0, self.hand_off_frac(memory) - margin_frac[1])
-        return np.array([max(0.0, ttft - _RUN_OF_MISSES * _STEP_FRAC), itl + hand_off])
+        hand_off = max(least_frac[1], self.hand_off_frac(memory, noise_frac))
+        return np.array([least_frac[0] + ttft, hand_off + itl])
+
+
+def _normal_below(z: F64) -> F64:
+    """Share of a standard normal below z."""
+    from scipy.special import ndtr
+
+    below: F64 = ndtr(z)
+    return below
+
+
+def _loss(z: F64) -> F64:
+    """Unit normal loss ``E[max(0, Z - z)] = phi(z) - z (1 - Phi(z))``."""
+    density = np.exp(-0.5 * z**2) / np.sqrt(2.0 * np.pi)
+    loss: F64 = np.maximum(0.0, density - z * (1.0 - _normal_below(z)))
+    return loss
+
+
+def _clipped_mean(mean: F64, sd: F64) -> F64:
+    """``E[clip(mean + sd Z, 0, 1)]``."""
+    sd = np.maximum(sd, 1e-6)
+    clipped: F64 = sd * (_loss(-mean / sd) - _loss((1.0 - mean) / sd))
+    return clipped

@@ -17,6 +17,10 @@ from voltana_ctrl.types import FleetSpec, Lengths, Load, Observation
 
 __all__ = ["LoadFilter", "LoadMemory"]
 
+#: Standard deviations by which the shorter memory may lie above and below the longer one by chance:
+#: that more comes is believed sooner than that less does.
+_RISEN_SD, _FALLEN_SD = 2.5, 3.0
+
 #: Moments kept per request of l prompt and d decoded tokens:
 #: 1, l, l^2, d, d (l + d/2), d (l^2 + l d + d^2/3).
 _N_MOMENTS = 6
@@ -38,6 +42,10 @@ class LoadMemory:
         Weighted sum of the growth of what running requests have decoded so far.
     held_tok : float
         Tokens held by or on the way to decode instances at the last observation.
+    steady_span_s, steady_req : float
+        As `span_s` and `arrived_req`, of the longer memory.
+    surprise_req2 : float
+        Squared surprise of the arrivals, weighted as `arrived_req`.
 
     Examples
     --------
@@ -52,6 +60,9 @@ class LoadMemory:
     moments: np.ndarray
     unfinished_tok: float
     held_tok: float
+    steady_span_s: float = 0.0
+    steady_req: float = 0.0
+    surprise_req2: float = 0.0
 
     def __post_init__(self) -> None:
         freeze_fields(self, ("moments",), (_N_MOMENTS,))
@@ -66,6 +77,8 @@ class LoadFilter:
         The fleet; arrivals are counted where requests start.
     rate_memory_s : float
         Time constant of the arrival rate.
+    steady_memory_s : float
+        Time constant of the rate as long as it does not change, see :meth:`load`.
     length_memory_req : float
         Finished requests that the lengths remember.
     prior_tok : tuple of float
@@ -88,16 +101,19 @@ class LoadFilter:
         fleet: FleetSpec,
         *,
         rate_memory_s: float = 10.0,
+        steady_memory_s: float = 120.0,
         length_memory_req: float = 2000.0,
         prior_tok: tuple[float, float] = (256.0, 256.0),
         prior_req: float = 20.0,
     ) -> None:
         positive("LoadFilter.rate_memory_s", rate_memory_s)
+        positive("LoadFilter.steady_memory_s", steady_memory_s)
         positive("LoadFilter.length_memory_req", length_memory_req)
         positive("LoadFilter.prior_req", prior_req)
         self._start = np.array(fleet.prefill)
         self._decode = np.array(fleet.decode)
         self._rate_memory_s = rate_memory_s
+        self._steady_memory_s = steady_memory_s
         self._length_memory_req = length_memory_req
         self._prior = prior_req * _moments(np.array([prior_tok[0]]), np.array([prior_tok[1]]))
 
@@ -124,11 +140,25 @@ class LoadFilter:
         """
         state, finished = observation.state, observation.finished
         span_s, arrived_req = memory.span_s, memory.arrived_req
+        steady_span_s, steady_req = memory.steady_span_s, memory.steady_req
+        surprise_req2 = memory.surprise_req2
         if memory.t_s >= 0.0 and state.t_s > memory.t_s:
             dt_s = state.t_s - memory.t_s
             keep = float(np.exp(-dt_s / self._rate_memory_s))
+            came_req = float(state.arrived_req[self._start].sum())
+            expected_req = dt_s * arrived_req / span_s if span_s > 0.0 else came_req
+            surprise_req2 = keep * surprise_req2 + (came_req - expected_req) ** 2
             span_s = keep * span_s + dt_s
-            arrived_req = keep * arrived_req + float(state.arrived_req[self._start].sum())
+            arrived_req = keep * arrived_req + came_req
+            keep = float(np.exp(-dt_s / self._steady_memory_s))
+            steady_span_s = keep * steady_span_s + dt_s
+            steady_req = keep * steady_req + came_req
+            rate_req_s = arrived_req / span_s
+            risen_req_s = rate_req_s - steady_req / steady_span_s
+            sd_req_s = self._sd_req_s(rate_req_s, arrived_req, surprise_req2, span_s)
+            if not -_FALLEN_SD * sd_req_s <= risen_req_s <= _RISEN_SD * sd_req_s:
+                # Not by chance: what was steady counts no more.
+                steady_span_s, steady_req = span_s, arrived_req
         moments = _moments(finished.prompt_tok, finished.output_tok)
         keep = float(np.exp(-len(finished) / self._length_memory_req))
         decode = self._decode
@@ -144,10 +174,42 @@ class LoadFilter:
             moments=keep * memory.moments + moments,
             unfinished_tok=unfinished_tok,
             held_tok=held_tok,
+            steady_span_s=steady_span_s,
+            steady_req=steady_req,
+            surprise_req2=surprise_req2,
         )
+
+    def _sd_req_s(
+        self, rate_req_s: float, arrived_req: float, surprise_req2: float, span_s: float
+    ) -> float:
+        """Standard deviation of a rate that rests on this time: of Poisson arrivals, or of bursts.
+
+        ``sqrt(rate I / (2 min(T, span)))`` with the index of dispersion ``I``, at least one.
+        """
+        dispersion = max(1.0, surprise_req2 / max(arrived_req, 1.0))
+        counted_s = max(min(2.0 * self._rate_memory_s, span_s), 1e-9)
+        return float(np.sqrt(max(rate_req_s, 1.0 / counted_s) * dispersion / counted_s))
+
+    def doubt_frac(self, memory: LoadMemory) -> float:
+        """Standard deviation of the estimated arrival rate, relative; infinite of no arrivals.
+
+        Parameters
+        ----------
+        memory : LoadMemory
+            Of :meth:`update`.
+        """
+        if not memory.steady_req > 0.0:
+            return float("inf")
+        dispersion = max(1.0, memory.surprise_req2 / max(memory.arrived_req, 1.0))
+        # Of exponential weights with time constant T, those of 2 T count.
+        counted = memory.steady_req * min(1.0, 2.0 * self._steady_memory_s / memory.steady_span_s)
+        return float(np.sqrt(dispersion / counted))
 
     def load(self, memory: LoadMemory) -> Load:
         """Estimate that the memory holds.
+
+        The arrival rate is that of the longer memory, which starts anew when the shorter one
+        deviates from it by more than chance explains.
 
         Parameters
         ----------
@@ -161,7 +223,9 @@ class LoadFilter:
         context_tok = mean + longer * (context / decoded - mean)
         square = longer**2 * (context2 / decoded - (context / decoded) ** 2)
         return Load(
-            arrival_req_s=memory.arrived_req / memory.span_s if memory.span_s > 0.0 else 0.0,
+            arrival_req_s=(
+                memory.steady_req / memory.steady_span_s if memory.steady_span_s > 0.0 else 0.0
+            ),
             lengths=Lengths(
                 prompt_tok=mean,
                 prompt_sd_tok=float(np.sqrt(max(0.0, prompt2 / count - mean**2))),

@@ -64,6 +64,9 @@ class Run:
         Keep a :class:`~voltana_ctrl.sim.detail.RunDetail` under the key ``detail``.
     believed : FleetSpec, optional
         What the policy takes the fleet for, where its profiles are wrong.
+    belief_delay_s : float
+        From asking for a clock until it runs, as the policy believes before it has seen any;
+        what the plant takes stands in `settings`.
 
     Examples
     --------
@@ -93,6 +96,7 @@ class Run:
     faults: tuple[Fault, ...] = ()
     detail: bool = False
     believed: FleetSpec | None = None
+    belief_delay_s: float = 0.025
 
     def simulate(self) -> dict[str, Any]:
         """Run it; figures named as in the JSON of ``compare``."""
@@ -158,7 +162,7 @@ class Run:
         setup = PolicySetup(
             tick_s=self.tick_s,
             power_budget=self.power_budget,
-            delay_s=self.settings.actuation_s + self.settings.settle_s,
+            delay_s=self.belief_delay_s,
             call_s=self.settings.actuation_s,
         )
         believed = self.believed or self.fleet

@@ -232,6 +232,7 @@ ITERATION_DTYPE = np.dtype(
         ("kv_tok", I8),
         ("energy_j", F8),
         ("asked_mhz", F8),
+        ("prefill_tok2", F8),
     ],
     align=True,
 )

@@ -22,6 +22,7 @@ from voltana_ctrl.laws.iteration import (
     decode_s,
     decode_tangent,
     kv_transfer_s,
+    paced,
     prefill_j,
     prefill_s,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "decode_tangent",
     "kv_transfer_s",
     "length_moments",
+    "paced",
     "prefill_equilibrium",
     "prefill_j",
     "prefill_s",

@@ -263,3 +263,36 @@ def kv_transfer_s(profile: Profile, prompt_tok: ArrayLike) -> F64:
     moved_bytes = np.asarray(prompt_tok, dtype=np.float64) * profile.kv_bytes_per_tok
     transfer_s: F64 = profile.link_latency_s + moved_bytes / profile.link_bytes_s
     return transfer_s
+
+
+def paced(rows: Any, prefill_frac: float, decode_frac: float) -> Any:
+    """Coefficients of an instance whose iterations take longer, or less, than they say.
+
+    The power stays what it is, as where an instance waits for something: the energy of a batch
+    grows with the time.
+
+    Parameters
+    ----------
+    rows : ndarray, dtype PROFILE_DTYPE
+        Coefficients.
+    prefill_frac, decode_frac : float
+        Time of prefill and of a decode iteration over what the rows say.
+
+    Returns
+    -------
+    ndarray, dtype PROFILE_DTYPE
+        Of the same shape.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> rows = load_profile("a100-sxm-80gb/llama-3.1-8b").table
+    >>> slow = paced(rows, 1.0, 1.3)
+    >>> bool(np.allclose(decode_s(slow, 64.0, 25_000.0), 1.3 * decode_s(rows, 64.0, 25_000.0)))
+    True
+    """
+    changed = np.array(rows)
+    for name in changed.dtype.names or ():
+        if name.endswith(("_s", "_j")):
+            changed[name] *= prefill_frac if name.startswith("prefill") else decode_frac
+    return changed

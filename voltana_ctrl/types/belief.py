@@ -19,7 +19,9 @@ _FIELDS = (
     "prefill_pace_frac",
     "decode_pace_frac",
     "able_mhz",
+    "noise_frac",
 )
+_FROM_ZERO = ("delay_s", "noise_frac")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,6 +42,8 @@ class Belief:
     able_mhz : ndarray, shape (n,)
         Highest clock that the instance gets when it is asked for, > 0: below its ladder's
         highest where something clamps or throttles it.
+    noise_frac : ndarray, shape (n,)
+        Standard deviation of an iteration's time about what is expected, relative, >= 0.
 
     Raises
     ------
@@ -63,15 +67,16 @@ class Belief:
     prefill_pace_frac: F64
     decode_pace_frac: F64
     able_mhz: F64
+    noise_frac: F64
 
     def __post_init__(self) -> None:
         freeze_fields(self, _FIELDS, (np.asarray(self.delay_s).size,))
         for name in _FIELDS:
             values = getattr(self, name)
-            above = {"delay_s": 0.0}.get(name, -1.0 if name.endswith("margin_frac") else 0.0)
-            allowed = values >= above if name == "delay_s" else values > above
+            above = -1.0 if name.endswith("margin_frac") else 0.0
+            allowed = values >= above if name in _FROM_ZERO else values > above
             if not np.all(allowed & np.isfinite(values)):
-                sign = ">=" if name == "delay_s" else ">"
+                sign = ">=" if name in _FROM_ZERO else ">"
                 raise ConfigError(
                     f"Belief.{name}: expected finite numbers {sign} {above:g}, got {values}"
                 )
@@ -102,4 +107,5 @@ class Belief:
             prefill_pace_frac=one,
             decode_pace_frac=one,
             able_mhz=fleet.max_mhz,
+            noise_frac=0.0 * one,
         )

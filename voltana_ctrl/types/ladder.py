@@ -6,9 +6,11 @@ Clocks are rounded up where latency comes first and down under a ceiling. The co
 
 from __future__ import annotations
 
+import numpy as np
+
 from voltana_ctrl.checks import F64
 
-__all__ = ["row_down", "row_up"]
+__all__ = ["row_down", "row_nearest", "row_up"]
 
 
 def row_up(clocks_mhz: F64, freq_mhz: float) -> int:
@@ -49,3 +51,21 @@ def row_down(clocks_mhz: F64, freq_mhz: float) -> int:
     [0, 0, 1, 2]
     """
     return max(int(clocks_mhz.searchsorted(freq_mhz, side="right")) - 1, 0)
+
+
+def row_nearest(clocks_mhz: F64, freq_mhz: float) -> int:
+    """Row of the clock nearest to this one; of two equally near the lower.
+
+    Parameters
+    ----------
+    clocks_mhz : ndarray, shape (n_clocks,)
+        Ascending.
+    freq_mhz : float
+        Any clock, such as one that was read.
+
+    Examples
+    --------
+    >>> row_nearest(np.array([210.0, 300.0, 390.0]), 260.0)
+    1
+    """
+    return int(np.argmin(np.abs(clocks_mhz - freq_mhz)))

@@ -205,6 +205,9 @@ class IterationBatch:
         Energy; 0 where it is not measured.
     asked_mhz : ndarray, shape (k,)
         Clock that had been asked for when the iteration began; 0 where nobody tells.
+    prefill_tok2 : ndarray, shape (k,)
+        Of the prompt parts that it processed, the sum of ``end**2 - start**2`` (where in its prompt
+        a part ends and starts), to which attention is proportional; 0 where nobody tells.
 
     Examples
     --------
@@ -221,11 +224,13 @@ class IterationBatch:
     kv_tok: F64
     energy_j: F64
     asked_mhz: F64 = None  # type: ignore[assignment]  # zeros unless told
+    prefill_tok2: F64 = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         shape = (np.asarray(self.instance).size,)
-        if self.asked_mhz is None:
-            object.__setattr__(self, "asked_mhz", np.zeros(shape))
+        for name in ("asked_mhz", "prefill_tok2"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.zeros(shape))
         freeze_fields(self, ("instance",), shape, np.int64)
         freeze_fields(
             self,
@@ -238,6 +243,7 @@ class IterationBatch:
                 "kv_tok",
                 "energy_j",
                 "asked_mhz",
+                "prefill_tok2",
             ),
             shape,
         )

@@ -24,12 +24,13 @@ OUT_F8_1, OUT_F8_2 = types.Array(F8, 1, "C"), types.Array(F8, 2, "C")
 @njit(
     types.void(
         TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8_1, F8_1,
-        F8, F8, F8, F8, F8, F8, F8, OUT_F8_1,
-    ))  # fmt: skip
+        F8, F8, F8, F8_1, F8_1, F8_1, F8_1, F8_1, F8, OUT_F8_1,
+    ),
+)  # fmt: skip
 def lowest_clocks(
     tables, padded, kind, n_clocks, prefills, decodes, max_batch, running_req, kv_used_tok,
-    queue_tok, oldest_wait_s, route_frac, arrival_tok_s, typical_tok, ttft_s, unsure, itl_s,
-    delay_s, burst_sd_frac, needed_mhz,
+    queue_tok, oldest_wait_s, route_frac, arrival_tok_s, typical_tok, ttft_s, prefill_pace_frac,
+    decode_pace_frac, unsure, itl_s, delay_s, burst_sd_frac, needed_mhz,
 ):  # fmt: skip
     """Lowest clock per instance that keeps the promises; the highest if none does.
 
@@ -42,8 +43,9 @@ def lowest_clocks(
         if decoding:
             size_req = float(padded[kind[i], min(int(running_req[i]), max_batch[i])])
         rate_tok_s = arrival_tok_s * route_frac[i]
-        waiting_tok = queue_tok[i] + rate_tok_s * delay_s
-        left_s = ttft_s - delay_s - oldest_wait_s[i]
+        waiting_tok = queue_tok[i] + rate_tok_s * delay_s[i]
+        left_s = ttft_s - delay_s[i] - oldest_wait_s[i]
+        predicted = prefill_pace_frac[i] * unsure[i]
         burst_tok = burst_sd_frac * math.sqrt(rate_tok_s * typical_tok * ttft_s / 2.0)
         cycle_tok = rate_tok_s * ttft_s / 2.0 + burst_tok
         best = top
@@ -53,46 +55,31 @@ def lowest_clocks(
                 # Prompts of a colocated instance take their share of the time between tokens.
                 own_frac = 1.0
                 if prefills[i] > 0:
-                    own_frac -= rate_tok_s * row["prefill_tok_s"]
-                if decode_s(row, size_req, kv_used_tok[i]) > itl_s * own_frac:
+                    own_frac -= rate_tok_s * prefill_pace_frac[i] * row["prefill_tok_s"]
+                step_s = decode_pace_frac[i] * decode_s(row, size_req, kv_used_tok[i])
+                if step_s > itl_s[i] * own_frac:
                     continue
             if prefills[i] > 0:
-                base_s = unsure * row["prefill_base_s"]
+                base_s = predicted * row["prefill_base_s"]
                 per_tok_s = row["prefill_tok_s"] + row["prefill_tok2_s"] * typical_tok
-                per_tok_s *= unsure
+                per_tok_s *= predicted
                 if base_s + per_tok_s * waiting_tok > left_s:
                     continue
-                if base_s + per_tok_s * cycle_tok > ttft_s - delay_s:
+                if base_s + per_tok_s * cycle_tok > ttft_s - delay_s[i]:
                     continue
             best = k
             break
         needed_mhz[i] = tables[kind[i], best]["clock_mhz"]
 
 
-@njit(F8(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1))
-def decoding_tok_s(
-    tables, padded, kind, n_clocks, decodes, max_batch, running_req, kv_used_tok, freq_mhz
-):
-    """Tokens per second that the fleet decodes at these batches and clocks."""
-    total = 0.0
-    for i in range(len(kind)):
-        n = min(int(running_req[i]), max_batch[i])
-        if decodes[i] > 0 and n > 0:
-            rows = tables[kind[i]]
-            row = rows[row_up(rows, n_clocks[i], freq_mhz[i])]
-            total += n / decode_s(row, float(padded[kind[i], n]), kv_used_tok[i])
-    return total
-
-
-@njit(types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8_1, F8, F8, OUT_F8_1))
+@njit(
+    types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8, F8, OUT_F8_1),
+)
 def thrifty(
-    tables, padded, kind, n_clocks, decodes, max_batch, sunk_w, running_req, kv_used_tok,
-    prompt_tok, itl_s, thrifty_mhz,
+    tables, padded, kind, n_clocks, decodes, max_batch, running_req, kv_used_tok, prompt_tok,
+    itl_s, thrifty_mhz,
 ):  # fmt: skip
-    """Clock of least energy per token at the present batch; the highest if all miss ITL.
-
-    `sunk_w` is drawn whether it works or not, and does not count.
-    """
+    """Clock of least energy per token at the present batch; the highest if all miss ITL."""
     for i in range(len(kind)):
         n = max(1.0, min(running_req[i], float(max_batch[i])))
         size_req = float(padded[kind[i], int(n)])
@@ -105,9 +92,9 @@ def thrifty(
                 step_s = decode_s(row, size_req, kv_tok)
                 if step_s > itl_s:
                     continue
-                energy_j = step_s * (row["decode_power_w"] - sunk_w[i]) + batch_j(row, n, kv_tok)
+                energy_j = step_s * row["decode_power_w"] + batch_j(row, n, kv_tok)
             else:
-                energy_j = (row["prefill_power_w"] - sunk_w[i]) * row["prefill_tok_s"]
+                energy_j = row["prefill_power_w"] * row["prefill_tok_s"]
             if energy_j < least_j:
                 least_j = energy_j
                 best = k

@@ -19,8 +19,8 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
     DELAY_S,  # from asking for a clock until it runs
     DWELL_S,  # least time from a change of clock to the next lowering
     THRIFTY_K,  # row of least prefill energy per token while busy
-    RESERVE_SD,  # standard deviations of arrivals that the thrifty clock must still absorb
-    URGENT_SD,  # standard deviations of arrivals that the ceiling must still absorb
+    MISS_FRAC,  # part of the requests that may come late
+    NOISE_FRAC,  # standard deviation of an iteration's time about what is expected
     MEMORY_S,  # time constant of the arrival estimate
     PREFILLS,  # 1 if prompts are prefilled here, 0 if they only wait for their KV
     REPAY_TOK,  # decoded tokens within which a request that fell behind catches up
@@ -42,6 +42,8 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
     AHEAD_TOK,  # tokens to prefill until it is done
 ) = range(10)
 
+#: Below the thrifty clock room costs next to nothing, so only this part of the misses is allowed.
+_NEARLY_NONE = 0.1
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
 
@@ -77,6 +79,32 @@ def until_done_s(present_s, asked_s, delay_s):
     return delay_s + (1.0 - delay_s / present_s) * asked_s
 
 
+@njit(F8(F8, F8, F8, F8))
+def late_frac(slack_s, sd_s, over_s, skew_frac):
+    """Part of the requests that are late, where slack is left to the one that waits longest.
+
+    Those that wait are spread evenly over `over_s`, and what they wait for varies by `sd_s`: of a
+    part ``u`` of them less than ``u over + slack`` may be added to it, so that
+
+        ``int_0^1 P(sd Z > slack + u over) du <= (sd / over) L(slack / sd)``
+
+    is late, with the unit loss ``L(z) = E[max(0, Z - z)]``. It is ``phi(z) - z (1 - Phi(z))`` of a
+    normal ``Z`` and ``exp(-1 - z)`` of an exponential one, as what comes in clusters is, which
+    has the weight `skew_frac`.
+    """
+    if not over_s > 0.0:
+        return 0.0 if slack_s >= 0.0 else 1.0
+    if sd_s <= 1e-6 * over_s:
+        return max(0.0, -slack_s) / over_s
+    z = slack_s / sd_s
+    if z > 20.0:
+        return 0.0
+    normal = math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+    normal -= 0.5 * z * math.erfc(z / math.sqrt(2.0))
+    skewed = math.exp(-1.0 - z) if z > -1.0 else -z
+    return sd_s / over_s * (skew_frac * skewed + (1.0 - skew_frac) * normal)
+
+
 @njit(types.void(types.Array(F8, 1, "C"), types.Array(F8, 1, "C"), F8, F8, F8, F8))
 def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
     """Update the arrival estimate: rate, and its index of dispersion."""
@@ -110,6 +138,34 @@ def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
     memory[AHEAD_TOK] -= batch_tok
 
 
+@njit(F8(types.Array(F8, 1, "C"), ROW, ROW, F8, F8, F8, F8, F8))
+def _next_late_frac(
+    params, row, next_row, done_s, left_tok, rate_tok_s, spread_tok2_s, typical_tok
+):  # fmt: skip
+    """Part of those that arrive in this iteration that the next one, at `next_row`, serves late."""
+    pace_frac = params[PREFILL_PACE_FRAC]
+    arrived_tok = rate_tok_s * done_s
+    sd_tok = math.sqrt(spread_tok2_s * done_s)
+    mean_tok = left_tok + arrived_tok
+    next_s = until_done_s(
+        batch_s(row, pace_frac, mean_tok, typical_tok),
+        batch_s(next_row, pace_frac, mean_tok, typical_tok),
+        params[DELAY_S],
+    )
+    more_s = until_done_s(
+        batch_s(row, pace_frac, mean_tok + sd_tok, typical_tok),
+        batch_s(next_row, pace_frac, mean_tok + sd_tok, typical_tok),
+        params[DELAY_S],
+    )
+    noise_s = params[NOISE_FRAC] * (done_s + next_s)
+    sd_s = math.sqrt((more_s - next_s) * (more_s - next_s) + noise_s * noise_s)
+    # Less than one cluster is expected where the spread is larger than the mean.
+    skew_frac = 1.0
+    if arrived_tok > sd_tok:
+        skew_frac = (sd_tok / arrived_tok) ** 4
+    return late_frac(params[TTFT_S] - done_s - next_s, sd_s, done_s, skew_frac)
+
+
 @njit([GOVERNOR_SIGNATURE])
 def needed_clock(
     rows,
@@ -128,11 +184,11 @@ def needed_clock(
     """Lowest clock between floor and ceiling at which this iteration keeps the targets.
 
     Decode: the iteration is within the ITL target. Prefill: the oldest prompt is done within
-    the TTFT target, and so is all that waits behind it; and so is a prompt that arrives the
-    moment this iteration starts, served in the next one at the ceiling together with what is
-    expected to arrive by then. Up to the thrifty clock the same must hold of the thrifty clock
-    and of a burst: below it a clock saves next to nothing per token, above it every token costs
-    more. Actuation delay counts.
+    the TTFT target, and so is all that waits behind it; and so are prompts that arrive while
+    this iteration runs, served in the next one at the ceiling together with what may arrive by
+    then, but for the part that the promise allows (:func:`late_frac`). Up to the thrifty clock
+    hardly any may be late even at the thrifty clock: below it a clock saves next to nothing per
+    token, above it every token costs more. Actuation delay counts.
     """
     _watch(params, memory, t_s, running_req, waiting_tok, batch_tok)
     behind_s = max(0.0, memory[BEHIND_S]) / params[REPAY_TOK]
@@ -175,7 +231,7 @@ def needed_clock(
     if doomed:
         k = max(k, thrifty)
     delay_s = params[DELAY_S]
-    pace_frac = params[PREFILL_PACE_FRAC]
+    pace_frac, noise = params[PREFILL_PACE_FRAC], params[NOISE_FRAC]
     while k < top:
         row = rows[k]
         enough = True
@@ -196,33 +252,29 @@ def needed_clock(
                 pace_frac * prefill_s(row, head_tok, head_tok2),
                 delay_s,
             )
-            enough = doomed or oldest_wait_s + head_s <= params[TTFT_S]
+            left_s = params[TTFT_S] - oldest_wait_s
+            late = late_frac(left_s - head_s, noise * head_s, head_s, 0.0)
+            enough = doomed or late <= params[MISS_FRAC]
             if enough and not doomed and waiting_tok > batch_tok:
                 # What is behind this iteration may have waited as long.
-                left_s = pace_frac * prefill_s(
+                all_s = done_s + pace_frac * prefill_s(
                     rows[max(k, thrifty)], waiting_tok - batch_tok, left_tok2
                 )
-                enough = oldest_wait_s + done_s + left_s <= params[TTFT_S]
-            mean_tok = waiting_tok - batch_tok + rate_tok_s * done_s
-            sd_tok = math.sqrt(spread_tok2_s * done_s)
+                late = late_frac(left_s - all_s, noise * all_s, all_s, 0.0)
+                enough = late <= params[MISS_FRAC]
             if enough:
-                tok = mean_tok + params[URGENT_SD] * sd_tok
-                next_s = until_done_s(
-                    batch_s(row, pace_frac, tok, typical_tok),
-                    batch_s(rows[top], pace_frac, tok, typical_tok),
-                    delay_s,
-                )
-                enough = done_s + next_s <= params[TTFT_S]
+                late = _next_late_frac(
+                    params, row, rows[top], done_s, waiting_tok - batch_tok,
+                    rate_tok_s, spread_tok2_s, typical_tok,
+                )  # fmt: skip
+                enough = late <= params[MISS_FRAC]
             if enough and k < thrifty:
                 # Nearly free, so it is kept for all that arrives until the head is done.
-                tok = waiting_tok - head_tok + rate_tok_s * head_s
-                tok += params[RESERVE_SD] * math.sqrt(spread_tok2_s * head_s)
-                next_s = until_done_s(
-                    batch_s(row, pace_frac, tok, typical_tok),
-                    batch_s(rows[thrifty], pace_frac, tok, typical_tok),
-                    delay_s,
-                )
-                enough = head_s + next_s <= params[TTFT_S]
+                late = _next_late_frac(
+                    params, row, rows[thrifty], head_s, waiting_tok - head_tok,
+                    rate_tok_s, spread_tok2_s, typical_tok,
+                )  # fmt: skip
+                enough = late <= _NEARLY_NONE * params[MISS_FRAC]
         if enough:
             break
         k += 1

@@ -12,17 +12,17 @@ F8, I8 = types.float64, types.int64
 F8_1 = types.Array(F8, 1, "C", readonly=True)
 I8_1 = types.Array(I8, 1, "C", readonly=True)
 ROWS = types.Array(ROW, 1, "C", readonly=True)
-#: A decode station: coefficients, executed sizes, KV tokens per request, pace; of
+#: A decode station: coefficients, executed sizes, KV tokens per request; of
 #: :func:`governed_batches` rows, times and powers; time and power of prompts per row.
-STATION = types.Tuple((ROWS, I8_1, F8, F8, I8_1, F8_1, F8_1, F8_1, F8_1))
+STATION = types.Tuple((ROWS, I8_1, F8, I8_1, F8_1, F8_1, F8_1, F8_1))
 OUT_F8_1, OUT_I8_1 = types.Array(F8, 1, "C"), types.Array(I8, 1, "C")
 
 #: Weights are scaled down when they pass this, so that no batch overflows.
 _LARGE = 1e250
 
 
-@njit(types.void(ROWS, I8_1, F8, F8, F8, OUT_I8_1, OUT_F8_1, OUT_F8_1))
-def governed_batches(rows, padded, context_tok, pace_frac, target_s, needed_k, step_s, power_w):
+@njit(types.void(ROWS, I8_1, F8, F8, OUT_I8_1, OUT_F8_1, OUT_F8_1))
+def governed_batches(rows, padded, context_tok, target_s, needed_k, step_s, power_w):
     """Row that a governor picks for each batch, time and power there.
 
     A batch of n holds ``n * context_tok`` KV tokens. The row is the lowest within `target_s`,
@@ -33,10 +33,10 @@ def governed_batches(rows, padded, context_tok, pace_frac, target_s, needed_k, s
         if n > 0 and padded[n] < padded[n - 1]:
             k = 0
         size_req, kv_tok = float(padded[n]), n * context_tok
-        time_s = pace_frac * decode_s(rows[k], size_req, kv_tok)
+        time_s = decode_s(rows[k], size_req, kv_tok)
         while k < len(rows) - 1 and time_s > target_s:
             k += 1
-            time_s = pace_frac * decode_s(rows[k], size_req, kv_tok)
+            time_s = decode_s(rows[k], size_req, kv_tok)
         row = rows[k]
         needed_k[n] = k
         step_s[n] = time_s
@@ -52,7 +52,7 @@ def station(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k):
     (:func:`governed_batches`). A colocated instance spends the share ``u = lam * prompt_s`` of
     its time on prompts.
     """
-    rows, padded, context_tok, pace_frac, needed_k, governed_s, governed_w, prompt_s, prompt_w = one
+    rows, padded, context_tok, needed_k, governed_s, governed_w, prompt_s, prompt_w = one
     rate_tok_s = arrival_req_s * decoded_tok
     weight = 1.0
     total = 1.0
@@ -71,7 +71,7 @@ def station(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k):
         else:
             k = floor_k
             kv_tok = n * context_tok
-            time_s = pace_frac * decode_s(row, float(padded[n]), kv_tok)
+            time_s = decode_s(row, float(padded[n]), kv_tok)
             drawn_w = row["decode_power_w"] + batch_j(row, float(n), kv_tok) / time_s
         used = arrival_req_s * prompt_s[k]
         if used > 0.0:

@@ -275,6 +275,7 @@ def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
         row["prefill_tok"] = one["chunk_tok"]
         row["kv_tok"] = one["kv_tok"]
         row["energy_j"] = one["prefill_j"] + one["decode_j"] - one["iter_start_j"]
+        row["prefill_tok2"] = one["chunk_tok2"]
         row["asked_mhz"] = tables[one["type"], one["iter_ask_k"]]["clock_mhz"]
         sim["n_logged"] += 1
     before = sim["n_done"]
