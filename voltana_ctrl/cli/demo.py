@@ -39,26 +39,40 @@ def demo(
     """Start emulated engines, controller, agent, router and load; no GPU. Ctrl-C ends all."""
     above_zero(rate=rate, dilation=dilation, duration=duration)
     from voltana_ctrl.backends.nvml.lease import end_on_sigterm
-    from voltana_ctrl.engines.emulated.fleet import EmulatedFleet, free_ports
+    from voltana_ctrl.engines.emulated.fleet import EmulatedFleet
 
     with end_on_sigterm(), ExitStack() as ending:
         say("starting emulated engines")
         running = ending.enter_context(EmulatedFleet(fleet, dilation=dilation))
-        controller, router = free_ports(2)
-        at = f"http://127.0.0.1:{controller}"
-        common = ["--fleet", str(running.fleet_file), "--slo", running.slo_text]
-        acts = [*common, "--mode", "act"]
+        url = ending.enter_context(stack_on(running, policy))
+        say("requests begin: everything runs so many times slower than on a GPU")
+        try:
+            asyncio.run(_watch(running, url, rate, seed, duration))
+        except KeyboardInterrupt:
+            say("ending; all GPUs are given back")
+
+
+@contextmanager
+def stack_on(running: EmulatedFleet, policy: str, *, routed: bool = True) -> Iterator[str]:
+    """Controller, agent and router on emulated engines; yields the address of the router.
+
+    Without `routed` the router goes by load, and obeys nobody.
+    """
+    from voltana_ctrl.engines.emulated.fleet import free_ports
+
+    controller, router = free_ports(2)
+    at = f"http://127.0.0.1:{controller}"
+    common = ["--fleet", str(running.fleet_file), "--slo", running.slo_text]
+    acts = [*common, "--mode", "act"]
+    routes = ["--policy", policy, "--controller", at] if routed else ["--policy", "static-max+jsq"]
+    with ExitStack() as ending:
         for told in (
             ["controller", *acts, "--policy", policy, "--port", str(controller)],
             ["agent", *acts, "--controller", at, "--lock-dir", str(running.folder / "locks")],
-            ["router", *common, "--policy", policy, "--controller", at, "--port", str(router)],
+            ["router", *common, *routes, "--port", str(router)],
         ):
             ending.enter_context(_command(running, told))
-        say("requests begin: everything runs so many times slower than on a GPU")
-        try:
-            asyncio.run(_watch(running, f"http://127.0.0.1:{router}", rate, seed, duration))
-        except KeyboardInterrupt:
-            say("ending; all GPUs are given back")
+        yield f"http://127.0.0.1:{router}"
 
 
 @contextmanager
@@ -84,7 +98,7 @@ def _command(running: EmulatedFleet, told: list[str]) -> Iterator[None]:
         log.close()
 
 
-async def _answers(url: str, limit_s: float) -> bool:
+async def answers(url: str, limit_s: float) -> bool:
     """Wait until a server answers."""
     until_s = time.monotonic() + limit_s
     port = int(url.rpartition(":")[2])
@@ -110,7 +124,7 @@ async def _watch(
 
     dilation = float(running.profile.rpartition("@")[2]) if "@" in running.profile else 1.0
     slo = Slo.parse(running.slo_text)
-    if not await _answers(url, 120.0):
+    if not await answers(url, 120.0):
         log = (running.folder / "router.log").read_text(encoding="utf-8", errors="replace")
         raise BackendError(f"demo: the router does not answer: {log[-300:]}")
     begin_s = last_s = time.monotonic()
