@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, Bool, positive
+from voltana_ctrl.checks import F64, I64, Bool, positive
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.laws import decode_s
 from voltana_ctrl.ports import controller_extras
@@ -37,7 +37,7 @@ _BEYOND_SD, _LEAST_MISSED = 3.0, 3.0
 #: Readings older than this settle nothing.
 _FRESH_S = 2.0
 #: Iterations after which a profile is held to what it says, and how many are remembered.
-_JUDGED, _REMEMBERED = 40.0, 400.0
+_JUDGED, _REMEMBERED = 40, 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,7 +56,7 @@ class DescentMemory:
         Requests that finished and those of them that missed, TTFT and ITL, forgetting the old.
     missing_s : ndarray, shape (n,)
         Since when misses are more than chance allows; infinite where they are not.
-    passes, log_pace : ndarray, shape (n,)
+    passes, log_pace_frac : ndarray, shape (n,)
         Iterations compared with the profile, and the mean logarithm of their ratio.
     returned : ndarray, shape (n,)
         How often it returned to the highest clock.
@@ -75,15 +75,15 @@ class DescentMemory:
     judged_req: F64
     missed_req: F64
     missing_s: F64
-    passes: F64
-    log_pace: F64
-    returned: F64
+    passes: I64
+    log_pace_frac: F64
+    returned: I64
     t_s: float = -np.inf
 
     @property
     def pace_frac(self) -> F64:
         """Time of an iteration over what the profile says; 1 until enough were seen."""
-        return np.where(self.passes >= _JUDGED, np.exp(self.log_pace), 1.0)
+        return np.where(self.passes >= _JUDGED, np.exp(self.log_pace_frac), 1.0)
 
 
 class Descent(Controller):
@@ -139,9 +139,9 @@ class Descent(Controller):
             judged_req=np.zeros((2, n)),
             missed_req=np.zeros((2, n)),
             missing_s=np.full(n, np.inf),
-            passes=np.zeros(n),
-            log_pace=np.zeros(n),
-            returned=np.zeros(n),
+            passes=np.zeros(n, np.int64),
+            log_pace_frac=np.zeros(n),
+            returned=np.zeros(n, np.int64),
         )
 
     def notes(self, memory: DescentMemory) -> Mapping[str, float]:
@@ -199,7 +199,7 @@ class Descent(Controller):
         chosen &= (done.freq_mhz > 0.0) & (done.instance >= 0)
         if not chosen.any():
             return memory
-        passes, log_pace = memory.passes.copy(), memory.log_pace.copy()
+        passes, log_pace_frac = memory.passes.copy(), memory.log_pace_frac.copy()
         for i in np.unique(done.instance[chosen]):
             one, mine = self.fleet.instances[i], chosen & (done.instance == i)
             rows = one.table[
@@ -213,12 +213,14 @@ class Descent(Controller):
             ratios = np.log(done.wall_s[mine] / expected_s)
             # The middle one: an iteration in which the clock changed is no witness.
             before, new = min(passes[i], _REMEMBERED), len(ratios)
-            log_pace[i] = (before * log_pace[i] + new * np.median(ratios)) / (before + new)
+            log_pace_frac[i] = (before * log_pace_frac[i] + new * np.median(ratios)) / (
+                before + new
+            )
             passes[i] += new
-        return replace(memory, passes=passes, log_pace=log_pace)
+        return replace(memory, passes=passes, log_pace_frac=log_pace_frac)
 
     def _strange(self, memory: DescentMemory) -> Bool:
-        off: Bool = np.abs(memory.log_pace) > np.log1p(self.band_frac)
+        off: Bool = np.abs(memory.log_pace_frac) > np.log1p(self.band_frac)
         return (memory.passes >= _JUDGED) & off
 
     def _moved(self, observation: Observation, memory: DescentMemory) -> DescentMemory:
