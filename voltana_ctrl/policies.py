@@ -261,11 +261,22 @@ def _dualscale(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     return _balanced(fleet, [control.DualScaleGovernor(one, slo) for one in fleet.instances])
 
 
+def _own_governors(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> list[Governor]:
+    on_node = Counter(one.node for one in fleet.instances)
+    return [
+        control.IterationGovernor(
+            one,
+            slo,
+            delay_s=setup.delay_s,
+            # What lowers clocks must not keep the node busy when another has to raise.
+            dwell_s=setup.call_s * on_node[one.node],
+        )
+        for one in fleet.instances
+    ]
+
+
 def _governors(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
-    return _balanced(
-        fleet,
-        [control.IterationGovernor(one, slo, delay_s=setup.delay_s) for one in fleet.instances],
-    )
+    return _balanced(fleet, _own_governors(fleet, slo, setup))
 
 
 def _pack(plan_mhz: float | None) -> _Build:
@@ -327,20 +338,9 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
             delay_s=setup.delay_s,
             power_budget_w=None if setup.power_budget is None else setup.limit_w,
         )
-        on_node = Counter(one.node for one in fleet.instances)
-        governors = [
-            control.IterationGovernor(
-                one,
-                slo,
-                delay_s=setup.delay_s,
-                # What lowers clocks must not keep the node busy when another has to raise.
-                dwell_s=setup.call_s * on_node[one.node],
-            )
-            for one in fleet.instances
-        ]
         return PolicyParts(
             controller=controller,
-            governors=governors if setup.governed else None,
+            governors=_own_governors(fleet, slo, setup) if setup.governed else None,
             prefill_router=routing.PricedRouter(fleet, slo, "prefill"),
             decode_router=routing.PricedRouter(fleet, slo),
         )

@@ -45,6 +45,7 @@ _MAKERS: Mapping[str, _Make] = MappingProxyType(
     {
         "mpc": _iteration,
         "cascade": _iteration,
+        "governors": _iteration,
         "voltanallm": _ecofreq,
         "voltanallm-tile": _ecofreq,
         "voltanallm-jsq": _ecofreq,

@@ -93,7 +93,7 @@ class PaceFilter:
     >>> filter = PaceFilter(fleet)
     >>> memory = filter.update(filter.init(), Observation(state=FleetState.idle(2),
     ...                                                   iterations=records))
-    >>> filter.pace_frac(memory).round(2)  # of prefill and decode
+    >>> filter.pace_frac(memory).round(1)  # of prefill and decode
     array([[1. , 1. ],
            [1. , 1.3]])
     """

@@ -297,7 +297,7 @@ class ProfilePlan:
 
     Examples
     --------
-    >>> ProfilePlan(points=(), done=3, duration_s=0.0).text()
+    >>> ProfilePlan(points=(), done=3, duration_s=0.0).text().splitlines()[0]
     '0 points to measure, 3 in the table already; about 0 min'
     """
 

@@ -43,7 +43,8 @@ class Belief:
         Highest clock that the instance gets when it is asked for, > 0: below its ladder's
         highest where something clamps or throttles it.
     noise_frac : ndarray, shape (n,)
-        Standard deviation of an iteration's time about what is expected, relative, >= 0.
+        Standard deviation of an iteration's time about what is expected, relative, >= 0; 0 by
+        default.
 
     Raises
     ------
@@ -67,10 +68,13 @@ class Belief:
     prefill_pace_frac: F64
     decode_pace_frac: F64
     able_mhz: F64
-    noise_frac: F64
+    noise_frac: F64 = None  # type: ignore[assignment]  # zeros unless told
 
     def __post_init__(self) -> None:
-        freeze_fields(self, _FIELDS, (np.asarray(self.delay_s).size,))
+        shape = (np.asarray(self.delay_s).size,)
+        if self.noise_frac is None:
+            object.__setattr__(self, "noise_frac", np.zeros(shape))
+        freeze_fields(self, _FIELDS, shape)
         for name in _FIELDS:
             values = getattr(self, name)
             above = -1.0 if name.endswith("margin_frac") else 0.0

@@ -17,7 +17,7 @@ from voltana_ctrl import (
 from voltana_ctrl.backends import DeadTime, measure_dead_time
 from voltana_ctrl.control.assess import Assessor
 from voltana_ctrl.laws import length_moments
-from voltana_ctrl.types import Load
+from voltana_ctrl.types import Belief, Load
 
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
@@ -63,9 +63,8 @@ def test_a_longer_delay_asks_for_a_higher_clock(fake, tmp_path):
             delay_s = measure_dead_time(backend, repeats=1).delay_s()
         queue = replace(FleetState.idle(2), queue_tok=np.array([3500.0, 0.0]))
         load = Load(arrival_req_s=2.0, lengths=length_moments([240, 240], [200, 200]))
-        clocks_mhz = Assessor(fleet(), SLO).clocks_mhz(
-            queue, load, np.ones(2), margin_frac=(0.02, 0.035), delay_s=delay_s
-        )
+        belief = Belief.of_profiles(fleet(), margin_frac=(0.02, 0.035), delay_s=delay_s)
+        clocks_mhz = Assessor(fleet(), SLO).clocks_mhz(queue, load, np.ones(2), belief)
         asked_mhz.append(clocks_mhz[0])
     assert asked_mhz[0] < asked_mhz[1]
 

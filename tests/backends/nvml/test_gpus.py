@@ -258,7 +258,9 @@ def test_no_permission_says_how_to_get_it_and_leaves_nothing_behind(fake, tmp_pa
     for gpu in fake.gpus:
         gpu.deny_pid = -1
     backend = open_backend(fake, tmp_path)
-    with pytest.raises(ActuationDenied, match=r"run as root or with CAP_SYS_ADMIN.*--setter"):
+    with pytest.raises(
+        ActuationDenied, match=r"run as root or with CAP_SYS_ADMIN.*voltana-ctrl setter"
+    ):
         backend.apply(decision(1005, 705))
     # Nothing was set, so that closing has nothing to give back and nothing to fail at.
     backend.close()

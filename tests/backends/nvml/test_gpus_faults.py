@@ -316,8 +316,8 @@ def test_disk_full_for_the_log(fake, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     log = Recorder(tmp_path / "log.jsonl", fleet())
-    log._file.close()
-    log._file = Path("/dev/full").open("w")  # noqa: SIM115
+    log._file._file.close()
+    log._file._file = Path("/dev/full").open("wb")  # noqa: SIM115
     with (
         open_backend(fake, tmp_path) as backend,
         ControlLoop(backend, Low(fleet()), observers=[log]) as loop,
