@@ -643,13 +643,15 @@ def test_a_long_body_is_read_elsewhere_to_the_same_effect():
 
 def test_long_bodies_share_a_budget_and_short_ones_pass():
     limits = ProxyLimits(held_bytes=200_000, body_s=20.0)
-    with router("1C", limits=limits) as (client, _, _):
+    with router("1C", limits=limits) as (client, _, proxy):
         address = ("127.0.0.1", client.base_url.port)
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n"
         with socket.create_connection(address) as half:
             half.sendall(head + b'{"prompt": "' + b"x" * 190_000)
-            wait_for(lambda: client.post("/v1/completions", json={"prompt": "y" * 100_000}
-                                         ).status_code == 429)  # fmt: skip
+            # Whoever came meanwhile would have the share, and this one be refused.
+            wait_for(lambda: proxy._services.budget.held_bytes > 170_000)
+            refused = client.post("/v1/completions", json={"prompt": "y" * 100_000})
+            assert refused.status_code == 429
             assert client.post("/v1/completions", json=BODY).status_code == 200
         wait_for(lambda: client.post("/v1/completions", json={"prompt": "y" * 100_000}
                                      ).status_code == 200)  # fmt: skip
