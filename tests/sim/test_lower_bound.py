@@ -76,8 +76,14 @@ def test_no_run_that_keeps_its_promise_is_below():
 
 
 @pytest.mark.slow
+def test_no_run_of_a_hundred_is_below():
+    check(range(100, 200), 40)
+
+
+@pytest.mark.external
 def test_no_run_of_three_hundred_is_below():
-    check(range(100, 400), 150)
+    """By hand, since it takes minutes: ``pytest -m external tests/sim/test_lower_bound.py``."""
+    check(range(200, 500), 150)
 
 
 def test_what_is_due_inside_the_window_is_demanded():
