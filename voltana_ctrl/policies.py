@@ -164,6 +164,14 @@ class Policy:
 
 _Build = Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]
 
+
+def _ladder_mhz() -> Sequence[float]:
+    """Clocks of EcoFreq, which are looked up where a policy is built and not before."""
+    from voltana_ctrl.control.baselines.ecofreq import DEFAULT_LADDER_MHZ
+
+    return DEFAULT_LADDER_MHZ
+
+
 #: Routers by the name that follows a ``+``; called with (fleet, phase, slo).
 ROUTERS: Mapping[str, Callable[[FleetSpec, Phase, Slo], routing.CompiledRouter]] = MappingProxyType(
     {
@@ -176,7 +184,7 @@ ROUTERS: Mapping[str, Callable[[FleetSpec, Phase, Slo], routing.CompiledRouter]]
         "tokens-x-batch": lambda fleet, phase, _: routing.tokens_by_batch_router(fleet, phase),
         "tile-aware": lambda fleet, phase, _: routing.tile_aware_router(fleet, phase),
         "fadr": lambda fleet, phase, slo: routing.fadr_router(
-            fleet, phase, slo, ladder_mhz=control.DEFAULT_LADDER_MHZ
+            fleet, phase, slo, ladder_mhz=_ladder_mhz()
         ),
         "share": lambda fleet, phase, _: routing.share_router(fleet, phase),
     }
@@ -214,7 +222,7 @@ def _voltanallm(
 ) -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         del setup
-        ladder_mhz = None if full_ladder else control.DEFAULT_LADDER_MHZ
+        ladder_mhz = None if full_ladder else _ladder_mhz()
         # Colocated instances take a request once, so what decode would choose chooses.
         routers: dict[str, Any] = {
             "fadr": lambda: routing.fadr_router(fleet, "decode", slo, ladder_mhz=ladder_mhz),

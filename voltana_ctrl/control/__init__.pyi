@@ -4,7 +4,6 @@ from voltana_ctrl.control.base import CompiledGovernor as CompiledGovernor
 from voltana_ctrl.control.base import Controller as Controller
 from voltana_ctrl.control.baselines.adaptive import AdaptiveController as AdaptiveController
 from voltana_ctrl.control.baselines.dualscale import DualScaleGovernor as DualScaleGovernor
-from voltana_ctrl.control.baselines.ecofreq import DEFAULT_LADDER_MHZ as DEFAULT_LADDER_MHZ
 from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor as EcoFreqGovernor
 from voltana_ctrl.control.baselines.packing import PackingController as PackingController
 from voltana_ctrl.control.baselines.packing import PackingMemory as PackingMemory
