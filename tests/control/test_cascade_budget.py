@@ -79,7 +79,7 @@ def test_a_cut_is_obeyed_served_best_and_forgotten(rate_req_s, limit_w):
     ours, theirs = (attainment(part, CUT_S, LIFT_S) for part in (rows, static_rows))
     assert ours[1] > theirs[1]
     # The queue grows under either, so of TTFT next to nothing is left to compare.
-    assert ours[0] > theirs[0] - 0.02
+    assert ours[0] > theirs[0] - 0.01
     # Restored: once the backlog is gone, the promises are kept again.
     assert min(attainment(rows, END_S - 30.0, END_S)) >= 0.985
     assert power_w[-300:].max() > limit_w

@@ -89,7 +89,7 @@ def test_arrivals_are_filtered_as_by_the_general_filter(steps, period_s):
         noise = state.dispersion_frac * max(expected, 1 / dt_s, 1e-9) / dt_s
         error = n_req / dt_s - expected
         surprise = error / float((row @ ahead @ row.T + noise)[0, 0]) ** 0.5
-        assert after.surprise_frac == pytest.approx(surprise, rel=1e-9)
+        assert after.surprise_frac == pytest.approx(surprise, rel=1e-11)
         ahead[0, 0] += error**2 if after.burst else 0.0
         wanted = kalman_step(
             KalmanState(mean=state.rate.mean, covariance=ahead), np.eye(size), 0 * ahead,
