@@ -39,7 +39,8 @@ def drive(name, rate_req_s, limit_w, seed=0):
         energy_j.append(observation.state.energy_j.sum())
         decision, memory = controller.decide(observation, memory)
         plant.apply(decision)
-    plant.advance(END_S + 30.0)
+    # Until the longest answer of the last that are judged is done.
+    plant.advance(END_S + 90.0)
     return np.diff(energy_j) / 0.1, plant.requests
 
 
@@ -54,8 +55,8 @@ def attainment(rows, from_s, until_s):
 
 # 30 % below what `voltanallm` draws at that load; 577 and 866 W are needed to serve it in time.
 @pytest.mark.slow
-# At 35 req/s what was held back comes at once after the lift, and ITL is missed for more than a
-# minute: 95.9 % of the requests keep it in the last half minute.
+# At 35 req/s 1.1 % of the requests have their first token in time during the cut, and 2.5 % with
+# the static budget: more than the point that is allowed, since ceilings wait for who prefills.
 @pytest.mark.parametrize(
     ("rate_req_s", "limit_w"),
     [
