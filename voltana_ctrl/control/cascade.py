@@ -287,13 +287,12 @@ class CascadeController(Controller):
         Governors keep what they believe as long as it is about right, and plans, too.
         """
         pace = memory.pace
-        pace_frac = self._pace.pace_frac(pace)
+        pace_frac, noise_frac = self._pace.pace_frac(pace), self._pace.noise_frac(pace)
         before = memory.belief
         ttft, itl = before.ttft_margin_frac, before.itl_margin_frac
         if margins_too:
-            noise_frac = self._pace.noise_frac(pace)[self._decode]
             margins = self._margin.margins_frac(
-                memory.margin, self.margin_frac, float(noise_frac.mean())
+                memory.margin, self.margin_frac, float(noise_frac[self._decode].mean())
             )
             if memory.target is not None and not memory.target.feasible:
                 margins[1] = max(margins[1], self.margin_frac[1] + memory.overload_frac)
@@ -305,7 +304,7 @@ class CascadeController(Controller):
             prefill_pace_frac=pace_frac[:, 0],
             decode_pace_frac=pace_frac[:, 1],
             able_mhz=self._pace.able_mhz(pace),
-            noise_frac=self._pace.noise_frac(pace),
+            noise_frac=noise_frac,
         )
 
         def moved(name: str, news: float) -> bool:

@@ -184,9 +184,9 @@ class LoadFilter:
     ) -> float:
         """Standard deviation of a rate that rests on this time: of Poisson arrivals, or of bursts.
 
-        ``sqrt(rate I / (2 min(T, span)))`` with the index of dispersion ``I``, at least one.
+        ``sqrt(rate I / min(2 T, span))``, time constant ``T``, index of dispersion ``I``.
         """
-        dispersion = max(1.0, surprise_req2 / max(arrived_req, 1.0))
+        dispersion = _dispersion(surprise_req2, arrived_req)
         counted_s = max(min(2.0 * self._rate_memory_s, span_s), 1e-9)
         return float(np.sqrt(max(rate_req_s, 1.0 / counted_s) * dispersion / counted_s))
 
@@ -200,7 +200,7 @@ class LoadFilter:
         """
         if not memory.steady_req > 0.0:
             return float("inf")
-        dispersion = max(1.0, memory.surprise_req2 / max(memory.arrived_req, 1.0))
+        dispersion = _dispersion(memory.surprise_req2, memory.arrived_req)
         # Of exponential weights with time constant T, those of 2 T count.
         counted = memory.steady_req * min(1.0, 2.0 * self._steady_memory_s / memory.steady_span_s)
         return float(np.sqrt(dispersion / counted))
@@ -234,6 +234,11 @@ class LoadFilter:
                 context_sd_tok=float(np.sqrt(max(0.0, square))),
             ),
         )
+
+
+def _dispersion(surprise_req2: float, arrived_req: float) -> float:
+    """Variance of the arrivals over their mean: one of Poisson's, more of bursts, never less."""
+    return max(1.0, surprise_req2 / max(arrived_req, 1.0))
 
 
 def _moments(prompt_tok: F64, output_tok: F64) -> F64:
