@@ -2,6 +2,8 @@
 
     python -m bench.rehearse --out rehearsal.jsonl      # every cell; what is there is not run again
     python -m bench.rehearse --out one.jsonl --fleets 2C --policies mpc --rates 6 --window 60
+    python -m bench.rehearse --out rehearsal.jsonl --policies mpc --switchback 120   # and `savings`
+    python -m bench.rehearse --table rehearsal.jsonl    # as rows of the docs
 
 A cell starts emulated engines on fake GPUs, controller, agent and router in processes of their own,
 plays a workload, and measures joules per output token and attainment in a window after a warm-up;
@@ -26,9 +28,12 @@ from voltana_ctrl.engines.emulated.load import play
 from voltana_ctrl.engines.page import read_engine_page
 from voltana_ctrl.live.governed import PolicyController
 from voltana_ctrl.policies import PolicySetup, find_policy
+from voltana_ctrl.savings import BlockMeter, SwitchbackController, estimate_savings
+from voltana_ctrl.savings.proof import savings_of_log
 from voltana_ctrl.sim.workload import Workload, make_workload
 
-PROFILE = "a100-sxm-80gb/llama-3.1-8b"
+#: Parts of the window whose scatter is the standard error.
+_PARTS = 10
 
 
 def stretched(work, dilation):
@@ -38,8 +43,28 @@ def stretched(work, dilation):
     )  # fmt: skip
 
 
-def simulated(shape, slo, policy, work, warm_s, window_s, profile):
-    """Joules per token and attainment of the simulated plant in the window."""
+def stood(marks, at_s):
+    """Joules drawn and tokens made at these times, between the two marks around each."""
+    t_s, joules, tok = np.array(marks).T
+    return np.interp(at_s, t_s, joules), np.interp(at_s, t_s, tok)
+
+
+def figures(marks, edges_s, ttft_s, itl_s, slo):
+    """What is compared: energy and tokens by parts of the window, and who was in time."""
+    joules, tok = (np.diff(values) for values in stood(marks, edges_s))
+    return {
+        "joules_per_token": float(joules.sum() / tok.sum()),
+        "power_w": float(joules.sum() / (edges_s[-1] - edges_s[0])),
+        "parts_j_per_tok": (joules / np.maximum(tok, 1.0)).tolist(),
+        "ttft_attainment": float((ttft_s <= slo.ttft_s).mean()),
+        "itl_attainment": float((itl_s <= slo.itl_s).mean()),
+        "requests": len(ttft_s),
+        "in_time": [(ttft_s <= slo.ttft_s).tolist(), (itl_s <= slo.itl_s).tolist()],
+    }
+
+
+def simulator(shape, slo, policy, work, profile):
+    """The simulated plant on these requests, and the policy in the form that runs on a fleet."""
     fleet = FleetSpec.parse(shape, load_profile(profile))
     parts = find_policy(policy).build(fleet, slo, PolicySetup())
     plant = SimBackend(
@@ -49,6 +74,12 @@ def simulated(shape, slo, policy, work, warm_s, window_s, profile):
     controller = parts.controller or PolicyController(
         fleet, first=parts.first, held=fleet.ids if parts.governors else (), routed=lambda: True
     )
+    return plant, controller
+
+
+def simulated(shape, slo, policy, work, edges_s, profile):
+    """Figures of the simulated plant in the window."""
+    plant, controller = simulator(shape, slo, policy, work, profile)
     marks, done = [], {}
 
     class Watch:
@@ -60,19 +91,10 @@ def simulated(shape, slo, policy, work, warm_s, window_s, profile):
             done.update(zip(one.request, zip(one.ttft_s, one.itl_s, strict=True), strict=True))
 
     with ControlLoop(plant, controller, observers=[Watch()]) as loop:
-        loop.run(warm_s + 3.0 * window_s)
-    edges = [min(marks, key=lambda mark, at=at: abs(mark[0] - at))
-             for at in (warm_s, warm_s + window_s)]  # fmt: skip
-    (_, j0, tok0), (_, j1, tok1) = edges
-    inside = np.flatnonzero((work.arrival_s >= warm_s) & (work.arrival_s < warm_s + window_s))
+        loop.run(edges_s[-1] + 2.0 * (edges_s[-1] - edges_s[0]))
+    inside = np.flatnonzero((work.arrival_s >= edges_s[0]) & (work.arrival_s < edges_s[-1]))
     told = np.array([done.get(int(k), (np.inf, np.inf)) for k in inside]).reshape(-1, 2)
-    return {
-        "joules_per_token": (j1 - j0) / (tok1 - tok0),
-        "power_w": (j1 - j0) / window_s,
-        "ttft_attainment": float((told[:, 0] <= slo.ttft_s).mean()),
-        "itl_attainment": float((told[:, 1] <= slo.itl_s).mean()),
-        "requests": len(inside),
-    }
+    return figures(marks, edges_s, told[:, 0], told[:, 1], slo)
 
 
 def emitted_tok(urls):
@@ -80,68 +102,137 @@ def emitted_tok(urls):
     return sum(read_engine_page("vllm", page)["output_tok"] for page in pages)
 
 
-async def rehearsed(fleet, url, work, warm_s, window_s):
+async def rehearsed(fleet, url, work, edges_s):
     """The same, of the real stack on emulated engines."""
     assert await answers(url, 180.0)
     await asyncio.sleep(5.0)
     begin_s = time.monotonic()
     playing = asyncio.create_task(play(url, work))
     marks = []
-    for at_s in (warm_s, warm_s + window_s):
+    for at_s in edges_s:
         await asyncio.sleep(max(0.0, begin_s + at_s - time.monotonic()))
+        before_s = time.monotonic()
         tok = await asyncio.to_thread(emitted_tok, fleet.urls)
-        marks.append((time.monotonic(), sum(gpu.energy_j for gpu in fleet.fake.gpus), tok))
+        joules = sum(gpu.energy_j for gpu in fleet.fake.gpus)
+        marks.append(((before_s + time.monotonic()) / 2.0 - begin_s, joules, tok))
     told = await playing
-    (t0, j0, tok0), (t1, j1, tok1) = marks
-    inside = (told.arrival_s >= warm_s) & (told.arrival_s < warm_s + window_s)
+    # Requests are matched by their number, not by when each was really sent.
+    inside = (work.arrival_s >= edges_s[0]) & (work.arrival_s < edges_s[-1])
     slo = Slo.parse(fleet.slo_text)
     late = [httpx.get(f"{one}/emulate", trust_env=False).json() for one in fleet.urls]
     iterations, too_late = (sum(one[key] for one in late) for key in ("iterations", "late"))
-    return {
-        "joules_per_token": (j1 - j0) / (tok1 - tok0),
-        "power_w": (j1 - j0) / (t1 - t0),
-        "ttft_attainment": float((told.ttft_s[inside] <= slo.ttft_s).mean()),
-        "itl_attainment": float((told.itl_s[inside] <= slo.itl_s).mean()),
-        "requests": int(inside.sum()),
+    found = figures(marks, edges_s, told.ttft_s[inside], told.itl_s[inside], slo)
+    return found | {
         "late_frac": too_late / max(1, iterations),
         "void": too_late > 0.05 * iterations,
     }
 
 
-def cell(shape, policy, rate_req_s, args):
-    """One cell: requests at the true speed's rate, in slow motion."""
-    span_s = args.warm + args.window
+def compared(live, sim):
+    """Differences on the same requests, each with its standard error."""
+    ratio = np.log(np.array(live.pop("parts_j_per_tok")) / np.array(sim.pop("parts_j_per_tok")))
+    told = {
+        "difference_frac": live["joules_per_token"] / sim["joules_per_token"] - 1.0,
+        "difference_se": float(ratio.std(ddof=1) / np.sqrt(len(ratio))),
+    }
+    ours, theirs = (np.array(one.pop("in_time"), dtype=float) for one in (live, sim))
+    for name, one, other in zip(("ttft", "itl"), ours, theirs, strict=True):
+        told[f"{name}_points"] = 100.0 * float((one - other).mean())
+        told[f"{name}_points_se"] = 100.0 * float((one - other).std() / np.sqrt(len(one)))
+    return told
+
+
+def requests_of(rate_req_s, span_s, args):
     work = make_workload(
         "sharegpt", rate_req_s=rate_req_s, duration_s=span_s / args.dilation, seed=args.seed
     )
-    work = stretched(work, args.dilation)
+    return stretched(work, args.dilation)
+
+
+def cell(shape, policy, rate_req_s, args):
+    """One cell: requests at the true speed's rate, in slow motion."""
+    window_s = args.window or args.requests * args.dilation / rate_req_s
+    edges_s = args.warm + window_s * np.linspace(0.0, 1.0, _PARTS + 1)
+    work = requests_of(rate_req_s, args.warm + window_s, args)
     with EmulatedFleet(shape, dilation=args.dilation, governed=not args.ticks) as fleet:
         slo = Slo.parse(fleet.slo_text)
-        with stack_on(fleet, policy, routed=not args.unrouted) as url:
-            live = asyncio.run(rehearsed(fleet, url, work, args.warm, args.window))
-        sim = simulated(shape, slo, policy, work, args.warm, args.window, fleet.profile)
-    return {
-        "rehearsed": live,
-        "simulated": sim,
-        "difference_frac": live["joules_per_token"] / sim["joules_per_token"] - 1.0,
-    }
+        with stack_on(fleet, policy, routed=not args.unrouted) as stack:
+            live = asyncio.run(rehearsed(fleet, stack.url, work, edges_s))
+        sim = simulated(shape, slo, policy, work, edges_s, fleet.profile)
+    return {"rehearsed": live, "simulated": sim, **compared(live, sim)}
+
+
+def switchback(shape, policy, rate_req_s, args):
+    """`savings` on a rehearsal that alternates policy and highest clock, beside the simulator."""
+    span_s = 2.0 * args.pairs * args.switchback
+    work = requests_of(rate_req_s, span_s, args)
+    with EmulatedFleet(shape, dilation=args.dilation) as fleet:
+        slo = Slo.parse(fleet.slo_text)
+        log = fleet.folder / "ticks.jsonl"
+        controls = ["--switchback", f"{args.switchback / 60.0:.6f}", "--seed", str(args.seed),
+                    "--log", str(log)]  # fmt: skip
+        with stack_on(fleet, policy, controls=controls) as stack:
+            asyncio.run(rehearsed(fleet, stack.url, work, np.linspace(0.0, span_s, 3)))
+        live = savings_of_log([log]).to_dict()
+        plant, controller = simulator(shape, slo, policy, work, fleet.profile)
+    meter = BlockMeter(slo=slo)
+    alternating = SwitchbackController(controller, block_s=args.switchback, seed=args.seed)
+    with ControlLoop(plant, alternating, observers=[meter]) as loop:
+        loop.run(span_s)
+    return {"rehearsed": live, "simulated": estimate_savings(meter).to_dict()}
+
+
+def table(path):
+    """Rows of the cells in a file, in Markdown."""
+    head = (
+        "| fleet | policy | req/s | judged | late | J/token | simulated | difference | TTFT, ITL |"
+    )
+    rows = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for line in path.read_text().splitlines():
+        one = json.loads(line)
+        if "difference_frac" not in one:
+            continue
+        told, live, sim = one["cell"], one["rehearsed"], one["simulated"]
+        form = "".join(f" ({name})" for name in ("ticks", "unrouted") if told[name])
+        met = ", ".join(
+            f"{100 * live[f'{name}_attainment']:.2f} %"
+            f" ({one[f'{name}_points']:+.2f} ± {one[f'{name}_points_se']:.2f})"
+            for name in ("ttft", "itl")
+        )
+        rows.append(
+            f"| {told['fleet']} | {told['policy']}{form} | {told['rate_req_s']:g} |"
+            f" {live['requests']} | {100 * live['late_frac']:.1f} %{' void' * live['void']}"
+            f" | {live['joules_per_token']:.3f} | {sim['joules_per_token']:.3f} |"
+            f" {100 * one['difference_frac']:+.2f} ± {100 * one['difference_se']:.2f} % | {met} |"
+        )
+    return "\n".join(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; cells there are kept")
+    parser.add_argument("--out", type=Path, help="JSON lines; cells there are kept")
+    parser.add_argument("--table", type=Path, help="print the cells of such a file, and end")
     parser.add_argument("--fleets", default="2P2D,4C")
     parser.add_argument("--policies", default="static-max,voltanallm,mpc")
     parser.add_argument("--rates", default="20,40,65", help="req/s at the true speed")
     parser.add_argument("--dilation", type=float, default=10.0)
     parser.add_argument("--warm", type=float, default=300.0, help="s as played, before the window")
-    parser.add_argument("--window", type=float, default=900.0, help="s as played")
+    parser.add_argument("--requests", type=int, default=1600, help="judged in a cell, about")
+    parser.add_argument("--window", type=float, help="s as played; by --requests if left out")
+    parser.add_argument("--switchback", type=float, help="s of a block as played, for `savings`")
+    parser.add_argument("--pairs", type=int, default=12, help="of blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ticks", action="store_true", help="no governors in the engines")
     parser.add_argument("--unrouted", action="store_true", help="a router that obeys nobody")
     args = parser.parse_args()
-    settings = {key: getattr(args, key) for key in ("dilation", "warm", "window", "seed", "ticks",
-                                                    "unrouted")}  # fmt: skip
+    if args.table is not None:
+        print(table(args.table))
+        return
+    if args.out is None:
+        parser.error("expected --out FILE or --table FILE")
+    named = ("dilation", "warm", "window", "requests", "seed", "ticks", "unrouted", "switchback",
+             "pairs")  # fmt: skip
+    settings = {name: getattr(args, name) for name in named}
     lines = args.out.read_text().splitlines() if args.out.exists() else []
     there = {json.dumps(json.loads(line)["cell"], sort_keys=True) for line in lines}
     for shape in args.fleets.split(","):
@@ -150,7 +241,8 @@ def main():
                 told = {"fleet": shape, "policy": policy, "rate_req_s": float(rate), **settings}
                 if json.dumps(told, sort_keys=True) in there:
                     continue
-                found = {"cell": told, **cell(shape, policy, float(rate), args)}
+                run = cell if args.switchback is None else switchback
+                found = {"cell": told, **run(shape, policy, float(rate), args)}
                 with args.out.open("a") as out:
                     out.write(json.dumps(found) + "\n")
                 print(json.dumps(found), flush=True)

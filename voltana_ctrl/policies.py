@@ -59,6 +59,8 @@ class PolicySetup:
         choose clocks by themselves bring no governors.
     call_s : float
         How long one call that sets a clock takes; calls of one node follow one another.
+    measured_delay_s : callable
+        Delays that were measured since, by the id of the instance.
 
     Raises
     ------
@@ -77,6 +79,7 @@ class PolicySetup:
     delay_s: float = 0.025
     governed: bool = True
     call_s: float = 0.005
+    measured_delay_s: Callable[[], Mapping[str, float]] = dict
 
     def __post_init__(self) -> None:
         positive("PolicySetup.tick_s", self.tick_s)
@@ -344,6 +347,7 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
             period_s=setup.tick_s,
             governed=setup.governed,
             delay_s=setup.delay_s,
+            measured_delay_s=setup.measured_delay_s,
             power_budget_w=None if setup.power_budget is None else setup.limit_w,
         )
         return PolicyParts(
@@ -579,18 +583,17 @@ def _own(name: str) -> Policy:
         try:
             made = found(fleet, slo, **told)
         except TypeError as error:
-            raise ConfigError(
-                f"policy {name!r}: expected a class called with (fleet, slo): {error}"
-            ) from error
+            expected = "expected a class called with (fleet, slo)"
+            raise ConfigError(f"policy {name!r}: {expected}: {error}") from error
         if callable(getattr(made, "decide", None)) and callable(getattr(made, "init", None)):
             return PolicyParts(controller=made)
         if callable(getattr(made, "route", None)) and callable(getattr(made, "update", None)):
             if phase_of(made) == "prefill" or fleet.colocated:
                 return PolicyParts(prefill_router=made)
             return PolicyParts(decode_router=made)
+        got = type(made).__name__
         raise ConfigError(
-            f"policy {name!r}: expected an object with init/decide, or route/update,"
-            f" got {type(made).__name__}"
+            f"policy {name!r}: expected an object with init/decide, or route/update, got {got}"
         )
 
     return Policy(

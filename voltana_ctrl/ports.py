@@ -10,6 +10,7 @@ backend     ``clock``          a :class:`Clock`: its own time, as a simulated pl
 backend     ``limit_ranges``   what may be set besides the SM clock, for the guard
 backend     ``acts``           whether decisions are in force, now; one that only watches says False
 backend     ``problems()``     what is wrong with the readings of instances, in words, by their ids
+backend     ``delay_s()``      measured time from asking for a clock until it runs, by ids
 controller  ``period_s``       time between its decisions; 0.1 s without
 controller  ``notes(memory)``  numbers that it wants seen in the records
 router      ``phase``          "prefill" or "decode", which is what it is without
@@ -202,12 +203,13 @@ class BackendExtras:
         Its own time.
     limit_ranges : LimitRanges, optional
         What may be set besides the SM clock.
-    acts, problems : callable
-        Ask it whether decisions are in force, and why instances do not answer.
+    acts, problems, delay_s : callable
+        Ask it whether decisions are in force, why instances do not answer, and how late clocks
+        come.
 
     Examples
     --------
-    >>> extras = BackendExtras(acts=lambda: True, problems=dict)
+    >>> extras = BackendExtras(acts=lambda: True, problems=dict, delay_s=dict)
     >>> extras.clock is None, extras.problems()
     (True, {})
     """
@@ -216,6 +218,7 @@ class BackendExtras:
     limit_ranges: LimitRanges | None = None
     acts: Callable[[], bool]
     problems: Callable[[], Mapping[str, str]]
+    delay_s: Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,14 +270,15 @@ def backend_extras(backend: object) -> BackendExtras:
     if ranges is not None and not isinstance(ranges, LimitRanges):
         raise ConfigError(f"{name}.limit_ranges: expected LimitRanges, got {ranges!r}")
     switch: Any = backend
-    problems = getattr(backend, "problems", dict)
-    if not callable(problems):
-        raise ConfigError(f"{name}.problems: expected a method without arguments, got {problems!r}")
+    asked = {key: getattr(backend, key, dict) for key in ("problems", "delay_s")}
+    for key, method in asked.items():
+        if not callable(method):
+            raise ConfigError(f"{name}.{key}: expected a method without arguments, got {method!r}")
     return BackendExtras(
         clock=clock,
         limit_ranges=ranges,
         acts=(lambda: bool(switch.acts)) if hasattr(backend, "acts") else lambda: True,
-        problems=problems,
+        **asked,
     )
 
 

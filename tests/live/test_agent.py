@@ -133,9 +133,10 @@ def test_the_command_builds_nothing_that_can_set(fake, tmp_path, engines, monkey
     monkeypatch.setattr(gpu_meters, "Nvml", lambda _=None: Nvml(fake.library))
     spec, endpoints = load_endpoints(fleet_file(tmp_path, fake, engines))
     chosen = {one.instance: one.gpus for one in endpoints}
-    backend, _ = open_node(
-        spec, endpoints, chosen, mode, socket=None, lock_dir=tmp_path, policy="mpc"
-    )
+    backend, _, _ = open_node(
+        spec, endpoints, chosen, mode, socket=None, lock_dir=tmp_path, policy="mpc",
+        slo=SLO,
+    )  # fmt: skip
     controller = node_policy(spec, SLO, "mpc") if mode == "advise" else None
     with Agent(backend, controller, AgentSettings(mode=mode)) as agent:
         agent.run(duration_s=0.5)

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.fake_gpus import fleet
 from voltana_ctrl import Decision, FleetState, Observation, Slo
 from voltana_ctrl.control import StaticController
-from voltana_ctrl.laws import decode_s
+from voltana_ctrl.laws import decode_s, prefill_s
 from voltana_ctrl.live.descent import Descent
 from voltana_ctrl.types import IterationBatch, RequestBatch
 
@@ -103,28 +103,73 @@ def test_misses_that_the_promise_allows_change_nothing():
         assert run.tick(DT_S, done=finished(1, 0.09 if missed else 0.03))[-1, 1] == 705.0
 
 
-@pytest.mark.parametrize(("pace", "believed"), [(1.0, True), (1.15, True), (1.3, False),
-                                                (0.7, False)])  # fmt: skip
-def test_a_profile_is_held_against_the_engine_before_anything_is_lowered(pace, believed, caplog):
+def prefills(n, pace, clock_mhz=1410.0, tok=800.0):
+    one = fleet().instances[0]
+    row = one.table[one.clocks_mhz == clock_mhz]
+    wall_s = pace * float(prefill_s(row, tok)[0])
+    ones = np.ones(n)
+    return IterationBatch(
+        instance=np.zeros(n, np.int64), t_s=ones, wall_s=wall_s * ones, freq_mhz=clock_mhz * ones,
+        batch_req=0 * ones, prefill_tok=tok * ones, kv_tok=0 * ones, energy_j=0 * ones,
+    )  # fmt: skip
+
+
+def by_profile(run, made, i):
+    """Ticks at the clock that was asked for, as an engine that obeys makes them."""
+    clock_mhz, clocks = 1410.0, []
+    for _ in range(200):
+        clocks.append(run.tick(DT_S, made=made(clock_mhz))[-1].copy())
+        ladder = fleet().instances[i].clocks_mhz
+        clock_mhz = float(ladder[np.searchsorted(ladder, clocks[-1][i])])
+    return np.array(clocks)
+
+
+@pytest.mark.parametrize(("pace", "believed"), [(1.0, True), (1.15, True), (1.25, False),
+                                                (0.75, False)])  # fmt: skip
+@pytest.mark.parametrize(("made", "phase", "i"), [(passes, 0, 1), (prefills, 1, 0)])
+def test_a_profile_is_held_against_the_engine_before_anything_is_lowered(
+    made, phase, i, pace, believed, caplog
+):
     run = Run()
     with caplog.at_level(logging.WARNING):
-        run.tick(1.0, made=passes(10, pace))
-        clocks = run.tick(15.0, made=passes(10, pace))
-    assert (clocks[-1, 1] == 705.0) == believed
-    assert clocks[-1, 0] == 705.0
-    assert run.memory.pace_frac[1] == pytest.approx(pace, rel=1e-6)
+        clocks = by_profile(run, lambda mhz: made(3, pace, clock_mhz=mhz), i)
+    # Not a step before forty iterations were compared.
+    assert (clocks[:13, i] == 1410.0).all()
+    assert clocks[-1, i] == (705.0 if believed else 1410.0)
+    assert clocks[-1, 1 - i] == 705.0
+    if made is passes:
+        assert run.memory.pace_frac[phase, i] == pytest.approx(pace, rel=1e-6)
     if not believed:
-        assert f"take {pace:.2f} times what the profile" in caplog.messages[0]
-        assert "voltana-ctrl fit" in caplog.messages[0]
+        assert (clocks[:, i] == 1410.0).all()  # refused, from the first tick on
+        (told,) = caplog.messages
+        assert f"take {run.memory.pace_frac[phase, i]:.2f} times what the profile" in told
+        assert "voltana-ctrl fit" in told
 
 
-def test_an_engine_that_drifts_while_its_clock_is_low_is_brought_back():
+def test_who_came_down_idle_is_at_the_highest_clock_while_its_profile_is_compared():
+    run = Run()
+    assert run.tick(15.0)[-1, 1] == 705.0
+    clocks = run.tick(1.0, made=passes(3, 1.0))
+    assert (clocks[:, 1] == 1410.0).all()
+    assert run.tick(15.0, made=passes(3, 1.0))[-1, 1] == 705.0
+    assert run.descent.notes(run.memory)["returned_to_highest"] == 0.0
+
+
+def test_an_engine_that_drifts_is_brought_back_and_comes_down_when_it_is_well_again(caplog):
     run = Run()
     run.tick(15.0, made=passes(10, 1.0))
-    assert run.tick(30.0, made=passes(10, 1.5))[-1, 1] == 1410.0
+    with caplog.at_level(logging.WARNING):
+        clocks = run.tick(10.0, made=passes(10, 1.25))
+    assert clocks[-1, 1] == 1410.0
+    assert "decode-0: its decode iterations take 1.2" in caplog.messages[0]
+    with caplog.at_level(logging.WARNING):
+        assert run.tick(40.0, made=passes(10, 1.0))[-1, 1] == 705.0
+    assert "take the time that its profile says again" in caplog.messages[-1]
 
 
-def test_iterations_with_prompts_in_them_are_no_witnesses():
+def test_iterations_of_both_phases_or_at_a_clock_that_changes_are_no_witnesses():
     run = Run()
     run.tick(15.0, made=passes(10, 3.0, prefill_tok=500.0))
-    assert run.memory.passes[1] == 0.0
+    for k in range(100):
+        run.tick(DT_S, made=passes(1, 3.0, clock_mhz=(900.0, 705.0)[k % 2]))
+    assert not run.memory.passes.any()

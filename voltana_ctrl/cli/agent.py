@@ -14,6 +14,7 @@ from voltana_ctrl.cli.controller import run_controller
 from voltana_ctrl.cli.dashboard import dashboard as print_dashboard
 from voltana_ctrl.cli.options import above_zero, check_outputs
 from voltana_ctrl.cli.running import (
+    Once,
     canaries,
     ceilings,
     least_mhz,
@@ -162,9 +163,9 @@ def agent(
             obeys=controller is not None,
             unread=unread(spec, own),
         )
-        backend, delay_s = open_node(
+        backend, delay_s, notes = open_node(
             spec, own, chosen, mode, socket=socket, lock_dir=lock_dir, policy=policy,
-            ceiling_mhz=settings.ceiling_mhz,
+            slo=asked.slo, ceiling_mhz=settings.ceiling_mhz, pairs=controller is None,
         )  # fmt: skip
         ending.callback(backend.close)
         decides: Controller | None = None
@@ -186,6 +187,7 @@ def agent(
         run_agent(
             ending, backend, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration, period_s=asked.period_s,
+            observers=[Once(notes)],
         )  # fmt: skip
 
 
@@ -208,7 +210,10 @@ def _remote(
     from voltana_ctrl.live.remote import RemoteController
 
     name = node or platform.node() or "node"
-    link = ControllerLink(url, token, fleet, name, ids, tls_ca=tls_ca)
+    link = ControllerLink(
+        url, token, fleet, name, ids, tls_ca=tls_ca, problems=backend.problems,
+        delay_s=backend.delay_s,
+    )  # fmt: skip
     ending.callback(link.close)
 
     def take_policy(policy: str) -> None:

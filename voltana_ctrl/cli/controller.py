@@ -14,10 +14,12 @@ from voltana_ctrl.cli.running import (
     Promises,
     address,
     least_mhz,
+    page_url,
     promises,
     run_agent,
     say,
     since_start,
+    status_board,
     token_of,
 )
 
@@ -100,6 +102,7 @@ def run_controller(
     from voltana_ctrl.live.governed import fleet_policy
     from voltana_ctrl.live.hub import HubBackend
     from voltana_ctrl.live.hub_app import HubServer, hub_app
+    from voltana_ctrl.live.status_page import StatusPage, is_loopback
 
     spec, _ = load_endpoints(fleet)
     host, port = address("serve", listen_at)
@@ -109,7 +112,7 @@ def run_controller(
     if asked.mode != "observe":
         decides = fleet_policy(
             spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
-            routed=hub.routed,
+            measured_delay_s=hub.delay_s, routed=hub.routed,
         )  # fmt: skip
         if asked.mode == "act":
             decides = Descent(decides, asked.slo)
@@ -124,10 +127,19 @@ def run_controller(
         min_mhz=least_mhz(min_mhz, spec),
     )
     with ExitStack() as ending:
-        server = HubServer(hub_app(hub, token), host, port, tls_cert=tls_cert, tls_key=tls_key)
+        board = status_board(
+            ending, hub, asked, policy, links=hub.links, routed=hub.routed, unread=()
+        )
+        is_open, secure = is_loopback(host), tls_cert is not None
+        page = StatusPage(board, token=None if is_open else token, secure=secure)
+        app = hub_app(hub, token, page=page)
+        server = HubServer(app, host, port, tls_cert=tls_cert, tls_key=tls_key)
         ending.callback(server.close)
+        ending.callback(page.close)
         say(f"controller of {len(spec)} instances on {host}:{server.port}")
+        say(f"status page: {page_url(host, server.port, secure=secure)}")
         run_agent(
             ending, hub, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration_s, period_s=asked.period_s, what="controller",
+            observers=[board],
         )  # fmt: skip

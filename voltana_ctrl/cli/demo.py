@@ -8,9 +8,9 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -44,19 +44,30 @@ def demo(
     with end_on_sigterm(), ExitStack() as ending:
         say("starting emulated engines")
         running = ending.enter_context(EmulatedFleet(fleet, dilation=dilation))
-        url = ending.enter_context(stack_on(running, policy))
+        stack = ending.enter_context(stack_on(running, policy))
+        say(f"status page: {stack.page_url}/")
         say("requests begin: everything runs so many times slower than on a GPU")
         try:
-            asyncio.run(_watch(running, url, rate, seed, duration))
+            asyncio.run(_watch(running, stack.url, rate, seed, duration))
         except KeyboardInterrupt:
             say("ending; all GPUs are given back")
 
 
-@contextmanager
-def stack_on(running: EmulatedFleet, policy: str, *, routed: bool = True) -> Iterator[str]:
-    """Controller, agent and router on emulated engines; yields the address of the router.
+class Stack(NamedTuple):
+    """Where a started stack is found: its router, and its controller with the status page."""
 
-    Without `routed` the router goes by load, and obeys nobody.
+    url: str
+    page_url: str
+
+
+@contextmanager
+def stack_on(
+    running: EmulatedFleet, policy: str, *, routed: bool = True, controls: Sequence[str] = ()
+) -> Iterator[Stack]:
+    """Controller, agent and router on emulated engines.
+
+    Without `routed` the router goes by load, and obeys nobody; `controls` are more options of the
+    controller.
     """
     from voltana_ctrl.engines.emulated.fleet import free_ports
 
@@ -67,12 +78,12 @@ def stack_on(running: EmulatedFleet, policy: str, *, routed: bool = True) -> Ite
     routes = ["--policy", policy, "--controller", at] if routed else ["--policy", "static-max+jsq"]
     with ExitStack() as ending:
         for told in (
-            ["controller", *acts, "--policy", policy, "--port", str(controller)],
+            ["controller", *acts, "--policy", policy, "--port", str(controller), *controls],
             ["agent", *acts, "--controller", at, "--lock-dir", str(running.folder / "locks")],
             ["router", *common, *routes, "--port", str(router)],
         ):
             ending.enter_context(_command(running, told))
-        yield f"http://127.0.0.1:{router}"
+        yield Stack(url=f"http://127.0.0.1:{router}", page_url=at)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from voltana_ctrl.errors import ConfigError
 
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from voltana_ctrl.engines.traffic import Traffic
     from voltana_ctrl.live.agent import AgentSettings, Mode, Switchable
     from voltana_ctrl.live.node import NodeBackend
+    from voltana_ctrl.live.status import LinkState, StatusBoard
     from voltana_ctrl.ports import Router
     from voltana_ctrl.router.app import Proxy
-    from voltana_ctrl.types import FleetSpec, PowerBudget, Slo
+    from voltana_ctrl.types import FleetSpec, PowerBudget, Slo, TickRecord
 
 TOKEN_VARIABLE = "VOLTANA_CTRL_TOKEN"
+#: Where `serve` shows the status page, as the controller of a fleet does.
+PAGE_PORT = "8791"
 
 
 def say(line: str) -> None:
@@ -127,10 +130,12 @@ def open_node(
     socket: Path | None,
     lock_dir: Path | None,
     policy: str,
+    slo: Slo,
     ceiling_mhz: F64 | None = None,
     traffic: Traffic | None = None,
-) -> tuple[NodeBackend, float]:
-    """A node as a plant, and the delay of its clock sets, which is measured where it acts."""
+    pairs: bool = True,
+) -> OpenedNode:
+    """Open a node as a plant; where it acts, the delay of its clock sets is measured."""
     from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
     from voltana_ctrl.backends.nvml.meters import GpuMeters
     from voltana_ctrl.engines.telemetry import EngineBackend
@@ -141,9 +146,15 @@ def open_node(
         say(f"GPU {uuid}: {why}; its power and energy are those of all its tenants")
     for uuid, cap_w in meters.caps_w.items():
         say(f"a power cap of {cap_w:g} W is in force on GPU {uuid}; it is left as it is")
-    reads = EngineBackend(fleet, own, gpus=meters, traffic=traffic, now_s=since_start())
+    reads = EngineBackend(
+        fleet, own, gpus=meters, traffic=traffic, pairs=pairs, now_s=since_start()
+    )
+
+    def notes() -> list[str]:
+        return _judged(reads.judged_edges_s(slo), slo)
+
     if mode != "act":
-        return NodeBackend(reads), 0.025
+        return OpenedNode(NodeBackend(reads), 0.025, notes)
     sets, delay_s = None, 0.025
     try:
         if not chosen:
@@ -160,12 +171,60 @@ def open_node(
         for name in chosen:
             who = "the governor in its engine" if name in hands else "this process, at every tick"
             say(f"{name}: its clock is set by {who}")
-        return NodeBackend(reads, sets, hands=hands, policy=policy), delay_s
+        measured_s = None if sets is None else delay_s
+        node = NodeBackend(reads, sets, hands=hands, policy=policy, set_delay_s=measured_s)
+        return OpenedNode(node, delay_s, notes)
     except BaseException:
         if sets is not None:
             sets.close()
         reads.close()
         raise
+
+
+def _judged(edges_s: Mapping[str, Mapping[str, float]], slo: Slo) -> list[str]:
+    """What is to be known of TTFT and ITL that come from histograms, in words."""
+    told = []
+    for name, promised_s in (("ttft", slo.ttft_s), ("itl", slo.itl_s)):
+        found_s = [edges[name] for edges in edges_s.values() if name in edges]
+        if not found_s:
+            continue
+        least_s = min(found_s)
+        line = f"{name.upper()} comes from the histograms of {len(found_s)} engines"
+        if least_s < promised_s:
+            line += (
+                f", whose buckets do not end at the promise of {promised_s:g} s: a request counts"
+                f" as missed from {least_s:g} s on"
+            )
+        if name == "ttft":
+            line += "; it leaves out the router, and the hand-off between prefill and decode"
+        told.append(line)
+    return told
+
+
+class OpenedNode(NamedTuple):
+    """A node, how late its clocks come, and what is to be said of its readings once known."""
+
+    backend: NodeBackend
+    delay_s: float
+    notes: Callable[[], list[str]]
+
+
+class Once:
+    """Observer that says what is to be known once, as soon as it is.
+
+    Where engines are met after the start it is known later.
+    """
+
+    def __init__(self, notes: Callable[[], list[str]]) -> None:
+        self._notes, self._said = notes, False
+
+    def on_tick(self, record: TickRecord) -> None:
+        """Look whether there is anything to say by now."""
+        if not self._said and record.number % 20 == 19:
+            lines = self._notes()
+            self._said = bool(lines)
+            for line in lines:
+                say(line)
 
 
 def _measured_delay_s(fleet: FleetSpec, sets: NvmlBackend, ceiling_mhz: F64 | None) -> float:
@@ -235,6 +294,61 @@ def run_agent(
     hint = f"; kill -USR1 {os.getpid()} gives the hardware back" if settings.mode == "act" else ""
     say(f"{what}: mode {settings.mode}, {len(backend.spec)} instances{hint}")
     agent.run(duration_s=float("inf") if duration_s is None else duration_s)
+
+
+def status_board(
+    ending: ExitStack,
+    backend: Switchable,
+    asked: Promises,
+    policy: str,
+    *,
+    unread: tuple[str, ...],
+    links: Callable[[], list[LinkState]] = list,
+    routed: Callable[[], bool] = lambda: True,
+) -> StatusBoard:
+    """Board behind the status page, which hears the warnings of the whole program."""
+    import logging
+
+    from voltana_ctrl.live.status import StatusBoard
+    from voltana_ctrl.ports import backend_extras
+
+    board = StatusBoard(
+        backend.spec, asked.slo, mode=asked.mode, policy=policy, power_budget=asked.budget,
+        problems=backend_extras(backend).problems, links=links, routed=routed, unread=unread,
+    )  # fmt: skip
+    logger = logging.getLogger("voltana_ctrl")
+    logger.addHandler(board)
+    ending.callback(logger.removeHandler, board)
+    return board
+
+
+def page_url(host: str, port: int, *, secure: bool) -> str:
+    """Where a browser finds the status page."""
+    name = f"[{host}]" if ":" in host else host
+    return f"{'https' if secure else 'http'}://{name}:{port}/"
+
+
+def serve_page(ending: ExitStack, board: StatusBoard, text: str | None) -> None:
+    """Serve the status page on a port of its own, [HOST:]PORT.
+
+    Where nobody asked for a port and the usual one is taken, there is no page.
+    """
+    from voltana_ctrl.errors import BackendError
+    from voltana_ctrl.live.hub_app import HubServer
+    from voltana_ctrl.live.status_page import StatusPage, is_loopback, page_app
+
+    host, port = address("page", PAGE_PORT if text is None else text)
+    page = StatusPage(board, token=None if is_loopback(host) else token_of(None))
+    try:
+        server = HubServer(page_app(page), host, port, what="page")
+    except BackendError as error:
+        if text is not None:
+            raise
+        say(f"warning: no status page: {error}; give --page PORT")
+        return
+    ending.callback(server.close)
+    ending.callback(page.close)
+    say(f"status page: {page_url(host, server.port, secure=False)}")
 
 
 def address(name: str, text: str) -> tuple[str, int]:

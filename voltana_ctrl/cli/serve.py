@@ -21,6 +21,8 @@ from voltana_ctrl.cli.running import (
     promises,
     run_agent,
     say,
+    serve_page,
+    status_board,
     unread,
 )
 
@@ -59,6 +61,9 @@ def serve(
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Full log files become Parquet.")
     ] = False,
+    page: Annotated[
+        str | None, typer.Option(help="[HOST:]PORT of the status page. [default: 8791]")
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option(help="[HOST:]PORT for Prometheus to scrape.")
     ] = None,
@@ -127,9 +132,9 @@ def serve(
         )
         server = proxy_server(proxy, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key)
         listening = listen(host, port, what="serve")
-        backend, delay_s = open_node(
+        backend, delay_s, _ = open_node(
             spec, own, chosen, mode, socket=socket, lock_dir=lock_dir, policy=policy,
-            ceiling_mhz=settings.ceiling_mhz, traffic=traffic,
+            slo=asked.slo, ceiling_mhz=settings.ceiling_mhz, traffic=traffic,
         )  # fmt: skip
         ending.callback(backend.close)
         decides: Controller | None = None
@@ -143,11 +148,16 @@ def serve(
         ending.enter_context(_in_a_thread(server, proxy, listening))
         scheme = "http" if tls_cert is None else "https"
         say(f"{policy} routes on {scheme}://{host}:{listening[0].getsockname()[1]}")
+        board = status_board(
+            ending, backend, asked, policy, routed=lambda: asked.mode == "act",
+            unread=settings.unread,
+        )  # fmt: skip
+        serve_page(ending, board, page)
         run_agent(
             ending, backend, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration, period_s=asked.period_s,
             # Who only watches or advises leaves the routing to the load.
-            router=routers if asked.mode == "act" else None, observers=[proxy.energy],
+            router=routers if asked.mode == "act" else None, observers=[proxy.energy, board],
             what="serve", watched_by=proxy,
         )  # fmt: skip
 

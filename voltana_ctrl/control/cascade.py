@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +117,9 @@ class CascadeController(Controller):
         The target layer; one with these settings if left out.
     load : LoadFilter, optional
         Estimates what arrives; one with default settings if left out.
+    measured_delay_s : callable
+        Delays that machines have measured, by the id of the instance; they count in place of
+        `delay_s` from then on.
 
     Raises
     ------
@@ -147,6 +150,7 @@ class CascadeController(Controller):
         power_budget_w: float | Callable[[float], float] | None = None,
         target: TargetOptimiser | None = None,
         load: LoadFilter | None = None,
+        measured_delay_s: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         super().__init__(fleet, period_s=period_s)
         positive(f"{type(self).__name__}.target_period_s", target_period_s)
@@ -155,6 +159,7 @@ class CascadeController(Controller):
         self.target_period_s = target_period_s
         self.governed = governed
         self.delay_s = delay_s
+        self._measured_delay_s = measured_delay_s
         self.margin_frac = margin_frac
         #: May be set while the controller runs.
         self.power_budget_w = power_budget_w
@@ -247,6 +252,7 @@ class CascadeController(Controller):
                 memory.pace,
                 observation,
                 prompt_tok=self._load.load(memory.load).lengths.prompt_tok,
+                measured_delay_s=self._measured_delay_s(),
             ),
         )
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9

@@ -208,6 +208,7 @@ class InEngine:
         self._governor: Any = None
         self._instance: InstanceSpec | None = None
         self._delay_s, self._call_s = 0.025, 0.005
+        self._began_mhz = 0.0
         self._clock: ClockThread | None = None
         self._publisher: FpmPublisher | None = None
         if acts and settings.mode == "act":
@@ -319,6 +320,7 @@ class InEngine:
         governor = self._governor
         if governor is None:
             clock.ask(clock.floor_mhz)
+            self._began_mhz = clock.asked_mhz
             return
         clock.ask(
             governor.step(
@@ -331,6 +333,7 @@ class InEngine:
                 batch_tok=batch_tok,
             )
         )
+        self._began_mhz = clock.asked_mhz
 
     def after(self, one: ForwardPass) -> None:
         """Take an iteration that has ended.
@@ -343,6 +346,8 @@ class InEngine:
         self.iterations += 1
         self.recent.append(one)
         if self._publisher is not None:
+            if self._clock is not None:
+                one = replace(one, clock_mhz=self._began_mhz, delay_s=self.delay_s)
             self._publisher.send(one)
 
     def failed(self, error: Exception) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["DCGM", "PAGES", "TABLES", "Metric"]
+__all__ = ["DCGM", "HISTOGRAMS", "PAGES", "TABLES", "Metric"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +155,31 @@ TABLES: Mapping[str, _Table] = MappingProxyType(
         "sglang": _SGLANG,
         "trtllm": _TRTLLM,
         "dynamo": _first_of(_VLLM, _SGLANG, _TRTLLM, _DYNAMO_OWN),
+    }
+)
+
+#: Engine -> latency -> histograms that tell it, the first that the page has. `itl` is of requests,
+#: `token_itl` of single tokens.
+HISTOGRAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "vllm": {
+            "ttft": ("vllm:time_to_first_token_seconds",),
+            "itl": ("vllm:request_time_per_output_token_seconds",),
+            "token_itl": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
+        },
+        "sglang": {
+            "ttft": ("sglang:time_to_first_token_seconds",),
+            "itl": ("sglang:request_time_per_output_token_seconds",),
+            "token_itl": (
+                "sglang:inter_token_latency_seconds",
+                "sglang:time_per_output_token_seconds",
+            ),
+        },
+        # One count per request.
+        "trtllm": {
+            "ttft": ("trtllm_time_to_first_token_seconds", "trtllm:time_to_first_token_seconds"),
+            "itl": ("trtllm_time_per_output_token_seconds", "trtllm:time_per_output_token_seconds"),
+        },
     }
 )
 

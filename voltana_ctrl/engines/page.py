@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 
 from voltana_ctrl.backends.meter import GpuReading
-from voltana_ctrl.engines.names import DCGM, TABLES, Metric
+from voltana_ctrl.engines.latency import Histogram
+from voltana_ctrl.engines.names import DCGM, HISTOGRAMS, TABLES, Metric
 from voltana_ctrl.errors import BackendError, ConfigError
 
-__all__ = ["BadPage", "read_dcgm_page", "read_engine_page"]
+__all__ = ["BadPage", "read_dcgm_page", "read_engine_page", "read_histograms"]
 
 _Sample = tuple[Mapping[str, str], float]
 # Ranks whose labels tell apart who reports, not who works: tensor, pipeline, context and expert
@@ -70,6 +71,66 @@ def read_engine_page(kind: str, text: str, *, worker_id: int | None = None) -> d
     if not told:
         raise BadPage(f"metrics: nothing of {kind} on a page of {len(text)} characters")
     return told
+
+
+def read_histograms(kind: str, text: str) -> dict[str, Histogram]:
+    """Histograms of TTFT and ITL on a page of an engine; those that it has.
+
+    Parameters
+    ----------
+    kind : {"vllm", "sglang", "trtllm", "dynamo"}
+        The engine; a Dynamo worker shows its engine's.
+    text : str
+        The page.
+
+    Raises
+    ------
+    BadPage
+        If the text is no such page.
+    ConfigError
+        If prometheus-client is not installed.
+
+    Examples
+    --------
+    >>> page = '''
+    ... vllm:time_to_first_token_seconds_bucket{engine="0",le="0.5"} 3.0
+    ... vllm:time_to_first_token_seconds_bucket{engine="0",le="+Inf"} 4.0
+    ... vllm:time_to_first_token_seconds_sum{engine="0"} 1.5
+    ... '''
+    >>> read_histograms("vllm", page)["ttft"].counts
+    (3.0, 4.0)
+    """
+    tables = HISTOGRAMS.values() if kind == "dynamo" else (HISTOGRAMS[kind],)
+    names = {name for table in tables for named in table.values() for name in named}
+    ends = ("_bucket", "_sum")
+    samples = _samples(text, [Metric(names=tuple(n + end for n in names for end in ends))])
+    told: dict[str, Histogram] = {}
+    for table in tables:
+        for latency, named in table.items():
+            for name in named:
+                made = _histogram(samples.get(f"{name}_bucket", ()), samples.get(f"{name}_sum", ()))
+                if made is not None and latency not in told:
+                    told[latency] = made
+    return told
+
+
+def _histogram(buckets: Iterable[_Sample], sums: Iterable[_Sample]) -> Histogram | None:
+    """Counts of all series together; None where there are none."""
+    counts: dict[float, float] = {}
+    for labels, value in buckets:
+        try:
+            edge_s = float(labels["le"])
+        except (LookupError, ValueError):
+            continue
+        counts[edge_s] = counts.get(edge_s, 0.0) + value
+    edges_s = tuple(sorted(counts))
+    if len(edges_s) < 2 or not math.isinf(edges_s[-1]):
+        return None
+    return Histogram(
+        edges_s=edges_s,
+        counts=tuple(counts[edge] for edge in edges_s),
+        total_s=sum(value for _, value in sums),
+    )
 
 
 def read_dcgm_page(text: str) -> dict[str, GpuReading]:

@@ -28,13 +28,19 @@ from voltana_ctrl.backends.meter import (
 )
 from voltana_ctrl.checks import F64, positive, within
 from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.latency import LatencyDeltas
 from voltana_ctrl.engines.names import PAGES
-from voltana_ctrl.engines.page import BadPage, read_dcgm_page, read_engine_page
+from voltana_ctrl.engines.page import (
+    BadPage,
+    read_dcgm_page,
+    read_engine_page,
+    read_histograms,
+)
 from voltana_ctrl.engines.patience import longest_prefill_s, longest_prompt_tok
 from voltana_ctrl.engines.reading import EngineReading
 from voltana_ctrl.engines.waiting_line import WaitingLine
 from voltana_ctrl.errors import BackendError, ConfigError
-from voltana_ctrl.types import FleetSpec, InstanceSpec
+from voltana_ctrl.types import FleetSpec, InstanceSpec, RequestBatch, Slo, joined
 
 __all__ = ["Scraper"]
 
@@ -64,6 +70,8 @@ class Scraper:
         From the end of a fetch to the next.
     limit_s : float
         Longest time of a fetch.
+    latency : bool
+        Whether histograms of TTFT and ITL are read, too; of a page that speaks of one engine.
     now_s : callable
         Time that never goes back.
 
@@ -91,6 +99,7 @@ class Scraper:
         dcgm_urls: Sequence[str] = (),
         period_s: float = 0.5,
         limit_s: float = 2.0,
+        latency: bool = True,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         positive("Scraper.period_s", period_s)
@@ -104,6 +113,7 @@ class Scraper:
                 " 'voltana-ctrl[server]'"
             ) from error
         self._n = len(fleet)
+        self._latency = latency
         self._period_s, self._limit_s, self._now_s = period_s, limit_s, now_s
         self._engines: dict[int, _Engine] = {}
         for endpoint in endpoints:
@@ -183,11 +193,15 @@ class Scraper:
             status, text = await self._get(client, engine.url)
             if status != 200:
                 raise BadPage(f"the engine answered {status}")
-            told = read_engine_page(engine.endpoint.kind, text, worker_id=engine.endpoint.worker_id)
+            kind = engine.endpoint.kind
+            told = read_engine_page(kind, text, worker_id=engine.endpoint.worker_id)
             t_s = self._now_s()
             energy_j = await self._energy_j(client, engine, t_s)
+            alone = self._latency and engine.endpoint.worker_id is None
+            histograms = read_histograms(kind, text) if alone else {}
             with self._lock:
                 engine.take(told, t_s)
+                engine.latency.take(histograms, told)
                 engine.take_energy(energy_j, t_s)
         except (BackendError, TimeoutError, OSError, ValueError) as error:
             problem = f"{engine.url}: {str(error) or type(error).__name__}"
@@ -267,6 +281,28 @@ class Scraper:
                         told[name][i] = value
         return EngineReading.silent(self._n, age_s=age_s, **told)
 
+    def finished(self) -> RequestBatch:
+        """Halves of requests that finished since the last call, as histograms tell them."""
+        with self._lock:
+            told = [engine.latency.finished(i) for i, engine in self._engines.items()]
+        some = [one for one in told if len(one)]
+        return joined(RequestBatch, some)
+
+    def judged_edges_s(self, slo: Slo) -> dict[str, dict[str, float]]:
+        """From where on requests of each engine count as missed, by its id.
+
+        Parameters
+        ----------
+        slo : Slo
+            The promises.
+        """
+        with self._lock:
+            return {
+                engine.endpoint.instance: edges
+                for engine in self._engines.values()
+                if (edges := engine.latency.edges(slo))
+            }
+
     def _hardware(self, engine: _Engine, t_s: float) -> InstanceMeter | None:
         """The GPUs of an instance, as DCGM exporter tells them; None where it is not asked."""
         gpus = [self._gpus[uuid] for uuid in engine.endpoint.gpus if uuid in self._gpus]
@@ -316,6 +352,8 @@ class _Engine:
         self._last: dict[str, float] = {}
         self._arrived_req = 0.0
         self._line = WaitingLine()
+        role = instance.role
+        self.latency = LatencyDeltas(prefills=role.prefills, decodes=role.decodes)
         self._energy: GpuMeter | None = None
 
     def take(self, told: dict[str, float], t_s: float) -> None:

@@ -13,13 +13,14 @@ from voltana_ctrl.backends.modelled import ModelledGpus
 from voltana_ctrl.checks import F64, Bool, positive
 from voltana_ctrl.engines.endpoints import Endpoint
 from voltana_ctrl.engines.fpm.reader import FpmCounts, FpmReader
+from voltana_ctrl.engines.latency import HalvesPaired
 from voltana_ctrl.engines.patience import longest_prefill_s, longest_prompt_tok
 from voltana_ctrl.engines.reading import EngineReading
 from voltana_ctrl.engines.scrape import Scraper
 from voltana_ctrl.engines.traffic import Traffic
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError, ShapeError
 from voltana_ctrl.ports import Backend, backend_extras
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, RequestBatch
+from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Slo
 
 __all__ = ["EngineBackend"]
 
@@ -54,7 +55,8 @@ class EngineBackend:
         Where there are no `gpus`, whether `apply` raises or does nothing.
     traffic : Traffic, optional
         What the router counts, where it runs in this process: exact arrivals, and finished
-        requests. Without, arrivals follow from the engines, and no finished request is told.
+        requests. Without, arrivals follow from the engines, and finished requests from the
+        histograms of their pages (:mod:`voltana_ctrl.engines.latency`).
     fpm_addresses : sequence of str
         More addresses of forward-pass metrics, told apart by ``worker_id``.
     dcgm_urls : sequence of str
@@ -63,6 +65,9 @@ class EngineBackend:
         False leaves metrics pages alone.
     scrape_period_s, scrape_limit_s : float
         Between two fetches of a page, and the longest that one may take.
+    pairs : bool
+        Whether halves of finished requests are put together here; without, whoever sees the whole
+        fleet does.
     alive_s : float
         Silence after which an instance is not alive.
     now_s : callable
@@ -99,6 +104,7 @@ class EngineBackend:
         scrape: bool = True,
         scrape_period_s: float = 0.5,
         scrape_limit_s: float = 2.0,
+        pairs: bool = True,
         alive_s: float = 5.0,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -118,6 +124,7 @@ class EngineBackend:
         self._gpu_problems = dict if gpus is None else backend_extras(gpus).problems
         self._without_gpus = without_gpus
         self._traffic = traffic
+        self._halves = HalvesPaired() if pairs else None
         self._alive_s = alive_s
         self._now_s = now_s
         self._begin_s = now_s()
@@ -131,6 +138,7 @@ class EngineBackend:
                 dcgm_urls=dcgm_urls,
                 period_s=scrape_period_s,
                 limit_s=scrape_limit_s,
+                latency=traffic is None,
                 now_s=now_s,
             )
         except BaseException:
@@ -146,6 +154,20 @@ class EngineBackend:
     def fpm_counts(self) -> FpmCounts:
         """Forward-pass messages seen, lost and refused."""
         return self._fpm.counts
+
+    def judged_edges_s(self, slo: Slo) -> dict[str, dict[str, float]]:
+        """From where on a request counts as missed where histograms tell, by id and latency.
+
+        Parameters
+        ----------
+        slo : Slo
+            The promises.
+        """
+        return self._scraper.judged_edges_s(slo)
+
+    def delay_s(self) -> dict[str, float]:
+        """From asking for a clock until it runs, by instance, as plugins in engines measured it."""
+        return dict(self._fpm.delay_s)
 
     def problems(self) -> dict[str, str]:
         """What is wrong with the readings of each instance, by its id: engine, then GPUs."""
@@ -177,7 +199,9 @@ class EngineBackend:
         self._last = told.filled_from(self._last)
         age_s, alive = self._ages(told, page, hardware, t_s)
         arrived_req, arrived_tok = np.nan_to_num(told.arrived_req), np.nan_to_num(told.arrived_tok)
-        finished = RequestBatch.empty()
+        finished = self._scraper.finished()
+        if self._halves is not None:
+            finished = self._halves.whole(t_s, finished)
         if self._traffic is not None:
             arrived_req, arrived_tok, finished = self._traffic.read()
         last = self._last
@@ -200,7 +224,10 @@ class EngineBackend:
         ).bounded(self._fleet)
         if hardware is not None:
             state = self._with_hardware(state, hardware)
-        iterations = replace(iterations, freq_mhz=state.freq_mhz[iterations.instance])
+        # A governor inside the engine has its own clock for every iteration, which the one that is
+        # read now says nothing of.
+        asked, read_mhz = iterations.freq_mhz, state.freq_mhz[iterations.instance]
+        iterations = replace(iterations, freq_mhz=np.where(asked > 0.0, asked, read_mhz))
         return Observation(state=state, iterations=iterations, finished=finished)
 
     def _ages(

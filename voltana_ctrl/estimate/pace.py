@@ -7,7 +7,9 @@ what the counts of tokens say was done while it was busy. See the compiled twin,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ from voltana_ctrl.types.packed import instance_types
 
 __all__ = ["PaceFilter", "PaceMemory"]
 
+_NOTHING: Mapping[str, float] = MappingProxyType({})
+
+_LEARNT = ("known", "asks_s", "asks_k", "lag_miss_frac", "counted_s", "told")
 #: Time of busy ticks after which what was done in it is compared with the profile.
 _COUNTED_S = 1.0
 
@@ -42,6 +47,8 @@ class PaceMemory:
         was done in it.
     told : ndarray of bool, shape (n,)
         Whose iterations were told.
+    believed_s : ndarray, shape (n,)
+        Delay of every instance before its readings say more.
     before : FleetState, optional
         State at the last update.
 
@@ -59,10 +66,11 @@ class PaceMemory:
     lag_miss_frac: F64
     counted_s: F64
     told: Any
+    believed_s: F64
     before: FleetState | None = None
 
     def __post_init__(self) -> None:
-        for name in ("known", "asks_s", "asks_k", "lag_miss_frac", "counted_s", "told"):
+        for name in (*_LEARNT, "believed_s"):
             getattr(self, name).flags.writeable = False
 
 
@@ -123,10 +131,16 @@ class PaceFilter:
             lag_miss_frac=np.zeros((n, kernels.N_LAGS)),
             counted_s=np.zeros((n, 3)),
             told=np.zeros(n, dtype=bool),
+            believed_s=np.full(n, self._believed_s),
         )
 
     def update(
-        self, memory: PaceMemory, observation: Observation, *, prompt_tok: float = 256.0
+        self,
+        memory: PaceMemory,
+        observation: Observation,
+        *,
+        prompt_tok: float = 256.0,
+        measured_delay_s: Mapping[str, float] = _NOTHING,
     ) -> PaceMemory:
         """Memory after this observation.
 
@@ -139,14 +153,20 @@ class PaceFilter:
         prompt_tok : float
             Length of a usual prompt: what is said of the iterations' prompts where nothing is
             told.
+        measured_delay_s : mapping of str to float
+            Delays that machines have measured, by the id of the instance.
         """
         from voltana_ctrl.kernels.learn import pace as kernels  # loads Numba
 
         state, ran = observation.state, observation.iterations
         known, asks_s, asks_k, lag_miss_frac, counted_s, told = (
-            getattr(memory, name).copy()
-            for name in ("known", "asks_s", "asks_k", "lag_miss_frac", "counted_s", "told")
+            getattr(memory, name).copy() for name in _LEARNT
         )
+        if measured_delay_s:
+            believed_s = memory.believed_s.copy()
+            for i, name in enumerate(self._fleet.ids):
+                believed_s[i] = measured_delay_s.get(name, believed_s[i])
+            memory = replace(memory, believed_s=believed_s)
         if len(ran):
             kernels.watch(
                 self._tables, self._padded, self._kind, self._n_clocks, prompt_tok, ran.instance,
@@ -158,7 +178,7 @@ class PaceFilter:
         self._count(memory, observation, known, counted_s, told, prompt_tok)
         return PaceMemory(
             known=known, asks_s=asks_s, asks_k=asks_k, lag_miss_frac=lag_miss_frac,
-            counted_s=counted_s, told=told, before=state,
+            counted_s=counted_s, told=told, believed_s=memory.believed_s, before=state,
         )  # fmt: skip
 
     def _count(
@@ -258,7 +278,8 @@ class PaceFilter:
             kernels.note_ask(known[i], asks_s[i], asks_k[i], state.t_s, asked)
         return PaceMemory(
             known=known, asks_s=asks_s, asks_k=asks_k, lag_miss_frac=lag_miss_frac,
-            counted_s=memory.counted_s, told=memory.told, before=state,
+            counted_s=memory.counted_s, told=memory.told, believed_s=memory.believed_s,
+            before=state,
         )  # fmt: skip
 
     def pace_frac(self, memory: PaceMemory) -> F64:
@@ -318,5 +339,5 @@ class PaceFilter:
         from voltana_ctrl.kernels.learn import pace as kernels  # loads Numba
 
         delay_s = np.empty(len(memory.known))
-        kernels.delays(memory.known, memory.lag_miss_frac, self._believed_s, delay_s)
+        kernels.delays(memory.known, memory.lag_miss_frac, memory.believed_s, delay_s)
         return delay_s

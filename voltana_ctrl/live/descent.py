@@ -7,6 +7,9 @@ down one step per settled observation. It returns to the highest, with the reaso
 - where requests have missed their promise for a while more often than chance allows, and
 - where the engine does not take the time that its profile says: such a profile must be fitted anew
   before anything is lowered on its word.
+
+An instance whose iterations are told is at its highest clock until enough of them were compared
+with its profile; it comes down only where the two agree.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool, positive
 from voltana_ctrl.control.base import Controller
-from voltana_ctrl.laws import decode_s
+from voltana_ctrl.laws import decode_s, prefill_s
 from voltana_ctrl.ports import controller_extras
 from voltana_ctrl.types import Decision, IterationBatch, Observation, RequestBatch, Slo
 
@@ -37,7 +40,8 @@ _BEYOND_SD, _LEAST_MISSED = 3.0, 3.0
 #: Readings older than this settle nothing.
 _FRESH_S = 2.0
 #: Iterations after which a profile is held to what it says, and how many are remembered.
-_JUDGED, _REMEMBERED = 40, 400
+_JUDGED, _REMEMBERED = 40, 100
+_DECODE, _PREFILL = 0, 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,8 +60,11 @@ class DescentMemory:
         Requests that finished and those of them that missed, TTFT and ITL, forgetting the old.
     missing_s : ndarray, shape (n,)
         Since when misses are more than chance allows; infinite where they are not.
-    passes, log_pace_frac : ndarray, shape (n,)
-        Iterations compared with the profile, and the mean logarithm of their ratio.
+    passes, log_pace_frac : ndarray, shape (2, n)
+        Iterations compared with the profile, decode and prefill, and the mean logarithm of their
+        ratio.
+    clock_mhz : ndarray, shape (n,)
+        Of the latest iteration; 0 before the first.
     returned : ndarray, shape (n,)
         How often it returned to the highest clock.
     t_s : float
@@ -77,12 +84,13 @@ class DescentMemory:
     missing_s: F64
     passes: I64
     log_pace_frac: F64
+    clock_mhz: F64
     returned: I64
     t_s: float = -np.inf
 
     @property
     def pace_frac(self) -> F64:
-        """Time of an iteration over what the profile says; 1 until enough were seen."""
+        """Time of an iteration over what the profile says, (2, n); 1 until enough were seen."""
         return np.where(self.passes >= _JUDGED, np.exp(self.log_pace_frac), 1.0)
 
 
@@ -127,6 +135,7 @@ class Descent(Controller):
         self.inner, self.slo, self.band_frac = inner, slo, band_frac
         self._inner_notes = controller_extras(inner).notes
         self._step_mhz = (self.fleet.max_mhz - self.fleet.min_mhz) / _STEPS
+        self._decodes = np.array([one.role.decodes for one in self.fleet.instances])
         self._padded = [one.profile.padded_batch(one.max_batch) for one in self.fleet.instances]
 
     def init(self) -> DescentMemory:
@@ -139,8 +148,9 @@ class Descent(Controller):
             judged_req=np.zeros((2, n)),
             missed_req=np.zeros((2, n)),
             missing_s=np.full(n, np.inf),
-            passes=np.zeros(n, np.int64),
-            log_pace_frac=np.zeros(n),
+            passes=np.zeros((2, n), np.int64),
+            log_pace_frac=np.zeros((2, n)),
+            clock_mhz=np.zeros(n),
             returned=np.zeros(n, np.int64),
         )
 
@@ -156,7 +166,8 @@ class Descent(Controller):
             **self._inner_notes(memory.inner),
             "descending": float(np.sum(memory.lid_mhz > self.fleet.min_mhz)),
             "returned_to_highest": float(memory.returned.sum()),
-            "profile_not_believed": float(np.sum(self._strange(memory))),
+            "profile_not_believed": float(np.sum(self._strange(memory).any(axis=0))),
+            "profile_not_compared_yet": float(np.sum(self._unproven(memory))),
         }
 
     def _decide(
@@ -164,10 +175,16 @@ class Descent(Controller):
     ) -> tuple[Decision, DescentMemory]:
         decision, inner = self.inner.decide(observation, memory.inner)
         memory = self._judged(observation.finished, observation.state.t_s, memory)
-        believed = ~self._strange(memory)
+        before = self._strange(memory)
         memory = self._compared(observation.iterations, memory)
-        for i in np.flatnonzero(self._strange(memory) & believed):
-            _log.warning("voltana-ctrl: %s", self._disbelief(int(i), memory))
+        now = self._strange(memory)
+        for phase, i in np.argwhere(now & ~before):
+            _log.warning("voltana-ctrl: %s", self._disbelief(int(phase), int(i), memory))
+        for i in np.flatnonzero(before.any(axis=0) & ~now.any(axis=0)):
+            _log.warning(
+                "voltana-ctrl: %s: its iterations take the time that its profile says again: its"
+                " clock comes down step by step", self.fleet.ids[i],
+            )  # fmt: skip
         memory = self._moved(observation, replace(memory, inner=inner))
         lid_mhz = np.minimum(memory.lid_mhz, decision.freq_max_mhz)
         return replace(decision, freq_mhz=np.maximum(decision.freq_mhz, lid_mhz)), memory
@@ -194,46 +211,69 @@ class Descent(Controller):
         return replace(memory, judged_req=judged, missed_req=missed, missing_s=missing_s, t_s=t_s)
 
     def _compared(self, done: IterationBatch, memory: DescentMemory) -> DescentMemory:
-        """Hold the profile against iterations that only decoded: nothing else tells a clock."""
-        chosen = (done.batch_req > 0.0) & (done.prefill_tok == 0.0) & (done.wall_s > 0.0)
-        chosen &= (done.freq_mhz > 0.0) & (done.instance >= 0)
+        """Hold the profile against iterations of one phase, at a clock that did not change."""
+        chosen = (done.wall_s > 0.0) & (done.freq_mhz > 0.0) & (done.instance >= 0)
+        chosen &= done.instance < len(self.fleet)
         if not chosen.any():
             return memory
         passes, log_pace_frac = memory.passes.copy(), memory.log_pace_frac.copy()
+        clock_mhz = memory.clock_mhz.copy()
         for i in np.unique(done.instance[chosen]):
-            one, mine = self.fleet.instances[i], chosen & (done.instance == i)
-            rows = one.table[
-                np.searchsorted(one.clocks_mhz, done.freq_mhz[mine]).clip(
-                    max=len(one.clocks_mhz) - 1
-                )
-            ]
-            req = np.minimum(done.batch_req[mine], one.max_batch)
-            padded = self._padded[i][req.astype(np.int64)]
-            expected_s = decode_s(rows, req, done.kv_tok[mine], padded)
-            ratios = np.log(done.wall_s[mine] / expected_s)
-            # The middle one: an iteration in which the clock changed is no witness.
-            before, new = min(passes[i], _REMEMBERED), len(ratios)
-            log_pace_frac[i] = (before * log_pace_frac[i] + new * np.median(ratios)) / (
-                before + new
-            )
-            passes[i] += new
-        return replace(memory, passes=passes, log_pace_frac=log_pace_frac)
+            mine = np.flatnonzero(chosen & (done.instance == i))
+            clocks = done.freq_mhz[mine]
+            same = clocks == np.append(clock_mhz[i], clocks[:-1])
+            clock_mhz[i] = clocks[-1]
+            decodes = (done.batch_req[mine] > 0.0) & (done.prefill_tok[mine] == 0.0)
+            prefills = (done.batch_req[mine] == 0.0) & (done.prefill_tok[mine] > 0.0)
+            for phase, ours in ((_DECODE, decodes), (_PREFILL, prefills)):
+                rows = mine[same & ours]
+                if not rows.size:
+                    continue
+                least_s, most_s = self._expected_s(int(i), phase, done, rows)
+                wall_s = done.wall_s[rows]
+                # The middle one: an iteration that something held up is no witness.
+                ratio = float(np.median(np.log(wall_s / np.clip(wall_s, least_s, most_s))))
+                before, new = min(passes[phase, i], _REMEMBERED), rows.size
+                log_pace_frac[phase, i] += (ratio - log_pace_frac[phase, i]) * new / (before + new)
+                passes[phase, i] += new
+        return replace(memory, passes=passes, log_pace_frac=log_pace_frac, clock_mhz=clock_mhz)
+
+    def _expected_s(self, i: int, phase: int, done: IterationBatch, rows: I64) -> tuple[F64, F64]:
+        """Shortest and longest time that the profile gives to these iterations."""
+        one = self.fleet.instances[i]
+        at = np.searchsorted(one.clocks_mhz, done.freq_mhz[rows]).clip(max=len(one.clocks_mhz) - 1)
+        table, kv_tok = one.table[at], done.kv_tok[rows]
+        if phase == _DECODE:
+            req = np.minimum(done.batch_req[rows], one.max_batch)
+            step_s = decode_s(table, req, kv_tok, self._padded[i][req.astype(np.int64)])
+            return step_s, step_s
+        # How the tokens are spread over prompts is not told: over many short ones, or all in one
+        # behind the KV that it read.
+        tok = done.prefill_tok[rows]
+        return prefill_s(table, tok, 0.0 * tok), prefill_s(table, tok, tok * (tok + 2.0 * kv_tok))
 
     def _strange(self, memory: DescentMemory) -> Bool:
+        """Where a profile is not believed, shape (2, n)."""
         off: Bool = np.abs(memory.log_pace_frac) > np.log1p(self.band_frac)
         return (memory.passes >= _JUDGED) & off
+
+    def _unproven(self, memory: DescentMemory) -> Bool:
+        """Whose iterations are told, and too few of them were compared to go by the profile."""
+        judged = memory.passes >= _JUDGED
+        enough: Bool = np.where(self._decodes, judged[_DECODE], judged[_PREFILL])
+        return (memory.clock_mhz > 0.0) & ~enough
 
     def _moved(self, observation: Observation, memory: DescentMemory) -> DescentMemory:
         """Lower what has settled, and raise what must."""
         state, slo, t_s = observation.state, self.slo, observation.state.t_s
-        strange = self._strange(memory)
+        strange, unproven = self._strange(memory).any(axis=0), self._unproven(memory)
         lasting = t_s - memory.missing_s >= _LASTING_TTFT * slo.ttft_s
         highest_mhz = self.fleet.max_mhz
-        back = (lasting | strange) & (memory.lid_mhz < highest_mhz)
+        back = (lasting | strange | unproven) & (memory.lid_mhz < highest_mhz)
         for i in np.flatnonzero(back & lasting):
             _log.warning("voltana-ctrl: %s", self._reason(int(i), memory))
         settled = state.alive & (state.age_s <= _FRESH_S) & ~np.isfinite(memory.missing_s)
-        settled &= ~strange & (t_s - memory.stepped_s >= _SETTLE_TTFT * slo.ttft_s)
+        settled &= ~strange & ~unproven & (t_s - memory.stepped_s >= _SETTLE_TTFT * slo.ttft_s)
         # The first tick only looks.
         begun = np.isfinite(memory.stepped_s)
         lid_mhz = np.where(
@@ -247,18 +287,21 @@ class Descent(Controller):
         return replace(
             memory,
             lid_mhz=np.where(back, highest_mhz, lid_mhz),
-            stepped_s=np.where(back, t_s + wait_s, stepped_s),
+            # Who was only unproven comes down as soon as it is proven.
+            stepped_s=np.where(back & (lasting | strange), t_s + wait_s, stepped_s),
             judged_req=memory.judged_req * forget,
             missed_req=memory.missed_req * forget,
             missing_s=np.where(back & lasting, np.inf, memory.missing_s),
-            returned=memory.returned + back,
+            returned=memory.returned + (back & (lasting | strange)),
         )
 
-    def _disbelief(self, i: int, memory: DescentMemory) -> str:
+    def _disbelief(self, phase: int, i: int, memory: DescentMemory) -> str:
+        what = ("decode", "prefill")[phase]
         return (
-            f"{self.fleet.ids[i]}: its iterations take {memory.pace_frac[i]:.2f} times what the"
-            f" profile {self.fleet.instances[i].profile.name} says: it stays at its highest clock;"
-            " measure it with `voltana-ctrl profile`, and fit a profile with `voltana-ctrl fit`"
+            f"{self.fleet.ids[i]}: its {what} iterations take {memory.pace_frac[phase, i]:.2f}"
+            f" times what the profile {self.fleet.instances[i].profile.name} says: it stays at its"
+            " highest clock; measure it with `voltana-ctrl profile`, and fit a profile with"
+            " `voltana-ctrl fit`"
         )
 
     def _reason(self, i: int, memory: DescentMemory) -> str:

@@ -217,7 +217,7 @@ def node_governors(
 
 def _parts(
     fleet: FleetSpec, slo: Slo, policy: str, period_s: float, power_budget: PowerBudget | None,
-    delay_s: float,
+    delay_s: float, measured_delay_s: Callable[[], Mapping[str, float]] = dict,
 ) -> Any:  # fmt: skip
     found = find_policy(policy)
     if found.name == "bound":
@@ -226,7 +226,10 @@ def _parts(
         raise ConfigError(
             f"policy {policy}: it knows no power budget; choose mpc, cascade or static-budget"
         )
-    setup = PolicySetup(tick_s=period_s, power_budget=power_budget, delay_s=delay_s)
+    setup = PolicySetup(
+        tick_s=period_s, power_budget=power_budget, delay_s=delay_s,
+        measured_delay_s=measured_delay_s,
+    )  # fmt: skip
     return found.build(fleet, slo, setup)
 
 
@@ -296,6 +299,7 @@ def fleet_policy(
     period_s: float = 0.1,
     power_budget: PowerBudget | None = None,
     delay_s: float = 0.025,
+    measured_delay_s: Callable[[], Mapping[str, float]] = dict,
     routed: Callable[[], bool] = lambda: False,
 ) -> PolicyController:
     """Policy of a controller whose nodes and engines host the governors.
@@ -304,6 +308,8 @@ def fleet_policy(
     ----------
     fleet, slo, policy, period_s, power_budget, delay_s, routed
         As of :func:`node_policy`.
+    measured_delay_s : callable
+        Delays that nodes have measured, by the id of the instance.
 
     Raises
     ------
@@ -319,7 +325,7 @@ def fleet_policy(
     ...
     voltana_ctrl.errors.ConfigError: policy voltanallm-adaptive: its governors learn inside the...
     """
-    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s)
+    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s, measured_delay_s)
     has_governors = node_governors(fleet, slo, policy) is not None
     if parts.governors is not None and not has_governors:
         raise ConfigError(

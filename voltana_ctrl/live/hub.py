@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from voltana_ctrl.checks import positive
+from voltana_ctrl.engines.latency import HalvesPaired
 from voltana_ctrl.errors import BackendError
 from voltana_ctrl.live.messages import MessageRefused
 from voltana_ctrl.live.orders import Orders, Report, new_start, orders_of
+from voltana_ctrl.live.status import LinkState
 from voltana_ctrl.ports import Backend
 from voltana_ctrl.types import (
     Decision,
@@ -22,6 +24,7 @@ from voltana_ctrl.types import (
     IterationBatch,
     Observation,
     RequestBatch,
+    joined,
 )
 
 __all__ = ["HubBackend"]
@@ -103,6 +106,8 @@ class HubBackend:
         self._begin_s = now_s()
         self._read_s = np.full(n, -np.inf)
         self._nodes: list[str | None] = [None] * n
+        self._told_problems: dict[str, str] = {}
+        self._delay_s: dict[str, float] = {}
         self._senders: dict[tuple[str, str], _Sender] = {}
         self._routed = {name: np.zeros(n) for name in _COUNTS}
         self._iterations: list[IterationBatch] = []
@@ -111,6 +116,7 @@ class HubBackend:
         self._decision: Decision | None = None
         self._decided_s = 0.0
         self._start, self._number = new_start(), -1
+        self._halves = HalvesPaired()
         self.repeated = 0
         self._released = False
         self._closed = False
@@ -131,10 +137,27 @@ class HubBackend:
             if kind == "router" and t_s - one.heard_s <= self._silent_s
         ]
 
-    def problems(self) -> dict[str, str]:
-        """Which instances nobody reports, and who did."""
+    def links(self) -> list[LinkState]:
+        """Nodes and routers that have reported, and when they did last."""
         t_s = self._now_s()
-        return {
+        return [
+            LinkState(
+                kind=kind,
+                name=name,
+                heard_s=max(0.0, t_s - one.heard_s),
+                up=t_s - one.heard_s <= self._silent_s,
+            )
+            for (kind, name), one in list(self._senders.items())
+        ]
+
+    def delay_s(self) -> dict[str, float]:
+        """From asking for a clock until it runs, by id, as nodes and engines measured it."""
+        return dict(self._delay_s)
+
+    def problems(self) -> dict[str, str]:
+        """Which instances nobody reports, and what their nodes say is wrong with the others."""
+        t_s = self._now_s()
+        return dict(self._told_problems) | {
             name: "no node reports it" if node is None else f"node {node} has fallen silent"
             for name, node, read_s in zip(self._fleet.ids, self._nodes, self._read_s, strict=True)
             if t_s - read_s > self._silent_s
@@ -209,6 +232,9 @@ class HubBackend:
             column[where] = told + (column[where] if name in _COUNTS else 0.0)
         self._alive[where] = state.alive
         self._read_s[where] = t_s - state.age_s
+        told = {name: said for name, said in self._told_problems.items() if name not in report.ids}
+        self._told_problems = told | dict(report.problems)
+        self._delay_s = self._delay_s | dict(report.delay_s)
         for i in where:
             self._nodes[i] = report.sender
         _keep(self._iterations, report.observation.iterations)
@@ -274,9 +300,11 @@ class HubBackend:
             finished, self._finished = self._finished, {"node": [], "router": []}
         return Observation(
             state=state,
-            iterations=_joined(IterationBatch, iterations),
+            iterations=joined(IterationBatch, iterations),
             # Of a request that a router saw to its end the engine tells nothing new.
-            finished=_joined(RequestBatch, finished["router" if routers else "node"]),
+            finished=self._halves.whole(
+                t_s, joined(RequestBatch, finished["router" if routers else "node"])
+            ),
         )
 
     def apply(self, decision: Decision) -> None:
@@ -310,13 +338,6 @@ class HubBackend:
 def _keep(kept: list[Any], batch: Any) -> None:
     if len(batch) and sum(map(len, kept)) < _MOST_ROWS:
         kept.append(batch)
-
-
-def _joined(kind: Any, batches: list[Any]) -> Any:
-    if not batches:
-        return kind.empty()
-    names = kind.__slots__
-    return kind(**{name: np.concatenate([getattr(one, name) for one in batches]) for name in names})
 
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ from typing import Any
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.live.hub import HubBackend
 from voltana_ctrl.live.messages import MAX_BYTES, MessageRefused, decode_report, encode_orders
+from voltana_ctrl.live.status_page import StatusPage
 from voltana_ctrl.serving.server import bounded_server, listen
 
 __all__ = ["HubServer", "hub_app"]
 
 
-def hub_app(hub: HubBackend, token: str) -> Any:
+def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> Any:
     """ASGI application that nodes and routers report to: POST ``/v1/report``, GET ``/v1/health``.
 
     Parameters
@@ -26,6 +27,8 @@ def hub_app(hub: HubBackend, token: str) -> Any:
         The fleet.
     token : str
         What they must show as a bearer token.
+    page : StatusPage, optional
+        The status page, at ``/``.
 
     Raises
     ------
@@ -88,6 +91,7 @@ def hub_app(hub: HubBackend, token: str) -> Any:
         routes=[
             Route("/v1/report", report, methods=["POST"]),
             Route("/v1/health", health, methods=["GET"]),
+            *([] if page is None else page.routes()),
         ],
         exception_handlers={HTTPException: not_found},
     )
@@ -106,6 +110,8 @@ class HubServer:
         0 for any that is free.
     tls_cert, tls_key : Path, optional
         Certificate chain and its key, for HTTPS.
+    what : str
+        What is served, for errors.
 
     Attributes
     ----------
@@ -135,9 +141,10 @@ class HubServer:
         *,
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
+        what: str = "controller",
     ) -> None:
-        self._server = bounded_server(app, what="controller", tls_cert=tls_cert, tls_key=tls_key)
-        self._sockets = listen(host, port, what="controller")
+        self._server = bounded_server(app, what=what, tls_cert=tls_cert, tls_key=tls_key)
+        self._sockets = listen(host, port, what=what)
         self.port = int(self._sockets[0].getsockname()[1])
         self._thread = threading.Thread(
             target=self._server.run, args=(self._sockets,), name="voltana-ctrl-hub", daemon=True
@@ -146,7 +153,7 @@ class HubServer:
         begin_s = time.monotonic()
         while not self._server.started and time.monotonic() - begin_s < 10.0:
             if not self._thread.is_alive():
-                raise BackendError("controller: the HTTP server did not start")
+                raise BackendError(f"{what}: the HTTP server did not start")
             time.sleep(0.01)
 
     def close(self) -> None:

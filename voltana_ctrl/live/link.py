@@ -6,7 +6,7 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ class ControllerLink:
     tls_ca : Path, optional
         Certificates of the authorities that the controller's may be signed by; those of the
         system if left out.
+    problems, delay_s : callable
+        What is wrong with instances, and the delays of their clocks as measured, both by id; told
+        with every report.
     now_s : callable
         Time that never goes back.
 
@@ -90,6 +93,8 @@ class ControllerLink:
         limit_s: float = 0.5,
         hold_s: float = 1.0,
         tls_ca: Path | None = None,
+        problems: Callable[[], Mapping[str, str]] = dict,
+        delay_s: Callable[[], Mapping[str, float]] = dict,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         positive("ControllerLink.limit_s", limit_s)
@@ -125,6 +130,7 @@ class ControllerLink:
         self._ids = tuple(ids)
         self._where = [fleet.ids.index(name) for name in ids]
         self._hold_s, self._now_s = hold_s, now_s
+        self._problems, self._delay_s = problems, delay_s
         self.failure: str | None = None
         self._start, self._number = new_start(), 0
         self._pending: list[Observation] = []
@@ -195,6 +201,8 @@ class ControllerLink:
                 number=self._number,
                 ids=self._ids,
                 observation=_part(pending, self._where, older_s=sent_s - told_s),
+                problems=self._ours(self._problems()),
+                delay_s=self._ours(self._delay_s()),
             )
             answer = self._client.post(
                 "/v1/report",
@@ -221,6 +229,9 @@ class ControllerLink:
             return False
         self.failure = None
         return True
+
+    def _ours(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name in self._ids}
 
     def _take(self, orders: Orders, asked_s: float) -> None:
         """Take orders over, from when they were asked for: what they rest on is no younger."""

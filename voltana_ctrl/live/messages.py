@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar, get_args
 
@@ -41,6 +42,7 @@ _ORDERS = "voltana-ctrl/orders/1"
 #: A longer message is refused before it is read.
 MAX_BYTES = 2**20
 _MOST_ROWS = 20_000
+_MOST_SAID, _MOST_DELAY_S = 500, 60.0
 _LARGEST = 1e15
 _Batch = TypeVar("_Batch", IterationBatch, RequestBatch)
 
@@ -103,6 +105,8 @@ def encode_report(report: Report, fleet: FleetSpec) -> bytes:
         number=report.number,
         ids=list(report.ids),
         observation=plain(report.observation),
+        problems={name: said[:_MOST_SAID] for name, said in report.problems.items()},
+        delay_s=dict(report.delay_s),
     )
 
 
@@ -130,7 +134,7 @@ def decode_report(data: bytes, fleet: FleetSpec) -> Report:
     ...
     voltana_ctrl.live.messages.MessageRefused: message: expected an object, got list
     """
-    keys = {"kind", "sender", "start", "number", "ids", "observation"}
+    keys = {"kind", "sender", "start", "number", "ids", "observation", "problems", "delay_s"}
     values = _decode(data, _REPORT, fleet, keys)
     ids, kind = values["ids"], values["kind"]
     if kind not in get_args(SenderKind):
@@ -155,6 +159,8 @@ def decode_report(data: bytes, fleet: FleetSpec) -> Report:
         number=_count(values["number"]),
         ids=tuple(ids),
         observation=Observation(state=state, iterations=iterations, finished=finished),
+        problems=_by_id("problems", values["problems"], ids, _is_said),
+        delay_s=_by_id("delay_s", values["delay_s"], ids, _is_delay),
     )
 
 
@@ -277,6 +283,25 @@ def _name(name: str, value: object) -> str:
     if not (isinstance(value, str) and 0 < len(value) <= 253):
         raise MessageRefused(f"{name}: expected a name of 1 to 253 characters")
     return value
+
+
+def _by_id(
+    name: str, values: Any, ids: list[str], fits: Callable[[object], bool]
+) -> dict[str, Any]:
+    if not (isinstance(values, dict) and set(values) <= set(ids)):
+        raise MessageRefused(f"{name}: expected values by the id of their instance")
+    if not all(fits(value) for value in values.values()):
+        raise MessageRefused(f"{name}: a value that does not fit")
+    return values
+
+
+def _is_said(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _MOST_SAID
+
+
+def _is_delay(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0.0 <= value <= _MOST_DELAY_S  # type: ignore[operator]
 
 
 def _count(value: object) -> int:

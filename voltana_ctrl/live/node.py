@@ -176,6 +176,8 @@ class NodeBackend:
         Whose governor is to choose clocks there.
     valid_s : float
         How long an order holds there without a newer one.
+    set_delay_s : float, optional
+        From asking for a clock until it runs, as measured where clocks are set from here.
 
     Raises
     ------
@@ -201,9 +203,11 @@ class NodeBackend:
         hands: Mapping[str, Path] | None = None,
         policy: str = "mpc",
         valid_s: float = 1.0,
+        set_delay_s: float | None = None,
     ) -> None:
         self._reads = reads
-        self._read_problems = backend_extras(reads).problems
+        extras = backend_extras(reads)
+        self._read_problems, self._read_delay_s = extras.problems, extras.delay_s
         self._sets, self._hands = sets, dict(hands or {})
         #: Whose governor chooses clocks in engines; may be changed while it runs.
         self.policy = policy
@@ -226,6 +230,7 @@ class NodeBackend:
                 " its engine and this process; leave out engine.limits or the GPU"
             )
         self._chosen = [ids.index(name) for name in set_ids]
+        self._set_delay_s = {} if set_delay_s is None else dict.fromkeys(set_ids, set_delay_s)
 
     @property
     def spec(self) -> FleetSpec:
@@ -245,6 +250,10 @@ class NodeBackend:
     def problems(self) -> dict[str, str]:
         """Why instances do not answer, by id, as far as `reads` knows."""
         return dict(self._read_problems())
+
+    def delay_s(self) -> dict[str, float]:
+        """From asking for a clock until it runs, by id, as measured here and in engines."""
+        return {**self._read_delay_s(), **self._set_delay_s}
 
     def read(self) -> Observation:
         """What `reads` tells."""

@@ -20,7 +20,7 @@ from voltana_ctrl.types import (
     TickRecord,
 )
 
-__all__ = ["Advice", "WatchController"]
+__all__ = ["Advice", "WatchController", "expected_power_w"]
 
 
 class WatchController(Controller):
@@ -171,19 +171,47 @@ class Advice:
         freq_mhz : ndarray, shape (n,)
             Clocks.
         """
-        state, tables = observation.state, self._tables
-        power_w = np.array([one.idle_w for one in self._fleet.instances])
-        clocks = np.clip(freq_mhz, self._fleet.min_mhz, self._fleet.max_mhz)
-        for i, one in enumerate(self._fleet.instances):
-            if not state.alive[i]:
-                power_w[i] = 0.0
-            elif one.role.decodes and state.running_req[i] > 0.0:
-                load = (state.running_req[i], state.kv_used_tok[i])
-                power_w[i] = float(predict_decode(tables, i, clocks[i], *load).power_w)
-            elif one.role.prefills and state.queue_tok[i] > 0.0:
-                tok = min(state.queue_tok[i], one.prefill_budget_tok)
-                power_w[i] = float(predict_prefill(tables, i, clocks[i], tok).power_w)
-        return power_w
+        return expected_power_w(self._fleet, self._tables, observation, freq_mhz)
+
+
+def expected_power_w(
+    fleet: FleetSpec, tables: FleetTables, observation: Observation, freq_mhz: F64
+) -> F64:
+    """Power of every instance at its present load at these clocks, by the profile, shape (n,).
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet.
+    tables : FleetTables
+        Its profiles.
+    observation : Observation
+        The load.
+    freq_mhz : ndarray, shape (n,)
+        Clocks.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetState, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> idle = Observation(state=FleetState.idle(2))
+    >>> watts = expected_power_w(fleet, FleetTables.of(fleet), idle, fleet.max_mhz)
+    >>> bool(watts[0] == fleet.instances[0].idle_w)
+    True
+    """
+    state = observation.state
+    power_w = np.array([one.idle_w for one in fleet.instances])
+    clocks = np.clip(freq_mhz, fleet.min_mhz, fleet.max_mhz)
+    for i, one in enumerate(fleet.instances):
+        if not state.alive[i]:
+            power_w[i] = 0.0
+        elif one.role.decodes and state.running_req[i] > 0.0:
+            load = (state.running_req[i], state.kv_used_tok[i])
+            power_w[i] = float(predict_decode(tables, i, clocks[i], *load).power_w)
+        elif one.role.prefills and state.queue_tok[i] > 0.0:
+            tok = min(state.queue_tok[i], one.prefill_budget_tok)
+            power_w[i] = float(predict_prefill(tables, i, clocks[i], tok).power_w)
+    return power_w
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -61,6 +61,10 @@ class Report:
     observation : Observation
         State of these instances, in this order; iterations and finished requests name
         instances by their index in the whole fleet. A router tells of its own requests alone.
+    problems : mapping of str to str
+        What is wrong with instances, in words, by id.
+    delay_s : mapping of str to float
+        From asking for a clock until it runs, as measured, by the id of the instance.
 
     Examples
     --------
@@ -75,6 +79,8 @@ class Report:
     number: int
     ids: tuple[str, ...]
     observation: Observation
+    problems: Mapping[str, str] = field(default_factory=dict)
+    delay_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from voltana_ctrl.types.observation import (
     Observation,
     Request,
     RequestBatch,
+    joined,
 )
 from voltana_ctrl.types.order import Order
 from voltana_ctrl.types.profile import Band, Profile
@@ -52,5 +53,6 @@ __all__ = [
     "Slo",
     "Status",
     "TickRecord",
+    "joined",
     "limits_of",
 ]

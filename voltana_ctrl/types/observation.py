@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -334,6 +336,31 @@ class RequestBatch:
             prefill_instance=index,
             decode_instance=index,
         )
+
+
+_Batch = TypeVar("_Batch", IterationBatch, RequestBatch)
+
+
+def joined(kind: type[_Batch], batches: Sequence[_Batch]) -> _Batch:
+    """Rows of all batches, one after the other.
+
+    Parameters
+    ----------
+    kind : type
+        Of the batches.
+    batches : sequence
+        Any number of them.
+
+    Examples
+    --------
+    >>> len(joined(RequestBatch, [RequestBatch.empty()] * 2))
+    0
+    """
+    if not batches:
+        return kind.empty()
+    return kind(
+        **{name: np.concatenate([getattr(one, name) for one in batches]) for name in kind.__slots__}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,12 +16,22 @@ from typing import Any
 
 from voltana_ctrl.errors import BackendError, ConfigError
 
-__all__ = ["BadMessage", "ForwardPass", "OtherVersion", "decode_forward_pass"]
+__all__ = [
+    "CLOCK_KEY",
+    "DELAY_KEY",
+    "BadMessage",
+    "ForwardPass",
+    "OtherVersion",
+    "decode_forward_pass",
+]
 
 _VERSION = 1
 _MAX_BYTES = 65_536
 _MAX_COUNT = 1e15
 _MAX_WALL_S = 86_400.0
+_MAX_DELAY_S, _MAX_MHZ = 60.0, 1e5
+#: What our plugin says beyond the messages of others, who leave it alone.
+CLOCK_KEY, DELAY_KEY = "voltana_ctrl_clock", "voltana_ctrl_delay"
 _MAX_RANK = 65_535
 _MAX_NUMBER = 2**63
 _MAX_ID = 200
@@ -69,6 +79,10 @@ class ForwardPass:
         Prompts that wait.
     queued_decode_req, queued_decode_kv_tok : float
         Requests that wait with KV: preempted, or in transfer from prefill.
+    clock_mhz : float
+        Clock that our plugin asked for before the iteration; 0 where it did not.
+    delay_s : float
+        From asking for a clock until it runs, as our plugin measured it; 0 where nobody did.
 
     Examples
     --------
@@ -89,6 +103,8 @@ class ForwardPass:
     queued_prefill_tok: float = 0.0
     queued_decode_req: float = 0.0
     queued_decode_kv_tok: float = 0.0
+    clock_mhz: float = 0.0
+    delay_s: float = 0.0
 
     @property
     def is_heartbeat(self) -> bool:
@@ -160,6 +176,8 @@ def decode_forward_pass(frames: Sequence[bytes]) -> ForwardPass:
         queued_prefill_tok=_amount(queued, "sum_prefill_tokens"),
         queued_decode_req=_amount(queued, "num_decode_requests"),
         queued_decode_kv_tok=_amount(queued, "sum_decode_kv_tokens"),
+        clock_mhz=float(_number(told, CLOCK_KEY, _MAX_MHZ)),
+        delay_s=float(_number(told, DELAY_KEY, _MAX_DELAY_S)),
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from voltana_ctrl.engines.fpm.messages import ForwardPass
+from voltana_ctrl.engines.fpm.messages import CLOCK_KEY, DELAY_KEY, ForwardPass
 from voltana_ctrl.errors import ConfigError
 
 __all__ = ["FpmPublisher", "encode_forward_pass"]
@@ -40,8 +40,11 @@ def encode_forward_pass(one: ForwardPass, pack: Callable[[object], bytes] | None
     >>> decode_forward_pass([encode_forward_pass(one)]) == one
     True
     """
+    told = {CLOCK_KEY: one.clock_mhz, DELAY_KEY: one.delay_s}
+    ours = {key: value for key, value in told.items() if value > 0.0}
     return (pack or _packer())(
         {
+            **ours,
             "version": 1,
             "worker_id": one.worker_id,
             "dp_rank": one.dp_rank,

@@ -126,6 +126,8 @@ class FpmReader:
         self._now_s = now_s
         self._counts = dict.fromkeys((field.name for field in fields(FpmCounts)), 0)
         self._ranks: dict[tuple[int, int], RankState] = {}
+        #: From asking for a clock until it runs, by instance, as plugins measured it.
+        self.delay_s: dict[str, float] = {}
         self._of_worker: dict[str, int] = {}
         self._of_address: dict[str, set[int]] = {address: set() for address in addresses}
         for endpoint in endpoints:
@@ -188,7 +190,9 @@ class FpmReader:
         self._inbox.append((t_s, address, list(frames)))
 
     def read(self, t_s: float) -> tuple[EngineReading, IterationBatch]:
-        """State now, and the iterations since the last read (without clock and energy).
+        """State now, and the iterations since the last read, without energy.
+
+        Their clock is what our plugin asked for; 0 where none did.
 
         Parameters
         ----------
@@ -244,6 +248,8 @@ class FpmReader:
         else:
             self._counts["lost"] += missing
         rank.take(one, t_s)
+        if one.delay_s > 0.0:
+            self.delay_s[self._fleet.ids[i]] = one.delay_s
 
     def _reading(self, t_s: float) -> EngineReading:
         n = len(self._fleet)
@@ -306,7 +312,13 @@ def _batch(rows: list[tuple[int, float, ForwardPass]]) -> IterationBatch:
     instance, t_s, passes = zip(*rows, strict=True)
     columns = np.array(
         [
-            (one.wall_s, one.decode_req, one.prefill_tok, one.decode_kv_tok + one.prefill_kv_tok)
+            (
+                one.wall_s,
+                one.decode_req,
+                one.prefill_tok,
+                one.decode_kv_tok + one.prefill_kv_tok,
+                one.clock_mhz,
+            )
             for one in passes
         ]
     ).T
@@ -318,7 +330,7 @@ def _batch(rows: list[tuple[int, float, ForwardPass]]) -> IterationBatch:
         batch_req=columns[1],
         prefill_tok=columns[2],
         kv_tok=columns[3],
-        freq_mhz=none,
+        freq_mhz=columns[4],
         energy_j=none,
     )
 

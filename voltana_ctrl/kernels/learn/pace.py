@@ -168,10 +168,11 @@ def note_reading(known, asks_s, asks_k, lag_miss, delay_s, t_s, k, mhz, top_mhz)
         lag_miss[lag] += LAG_RATE * (miss - lag_miss[lag])
 
 
-@njit(types.void(IN_F8_2, IN_F8_2, F8, F8_1))
-def delays(known, lag_miss, believed_s, delay_s):
+@njit(types.void(IN_F8_2, IN_F8_2, IN_F8_1, F8_1))
+def delays(known, lag_miss, believed, delay_s):
     """Delay that explains the readings best; of equally good ones the nearest to the belief."""
     for i in range(len(known)):
+        believed_s = believed[i]
         delay_s[i] = believed_s
         if known[i, READINGS] < ENOUGH_READINGS:
             continue
