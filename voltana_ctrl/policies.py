@@ -591,10 +591,8 @@ def _own(name: str) -> Policy:
             if phase_of(made) == "prefill" or fleet.colocated:
                 return PolicyParts(prefill_router=made)
             return PolicyParts(decode_router=made)
-        got = type(made).__name__
-        raise ConfigError(
-            f"policy {name!r}: expected an object with init/decide, or route/update, got {got}"
-        )
+        expected = "expected an object with init/decide, or route/update"
+        raise ConfigError(f"policy {name!r}: {expected}, got {type(made).__name__}")
 
     return Policy(
         name=name, summary="your own", source=name, build=build, knows_budget=knows_budget
