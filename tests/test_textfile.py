@@ -1,7 +1,9 @@
 """Files as other programs leave them: marks, encodings, packing."""
 
+import bz2
 import codecs
 import gzip
+import lzma
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from voltana_ctrl.engines.in_engine import InEngineSettings
 from voltana_ctrl.fit.tables import read_table
 from voltana_ctrl.profiling.sweep import RowFile
 from voltana_ctrl.sim.faults import read_faults
-from voltana_ctrl.textfile import read_text
+from voltana_ctrl.textfile import json_value, read_text, read_toml
 
 TABLE = "phase,freq_mhz,batch_req,kv_tok,wall_ms,power_w\ndecode,1410,8,1536,45.1,261\n"
 MARK = codecs.BOM_UTF8
@@ -102,3 +104,38 @@ def test_a_table_of_ours_that_a_spreadsheet_has_saved_goes_on(tmp_path):
     rows = RowFile(Path(path))
     assert rows.columns[0] == "phase"
     assert len(rows.points) == 1
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path, pack):
+    path = tmp_path / "bomb.csv"
+    path.write_bytes(pack(b"0" * (1 << 26)))
+    with pytest.raises(ConfigError, match="unpack it first if it is meant"):
+        read_text(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 5000,
+        "a = 0x" + "f" * 5000,
+        "a = " + "9" * 5000,
+        "a = 1__0",
+        "a = 9223372036854775808",
+        "[" + ".".join("a" * 3000),
+        "a = '\0'",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_toml_of_any_kind_has_one_error(tmp_path, text):
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+    for read in (read_toml, read_faults, lambda path: FleetSpec.from_toml(path, load_profile)):
+        with pytest.raises(ConfigError, match=r"fleet\.toml"):
+            read(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "{", "NaN", "\ud800", b"\xff\xfe{"])
+def test_json_of_any_kind_has_one_error(text):
+    with pytest.raises(ConfigError, match="limits: expected JSON"):
+        json_value(text, "limits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ __all__ = [
     "positive",
     "within",
 ]
+
+# Finite; a whole number of Python may lie beyond every float.
+_LARGEST = sys.float_info.max
+_MOST_COUNT = 2**63 - 1
 
 #: Array of float64.
 F64 = NDArray[np.float64]
@@ -53,7 +58,7 @@ def positive(name: str, value: float) -> None:
     ...
     voltana_ctrl.errors.ConfigError: Slo.ttft_s: expected a number > 0, got -1.0
     """
-    if not (_is_number(value) and 0.0 < value < np.inf):
+    if not (_is_number(value) and 0.0 < value <= _LARGEST):
         raise ConfigError(f"{name}: expected a number > 0, got {value!r}")
 
 
@@ -79,7 +84,7 @@ def not_negative(name: str, value: float) -> None:
     ...
     voltana_ctrl.errors.ConfigError: wait_s: expected a number >= 0, got nan
     """
-    if not (_is_number(value) and 0.0 <= value < np.inf):
+    if not (_is_number(value) and 0.0 <= value <= _LARGEST):
         raise ConfigError(f"{name}: expected a number >= 0, got {value!r}")
 
 
@@ -158,6 +163,8 @@ def count(name: str, value: int, *, minimum: int = 1) -> None:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not (whole and value >= minimum):
         raise ConfigError(f"{name}: expected a whole number >= {minimum}, got {value!r}")
+    if value > _MOST_COUNT:
+        raise ConfigError(f"{name}: expected a whole number <= {_MOST_COUNT}, got {value!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -195,7 +202,7 @@ def frozen_array(name: str, value: Any, shape: tuple[int, ...], dtype: Any = np.
     """
     try:
         array = np.array(value, dtype=dtype, order="C", copy=True)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ShapeError(f"{name}: expected numbers of shape {shape}, got {value!r}") from error
     if array.shape != shape:
         raise ShapeError(f"{name}: expected shape {shape}, got {array.shape}")

@@ -1,18 +1,25 @@
-"""Text and tables from files, whoever wrote them: compressed or not, with any byte-order mark."""
+"""Text, tables and values from files and messages, whoever wrote them.
+
+The one place where foreign text becomes values: whatever it is, it is read within bounds, or
+refused by one error of ours.
+"""
 
 from __future__ import annotations
 
 import bz2
 import codecs
 import gzip
+import io
+import json
 import lzma
+import tomllib
 import zlib
 from pathlib import Path
 from typing import Any
 
 from voltana_ctrl.errors import ConfigError
 
-__all__ = ["is_parquet", "parquet_rows", "read_text"]
+__all__ = ["is_parquet", "json_value", "parquet_rows", "parse_toml", "read_text", "read_toml"]
 
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _MARKS = (
@@ -24,6 +31,115 @@ _MARKS = (
 )
 # A broken byte here and there is a bad row; more is another encoding, or no text.
 _MOST_ODD_FRAC = 0.02
+# What packed files may unpack to: tables pack to a tenth, some to a hundredth, bombs to less than
+# a thousandth.
+_UNPACKED_BYTES, _UNPACKED_TIMES = 1 << 24, 200
+_INT64 = 2**63
+
+
+def json_value(data: bytes | str, what: str, *, constants: bool = False) -> Any:
+    """Value of a JSON text that anybody may have written.
+
+    Parameters
+    ----------
+    data : bytes or str
+        The text.
+    what : str
+        What the error calls it.
+    constants : bool
+        Whether NaN and infinity, which JSON does not know, are let through.
+
+    Raises
+    ------
+    ConfigError
+        If it is no JSON, is nested too deep or has a number of thousands of digits.
+
+    Examples
+    --------
+    >>> json_value("[1, NaN]", "limits")
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: limits: expected JSON: NaN is no number of JSON
+    """
+    try:
+        return json.loads(data, parse_constant=None if constants else _no_constant)
+    except RecursionError:
+        raise ConfigError(f"{what}: expected JSON: nested too deep") from None
+    except ValueError as error:  # of text, of bytes that are none, of too many digits
+        raise ConfigError(f"{what}: expected JSON: {error}") from error
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def parse_toml(text: str, what: str) -> dict[str, Any]:
+    """Tables of a TOML text that anybody may have written.
+
+    Parameters
+    ----------
+    text : str
+        The text.
+    what : str
+        What the error calls it.
+
+    Raises
+    ------
+    ConfigError
+        If it is no TOML, nested too deep, or a whole number in it is beyond 64 bits.
+
+    Examples
+    --------
+    >>> parse_toml("count = 0x" + 20 * "f", "fleet.toml")
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: fleet.toml: expected TOML: a whole number beyond 64 bits
+    """
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{what}: expected TOML: nested too deep") from None
+    except ValueError as error:
+        raise ConfigError(f"{what}: expected TOML: {error}") from error
+    values: list[Any] = [tables]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values.extend(value.values())
+        elif isinstance(value, list):
+            values.extend(value)
+        elif isinstance(value, int) and not -_INT64 <= value < _INT64:
+            raise ConfigError(f"{what}: expected TOML: a whole number beyond 64 bits")
+    return tables
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Tables of a TOML file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; plain text in UTF-8, with a byte-order mark or without.
+
+    Raises
+    ------
+    ConfigError
+        Naming the file, if it cannot be read or is no TOML.
+
+    Examples
+    --------
+    >>> read_toml("no-such.toml")
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: no-such.toml: cannot be read: No such file or directory
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or a name with a NUL
+        raise ConfigError(f"{path}: expected TOML: {error}") from error
+    return parse_toml(text, str(path))
 
 
 def read_text(path: Path) -> str:
@@ -68,22 +184,39 @@ def read_text(path: Path) -> str:
 def _bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
+        packed: Any  # a file of bytes, of one of four libraries
         if data[:2] == b"\x1f\x8b":
-            return gzip.decompress(data)
-        if data[:3] == b"BZh":
-            return bz2.decompress(data)
-        if data[:6] == b"\xfd7zXZ\x00":
-            return lzma.decompress(data)
-        if data[:4] == _ZSTD:
-            return _unpacked_zstd(path, data)
+            packed = gzip.GzipFile(fileobj=io.BytesIO(data))
+        elif data[:3] == b"BZh":
+            packed = bz2.BZ2File(io.BytesIO(data))
+        elif data[:6] == b"\xfd7zXZ\x00":
+            packed = lzma.LZMAFile(io.BytesIO(data))  # noqa: SIM115  closed below
+        elif data[:4] == _ZSTD:
+            packed = _zstd(path, data)
+        else:
+            return data
+        with packed:
+            return _unpacked(path, packed, len(data))
+    except ConfigError:
+        raise
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: expected a file, got none of that name") from error
     except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ConfigError(f"{path}: expected a readable file, plain or packed; {error}") from error
+
+
+def _unpacked(path: Path, packed: Any, packed_bytes: int) -> bytes:
+    most = _UNPACKED_BYTES + _UNPACKED_TIMES * packed_bytes
+    data: bytes = packed.read(most + 1)
+    if len(data) > most:
+        raise ConfigError(
+            f"{path}: expected at most {most} bytes, {_UNPACKED_TIMES} times what is packed, got"
+            " more; unpack it first if it is meant"
+        )
     return data
 
 
-def _unpacked_zstd(path: Path, data: bytes) -> bytes:
+def _zstd(path: Path, data: bytes) -> Any:
     try:
         import pyarrow
     except ImportError as error:
@@ -91,9 +224,8 @@ def _unpacked_zstd(path: Path, data: bytes) -> bytes:
             f"{path}: Zstandard needs pyarrow (pip install pyarrow), or unpack it: zstd -d"
         ) from error
     try:
-        with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
-            return bytes(stream.read())
-    except (OSError, pyarrow.ArrowException) as error:
+        return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd")
+    except pyarrow.ArrowException as error:
         raise ConfigError(f"{path}: expected a readable file, plain or packed; {error}") from error
 
 

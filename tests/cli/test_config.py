@@ -54,7 +54,7 @@ def test_options_are_read_and_typed_ones_come_first(taken, tmp_path):
     ("text", "words"),
     [
         ("rates = 3", "no option 'rates'; did you mean rate?"),
-        ("rate = ", "not TOML"),
+        ("rate = ", "expected TOML"),
         (None, "cannot be read"),
     ],
 )

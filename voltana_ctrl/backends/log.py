@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.textfile import json_value
 from voltana_ctrl.types import (
     PROFILE_DTYPE,
     ActuatorPoint,
@@ -311,7 +312,7 @@ def _rows(path: Path) -> Iterator[Any]:
         for line in file:
             if not line.endswith("\n"):
                 return  # torn: the host died
-            yield json.loads(line)
+            yield json_value(line, "line", constants=True)
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:

@@ -135,6 +135,8 @@ def agent(
             parquet=parquet, metrics=metrics, min_mhz=min_mhz, duration_s=duration,
         )  # fmt: skip
         return
+    from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
+    from voltana_ctrl.backends.nvml.sweep import Sweep
     from voltana_ctrl.engines.endpoints import load_endpoints
     from voltana_ctrl.live.agent import AgentSettings
     from voltana_ctrl.live.pod_power import power_limits_w
@@ -152,6 +154,7 @@ def agent(
         raise ConfigError("power-budget-w: give it to the controller, not to its nodes")
     token = token_of(token_file) if controller is not None and mode != "observe" else ""
     with ExitStack() as ending:
+        ending.enter_context(Sweep(lock_dir or LOCK_DIR))
         settings = AgentSettings(
             mode=asked.mode,
             kill_file=kill_file,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import tomllib
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.textfile import read_toml
 
 _HELP = "TOML file with options by their names, such as rate = [10, 20]; typed ones come first."
 
@@ -51,11 +51,9 @@ def _read(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is None or ctx.resilient_parsing:
         return path
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config {path}: not TOML: {error}") from error
+        values = read_toml(path)
+    except ConfigError as error:
+        raise ConfigError(f"config {error}") from error
     options = {
         name.removeprefix("--"): one
         for one in ctx.command.params

@@ -96,6 +96,7 @@ def run_controller(
     duration_s: float | None,
 ) -> None:
     """Listen for nodes and routers, and decide until told to end."""
+    from voltana_ctrl.backends.nvml.sweep import Sweep
     from voltana_ctrl.engines.endpoints import load_endpoints
     from voltana_ctrl.live.agent import AgentSettings
     from voltana_ctrl.live.descent import Descent
@@ -127,6 +128,7 @@ def run_controller(
         min_mhz=least_mhz(min_mhz, spec),
     )
     with ExitStack() as ending:
+        ending.enter_context(Sweep())
         board = status_board(
             ending, hub, asked, policy, links=hub.links, routed=hub.routed, unread=()
         )

@@ -15,6 +15,8 @@ from voltana_ctrl.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+_MOST_WHOLE, _MOST_CLOCKS = 2**53, 10_000
+
 
 def numbers(name: str, text: str | None) -> list[float] | None:
     """Numbers with commas between; None where the option was left out."""
@@ -38,7 +40,11 @@ def number(option: str, text: str) -> float:
 
 def whole(option: str, text: str | None) -> tuple[int, ...]:
     """Whole numbers with commas between; none where the option was left out."""
-    return tuple(int(number(option, part)) for part in (text or "").split(",") if part.strip())
+    found = [number(option, part) for part in (text or "").split(",") if part.strip()]
+    for one in found:
+        if not abs(one) <= _MOST_WHOLE:
+            raise ConfigError(f"{option}: expected whole numbers, got {one:g}")
+    return tuple(int(one) for one in found)
 
 
 def ladder_mhz(text: str | None) -> list[float] | None:
@@ -49,8 +55,10 @@ def ladder_mhz(text: str | None) -> list[float] | None:
     if len(parts) != 3:
         raise ConfigError(f"ladder: expected LOW:HIGH:STEP such as 210:1410:15, got {text!r}")
     low, high, step = (number("ladder", part) for part in parts)
-    if not (0.0 < low <= high and step > 0.0):
+    if not (0.0 < low <= high < math.inf and step > 0.0):
         raise ConfigError(f"ladder: expected 0 < LOW <= HIGH and STEP > 0, got {text!r}")
+    if not (high - low) / step < _MOST_CLOCKS:
+        raise ConfigError(f"ladder: expected at most {_MOST_CLOCKS} clocks, got {text!r}")
     return [low + step * k for k in range(int((high - low) / step + 1e-9) + 1)]
 
 

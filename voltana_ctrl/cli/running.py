@@ -354,7 +354,7 @@ def serve_page(ending: ExitStack, board: StatusBoard, text: str | None) -> None:
 def address(name: str, text: str) -> tuple[str, int]:
     """Host and port of [HOST:]PORT."""
     host, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536):
         raise ConfigError(f"{name}: expected [HOST:]PORT such as 127.0.0.1:8791, got {text!r}")
     return host.strip("[]") or "127.0.0.1", int(port)
 

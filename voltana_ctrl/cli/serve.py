@@ -91,6 +91,8 @@ def serve(
     asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy)
     above_zero(switchback=switchback, duration=duration)
     check_outputs({"log": log}, suffix=".jsonl")
+    from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
+    from voltana_ctrl.backends.nvml.sweep import Sweep
     from voltana_ctrl.cli.router import secret_of
     from voltana_ctrl.engines.endpoints import load_endpoints
     from voltana_ctrl.engines.traffic import Traffic
@@ -110,6 +112,7 @@ def serve(
         list(spec.ids), given=gpu_power_limit or (), annotations=None, environment=os.environ
     )
     with ExitStack() as ending:
+        ending.enter_context(Sweep(lock_dir or LOCK_DIR))
         settings = AgentSettings(
             mode=asked.mode,
             kill_file=kill_file,

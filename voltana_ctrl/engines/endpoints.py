@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.textfile import read_toml
 from voltana_ctrl.types import FleetSpec
 
 __all__ = ["ENGINES", "Endpoint", "load_endpoints"]
@@ -127,7 +127,7 @@ def load_endpoints(path: str | Path) -> tuple[FleetSpec, tuple[Endpoint, ...]]:
     from voltana_ctrl.profiles import load_profile
 
     fleet = FleetSpec.from_toml(path, load_profile)
-    tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))["instance"]
+    tables = read_toml(path)["instance"]
     endpoints = []
     for number, table in enumerate(tables, start=1):
         where = f"{path}: instance {number}"
@@ -170,7 +170,10 @@ def _endpoint(instance: str, table: Mapping[str, Any]) -> Endpoint:
 
 
 def _http_url(name: str, text: str) -> str:
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:  # of brackets that hold no address
+        raise ConfigError(f"{name}: expected http://HOST:PORT, got {text!r}: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"{name}: expected http://HOST:PORT, got {text!r}")
     return text.rstrip("/")

@@ -32,7 +32,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import tomllib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,6 +43,7 @@ from voltana_ctrl.engines.fpm.messages import ForwardPass
 from voltana_ctrl.engines.fpm.publisher import FpmPublisher
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.ports import believe_of
+from voltana_ctrl.textfile import read_toml
 from voltana_ctrl.types import FleetSpec, InstanceSpec, Order, Role, Slo
 
 __all__ = ["InEngine", "InEngineSettings"]
@@ -129,10 +129,7 @@ class InEngineSettings:
         told: dict[str, Any] = {}
         path = environment.get(f"{_PREFIX}CONFIG")
         if path:
-            try:
-                told = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{path}: cannot be read: {error}") from error
+            told = read_toml(path)
             unknown = sorted(set(told) - set(cls.__slots__))
             if unknown:
                 known = ", ".join(cls.__slots__)
@@ -144,11 +141,17 @@ class InEngineSettings:
         return cls(**{name: _parsed(name, value) for name, value in told.items()})
 
 
+def _all_text(values: list[Any]) -> bool:
+    return all(isinstance(one, str) for one in values)
+
+
 def _parsed(name: str, value: Any) -> Any:
     if name == "gpus":
+        if not (isinstance(value, str) or (isinstance(value, list) and _all_text(value))):
+            raise ConfigError(f"gpus: expected UUIDs in quotes, got {value!r}")
         return tuple(value.replace(",", " ").split() if isinstance(value, str) else value)
     if name == "limits_uid":
-        if not (str(value).isascii() and str(value).isdigit()):
+        if not (str(value).isascii() and str(value).isdigit() and len(str(value)) <= 10):
             raise ConfigError(f"limits_uid: expected the number of a user, got {value!r}")
         return int(value)
     if not isinstance(value, str):

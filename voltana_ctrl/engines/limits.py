@@ -8,23 +8,21 @@ mount of the engine's pod, and the agent's user is named by ``VOLTANA_CTRL_LIMIT
 from __future__ import annotations
 
 import json
-import os
-import stat
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.files import read_ours, replace_file
+from voltana_ctrl.textfile import json_value
 from voltana_ctrl.types import Order
 
 __all__ = ["Handed", "read_limits", "write_limits"]
 
 _SCHEMA = "voltana-ctrl/limits/1"
 _MAX_BYTES = 1 << 16
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,16 +111,8 @@ def write_limits(
         "since_s": time.monotonic() if since_s is None else since_s,
         "valid_s": valid_s,
     }
-    path = Path(path)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            new.unlink()
-        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        with os.fdopen(file, "w", encoding="utf-8") as out:
-            json.dump(told, out)
-        new.replace(path)
+        replace_file(path, json.dumps(told).encode())
     except OSError as error:
         raise ConfigError(f"limits {path}: cannot be written: {error.strerror}") from error
 
@@ -147,39 +137,12 @@ def read_limits(path: str | Path, *, owners: Collection[int] = ()) -> Handed | N
     >>> read_limits("no-such-file") is None
     True
     """
-    path = Path(path)
-    trusted = {0, os.geteuid(), *owners}
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"limits {path}: cannot be read: {error.strerror}") from error
-    try:
-        for what, found in (("it", os.fstat(file)), ("its folder", os.stat(path.parent))):
-            if found.st_uid not in trusted or found.st_mode & _WRITABLE_BY_OTHERS:
-                raise ConfigError(
-                    f"limits {path}: others than the agent can write {what}; expected an owner of"
-                    f" {sorted(trusted)} and mode 0755, got {found.st_uid} and"
-                    f" {stat.S_IMODE(found.st_mode):04o}"
-                )
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise ConfigError(f"limits {path}: expected a file")
-        data = os.read(file, _MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"limits {path}: cannot be read: {error.strerror}") from error
-    finally:
-        os.close(file)
-    return _parsed(path, data)
+    data = read_ours(path, "limits", _MAX_BYTES, owners=owners)
+    return None if data is None else _parsed(Path(path), data)
 
 
 def _parsed(path: Path, data: bytes) -> Handed:
-    if len(data) > _MAX_BYTES:
-        raise ConfigError(f"limits {path}: longer than {_MAX_BYTES} bytes")
-    try:
-        told = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"limits {path}: expected JSON") from error
+    told = json_value(data, f"limits {path}")
     if not (isinstance(told, dict) and told.get("schema") == _SCHEMA):
         raise ConfigError(f"limits {path}: expected schema {_SCHEMA}")
     try:

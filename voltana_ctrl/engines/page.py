@@ -197,7 +197,8 @@ def _samples(text: str, metrics: Iterable[Metric]) -> dict[str, list[_Sample]]:
             for sample in family.samples:
                 if math.isfinite(sample.value) and sample.value >= 0.0:
                     found.setdefault(sample.name, []).append((sample.labels, sample.value))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    # The parser was written for pages of friends.
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadPage(f"metrics: not in Prometheus' text format: {error}") from error
     return {name: _without_copies(samples) for name, samples in found.items()}
 

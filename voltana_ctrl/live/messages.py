@@ -18,6 +18,7 @@ from voltana_ctrl.backends.log import plain
 from voltana_ctrl.checks import not_negative
 from voltana_ctrl.errors import VoltanaError
 from voltana_ctrl.live.orders import Orders, Report, SenderKind
+from voltana_ctrl.textfile import json_value
 from voltana_ctrl.types import (
     FleetSpec,
     FleetState,
@@ -261,8 +262,8 @@ def _decode(data: bytes, schema: str, fleet: FleetSpec, keys: set[str]) -> dict[
     if len(data) > MAX_BYTES:
         raise MessageRefused(f"message: expected at most {MAX_BYTES} bytes, got {len(data)}")
     try:
-        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        values = json_value(data.decode("utf-8"), "message")
+    except ValueError as error:
         raise MessageRefused("message: expected JSON") from error
     if not isinstance(values, dict):
         raise MessageRefused(f"message: expected an object, got {type(values).__name__}")
@@ -273,10 +274,6 @@ def _decode(data: bytes, schema: str, fleet: FleetSpec, keys: set[str]) -> dict[
     if set(values) != keys | {"schema", "fleet"}:
         raise MessageRefused(f"message: expected the keys {', '.join(sorted(keys))}")
     return values
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _name(name: str, value: object) -> str:

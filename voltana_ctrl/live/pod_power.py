@@ -19,11 +19,11 @@ metadata.annotations['dynamo.nvidia.com/gpu-power-limit']``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.textfile import json_value
 
 __all__ = ["ANNOTATION", "LIMIT_VARIABLE", "annotated_limit_w", "power_limits_w"]
 
@@ -59,8 +59,8 @@ def annotated_limit_w(text: str, where: str = "pod annotations") -> float | None
         key, equals, quoted = line.partition("=")
         if key.strip() == ANNOTATION and equals:
             try:
-                value = json.loads(quoted)
-            except ValueError:
+                value = json_value(quoted, where)
+            except ConfigError:
                 value = quoted
             return _watts(f"{where}: {ANNOTATION}", value)
     return None
@@ -68,8 +68,9 @@ def annotated_limit_w(text: str, where: str = "pod annotations") -> float | None
 
 def _watts(name: str, value: object) -> float:
     text = str(value).strip()
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 100_000):
-        raise ConfigError(f"{name}: expected whole watts per GPU such as 300, got {value!r}")
+    is_whole = text.isascii() and text.isdigit() and len(text) <= 6
+    if not (is_whole and 0 < int(text) <= 100_000):
+        raise ConfigError(f"{name}: expected whole watts per GPU such as 300, got {text[:60]!r}")
     return float(text)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ from voltana_ctrl.engines.names import PAGES
 from voltana_ctrl.engines.page import BadPage, read_engine_page
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.machine.processes import Process, family, listeners
+from voltana_ctrl.textfile import json_value
 
 __all__ = ["FoundEngine", "find_engines"]
 
@@ -161,7 +161,7 @@ def _ask(url: str, here: Mapping[int, Process | None]) -> FoundEngine | None:
 
 def _model(url: str, page: str) -> str | None:
     try:
-        return str(json.loads(_get(url + "/v1/models") or "")["data"][0]["id"])
+        return str(json_value(_get(url + "/v1/models") or "", url)["data"][0]["id"])
     except (ValueError, LookupError, TypeError):
         named = re.search(r'\bmodel(?:_name)?="([^"]+)"', page)
         return None if named is None else named[1]
@@ -172,7 +172,7 @@ def _role(url: str, kind: str, process: Process | None) -> str | None:
     roles = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "colocated"}
     if kind == "sglang":
         try:
-            mode = json.loads(_get(url + "/get_server_info") or "")["disaggregation_mode"]
+            mode = json_value(_get(url + "/get_server_info") or "", url)["disaggregation_mode"]
         except (ValueError, LookupError, TypeError):
             mode = process.option("--disaggregation-mode") if process else None
         return {"prefill": "prefill", "decode": "decode", "null": "colocated"}.get(str(mode))

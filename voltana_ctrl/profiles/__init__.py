@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
@@ -18,6 +17,7 @@ from pathlib import Path
 from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.profiles.format import profile_from_laws
+from voltana_ctrl.textfile import parse_toml
 from voltana_ctrl.types.profile import Profile
 
 __all__ = ["dilated", "list_profiles", "load_profile"]
@@ -132,11 +132,12 @@ def dilated(profile: Profile, dilation: float) -> Profile:
 
 def _read(where: str, read_bytes: Callable[[], bytes]) -> Profile:
     try:
-        laws = tomllib.loads(read_bytes().decode("utf-8"))
+        text = read_bytes().decode("utf-8")
     except OSError as error:
         raise ConfigError(f"profile {where}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"profile {where}: expected TOML: {error}") from error
+    laws = parse_toml(text, f"profile {where}")
     try:
         return profile_from_laws(laws)
     except ConfigError as error:

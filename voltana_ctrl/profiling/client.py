@@ -11,6 +11,7 @@ import numpy as np
 
 from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.textfile import json_value
 
 __all__ = ["LoadClient"]
 
@@ -223,7 +224,7 @@ class LoadClient:
                     now_s = time.perf_counter()
                     if not line.startswith("data:") or line.endswith("[DONE]"):
                         continue
-                    chunk = json.loads(line[5:])
+                    chunk = json_value(line[5:], url, constants=True)
                     if "error" in chunk:
                         raise BackendError(f"{url}: the engine failed: {chunk['error']}")
                     usage = chunk.get("usage") or usage

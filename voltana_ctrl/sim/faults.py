@@ -8,7 +8,6 @@ does, slowed down by the product of the slow-downs, clamped to the lowest of the
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,6 +19,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool, not_negative, positive
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.textfile import read_toml
 from voltana_ctrl.types import FleetSpec
 from voltana_ctrl.types.ladder import row_down
 
@@ -322,12 +322,7 @@ def read_faults(path: str | Path) -> tuple[Fault, ...]:
     ...     read_faults(path)
     (Failure(instance='decode-0', from_s=60.0, until_s=90.0),)
     """
-    try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected TOML: {error}") from error
+    data = read_toml(path)
     known = ", ".join(f"[[{kind}]]" for kind in _KINDS)
     if not data:
         raise ConfigError(f"{path}: expected {known} tables, got none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -14,8 +14,11 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, I64, count, not_negative
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.textfile import read_toml
 from voltana_ctrl.types.ladder import row_up
 from voltana_ctrl.types.profile import Profile, with_idle_w
+
+_MOST_INSTANCES = 4096
 
 
 class Role(Enum):
@@ -141,7 +144,7 @@ class InstanceSpec:
             )
         try:
             clocks_mhz = np.array(self.clocks_mhz, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ConfigError(
                 f"{label}.clocks_mhz: expected a list of clocks in MHz, got {self.clocks_mhz!r}"
             ) from None
@@ -199,7 +202,8 @@ class FleetSpec:
     Raises
     ------
     ConfigError
-        If a phase has no instance, ids repeat, or roles mix colocated with others.
+        If a phase has no instance, ids repeat, roles mix colocated with others, or there are more
+        than 4,096 instances.
 
     Examples
     --------
@@ -217,8 +221,9 @@ class FleetSpec:
         for instance in self.instances:
             if not isinstance(instance, InstanceSpec):
                 raise ConfigError(f"FleetSpec: expected InstanceSpec, got {instance!r}")
-        ids = [instance.id for instance in self.instances]
-        repeated = sorted({name for name in ids if ids.count(name) > 1})
+        _check_size(len(self.instances))
+        times = Counter(instance.id for instance in self.instances)
+        repeated = sorted(name for name, count in times.items() if count > 1)
         if repeated:
             raise ConfigError(f"FleetSpec: expected unique ids, got {repeated} more than once")
         for phase, members in (("prefill", self.prefill), ("decode", self.decode)):
@@ -296,6 +301,7 @@ class FleetSpec:
         """
         count("FleetSpec.pd(prefill)", prefill)
         count("FleetSpec.pd(decode)", decode)
+        _check_size(prefill + decode)
         roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode
         return cls(_equal_instances(roles, profile, gpus_per_node))
 
@@ -314,17 +320,17 @@ class FleetSpec:
         >>> FleetSpec.parse("4C", load_profile("a100-sxm-80gb/llama-3.1-8b")).colocated
         True
         """
-        # Four digits: larger fleets are slips of the hand, and take minutes to build.
-        split = re.fullmatch(r"(\d{1,4})P(\d{1,4})D", text.strip().upper())
+        # Digits of ASCII, and so many that a larger number is a slip of the hand.
+        split = re.fullmatch(r"([0-9]{1,9})P([0-9]{1,9})D", text.strip().upper())
         if split and int(split[1]) and int(split[2]):
+            prefill, decode = int(split[1]), int(split[2])
+            _check_size(prefill + decode)
             return cls.pd(
-                prefill=int(split[1]),
-                decode=int(split[2]),
-                profile=profile,
-                gpus_per_node=gpus_per_node,
+                prefill=prefill, decode=decode, profile=profile, gpus_per_node=gpus_per_node
             )
-        both = re.fullmatch(r"(\d{1,4})C", text.strip().upper())
+        both = re.fullmatch(r"([0-9]{1,9})C", text.strip().upper())
         if both and int(both[1]):
+            _check_size(int(both[1]))
             roles = [Role.COLOCATED] * int(both[1])
             return cls(_equal_instances(roles, profile, gpus_per_node))
         raise ConfigError(
@@ -372,12 +378,7 @@ class FleetSpec:
         ...     FleetSpec.from_toml(path, load_profile).ids
         ('prefill-0', 'decode-0', 'decode-1')
         """
-        try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: expected TOML: {error}") from error
+        data = read_toml(path)
         unknown = sorted(set(data) - {"instance"})
         tables = data.get("instance")
         if unknown or not isinstance(tables, list) or not tables:
@@ -435,8 +436,9 @@ def _instances_of(
         raise ConfigError(f"role: expected one of {', '.join(roles)}, got {name!r}")
     role = roles[name]
     copies = settings.pop("count", 1)
-    if not 1 <= copies <= 100_000:
-        raise ConfigError(f"count: expected 1 to 100000, got {copies}")
+    if not copies >= 1:
+        raise ConfigError(f"count: expected at least 1, got {copies}")
+    _check_size(len(before) + copies)
     profile = load_profile(settings.pop("profile"))
     stem = settings.pop("id", None)
     first = sum(instance.role is role for instance in before)
@@ -451,6 +453,15 @@ def _instances_of(
         )
         for copy in range(copies)
     ]
+
+
+def _check_size(instances: int) -> None:
+    """Refuse a fleet beyond what is tried, before anything is built."""
+    if instances > _MOST_INSTANCES:
+        raise ConfigError(
+            f"fleet: expected at most {_MOST_INSTANCES} instances, got {instances}; describe it as"
+            " several fleets"
+        )
 
 
 def _equal_instances(

@@ -298,7 +298,7 @@ def test_lock_file_of_another_user_is_not_believed(tmp_path):
     path = tmp_path / "voltana-ctrl-GPU-0.lock"
     path.write_text(json.dumps({"give_back": FoundFile(path="x", text="y").as_dict()}))
     os.chown(path, 65534, 65534)
-    with pytest.raises(BackendError, match="belongs to user 65534"):
+    with pytest.raises(BackendError, match=r"others can write it.*got 65534"):
         LockFile("GPU-0", folder=tmp_path)
 
 
@@ -307,6 +307,45 @@ def test_lock_file_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(BackendError, match="cannot be opened"):
         LockFile("GPU-0", folder=tmp_path)
     assert not (tmp_path / "victim").exists()
+
+
+def test_lock_file_with_a_second_name_is_not_believed(tmp_path):
+    path = tmp_path / "voltana-ctrl-GPU-0.lock"
+    path.write_text(json.dumps({"give_back": FoundFile(path="x", text="y").as_dict()}))
+    os.link(path, tmp_path / "another-name")
+    with pytest.raises(BackendError, match="2 links"):
+        LockFile("GPU-0", folder=tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o646, 0o664])
+def test_lock_file_that_others_may_write_is_not_believed(tmp_path, mode):
+    path = tmp_path / "voltana-ctrl-GPU-0.lock"
+    path.touch()
+    path.chmod(mode)
+    with pytest.raises(BackendError, match="others can write it"):
+        LockFile("GPU-0", folder=tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
+def test_lock_folder_that_others_may_write_is_refused(tmp_path, mode):
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks").chmod(mode)
+    with pytest.raises(BackendError, match="others can write it"):
+        LockFile("GPU-0", folder=tmp_path / "locks")
+
+
+def test_lock_folder_is_made_and_its_files_are_for_their_owner(tmp_path):
+    held = LockFile("GPU-0", folder=tmp_path / "run" / "locks")
+    assert (tmp_path / "run" / "locks").stat().st_mode & 0o022 == 0
+    assert held.path.stat().st_mode & 0o777 == 0o600
+    held.release()
+
+
+def test_a_pipe_in_place_of_a_lock_file_holds_nobody_up(tmp_path):
+    os.mkfifo(tmp_path / "voltana-ctrl-GPU-0.lock")
+    assert holder("GPU-0", tmp_path) is None
+    with pytest.raises(BackendError, match="expected a file"):
+        LockFile("GPU-0", folder=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"owner": {}}', '{"give_back": null}\nrest'])
@@ -326,8 +365,9 @@ def test_strange_record_in_a_lock_file_is_refused(tmp_path):
 
 
 def test_unusable_folder_says_so(tmp_path):
-    with pytest.raises(BackendError, match="choose another lock_dir"):
-        LockFile("GPU-0", folder=tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(BackendError, match=r"choose another.*the same lock_dir"):
+        LockFile("GPU-0", folder=tmp_path / "file" / "inside")
 
 
 # Records

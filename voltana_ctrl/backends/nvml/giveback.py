@@ -53,6 +53,10 @@ class FoundGpu:
     power_cap_w: float | None = None
 
     def __post_init__(self) -> None:
+        cap_w = self.power_cap_w
+        known = isinstance(self.uuid, str) and {type(self.clock), type(self.memory)} == {bool}
+        if not known or not (cap_w is None or (type(cap_w) in (int, float) and 0 < cap_w < 1e9)):
+            raise ConfigError(f"FoundGpu: expected a UUID, true or false, and watts, got {self!r}")
         # Whoever reads the record may have been started in another folder.
         if self.library is not None:
             object.__setattr__(self, "library", os.path.abspath(self.library))
@@ -116,6 +120,8 @@ class FoundFile:
     text: str
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.path, str) and isinstance(self.text, str)):
+            raise ConfigError(f"FoundFile: expected path and text, got {self!r}")
         # As for a GPU's library.
         object.__setattr__(self, "path", os.path.abspath(self.path))
 
@@ -134,6 +140,8 @@ class FoundFile:
             Path(self.path).write_text(self.text, encoding="ascii")
         except OSError as error:
             return [f"{self.path}: cannot be written: {error.strerror}"]
+        except ValueError as error:  # of a record that no controller wrote
+            return [f"{self.path}: cannot be written: {error}"]
         return []
 
 
@@ -166,7 +174,7 @@ def record_from(values: Any) -> FoundGpu | FoundFile:
             return FoundGpu(**settings)
         if kind == "file":
             return FoundFile(**settings)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ConfigError(f"give-back record: {values!r} is not one: {error}") from error
     raise ConfigError(f"give-back record: expected kind gpu or file, got {kind!r}")
 

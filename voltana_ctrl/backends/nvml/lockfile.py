@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import re
-import stat
 import sys
 import time
 from pathlib import Path
@@ -21,11 +20,14 @@ from typing import Any
 from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
 from voltana_ctrl.backends.nvml.process import process_start
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
+from voltana_ctrl.files import check_ours, own_folder
+from voltana_ctrl.textfile import json_value
 
 __all__ = ["LOCK_DIR", "LockFile", "restore_abandoned"]
 
-#: Where lock files live: a folder that a reboot empties, since a reboot gives everything back.
-LOCK_DIR = Path("/run/lock")
+#: Where lock files live: a folder of our own, since whoever can put one there keeps us out, that a
+#: reboot empties, since a reboot gives everything back.
+LOCK_DIR = Path("/run/voltana-ctrl/locks")
 
 
 class LockFile:
@@ -36,7 +38,7 @@ class LockFile:
     hardware : str
         Its name: the UUID of a GPU, the name of a CPU frequency policy.
     folder : Path
-        Where lock files live; the same for all controllers of a machine.
+        Where lock files live, made if it is not there; the same for all controllers of a machine.
     wait_s : float
         How long to wait for the watchdog of an owner that has just died.
 
@@ -64,8 +66,12 @@ class LockFile:
     def __init__(self, hardware: str, *, folder: Path = LOCK_DIR, wait_s: float = 3.0) -> None:
         self.hardware = hardware
         name = re.sub(r"[^\w.-]", "_", hardware)
-        # Absolute, as processes of ours that start elsewhere are told of it.
-        self.path = Path(folder).absolute() / f"voltana-ctrl-{name}.lock"
+        try:
+            # Absolute, as processes of ours that start elsewhere are told of it.
+            folder = own_folder(Path(folder).absolute(), "lock files")
+        except ConfigError as error:
+            raise BackendError(f"{error}; the same lock_dir for all of this machine") from error
+        self.path = folder / f"voltana-ctrl-{name}.lock"
         self.recovered = False
         self.fd = self._acquire(wait_s)
         try:
@@ -94,22 +100,24 @@ class LockFile:
             os.close(fd)  # removed by its owner between our open and our lock
 
     def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            fd = os.open(self.path, flags, 0o644)
+            # For us alone: whoever can read a file can lock it, and keep it locked.
+            fd = os.open(self.path, flags, 0o600)
         except OSError as error:
             raise BackendError(
                 f"lock file {self.path}: cannot be opened: {error.strerror}; choose another"
                 " lock_dir, the same for all controllers of this machine"
             ) from error
-        # What it says is acted on with our privilege, so only we or root may have written it.
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid not in (0, os.geteuid()):
+        try:
+            # What it says is acted on with our privilege.
+            check_ours(f"lock file {self.path}", os.fstat(fd))
+            os.fchmod(fd, 0o600)
+        except (ConfigError, OSError) as error:
             os.close(fd)
             raise BackendError(
-                f"lock file {self.path}: belongs to user {info.st_uid}; make sure that nothing"
-                " of that user controls the hardware and remove the file"
-            )
+                f"{error}; make sure first that nobody else controls the hardware"
+            ) from error
         return fd
 
     def _refusal(self, owner: dict[str, Any]) -> str:
@@ -207,6 +215,48 @@ def restore_abandoned(folder: Path = LOCK_DIR) -> tuple[list[str], list[str]]:
     return given_back, problems
 
 
+def left_by_dead_owners(folder: Path = LOCK_DIR) -> dict[tuple[str, str], FoundGpu | FoundFile]:
+    """Records of owners that are dead while somebody, their watchdog, still holds the lock.
+
+    Parameters
+    ----------
+    folder : Path
+        Where lock files live.
+
+    Returns
+    -------
+    dict of (hardware, owner) to FoundGpu or FoundFile
+        What is to be given back, unless the watchdog is about to.
+
+    Examples
+    --------
+    >>> left_by_dead_owners(Path("no-such-folder"))
+    {}
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("voltana-ctrl-*.lock")):
+        with contextlib.suppress(OSError, ConfigError):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                check_ours(f"lock file {path}", os.fstat(fd))
+                owner, record = _read(fd).get("owner"), read_record(fd)
+                if record is None or not isinstance(owner, dict) or _alive(owner) or _free(fd):
+                    continue
+                name = path.name.removeprefix("voltana-ctrl-").removesuffix(".lock")
+                found[name, f"{owner.get('pid')} {owner.get('start')}"] = record
+            finally:
+                os.close(fd)
+    return found
+
+
+def _free(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def read_record(fd: int) -> FoundFile | FoundGpu | None:
     """How a lock file says that its hardware is given back; None where nothing was touched.
 
@@ -229,18 +279,20 @@ def remove_if_ours(fd: int, path: Path) -> None:
 def holder(hardware: str, folder: Path = LOCK_DIR) -> str | None:
     """Process that holds a piece of hardware, in words; None if nobody does."""
     name = re.sub(r"[^\w.-]", "_", hardware)
+    path = Path(folder) / f"voltana-ctrl-{name}.lock"
     try:
-        fd = os.open(folder / f"voltana-ctrl-{name}.lock", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:
+        return f"a process of another user, unless it died (lock file {path})"
     except OSError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if _free(fd):
+            return None
         owner = _read(fd).get("owner", {})
         return f"process {owner.get('pid', '?')} ({owner.get('command', 'unknown')})"
     finally:
         os.close(fd)
-    return None
 
 
 def _same_file(fd: int, path: Path) -> bool:
@@ -253,8 +305,8 @@ def _same_file(fd: int, path: Path) -> bool:
 def _read(fd: int) -> dict[str, Any]:
     try:
         # The first line: a rest of a longer content may follow where a writer died in between.
-        content = json.loads(os.pread(fd, 65536, 0).partition(b"\n")[0] or b"{}")
-    except ValueError:
+        content = json_value(os.pread(fd, 65536, 0).partition(b"\n")[0] or b"{}", "lock file")
+    except ConfigError:
         return {}  # its owner died while writing it, before touching the hardware
     return content if isinstance(content, dict) else {}
 

@@ -8,11 +8,12 @@ A connection is a hold: when it ends, however it ends, what was set through it i
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,10 @@ from voltana_ctrl.backends.nvml.driver import Gpu, Nvml, whole_gpus
 from voltana_ctrl.backends.nvml.giveback import FoundGpu
 from voltana_ctrl.backends.nvml.lease import Lease, end_on_sigterm
 from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
-from voltana_ctrl.backends.nvml.setter_client import SETTER_SOCKET
+from voltana_ctrl.backends.nvml.setter_client import SETTER_SOCKET, peer_uid
+from voltana_ctrl.backends.nvml.sweep import Sweep
 from voltana_ctrl.errors import BackendError, ConfigError, VoltanaError
+from voltana_ctrl.files import own_folder
 
 __all__ = [
     "ClockRequest",
@@ -35,10 +38,12 @@ __all__ = [
 ]
 
 _LINE_BYTES = 512
-_PEERS = 32
-_BACKLOG = 64
+# Entries of a POSIX access list, as the kernel numbers them (linux/posix_acl.h).
+_USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NOBODY = 0x01, 0x02, 0x04, 0x10, 0x20, 0xFFFFFFFF
+_PEERS, _PEERS_OF_UID = 64, 16
+_BACKLOG = 128
 _RETRY_S = 0.2
-_PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_BREATH_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +228,7 @@ class _Peer:
     """One connection and what it holds."""
 
     connection: socket.socket
+    uid: int
     heard_s: float
     rest: bytes = b""
     gpus: set[str] = field(default_factory=set)
@@ -250,8 +256,8 @@ class Setter:
 
     Raises
     ------
-    BackendError
-        If the socket cannot be made, or another setter serves it.
+    ConfigError, BackendError
+        If the socket cannot be made, others may write its folder, or another setter serves it.
 
     Examples
     --------
@@ -283,7 +289,7 @@ class Setter:
         self._owners: dict[str, _Peer] = {}
         self._held_mhz: dict[str, int] = {}
         self._to_reset: set[str] = set()
-        self._listener = _listen(self._path)
+        self._listener = _listen(self._path, policy.uids)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
 
@@ -298,7 +304,7 @@ class Setter:
         while not stop():
             for key, _ in self._selector.select(_RETRY_S):
                 if key.data is None:
-                    self._accept()
+                    self._accept_all()
                 else:
                     self._hear(key.data)
             self._lease.watchdog.seen()
@@ -308,23 +314,38 @@ class Setter:
 
     def close(self) -> None:
         """Send all peers away and give back what they hold."""
-        for key in list(self._selector.get_map().values()):
-            if key.data is not None:
-                self._dismiss(key.data)
+        for peer in self._peers():
+            self._dismiss(peer)
         self._selector.close()
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
-    def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.settimeout(1.0)
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-        _, uid, _ = _PEER_CREDENTIALS.unpack(raw)
-        peer = _Peer(connection, time.monotonic())
+    def _peers(self) -> list[_Peer]:
+        return [key.data for key in self._selector.get_map().values() if key.data is not None]
+
+    def _accept_all(self) -> None:
+        # All that wait: a crowd that is taken one a turn keeps the others out.
+        for _ in range(_BACKLOG):
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError:
+                # Gone again, or no descriptor is left: then it waits in line, and we go on.
+                time.sleep(_BREATH_S)
+                return
+            self._accept(connection)
+
+    def _accept(self, connection: socket.socket) -> None:
+        # A peer that does not read must not hold up the others, nor what the dead left.
+        connection.setblocking(False)
+        uid = peer_uid(connection)
+        peer = _Peer(connection, uid, time.monotonic())
+        peers = self._peers()
         if uid not in self.policy.uids:
             refusal = f"setter: user {uid} may not set clocks; start it with --uid {uid}"
-        elif len(self._selector.get_map()) > _PEERS:
-            refusal = "setter: too many connections"
+        elif sum(one.uid == uid for one in peers) >= _PEERS_OF_UID or len(peers) >= _PEERS:
+            refusal = f"setter: too many connections, {_PEERS_OF_UID} at most of one user"
         else:
             self._selector.register(connection, selectors.EVENT_READ, peer)
             return
@@ -334,6 +355,8 @@ class Setter:
     def _hear(self, peer: _Peer) -> None:
         try:
             data = peer.connection.recv(4096)
+        except BlockingIOError:
+            return
         except OSError:
             data = b""
         peer.heard_s = time.monotonic()
@@ -386,11 +409,12 @@ class Setter:
             gpu.lock_clock(request.lo_mhz, request.hi_mhz)
 
     def _answer(self, peer: _Peer, answer: Mapping[str, Any]) -> bool:
+        line = json.dumps(answer).encode() + b"\n"
         try:
-            peer.connection.sendall(json.dumps(answer).encode() + b"\n")
+            # A part of an answer is none: a peer that does not listen is sent away.
+            return peer.connection.send(line) == len(line)
         except OSError:
-            return False  # a peer that does not listen is sent away
-        return True
+            return False
 
     def _dismiss(self, peer: _Peer) -> None:
         self._selector.unregister(peer.connection)
@@ -401,7 +425,7 @@ class Setter:
 
     def _dismiss_silent(self) -> None:
         # A controller renews what it wants every few seconds; a frozen one must not hold on.
-        for peer in [key.data for key in self._selector.get_map().values() if key.data is not None]:
+        for peer in self._peers():
             if time.monotonic() - peer.heard_s > self._silence_s:
                 self._dismiss(peer)
 
@@ -421,19 +445,39 @@ class Setter:
             self._gpus[gpu].lock_clock(*self._restore_lock_mhz)
 
 
-def _listen(path: Path) -> socket.socket:
+def _let_in(path: Path, uids: Collection[int]) -> None:
+    """Let these users connect, and no other: who cannot knock cannot crowd out who may.
+
+    Where the file system keeps no access lists anybody may knock, and whose knock is answered is
+    asked of the kernel, as it is anyway.
+    """
+    entries = [
+        (_USER_OBJ, 6, _NOBODY),
+        *((_USER, 6, uid) for uid in sorted(uids)),
+        (_GROUP_OBJ, 0, _NOBODY),
+        (_MASK, 6, _NOBODY),
+        (_OTHER, 0, _NOBODY),
+    ]
+    listed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *one) for one in entries)
+    try:
+        os.setxattr(path, "system.posix_acl_access", listed)
+    except OSError:
+        path.chmod(0o666)
+
+
+def _listen(path: Path, uids: Collection[int]) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        own_folder(path.parent, "the setter's socket")
         if path.is_socket():
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 if probe.connect_ex(str(path)) == 0:
                     raise BackendError(f"setter: another one serves {path}; stop it first")
             path.unlink()
         listener.bind(str(path))
-        # Anybody may knock; whose knock is answered is asked of the kernel.
-        path.chmod(0o666)
+        _let_in(path, uids)
         listener.listen(_BACKLOG)
+        listener.setblocking(False)
     except OSError as error:
         listener.close()
         raise BackendError(f"setter: {path} cannot be made: {error.strerror or error}") from error
@@ -507,6 +551,7 @@ def run_setter(
             hi_mhz=hi_mhz,
             max_sets_s=max_sets_s,
         )
+        ending.enter_context(Sweep(lock_dir))
         lease = Lease(uuids, lock_dir=lock_dir)
         ending.callback(lease.close)
         setter = Setter(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,6 +18,16 @@ __all__ = ["SETTER_SOCKET", "SetterClient"]
 
 #: Where the setter listens unless told otherwise.
 SETTER_SOCKET = Path("/run/voltana-ctrl/setter.sock")
+
+
+_AGAIN_S = 0.005
+_PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """Whose process is at the other end of a Unix socket, as the kernel says."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    return int(_PEER_CREDENTIALS.unpack(raw)[1])
 
 
 class SetterClient:
@@ -64,14 +76,31 @@ class SetterClient:
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(self._limit_s)
+        give_up_s = time.monotonic() + self._limit_s
         try:
-            connection.connect(str(self._path))
+            while True:
+                try:
+                    connection.connect(str(self._path))
+                    break
+                except BlockingIOError:  # its line is full at the moment
+                    if time.monotonic() > give_up_s:
+                        raise
+                    time.sleep(_AGAIN_S)
+        except PermissionError as error:
+            connection.close()
+            raise BackendError(
+                f"setter: {self._path}: user {os.geteuid()} may not set clocks; start it with"
+                f" --uid {os.geteuid()}"
+            ) from error
         except OSError as error:
             connection.close()
             raise BackendError(
                 f"setter: nobody serves {self._path}: {error.strerror or error}; start"
                 " `voltana-ctrl setter` as root"
             ) from error
+        if peer_uid(connection) not in (0, os.geteuid()):
+            connection.close()
+            raise BackendError(f"setter: {self._path} is served by another user, not by root")
         return connection
 
     def gpu(self, uuid: str) -> _RemoteGpu:

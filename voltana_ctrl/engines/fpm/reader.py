@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from voltana_ctrl.engines.fpm.state import RankState
 from voltana_ctrl.engines.patience import longest_prefill_s
 from voltana_ctrl.engines.reading import EngineReading
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.textfile import json_value
 from voltana_ctrl.types import FleetSpec, IterationBatch
 
 __all__ = ["FpmCounts", "FpmReader", "dynamo_fpm_addresses"]
@@ -354,7 +354,7 @@ def dynamo_fpm_addresses(folder: str | Path) -> tuple[str, ...]:
     found = []
     for path in sorted(Path(folder).glob("*/event_channels/*")):
         try:
-            channel = json.loads(path.read_text(encoding="utf-8"))
+            channel = json_value(path.read_bytes(), str(path))
             transport = channel["transport"]
             if channel["topic"] == "forward-pass-metrics" and transport["kind"] == "Zmq":
                 found.append(str(transport["config"]["endpoint"]))

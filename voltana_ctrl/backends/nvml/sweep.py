@@ -1,0 +1,82 @@
+"""Hardware of the dead: whoever of us lives on a machine gives back what others left changed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from voltana_ctrl.backends.nvml.giveback import give_back
+from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR, left_by_dead_owners, restore_abandoned
+
+__all__ = ["Sweep"]
+
+_log = logging.getLogger(__name__)
+
+
+class Sweep:
+    """Looks at the lock files of a machine once a second, and carries out what the dead wrote down.
+
+    A watchdog does so for its own controller. Where both have died nobody is left to, and where
+    the watchdog is frozen it keeps the lock of a controller that is gone: then this gives the
+    hardware back. Setting the same twice does no harm.
+
+    Parameters
+    ----------
+    folder : Path
+        Where lock files live; one that is not there has none.
+    every_s : float
+        Time between two looks.
+    patience : int
+        Looks at which an owner must have been dead while its watchdog holds on to the lock.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, Sweep(Path(folder)) as sweep:
+    ...     sweep.look()
+    []
+    """
+
+    def __init__(self, folder: Path = LOCK_DIR, *, every_s: float = 1.0, patience: int = 4) -> None:
+        self._folder, self._every_s, self._patience = Path(folder), every_s, patience
+        self._seen: dict[tuple[str, str], int] = {}
+        self._said: set[str] = set()
+        self._looking = threading.Lock()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="voltana-ctrl-sweep", daemon=True)
+
+    def look(self) -> list[str]:
+        """Look once; names of the hardware that was given back."""
+        with self._looking:
+            given_back, problems = restore_abandoned(self._folder)
+            held = left_by_dead_owners(self._folder)
+            self._seen = {key: self._seen.get(key, 0) + 1 for key in held}
+            for (name, owner), looks in list(self._seen.items()):
+                if looks < self._patience:
+                    continue
+                failed = give_back([held[name, owner]])
+                problems += failed
+                if not failed and looks == self._patience:  # and again each time, in silence
+                    given_back.append(name)
+        for name in given_back:
+            _log.warning("voltana-ctrl: %s: its controller is dead; given back", name)
+        for problem in set(problems) - self._said:
+            _log.error("voltana-ctrl: left by a dead controller: %s", problem)
+        self._said = set(problems)
+        return given_back
+
+    def _run(self) -> None:
+        while not self._ending.wait(self._every_s):
+            try:
+                self.look()
+            except Exception:  # noqa: BLE001  a look that fails is not the last one
+                _log.exception("voltana-ctrl: looking for what the dead left failed")
+
+    def __enter__(self) -> Sweep:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.set()
+        self._thread.join(5.0)
