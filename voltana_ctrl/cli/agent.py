@@ -17,6 +17,7 @@ from voltana_ctrl.cli.running import (
     Once,
     canaries,
     ceilings,
+    check_actuators,
     least_mhz,
     open_node,
     own_engines,
@@ -25,6 +26,7 @@ from voltana_ctrl.cli.running import (
     token_of,
     unread,
     warn_former,
+    with_actuators,
 )
 from voltana_ctrl.cli.setter import setter as run_setter
 from voltana_ctrl.errors import ConfigError
@@ -72,6 +74,12 @@ def agent(
     log: Annotated[Path | None, typer.Option(help="Write ticks to this .jsonl.")] = None,
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Full log files become Parquet.")
+    ] = False,
+    actuators: Annotated[
+        bool, typer.Option("--actuators", help="Set power caps, memory clocks, too, as measured.")
+    ] = False,
+    park_memory: Annotated[
+        bool, typer.Option("--park-memory", help="Lowest memory clock where parked and idle.")
     ] = False,
     metrics: Annotated[
         str | None, typer.Option(help="[HOST:]PORT for Prometheus to scrape.")
@@ -150,6 +158,7 @@ def agent(
         annotations=pod_annotations,
         environment=os.environ,
     )
+    check_actuators(actuators, park_memory, mode, bool(limits_w))
     if asked.budget is not None and controller is not None:
         raise ConfigError("power-budget-w: give it to the controller, not to its nodes")
     token = token_of(token_file) if controller is not None and mode != "observe" else ""
@@ -169,6 +178,7 @@ def agent(
         backend, delay_s, notes = open_node(
             spec, own, chosen, mode, socket=socket, lock_dir=lock_dir, policy=policy,
             slo=asked.slo, ceiling_mhz=settings.ceiling_mhz, pairs=controller is None,
+            actuators=actuators, park_memory=park_memory,
         )  # fmt: skip
         ending.callback(backend.close)
         decides: Controller | None = None
@@ -187,6 +197,8 @@ def agent(
             )  # fmt: skip
             if mode == "act":
                 decides = Descent(decides, asked.slo)
+        if actuators and decides is not None:
+            decides = with_actuators(decides, backend)
         run_agent(
             ending, backend, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration, period_s=asked.period_s,

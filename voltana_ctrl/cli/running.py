@@ -115,6 +115,32 @@ def least_mhz(text: str | None, fleet: FleetSpec) -> F64 | None:
     return least
 
 
+def with_actuators(controller: Controller, backend: NodeBackend) -> Controller:
+    """The same with power caps and memory clocks in place of clock locks, where measured."""
+    from voltana_ctrl.control.actuators import ActuatorChooser
+
+    fleet = backend.spec
+    told = [one.id for one in fleet.instances if one.profile.actuators]
+    if not told:
+        say("warning: actuators: no profile has measured points of them; clocks alone are set")
+        return controller
+    held = [name for name in told if name in backend.held]
+    if held:
+        say(f"actuators: {', '.join(held)}: the governor in the engine sets clocks alone")
+    return ActuatorChooser(controller, ranges=backend.limit_ranges)
+
+
+def check_actuators(actuators: bool, park_memory: bool, mode: str, limited: bool) -> None:
+    """Refuse other actuators where nothing is set, or where others set them."""
+    if (actuators or park_memory) and mode != "act":
+        raise ConfigError(f"actuators, park-memory: expected --mode act, got {mode}")
+    if actuators and limited:
+        raise ConfigError(
+            "actuators: a power limit of others is given, whose program sets caps, too, and two"
+            " undo each other; leave out --actuators or the limit"
+        )
+
+
 def since_start() -> Callable[[], float]:
     """Time since now, which is what the steps of a budget count from."""
     begin_s = time.monotonic()
@@ -134,6 +160,8 @@ def open_node(
     ceiling_mhz: F64 | None = None,
     traffic: Traffic | None = None,
     pairs: bool = True,
+    actuators: bool = False,
+    park_memory: bool = False,
 ) -> OpenedNode:
     """Open a node as a plant; where it acts, the delay of its clock sets is measured."""
     from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
@@ -172,7 +200,10 @@ def open_node(
             who = "the governor in its engine" if name in hands else "this process, at every tick"
             say(f"{name}: its clock is set by {who}")
         measured_s = None if sets is None else delay_s
-        node = NodeBackend(reads, sets, hands=hands, policy=policy, set_delay_s=measured_s)
+        node = NodeBackend(
+            reads, sets, hands=hands, policy=policy, set_delay_s=measured_s, actuators=actuators,
+            park_memory=park_memory,
+        )  # fmt: skip
         return OpenedNode(node, delay_s, notes)
     except BaseException:
         if sets is not None:

@@ -15,6 +15,7 @@ from voltana_ctrl.cli.options import above_zero, check_outputs
 from voltana_ctrl.cli.running import (
     canaries,
     ceilings,
+    check_actuators,
     least_mhz,
     open_node,
     own_engines,
@@ -24,6 +25,7 @@ from voltana_ctrl.cli.running import (
     serve_page,
     status_board,
     unread,
+    with_actuators,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +66,12 @@ def serve(
     page: Annotated[
         str | None, typer.Option(help="[HOST:]PORT of the status page. [default: 8791]")
     ] = None,
+    actuators: Annotated[
+        bool, typer.Option("--actuators", help="Set power caps, memory clocks, too, as measured.")
+    ] = False,
+    park_memory: Annotated[
+        bool, typer.Option("--park-memory", help="Lowest memory clock where parked and idle.")
+    ] = False,
     metrics: Annotated[
         str | None, typer.Option(help="[HOST:]PORT for Prometheus to scrape.")
     ] = None,
@@ -111,6 +119,7 @@ def serve(
     limits_w = power_limits_w(
         list(spec.ids), given=gpu_power_limit or (), annotations=None, environment=os.environ
     )
+    check_actuators(actuators, park_memory, mode, bool(limits_w))
     with ExitStack() as ending:
         ending.enter_context(Sweep(lock_dir or LOCK_DIR))
         settings = AgentSettings(
@@ -138,6 +147,7 @@ def serve(
         backend, delay_s, _ = open_node(
             spec, own, chosen, mode, socket=socket, lock_dir=lock_dir, policy=policy,
             slo=asked.slo, ceiling_mhz=settings.ceiling_mhz, traffic=traffic,
+            actuators=actuators, park_memory=park_memory,
         )  # fmt: skip
         ending.callback(backend.close)
         decides: Controller | None = None
@@ -148,6 +158,8 @@ def serve(
             )  # fmt: skip
             if asked.mode == "act":
                 decides = Descent(decides, asked.slo)
+            if actuators:
+                decides = with_actuators(decides, backend)
         ending.enter_context(_in_a_thread(server, proxy, listening))
         scheme = "http" if tls_cert is None else "https"
         say(f"{policy} routes on {scheme}://{host}:{listening[0].getsockname()[1]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from voltana_ctrl.checks import F64, I64, Bool, positive
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.errors import ShapeError
 from voltana_ctrl.laws import ActuatorTable, compare_actuators
+from voltana_ctrl.ports import controller_extras
 from voltana_ctrl.types import (
     ActuatorSetting,
     Decision,
@@ -123,6 +125,7 @@ class ActuatorChooser(Controller):
                 f" {len(ranges.mem_clocks_mhz)}"
             )
         self.inner = inner
+        self._inner_notes = controller_extras(inner).notes
         self.dwell_s = dwell_s
         self._choices = tuple(
             _Choice(one, i, ranges, confidence_frac, least_saving_frac)
@@ -139,6 +142,17 @@ class ActuatorChooser(Controller):
             mean_w=np.zeros(n),
             refused=np.zeros(n, bool),
         )
+
+    def notes(self, memory: ActuatorMemory) -> Mapping[str, float]:
+        """What `inner` notes, and on how many instances another actuator is in force.
+
+        Parameters
+        ----------
+        memory : ActuatorMemory
+            Of the last tick.
+        """
+        others = float(np.count_nonzero(memory.chosen >= 0))
+        return {**self._inner_notes(memory.inner), "other_actuators": others}
 
     def settings(self, memory: ActuatorMemory) -> tuple[ActuatorSetting | None, ...]:
         """Setting of each instance; None where its clock is locked.

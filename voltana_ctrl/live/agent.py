@@ -207,6 +207,7 @@ class Agent:
                 fleet.max_mhz if ceiling_mhz is None else np.array(ceiling_mhz),
                 min_mhz=settings.min_mhz,
                 obeys=settings.obeys,
+                ranges=backend_extras(backend).limit_ranges,
             ),
             router,
             observers=(*observers, *advice),

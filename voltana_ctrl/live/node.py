@@ -20,7 +20,15 @@ from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.guard import Guard
 from voltana_ctrl.live.orders import orders_of
 from voltana_ctrl.ports import Backend, backend_extras
-from voltana_ctrl.types import Decision, FleetSpec, Observation, Order, Role
+from voltana_ctrl.types import (
+    Decision,
+    FleetSpec,
+    LimitRanges,
+    Limits,
+    Observation,
+    Order,
+    Role,
+)
 
 __all__ = ["CappedGuard", "KillSwitch", "NodeBackend", "node_clocks", "power_ceilings_mhz"]
 
@@ -113,6 +121,8 @@ class CappedGuard(Guard):
     obeys : bool
         Whether shares and active set were made by a controller that sees the whole fleet: they
         are left alone, since a node that sees its own part alone would find the rest dead.
+    ranges : LimitRanges, optional
+        What may be set besides SM clocks.
 
     Examples
     --------
@@ -131,8 +141,9 @@ class CappedGuard(Guard):
         *,
         min_mhz: F64 | None = None,
         obeys: bool = False,
+        ranges: LimitRanges | None = None,
     ) -> None:
-        super().__init__(spec)
+        super().__init__(spec, ranges=ranges)
         self.obeys = obeys
         self.ceiling_mhz = ceiling_mhz
         self.min_mhz = spec.min_mhz if min_mhz is None else min_mhz
@@ -176,6 +187,11 @@ class NodeBackend:
         Whose governor is to choose clocks there.
     valid_s : float
         How long an order holds there without a newer one.
+    actuators : bool
+        Whether power caps and memory clocks of a decision are set, too.
+    park_memory : bool
+        Whether the memory clock of a parked instance without work is held at its lowest, where the
+        driver lists several; it goes back to what it was when the instance takes work again.
     set_delay_s : float, optional
         From asking for a clock until it runs, as measured where clocks are set from here.
 
@@ -203,6 +219,8 @@ class NodeBackend:
         hands: Mapping[str, Path] | None = None,
         policy: str = "mpc",
         valid_s: float = 1.0,
+        actuators: bool = False,
+        park_memory: bool = False,
         set_delay_s: float | None = None,
     ) -> None:
         self._reads = reads
@@ -230,6 +248,15 @@ class NodeBackend:
                 " its engine and this process; leave out engine.limits or the GPU"
             )
         self._chosen = [ids.index(name) for name in set_ids]
+        self._idle: Bool = np.zeros(len(ids), bool)
+        self._actuators = actuators and sets is not None
+        # As it was found: what is set later does not change what may be set.
+        ranges = LimitRanges.none(0) if sets is None else sets.limit_ranges
+        self._ranges = _of_fleet(ranges, self._chosen, len(ids))
+        self._parked_mem_mhz = np.full(len(ids), np.inf)
+        for i, clocks_mhz in enumerate(self._ranges.mem_clocks_mhz):
+            if park_memory and len(clocks_mhz) > 1:
+                self._parked_mem_mhz[i] = min(clocks_mhz)
         self._set_delay_s = {} if set_delay_s is None else dict.fromkeys(set_ids, set_delay_s)
 
     @property
@@ -251,6 +278,11 @@ class NodeBackend:
         """Why instances do not answer, by id, as far as `reads` knows."""
         return dict(self._read_problems())
 
+    @property
+    def limit_ranges(self) -> LimitRanges | None:
+        """What decisions may set besides SM clocks; None where they may set nothing else."""
+        return self._ranges if self._actuators else None
+
     def delay_s(self) -> dict[str, float]:
         """From asking for a clock until it runs, by id, as measured here and in engines."""
         return {**self._read_delay_s(), **self._set_delay_s}
@@ -259,7 +291,9 @@ class NodeBackend:
         """What `reads` tells."""
         if self._sets is not None:
             self._unless_released(self._sets.read)  # it notices locks that somebody else reset
-        return self._reads.read()
+        seen = self._reads.read()
+        self._idle = seen.state.running_req + seen.state.queue_req == 0.0
+        return seen
 
     def _unless_released(self, call: Callable[[], object]) -> None:
         if self._released:
@@ -293,9 +327,22 @@ class NodeBackend:
             route_frac=np.full(len(chosen), 1.0 / len(chosen)),
             active=ones,
             price_j_req=decision.price_j_req[chosen],
+            limits=self._limits(decision, chosen),
         )
         sets = self._sets
         self._unless_released(lambda: sets.apply(part))
+
+    def _limits(self, decision: Decision, chosen: list[int]) -> Limits | None:
+        """Limits of the chosen instances: those of the decision, and memory of who sleeps."""
+        told = decision.limits if self._actuators else None
+        sleeps = ~decision.active & self._idle
+        mem_mhz = np.where(sleeps, self._parked_mem_mhz, np.inf)
+        if told is not None and told.mem_mhz is not None:
+            mem_mhz = np.minimum(mem_mhz, told.mem_mhz)
+        cap_w = None if told is None else told.power_cap_w
+        if told is None and not np.isfinite(mem_mhz).any():
+            return None
+        return Limits(mem_mhz=mem_mhz[chosen], power_cap_w=None if cap_w is None else cap_w[chosen])
 
     def _hand(self, orders: Mapping[str, Order], *, last: bool = False) -> None:
         with self._handing:
@@ -335,6 +382,21 @@ class NodeBackend:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _of_fleet(ranges: LimitRanges, chosen: Sequence[int], n: int) -> LimitRanges:
+    """Ranges of a whole fleet, of which some instances can be set."""
+    nothing = LimitRanges.none(n)
+    columns = {
+        name: np.array(getattr(nothing, name))
+        for name in ("cap_min_w", "cap_max_w", "cpu_min_mhz", "cpu_max_mhz")
+    }
+    memory = list(nothing.mem_clocks_mhz)
+    for part, i in enumerate(chosen):
+        memory[i] = ranges.mem_clocks_mhz[part]
+        for name, column in columns.items():
+            column[i] = getattr(ranges, name)[part]
+    return LimitRanges(mem_clocks_mhz=tuple(memory), **columns)
 
 
 class KillSwitch:
