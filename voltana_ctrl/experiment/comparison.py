@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl import __version__
 from voltana_ctrl.experiment.grid import DEFAULT_SLO, Done, Grid, plan_runs
-from voltana_ctrl.experiment.run import Run
+from voltana_ctrl.experiment.notes import notes_on
+from voltana_ctrl.experiment.run import BELIEF_DELAY_S, Run
 from voltana_ctrl.experiment.tables import series_rows, write_json, write_rows
 from voltana_ctrl.policies import HEADLINE
 from voltana_ctrl.report import Study, write_html, write_plot
@@ -20,6 +21,7 @@ from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.detail import RunDetail
 from voltana_ctrl.sim.faults import Fault, fault_rows
 from voltana_ctrl.sim.metrics import fill_gap_closed, fill_saving
+from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import FleetSpec, PowerBudget, Profile, Slo
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Comparison", "Run", "compare"]
 
 #: Name and version of the JSON that :meth:`Comparison.write_json` writes.
-SCHEMA = "voltana-ctrl/compare/1"
+SCHEMA = "voltana-ctrl/compare/2"
 
 #: Libraries whose versions may show in the figures.
 _LIBRARIES = ("numpy", "numba", "scipy", "cvxpy", "piqp")
@@ -56,6 +58,13 @@ class Comparison:
         What went wrong.
     runs : tuple of dict
         One per policy, rate and seed, in that order; keys as in the JSON.
+    rate_steps : RateSteps, optional
+        Rates over time, where there was not one.
+    settings : mapping
+        How it was simulated: warm-up, control period, and of a clock set the delay that the
+        fleet has and the one that policies believe at first.
+    notes : tuple of str
+        What to keep in mind when reading the figures, as sentences.
     seeds : tuple of int
         Of the runs that were asked for.
     planned : int, optional
@@ -74,7 +83,7 @@ class Comparison:
     --------
     >>> found = Comparison(fleet="2P2D", profile="p", workload="w", slo=DEFAULT_SLO, runs=())
     >>> found.to_dict()["schema"], found.complete
-    ('voltana-ctrl/compare/1', True)
+    ('voltana-ctrl/compare/2', True)
     """
 
     fleet: str
@@ -82,6 +91,9 @@ class Comparison:
     workload: str
     slo: Slo
     runs: tuple[dict[str, Any], ...]
+    rate_steps: RateSteps | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     power_budget: PowerBudget | None = None
     arrivals: str | None = None
     faults: tuple[Fault, ...] = ()
@@ -116,6 +128,16 @@ class Comparison:
             profile=grid.profile,
             workload=grid.workload,
             slo=asked.slo,
+            rate_steps=asked.rate_steps,
+            settings={
+                "warmup_s": asked.warmup_s,
+                "tick_s": asked.tick_s,
+                "actuation_s": asked.settings.actuation_s,
+                "settle_s": asked.settings.settle_s,
+                "belief_delay_s": asked.belief_delay_s,
+                "jitter_sd_frac": asked.settings.jitter_sd_frac,
+            },
+            notes=tuple(notes_on(figures, grid.runs)),
             power_budget=asked.power_budget,
             arrivals=None if asked.arrivals is None else repr(asked.arrivals),
             faults=asked.faults,
@@ -151,6 +173,11 @@ class Comparison:
                 "itl_s": self.slo.itl_s,
                 "attainment": self.slo.attainment,
             },
+            "rate_steps_req_s": None
+            if self.rate_steps is None
+            else [list(step) for step in self.rate_steps.steps],
+            "settings": dict(self.settings),
+            "notes": list(self.notes),
             "arrivals": self.arrivals,
             "faults": fault_rows(self.faults),
             "power_budget_w": None if budget is None else [list(step) for step in budget.steps],
@@ -219,6 +246,7 @@ def compare(
     profile: str | None = None,
     workload: str | Path | Workload = "sharegpt",
     rates_req_s: Sequence[float] | None = None,
+    rate_steps: RateSteps | None = None,
     concurrency: int | None = None,
     duration_s: float = 120.0,
     warmup_s: float = 30.0,
@@ -227,6 +255,7 @@ def compare(
     slo: Slo = DEFAULT_SLO,
     policies: Sequence[str] = HEADLINE,
     settings: PlantSettings | None = None,
+    belief_delay_s: float = BELIEF_DELAY_S,
     power_budget: PowerBudget | None = None,
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
@@ -249,12 +278,17 @@ def compare(
         Name of a generator, a trace file, or requests.
     rates_req_s : sequence of float, optional
         Loads; 10 to 80 for generators, a trace's own rate by default.
+    rate_steps : RateSteps, optional
+        One load that changes over time, in place of rates; see
+        :class:`~voltana_ctrl.sim.rate_steps.RateSteps`.
     concurrency : int, optional
         Closed loop with this many clients instead of rates.
     duration_s, warmup_s : float
         Window that counts, and time before it.
     seeds : int or sequence of int
-        How many (0, 1, ...), or which.
+        How many (0, 1, ...), or which. Each draws other requests from a generator, and takes
+        another window of a trace that is longer than the run; where there is none, the notes of
+        the result say so.
     tick_s : float
         Control period.
     slo : Slo
@@ -263,6 +297,9 @@ def compare(
         Names, see :func:`voltana_ctrl.policies.find_policy`.
     settings : PlantSettings, optional
         Actuation and noise.
+    belief_delay_s : float
+        From asking for a clock until it runs, as policies believe before they have seen any;
+        what it takes stands in `settings`.
     power_budget : PowerBudget, optional
         What the fleet may draw, in time from the start of each run, warm-up included.
         Policies that know budgets honour it; `over_budget_frac` says how the others fare.
@@ -305,6 +342,7 @@ def compare(
         profile=profile,
         workload=workload,
         rates_req_s=rates_req_s,
+        rate_steps=rate_steps,
         concurrency=concurrency,
         duration_s=duration_s,
         warmup_s=warmup_s,
@@ -313,6 +351,7 @@ def compare(
         slo=slo,
         policies=policies,
         settings=settings,
+        belief_delay_s=belief_delay_s,
         power_budget=power_budget,
         arrivals=arrivals,
         faults=faults,

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl.checks import count, not_negative, positive
 from voltana_ctrl.errors import ConfigError, VoltanaError
-from voltana_ctrl.experiment.run import GRACE_S, Run
+from voltana_ctrl.experiment.run import BELIEF_DELAY_S, GRACE_S, Run
 from voltana_ctrl.policies import HEADLINE, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.profiles import load_profile
 from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
 from voltana_ctrl.sim.power import refuse_below_idle
+from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import WORKLOADS, Workload
@@ -111,8 +112,16 @@ class Grid:
             Of a policy that cannot serve this fleet.
         """
         one = self.runs[0]
-        setup = PolicySetup(tick_s=one.tick_s, power_budget=one.power_budget)
-        return {name: find_policy(name).build(self.spec, one.slo, setup) for name in self.policies}
+        setup = PolicySetup(
+            tick_s=one.tick_s, power_budget=one.power_budget, delay_s=one.belief_delay_s
+        )
+        built = {}
+        for name in self.policies:
+            policy = find_policy(name)
+            # What is chosen by trial is put together when its run begins; it is as fixed as this.
+            policy = find_policy("static-max") if policy.searched else policy
+            built[name] = policy.build(self.spec, one.slo, setup)
+        return built
 
     def order(self) -> list[int]:
         """Indices in the order in which runs are begun: load by load, references first."""
@@ -202,6 +211,7 @@ def plan_runs(
     profile: str | None = None,
     workload: str | Path | Workload = "sharegpt",
     rates_req_s: Sequence[float] | None = None,
+    rate_steps: RateSteps | None = None,
     concurrency: int | None = None,
     duration_s: float = 120.0,
     warmup_s: float = 30.0,
@@ -210,6 +220,7 @@ def plan_runs(
     slo: Slo = DEFAULT_SLO,
     policies: Sequence[str] = HEADLINE,
     settings: PlantSettings | None = None,
+    belief_delay_s: float = BELIEF_DELAY_S,
     power_budget: PowerBudget | None = None,
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
@@ -222,11 +233,25 @@ def plan_runs(
     """
     spec, fleet_name, profile_name = _fleet(fleet, profile)
     source, name = _workload(workload, skip_bad_rows)
-    rates = _rates(rates_req_s, concurrency, source)
     positive("duration_s", duration_s)
     not_negative("warmup_s", warmup_s)
     positive("tick_s", tick_s)
-    _refuse_endless(rates, duration_s + warmup_s, tick_s)
+    not_negative("belief_delay_s", belief_delay_s)
+    if rate_steps is not None:
+        if rates_req_s is not None or concurrency is not None:
+            raise ConfigError(
+                "rate-steps: expected no rate and no concurrency besides, got one; leave it out"
+            )
+        rates: Sequence[float | None] = [rate_steps.mean_req_s(warmup_s, warmup_s + duration_s)]
+        if rates[0] == 0.0:
+            raise ConfigError(
+                f"rate-steps: expected requests between {warmup_s:g} and"
+                f" {warmup_s + duration_s:g} s, which count, got a rate of 0"
+            )
+        _refuse_endless([rate_steps.highest_req_s], duration_s + warmup_s, tick_s)
+    else:
+        rates = _rates(rates_req_s, concurrency, source)
+        _refuse_endless(rates, duration_s + warmup_s, tick_s)
     if arrivals is not None and (concurrency is not None or not isinstance(source, str)):
         raise ConfigError(
             "arrivals: expected a generator's requests in an open loop, got a trace or a closed"
@@ -251,6 +276,7 @@ def plan_runs(
             slo=slo,
             workload=source,
             rate_req_s=rate,
+            rate_steps=rate_steps,
             concurrency=concurrency,
             seed=int(seed),
             duration_s=duration_s,
@@ -261,6 +287,7 @@ def plan_runs(
             arrivals=arrivals,
             faults=tuple(faults),
             detail=detail,
+            belief_delay_s=belief_delay_s,
         )
         for policy in dict.fromkeys(policies)
         for rate in rates

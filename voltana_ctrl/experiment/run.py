@@ -12,22 +12,36 @@ import numpy as np
 from voltana_ctrl.clock import SimClock
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.guard import Guard
+from voltana_ctrl.laws import length_moments
 from voltana_ctrl.loop import ControlLoop
 from voltana_ctrl.policies import Policy, PolicyParts, PolicySetup, find_policy
+from voltana_ctrl.policies.static_best import with_roles
 from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
 from voltana_ctrl.sim.detail import DetailSampler
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
-from voltana_ctrl.sim.metrics import run_figures, snapshot
+from voltana_ctrl.sim.metrics import run_figures, snapshot, unfinished
 from voltana_ctrl.sim.power import PowerMeter
+from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop, make_workload
-from voltana_ctrl.types import Decision, FleetSpec, PowerBudget, Slo
+from voltana_ctrl.types import Decision, FleetSpec, Load, PowerBudget, Slo
 
-__all__ = ["GRACE_S", "Run"]
+__all__ = ["BELIEF_DELAY_S", "GRACE_S", "TRIAL_SEEDS", "Run"]
 
-#: A request that is unfinished this long after the window counts as missed.
+#: From asking for a clock until it runs, as policies believe before they have seen any.
+BELIEF_DELAY_S = 0.025
+
+#: A request that is unfinished this long after the window counts as missed, or later where the
+#: longest answer takes longer, see :meth:`Run.grace_s`.
 GRACE_S = 60.0
+
+#: Seeds of the requests of trial runs, which no comparison judges.
+TRIAL_SEEDS = (1_000_003, 1_000_004, 1_000_005)
+
+# Where the windows of seeds begin in a trace: this irrational share, taken again and again, spreads
+# any number of them evenly.
+_SHIFT_FRAC = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +60,13 @@ class Run:
         Name of a generator, or a trace.
     rate_req_s : float, optional
         Rate to generate or rescale to; the trace's own if left out.
+    rate_steps : RateSteps, optional
+        Rates over time, from the start of the warm-up on, in place of one.
     concurrency : int, optional
         Closed loop with this many clients instead.
     seed : int
-        Of workload, routing and noise.
+        Of workload, routing and noise. Of a trace that is longer than the run, seed 0 takes the
+        beginning, and each other one a window of its own.
     duration_s, warmup_s, tick_s : float
         Window, time before it, control period.
     settings : PlantSettings
@@ -85,6 +102,7 @@ class Run:
     slo: Slo
     workload: str | Workload
     rate_req_s: float | None = None
+    rate_steps: RateSteps | None = None
     concurrency: int | None = None
     seed: int = 0
     duration_s: float = 120.0
@@ -96,20 +114,24 @@ class Run:
     faults: tuple[Fault, ...] = ()
     detail: bool = False
     believed: FleetSpec | None = None
-    belief_delay_s: float = 0.025
+    belief_delay_s: float = BELIEF_DELAY_S
 
     def simulate(self) -> dict[str, Any]:
         """Run it; figures named as in the JSON of ``compare``."""
-        workload = self._requests()
+        workload, trace_from_s = self._requests()
         figures: dict[str, Any] = dict.fromkeys(_RUN_KEYS)
         figures.update(
             policy=self.policy if isinstance(self.policy, str) else self.policy.name,
             rate_req_s=None if self.concurrency else _number(workload.rate_req_s),
             seed=self.seed,
             window_s=self.duration_s,
+            grace_s=self.grace_s(workload),
+            trace_from_s=trace_from_s,
         )
         if self.rate_req_s is not None:
             figures["rate_req_s"] = self.rate_req_s
+        elif self.rate_steps is not None:
+            figures["rate_req_s"] = self.rate_steps.mean_req_s(*self._window_s)
         if self.policy == "bound":
             return figures | self._bound(workload)
         begin_s = time.perf_counter()
@@ -117,21 +139,60 @@ class Run:
         figures["sim_wall_s"] = time.perf_counter() - begin_s
         return figures
 
-    def _requests(self) -> Workload:
-        total_s = self.warmup_s + self.duration_s + GRACE_S
+    @property
+    def _window_s(self) -> tuple[float, float]:
+        """Edges of the window that counts."""
+        return self.warmup_s, self.warmup_s + self.duration_s
+
+    def grace_s(self, workload: Workload) -> float:
+        """Time after the window by which every request that keeps both promises is done.
+
+        A minute at least; more where the longest answer of a request that arrives in the window
+        may take longer, one ITL per token.
+
+        Parameters
+        ----------
+        workload : Workload
+            The requests.
+        """
+        output_tok = workload.output_tok
+        if workload.concurrency is None:
+            first, last = np.searchsorted(workload.arrival_s, self._window_s)
+            output_tok = output_tok[first:last]
+        longest_tok = int(output_tok.max()) if output_tok.size else 1
+        return max(GRACE_S, self.slo.ttft_s + (longest_tok - 1) * self.slo.itl_s)
+
+    def _requests(self) -> tuple[Workload, float | None]:
+        """Requests of the run, and where they begin in a trace."""
+        requests, from_s = self._drawn(GRACE_S)
+        grace_s = self.grace_s(requests)
+        # Load goes on until the last judged request may be done; what came before stays the same.
+        return self._drawn(grace_s) if grace_s > GRACE_S else (requests, from_s)
+
+    def _drawn(self, grace_s: float) -> tuple[Workload, float | None]:
+        total_s = self.warmup_s + self.duration_s + grace_s
         if isinstance(self.workload, str):
             if self.concurrency is not None:
                 # More than can be served: nobody answers a request in under 0.2 s for long.
                 requests = self.concurrency * (2 + math.ceil(total_s / 0.2))
                 requests = min(requests, 2_000_000)
-                return make_closed_loop(self.workload, self.concurrency, requests, self.seed)
-            return make_workload(
-                self.workload, self.rate_req_s, total_s, self.seed, arrivals=self.arrivals
-            )
+                drawn = make_closed_loop(self.workload, self.concurrency, requests, self.seed)
+            else:
+                drawn = make_workload(
+                    self.workload,
+                    self.rate_req_s,
+                    total_s,
+                    self.seed,
+                    arrivals=self.arrivals,
+                    rate_steps=self.rate_steps,
+                )
+            return drawn, None
         trace = self.workload
         if self.concurrency is not None:
-            return trace.closed_loop(self.concurrency)
-        if self.rate_req_s is not None:
+            return trace.closed_loop(self.concurrency), None
+        if self.rate_steps is not None:
+            trace = trace.stepped(self.rate_steps)
+        elif self.rate_req_s is not None:
             trace = trace.rescaled(self.rate_req_s)
         needed_s = self.warmup_s + self.duration_s
         if trace.duration_s < needed_s:
@@ -140,14 +201,17 @@ class Run:
                 f" got {trace.duration_s:.1f} s; shorten --duration to at most"
                 f" {max(0.0, trace.duration_s - self.warmup_s):.0f}"
             )
-        return trace.window(min(total_s, trace.duration_s))
+        # Steps of a load stand at their times, so that the trace cannot be moved under them.
+        spare_s = 0.0 if self.rate_steps is not None else max(0.0, trace.duration_s - total_s)
+        from_s = spare_s * (self.seed * _SHIFT_FRAC % 1.0)
+        length_s = min(total_s, trace.duration_s - from_s)
+        return trace.window(length_s, start_s=from_s), from_s
 
     def _bound(self, workload: Workload) -> dict[str, Any]:
         if workload.concurrency is not None:
             return {"regime": "closed_loop"}
-        window_s = self.warmup_s, self.warmup_s + self.duration_s
-        power_w = fluid_bound_w(self.fleet, fluid_load(workload, *window_s), self.slo)
-        power_w -= FaultSchedule(self.fleet, self.faults).saved_w(*window_s)
+        power_w = fluid_bound_w(self.fleet, fluid_load(workload, *self._window_s), self.slo)
+        power_w -= FaultSchedule(self.fleet, self.faults).saved_w(*self._window_s)
         if not math.isfinite(power_w):
             return {"regime": "open_loop"}
         return {
@@ -164,16 +228,21 @@ class Run:
             power_budget=self.power_budget,
             delay_s=self.belief_delay_s,
             call_s=self.settings.actuation_s,
+            trials=_Trials(self),
         )
-        believed = self.believed or self.fleet
         policy = find_policy(self.policy) if isinstance(self.policy, str) else self.policy
-        parts: PolicyParts = policy.build(believed, self.slo, setup)
-        from_s, until_s = self.warmup_s, self.warmup_s + self.duration_s
+        parts: PolicyParts = policy.build(self.believed or self.fleet, self.slo, setup)
+        # Machines that the policy arranges anew are what they are, not what is believed of them.
+        fleet = self.fleet
+        if parts.fleet is not None:
+            fleet = with_roles(fleet, [one.role for one in parts.fleet.instances])
+        believed = parts.fleet or self.believed or fleet
+        from_s, until_s = self._window_s
         backend = SimBackend(
-            self.fleet,
+            fleet,
             workload=workload,
             seed=self.seed,
-            settings=_with_policy(self.settings, parts, len(self.fleet)),
+            settings=_with_policy(self.settings, parts, len(fleet)),
             governors=parts.governors,
             prefill_router=parts.prefill_router,
             decode_router=parts.decode_router,
@@ -182,7 +251,7 @@ class Run:
             faults=self.faults,
         )
         plant = backend.plant
-        plant.apply(parts.first or Decision.highest(self.fleet))
+        plant.apply(parts.first or Decision.highest(fleet))
         times_s: list[float] = []
         sampler = DetailSampler(plant, from_s, until_s) if self.detail else None
         budget = self.power_budget
@@ -192,7 +261,7 @@ class Run:
             loop = ControlLoop(
                 backend,
                 parts.controller,
-                Guard(self.fleet),
+                Guard(fleet),
                 clock=SimClock(meter or plant),
                 observers=[_Stopwatch(times_s), *([sampler] if sampler else [])],
             )
@@ -205,6 +274,7 @@ class Run:
 
         go(from_s)
         before = snapshot(plant)
+        _, carried_in_tok = unfinished(plant)
         if meter is not None and loop is None:
             meter.advance(until_s, sampler)
         elif sampler is not None and loop is None:
@@ -213,7 +283,8 @@ class Run:
         if sampler is not None:
             sampler.take()
         after = snapshot(plant)
-        end_s = until_s + GRACE_S
+        past_req, past_tok = unfinished(plant)
+        end_s = until_s + self.grace_s(workload)
         if loop is None:
             go(end_s, stop_when_judged=True)
         while plant.judged[1] > 0 and plant.now_s < end_s:
@@ -221,11 +292,37 @@ class Run:
         kept = {} if sampler is None else {"detail": sampler.detail()}
         return kept | {
             **run_figures(plant, before, after, self.duration_s, self.slo),
+            "choice": parts.choice,
+            "requests_past_window": past_req,
+            "tokens_past_window": past_tok,
+            "tokens_carried_in": carried_in_tok,
             "over_budget_frac": None if meter is None else meter.over_budget_frac(),
             "guard_interventions": 0 if loop is None else loop.interventions,
             "decide_p50_s": float(np.quantile(times_s, 0.5)) if times_s else None,
             "decide_p99_s": float(np.quantile(times_s, 0.99)) if times_s else None,
         }
+
+
+class _Trials:
+    """Runs on requests of other seeds, which are not judged; on the fleet as it is."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = replace(run, seed=TRIAL_SEEDS[0], detail=False)
+
+    @property
+    def load(self) -> Load:
+        workload, _ = self._run._requests()
+        if workload.concurrency is not None:
+            raise ConfigError(
+                f"policy {self._run.policy}: is chosen for a load, which a closed loop has not; run"
+                " it at a rate"
+            )
+        first, last = np.searchsorted(workload.arrival_s, self._run._window_s)
+        lengths = length_moments(workload.prompt_tok[first:last], workload.output_tok[first:last])
+        return Load(arrival_req_s=(last - first) / self._run.duration_s, lengths=lengths)
+
+    def run(self, policy: Policy) -> list[dict[str, Any]]:
+        return [replace(self._run, policy=policy, seed=seed).simulate() for seed in TRIAL_SEEDS]
 
 
 class _Stopwatch:
@@ -239,12 +336,14 @@ class _Stopwatch:
 
 
 _RUN_KEYS = (
-    "policy", "rate_req_s", "seed", "window_s", "energy_j", "mean_power_w",
+    "policy", "choice", "rate_req_s", "seed", "window_s", "grace_s", "trace_from_s", "energy_j",
+    "mean_power_w",
     "energy_prefill_j", "energy_decode_j", "energy_idle_j", "energy_transfer_j",
     "energy_per_token_j", "saving_token_frac", "bound_gap_closed", "ttft_attainment",
     "itl_attainment", "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
-    "requests_arrived", "requests_completed", "requests_in_flight", "requests_dropped",
-    "preemptions", "retries", "tokens_out", "tokens_lost", "mean_batch",
+    "residence_mean_s", "requests_arrived", "requests_completed", "requests_in_flight",
+    "requests_dropped", "requests_past_window", "preemptions", "retries", "tokens_out",
+    "tokens_lost", "tokens_carried_in", "tokens_past_window", "mean_batch",
     "mean_freq_prefill_mhz", "mean_freq_decode_mhz", "clock_changes", "wakes",
     "active_decode_mean", "over_budget_frac", "guard_interventions", "decide_p50_s",
     "decide_p99_s", "iterations", "sim_wall_s", "regime",
@@ -258,6 +357,7 @@ def _with_policy(settings: PlantSettings, parts: PolicyParts, n: int) -> PlantSe
     return replace(
         settings,
         view_age_s=parts.view_age_s,
+        alternates=parts.alternates,
         decode_at_arrival=parts.decode_at_arrival,
         log_iterations=max(settings.log_iterations, log),
     )

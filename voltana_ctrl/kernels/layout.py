@@ -60,6 +60,7 @@ INSTANCE_DTYPE = np.dtype(
         ("transfer_tok_s", F8),
         ("transfer_tok_j", F8),
         ("first_token_decode", I8),
+        ("alternates", I8),  # prefills and decodes in turn, never both in one iteration
         ("clock_stall_s", F8),  # a change of its clock keeps it from working for so long,
         ("clock_change_j", F8),  # and takes so much
         # what may happen to it

@@ -90,7 +90,8 @@ def render(study: Study) -> str:
 {100 * slo["attainment"]:g} % of requests. {_count(len(study.loads), "load")},
 {_count(seeds, "seed")}. Every number on this page comes from a simulated fleet; none was
 measured on hardware.</p>
-{f"<p>{escape(study.conditions)}</p>" if study.conditions else ""}
+{"".join(f"<p>{escape(said)}</p>" for said in (study.delays, study.conditions) if said)}
+{"".join(f'<p class="note">{escape(note)}</p>' for note in study.notes)}
 {_warnings(study)}
 </header>
 <main>
@@ -258,6 +259,7 @@ _COLUMNS = (
     ("energy_per_token_j", "energy [J/token]", "{:.4f}", 1.0),
     ("ttft_attainment", "TTFT met [%]", "{:.2f}", 100.0),
     ("itl_attainment", "ITL met [%]", "{:.2f}", 100.0),
+    ("slo_attainment", "both met [%]", "{:.2f}", 100.0),
     ("ttft_p99_s", "TTFT p99 [s]", "{:.3f}", 1.0),
     ("itl_p99_s", "ITL p99 [ms]", "{:.1f}", 1e3),
     ("mean_freq_prefill_mhz", "prefill clock [MHz]", "{:.0f}", 1.0),

@@ -80,8 +80,15 @@ class Study:
 
     @property
     def conditions(self) -> str:
-        """What was out of the ordinary, as sentences: arrivals, faults; empty most of the time."""
+        """What was out of the ordinary, as sentences: arrivals, noise, faults; mostly empty."""
         said = []
+        if self.comparison.get("rate_steps_req_s"):
+            steps = self.comparison["rate_steps_req_s"]
+            rates = ", ".join(f"{rate:g} req/s from {from_s:g} s" for from_s, rate in steps)
+            said.append(f"Load: {rates}.")
+        jitter = self.comparison.get("settings", {}).get("jitter_sd_frac")
+        if jitter:
+            said.append(f"Iteration times spread by {jitter:.0%}.")
         if self.comparison.get("arrivals"):
             said.append(f"Arrivals: {self.comparison['arrivals']}.")
         faults = self.comparison.get("faults") or []
@@ -94,6 +101,24 @@ class Study:
             name = row["fault"].replace("_", " ").capitalize()
             said.append(f"{name} of {row['instance']}{how} from {row['from_s']:g} s{until}.")
         return " ".join(said)
+
+    @property
+    def delays(self) -> str:
+        """How late a clock answers and how late policies think it does; empty where unknown."""
+        settings = self.comparison.get("settings")
+        if not settings:
+            return ""
+        true_ms = 1e3 * (settings["actuation_s"] + settings["settle_s"])
+        believed_ms = 1e3 * settings["belief_delay_s"]
+        return (
+            f"A clock runs {true_ms:.4g} ms after it was asked for; policies believe"
+            f" {believed_ms:.4g} ms until they have seen some."
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to keep in mind when reading the figures, as sentences."""
+        return tuple(self.comparison.get("notes") or ())
 
     @property
     def target_frac(self) -> float:
@@ -123,20 +148,16 @@ class Study:
         return sum(values) / len(values) if values else None
 
     def saving_frac(self, policy: str, rate_req_s: float | None) -> float | None:
-        """Power saved against static-max; in a closed loop energy per token.
+        """Energy per output token saved against static-max.
 
-        There a slower policy serves less, so that its power says nothing.
+        Of the bound, which serves no tokens, it is power; not in a closed loop, where a slower
+        policy serves less, so that power says nothing.
         """
-        closed = any(run.get("regime") == "closed_loop" for run in self.runs(policy, rate_req_s))
-        key = "energy_per_token_j" if closed else "mean_power_w"
-        full, own = (self.mean(name, rate_req_s, key) for name in (REFERENCE, policy))
-        return None if not full or own is None else 1.0 - own / full
-
-    def saving_token_frac(self, policy: str, rate_req_s: float | None) -> float | None:
-        """Energy per output token saved against static-max; None where there is none of either."""
-        key = "energy_per_token_j"
-        full, own = (self.mean(name, rate_req_s, key) for name in (REFERENCE, policy))
-        return None if not full or own is None else 1.0 - own / full
+        for key in ("energy_per_token_j", "mean_power_w")[: 1 if rate_req_s is None else 2]:
+            full, own = (self.mean(name, rate_req_s, key) for name in (REFERENCE, policy))
+            if full and own is not None:
+                return 1.0 - own / full
+        return None
 
     def above_bound_frac(self, policy: str, rate_req_s: float | None) -> float | None:
         """Power above the fluid bound, as a share of the bound."""

@@ -132,10 +132,12 @@ class RowPrinter:
             " of energy per output token, and of power for the bound, which serves no tokens."
             + (" Gap: way from voltanallm to the fluid bound." if self._gap else "")
             + (" Over: time above the power budget." if self._budget else "")
-            + (f" {study.conditions}" if study.conditions else ""),
+            + "".join(f" {said}" for said in (study.delays, study.conditions) if said),
             highlight=False,
             markup=False,
         )
+        for note in study.notes:
+            self._console.print(note, highlight=False, markup=False)
         lost = [rate for rate in study.loads if not _kept(study, rate)]
         if lost:
             loads = ", ".join("this load" if rate is None else f"{rate:.4g} req/s" for rate in lost)
@@ -175,11 +177,12 @@ def _columns(longest: int, *, gap: bool, budget: bool) -> list[_Column]:
         _Column("", "saving", 6, _saving),
         _Column("", "J/token", 7, mean("energy_per_token_j", "{:.4f}"), yields=2),
         _Column("TTFT [ms]", "p50", 4, mean("ttft_p50_s", "{:.0f}", 1e3)),
-        _Column("TTFT [ms]", "p99", 5, mean("ttft_p99_s", "{:.0f}", 1e3)),
-        _Column("TTFT [ms]", "met", 7, met("ttft_attainment")),
+        _Column("TTFT [ms]", "p99", 4, mean("ttft_p99_s", "{:.0f}", 1e3)),
         _Column("ITL [ms]", "p50", 4, mean("itl_p50_s", "{:.1f}", 1e3)),
-        _Column("ITL [ms]", "p99", 5, mean("itl_p99_s", "{:.1f}", 1e3)),
-        _Column("ITL [ms]", "met", 7, met("itl_attainment")),
+        _Column("ITL [ms]", "p99", 4, mean("itl_p99_s", "{:.1f}", 1e3)),
+        _Column("met [% of requests]", "TTFT", 6, met("ttft_attainment")),
+        _Column("met [% of requests]", "ITL", 6, met("itl_attainment")),
+        _Column("met [% of requests]", "both", 5, mean("slo_attainment", "{:.1f}", 100.0)),
     ]
     if gap:
         columns.append(_Column("", "gap", 5, _gap_closed, yields=1))
@@ -201,10 +204,7 @@ def _fitting(columns: list[_Column], width: int) -> list[_Column]:
 def _saving(study: Study, policy: str, rate_req_s: float | None) -> str:
     if policy == REFERENCE:
         return ""
-    found = study.saving_token_frac(policy, rate_req_s)
-    if found is None and rate_req_s is not None:
-        found = study.saving_frac(policy, rate_req_s)
-    return text(found, "{:.1%}")
+    return text(study.saving_frac(policy, rate_req_s), "{:.1%}")
 
 
 def _gap_closed(study: Study, policy: str, rate_req_s: float | None) -> str:
@@ -241,7 +241,7 @@ def _met(value: float | None, target: float) -> str:
     if value is None:
         return "-"
     if abs(value - target) >= 0.005:
-        return f"{value:.1%}" + " *"[value < target]
+        return f"{100.0 * value:.1f}" + " *"[value < target]
     # Rounded away from the promise where it is missed, lest 98.996 % read as 99.00 %.
     hundredths = math.floor(1e4 * value + 1e-9) if value < target else round(1e4 * value)
-    return f"{hundredths / 100:.2f}%" + " *"[value < target]
+    return f"{hundredths / 100:.2f}" + " *"[value < target]

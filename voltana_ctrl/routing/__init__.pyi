@@ -3,6 +3,7 @@ from voltana_ctrl.routing.baselines import fadr_router as fadr_router
 from voltana_ctrl.routing.baselines import least_kv_router as least_kv_router
 from voltana_ctrl.routing.baselines import least_queue_router as least_queue_router
 from voltana_ctrl.routing.baselines import random_router as random_router
+from voltana_ctrl.routing.baselines import rolling_router as rolling_router
 from voltana_ctrl.routing.baselines import round_robin_router as round_robin_router
 from voltana_ctrl.routing.baselines import share_router as share_router
 from voltana_ctrl.routing.baselines import shortest_router as shortest_router

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.routing.base import CompiledRouter, Phase
 from voltana_ctrl.types import FleetSpec, Slo
@@ -13,6 +14,7 @@ __all__ = [
     "least_kv_router",
     "least_queue_router",
     "random_router",
+    "rolling_router",
     "round_robin_router",
     "share_router",
     "shortest_router",
@@ -203,6 +205,41 @@ def round_robin_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
     from voltana_ctrl.kernels.route.baselines import round_robin
 
     return CompiledRouter(fleet, phase, round_robin)
+
+
+def rolling_router(fleet: FleetSpec, phase: Phase, *, turn_tok: float) -> CompiledRouter:
+    """One instance takes all prompts for a turn, then the next one.
+
+    EcoServe's rolling activation (arXiv 2504.18154), a reading of its abstract: while an instance
+    has its turn the others decode undisturbed. The paper ends a turn when the running requests
+    have no time left to give; here it ends after so many prompt tokens, which a router can count.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet, as believed.
+    phase : {"prefill", "decode"}
+        Which instances it picks from.
+    turn_tok : float
+        Prompt tokens of a turn.
+
+    Raises
+    ------
+    ConfigError
+        If a turn has no tokens.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, FleetState, Request, load_profile
+    >>> fleet = FleetSpec.parse("3C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> router = rolling_router(fleet, "prefill", turn_tok=200.0)
+    >>> [router.route(Request(prompt_tok=100), FleetState.idle(3)) for _ in range(5)]
+    [0, 0, 1, 1, 2]
+    """
+    from voltana_ctrl.kernels.route.baselines import rolling
+
+    positive("rolling_router.turn_tok", turn_tok)
+    return CompiledRouter(fleet, phase, rolling, [turn_tok])
 
 
 def least_kv_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:

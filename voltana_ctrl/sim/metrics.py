@@ -12,7 +12,14 @@ from voltana_ctrl.types import Slo
 if TYPE_CHECKING:
     from voltana_ctrl.sim.plant import Plant
 
-__all__ = ["fill_gap_closed", "fill_saving", "judged_latencies", "run_figures", "snapshot"]
+__all__ = [
+    "fill_gap_closed",
+    "fill_saving",
+    "judged_latencies",
+    "run_figures",
+    "snapshot",
+    "unfinished",
+]
 
 
 def snapshot(simulated: Plant) -> Any:
@@ -37,6 +44,37 @@ def snapshot(simulated: Plant) -> Any:
 
     advance.settle_accounts(simulated._sim, simulated.instances, simulated._tables)
     return simulated.instances.copy()
+
+
+def unfinished(simulated: Plant) -> tuple[int, int]:
+    """Requests that have arrived and are not done, and the output tokens that they still need.
+
+    Parameters
+    ----------
+    simulated : Plant
+        Stopped at an edge of the window.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.plant import Plant
+    >>> from voltana_ctrl.sim.workload import make_workload
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> run = Plant(fleet, make_workload("fixed", rate_req_s=5.0, duration_s=20.0, seed=0))
+    >>> unfinished(run)
+    (0, 0)
+    >>> run.advance(10.0)
+    >>> requests, tokens = unfinished(run)
+    >>> 0 < tokens < 128 * requests
+    True
+    """
+    requests = simulated.requests
+    rows = requests[~np.isin(requests["state"], (layout.FUTURE, layout.DONE, layout.DROPPED))]
+    made_tok = rows["made_tok"].copy()
+    runs = rows["state"] == layout.RUNNING
+    step = simulated.instances["step"][rows["decode_at"][runs]]
+    made_tok[runs] += step - rows["join_step"][runs]
+    return len(rows), int((rows["output_tok"] - made_tok).sum())
 
 
 def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo: Slo) -> dict[
@@ -204,6 +242,7 @@ def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
     dropped = rows["state"] == layout.DROPPED
     ttft_s = all_ttft_s[rows["first_s"] >= 0.0]
     itl_s = all_itl_s[done & (rows["output_tok"] > 1)]  # a single token has no gap
+    residence_s = (rows["done_s"] - rows["arrival_s"])[done]
     return {
         "ttft_attainment": _mean(ttft_met),
         "itl_attainment": _mean(itl_met),
@@ -212,6 +251,7 @@ def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
         "ttft_p99_s": _quantile(ttft_s, 0.99),
         "itl_p50_s": _quantile(itl_s, 0.5),
         "itl_p99_s": _quantile(itl_s, 0.99),
+        "residence_mean_s": _mean(residence_s),
         "requests_arrived": len(rows),
         "requests_completed": int(done.sum()),
         "requests_in_flight": int(len(rows) - done.sum() - dropped.sum()),
@@ -251,8 +291,8 @@ def _ratio(over: Any, under: Any) -> float | None:
     return float(over.sum() / under.sum()) if under.sum() > 0.0 else None
 
 
-def _mean(met: Any) -> float | None:
-    return float(met.mean()) if met.size else None
+def _mean(values: Any) -> float | None:
+    return float(values.mean()) if values.size else None
 
 
 def _quantile(values: Any, q: float) -> float | None:

@@ -109,6 +109,7 @@ class Plant:
         self._tables, self._padded, kind = instance_types(fleet)
         self.instances = starting_instances(fleet, kind)
         self.requests = starting_requests(workload)
+        self.instances["alternates"] = self.settings.alternates
         self._sim = np.zeros(1, dtype=layout.SIM_DTYPE)
         self._noise = np.random.default_rng([seed, 1])
         self._start_sim(judged_s, seed)

@@ -24,6 +24,9 @@ class PlantSettings:
     decode_at_arrival : bool
         Whether the decode instance is picked when the request arrives (SGLang's P/D
         balancer) or when its prefill is done (vLLM's proxies).
+    alternates : bool
+        Whether a colocated instance prefills and decodes in turn: while prompts wait, its running
+        requests stand still.
     jitter_sd_frac : float
         Log-normal spread of iteration times, mean 1.
     power_noise_sd_w : float
@@ -46,6 +49,7 @@ class PlantSettings:
     settle_s: float = 0.02
     view_age_s: float = 0.0
     decode_at_arrival: bool = False
+    alternates: bool = False
     jitter_sd_frac: float = 0.0
     power_noise_sd_w: float = 0.0
     log_iterations: int = 0

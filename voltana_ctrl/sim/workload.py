@@ -18,6 +18,7 @@ from voltana_ctrl.checks import F64, I64, count, frozen_array, not_negative, pos
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.catalog import WORKLOADS, describe
+from voltana_ctrl.sim.rate_steps import RateSteps
 
 __all__ = ["WORKLOADS", "Workload", "make_closed_loop", "make_workload"]
 
@@ -198,6 +199,34 @@ class Workload:
             self, arrival_s=self.arrival_s * factor, duration_s=self.duration_s * factor
         )
 
+    def stepped(self, steps: RateSteps) -> Workload:
+        """Run the clock so that requests arrive at the rates of `steps`.
+
+        Lengths and order stay, and so does what is bursty beyond the steps.
+
+        Parameters
+        ----------
+        steps : RateSteps
+            Rates over time.
+
+        Raises
+        ------
+        ConfigError
+            When the workload is a closed loop or empty, or the steps end in a silence.
+
+        Examples
+        --------
+        >>> w = make_workload("sharegpt", 10.0, 60.0, seed=0).stepped(RateSteps.parse("0:5,60:20"))
+        >>> before, after = np.histogram(w.arrival_s, [0.0, 60.0, 75.0])[0]
+        >>> bool(250 < before < 350), bool(250 < after < 350)
+        (True, True)
+        """
+        if self.concurrency is not None or not len(self):
+            kind = "a closed loop" if self.concurrency is not None else "no requests"
+            raise ConfigError(f"{self.name}: expected arrival times to move, got {kind}")
+        arrival_s, duration_s = steps.on_clock(self.arrival_s, self.rate_req_s, self.duration_s)
+        return dataclasses.replace(self, arrival_s=arrival_s, duration_s=duration_s)
+
     def window(self, duration_s: float, *, start_s: float = 0.0) -> Workload:
         """Cut out the requests that arrive in ``[start_s, start_s + duration_s)``.
 
@@ -339,6 +368,7 @@ def make_workload(
     seed: int = 0,
     *,
     arrivals: ArrivalProcess | None = None,
+    rate_steps: RateSteps | None = None,
     prompt_tok: int = 512,
     output_tok: int = 128,
 ) -> Workload:
@@ -361,6 +391,8 @@ def make_workload(
         Seed, >= 0; the same seed gives the same workload.
     arrivals : ArrivalProcess, optional
         Another arrival process than the workload's own.
+    rate_steps : RateSteps, optional
+        Rates over time, in place of one.
     prompt_tok, output_tok : int
         Lengths in tokens, >= 1; used by ``fixed`` alone.
 
@@ -381,14 +413,20 @@ def make_workload(
     (True, True)
     """
     kind = describe(name, prompt_tok=prompt_tok, output_tok=output_tok)
-    if rate_req_s is None:
-        rate_req_s = kind.rate_req_s
-    if rate_req_s is None:
-        raise ConfigError(f"{name}: expected a rate_req_s, got none; this workload has no own rate")
-    if arrivals is None:
-        arrivals = kind.arrivals(rate_req_s)
     arrival_rng, prompt_rng, output_rng = _streams(seed)
-    arrival_s = arrivals.sample(rate_req_s, duration_s, arrival_rng)
+    if rate_steps is not None:
+        arrival_s = rate_steps.sample(
+            lambda rate: arrivals or kind.arrivals(rate), duration_s, arrival_rng
+        )
+    else:
+        if rate_req_s is None:
+            rate_req_s = kind.rate_req_s
+        if rate_req_s is None:
+            raise ConfigError(
+                f"{name}: expected a rate_req_s, got none; this workload has no own rate"
+            )
+        arrivals = arrivals or kind.arrivals(rate_req_s)
+        arrival_s = arrivals.sample(rate_req_s, duration_s, arrival_rng)
     return Workload(
         name=name,
         arrival_s=arrival_s,

@@ -6,6 +6,7 @@ from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor
 from voltana_ctrl.control.baselines.packing import PackingController, PackingMemory
 from voltana_ctrl.control.baselines.static import StaticBudgetController, StaticController
 from voltana_ctrl.control.baselines.threshold import ThresholdGovernor
+from voltana_ctrl.control.baselines.throughput import ThroughputController
 
 __all__ = [
     "AdaptiveController",
@@ -16,4 +17,5 @@ __all__ = [
     "StaticBudgetController",
     "StaticController",
     "ThresholdGovernor",
+    "ThroughputController",
 ]

@@ -36,6 +36,9 @@ class EcoFreqGovernor(CompiledGovernor):
         Clocks it may choose; each is raised to the next supported one. None: the whole ladder.
     margin_frac : float
         Targets are multiplied by one plus this (a positive margin loosens, as in the code).
+    above_floor : bool
+        Whether a controller's floor counts, as that of
+        :class:`~voltana_ctrl.control.ThroughputController`, which has the two other rules.
 
     Examples
     --------
@@ -55,9 +58,10 @@ class EcoFreqGovernor(CompiledGovernor):
         *,
         ladder_mhz: Sequence[float] | None = DEFAULT_LADDER_MHZ,
         margin_frac: float = 0.0,
+        above_floor: bool = False,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
-        from voltana_ctrl.kernels.choose.baselines import ecofreq
+        from voltana_ctrl.kernels.choose.baselines import ecofreq, ecofreq_above_floor
 
         if not -1.0 < margin_frac < np.inf:
             raise ConfigError(
@@ -68,7 +72,7 @@ class EcoFreqGovernor(CompiledGovernor):
         super().__init__(
             instance,
             profile or instance.profile,
-            ecofreq,
+            ecofreq_above_floor if above_floor else ecofreq,
             [slo.ttft_s * scale, slo.itl_s * scale, len(rungs), *rungs],
             idle_call_s=5.0,
         )

@@ -68,6 +68,29 @@ def ecofreq(
 
 
 @njit([GOVERNOR_SIGNATURE])
+def ecofreq_above_floor(
+    rows,
+    padded,
+    params,
+    memory,
+    t_s,
+    running_req,
+    kv_tok,
+    waiting_tok,
+    batch_tok,
+    oldest_wait_s,
+    floor_mhz,
+    ceiling_mhz,
+):
+    """EcoFreq, and at least the floor, by which a controller adds the rules on throughput."""
+    clock_mhz = ecofreq(
+        rows, padded, params, memory, t_s, running_req, kv_tok, waiting_tok, batch_tok,
+        oldest_wait_s, floor_mhz, ceiling_mhz,
+    )  # fmt: skip
+    return min(max(clock_mhz, floor_mhz), ceiling_mhz)
+
+
+@njit([GOVERNOR_SIGNATURE])
 def threshold(
     rows,
     padded,

@@ -228,7 +228,9 @@ def form_batch(sim, inst, req, finish, starts, i):
         _preempt_last(one, req, finish, i)
     if one["running_req"] > 0 and one["kv_tok"] + one["running_req"] > one["kv_capacity_tok"]:
         _release_prefilling(one, req)
-    one["batch_req"] = one["running_req"]
+    # Who alternates lets running requests stand still while there are prompts to compute.
+    stands = one["alternates"] != 0 and one["prefill_head"] >= 0
+    one["batch_req"] = 0 if stands else one["running_req"]
     budget_tok = one["prefill_budget_tok"] - one["batch_req"]
     one["chunk_tok"] = 0
     one["chunk_tok2"] = 0.0
@@ -256,4 +258,6 @@ def form_batch(sim, inst, req, finish, starts, i):
         one["chunk_req"] += 1
         budget_tok -= chunk_tok
         r = q["next"]
+    if one["chunk_tok"] == 0:  # no prompt fits beside what runs
+        one["batch_req"] = one["running_req"]
     return 1 if one["batch_req"] > 0 or one["chunk_tok"] > 0 else 0

@@ -38,6 +38,30 @@ def round_robin(tables, padded, params, memory, uniform, prompt_tok, view, membe
 
 
 @njit([ROUTER_SIGNATURE])
+def rolling(tables, padded, params, memory, uniform, prompt_tok, view, members):
+    """EcoServe's rolling activation: one instance takes all prompts for a while, then the next.
+
+    params: prompt tokens of a turn. The position and what it got are the memory of the first two
+    members; with one there is nothing to pick.
+    """
+    n = len(members)
+    if n == 1:
+        return members[0]
+    start = int(memory[members[0]]) % n
+    if view[VIEW_ELIGIBLE, members[start]] <= 0.0 or memory[members[1]] >= params[0]:
+        start += 1
+        memory[members[1]] = 0.0
+    for step in range(n):
+        position = (start + step) % n
+        j = members[position]
+        if view[VIEW_ELIGIBLE, j] > 0.0:
+            memory[members[0]] = position
+            memory[members[1]] += prompt_tok
+            return j
+    return members[0]
+
+
+@njit([ROUTER_SIGNATURE])
 def least_kv(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Smallest share of the KV cache in use; ties to the lower index."""
     best = -1

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl import control, routing
-from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.ports import Governor, Router, phase_of
+from voltana_ctrl.policies.parts import Policy, PolicyParts, PolicySetup, Trials, balanced
+from voltana_ctrl.policies.static_best import static_best, with_roles
+from voltana_ctrl.ports import Governor, phase_of
 from voltana_ctrl.routing.base import Phase
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, PowerBudget, Slo
+from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Role, Slo
 
 __all__ = [
     "HEADLINE",
@@ -27,6 +28,7 @@ __all__ = [
     "Policy",
     "PolicyParts",
     "PolicySetup",
+    "Trials",
     "find_policy",
     "list_policies",
 ]
@@ -40,129 +42,6 @@ HEADLINE = (
     "mpc",
     "bound",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySetup:
-    """What a policy may know of the run besides fleet and SLO.
-
-    Parameters
-    ----------
-    tick_s : float
-        Control period.
-    power_budget : PowerBudget, optional
-        What the fleet may draw. Policies that know budgets honour it, the others do not.
-    delay_s : float
-        From asking for a clock until it runs, as measured on the machine.
-    governed : bool
-        Whether something runs before every iteration of an engine; without, policies that can
-        choose clocks by themselves bring no governors.
-    call_s : float
-        How long one call that sets a clock takes; calls of one node follow one another.
-    measured_delay_s : callable
-        Delays that were measured since, by the id of the instance.
-
-    Raises
-    ------
-    ConfigError
-        If the period is not positive or the delay negative.
-
-    Examples
-    --------
-    >>> setup = PolicySetup(power_budget=PowerBudget.parse("0:1200,60:840"))
-    >>> setup.limit_w(59.0), setup.limit_w(59.9), PolicySetup().limit_w(0.0)
-    (1200.0, 840.0, inf)
-    """
-
-    tick_s: float = 0.1
-    power_budget: PowerBudget | None = None
-    delay_s: float = 0.025
-    governed: bool = True
-    call_s: float = 0.005
-    measured_delay_s: Callable[[], Mapping[str, float]] = dict
-
-    def __post_init__(self) -> None:
-        positive("PolicySetup.tick_s", self.tick_s)
-        not_negative("PolicySetup.delay_s", self.delay_s)
-        not_negative("PolicySetup.call_s", self.call_s)
-
-    def limit_w(self, t_s: float) -> float:
-        """Power that a decision made now must obey until the next one has taken effect.
-
-        The least of the budget up to 100 ms past the next tick; infinite without a budget.
-
-        Parameters
-        ----------
-        t_s : float
-            Time of the decision.
-        """
-        if self.power_budget is None:
-            return float("inf")
-        return self.power_budget.least_w(t_s, t_s + self.tick_s + 0.1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyParts:
-    """A policy put together for one fleet.
-
-    Parameters
-    ----------
-    controller : object with init/decide, optional
-        Asked every tick; without one the first decision stands.
-    first : Decision, optional
-        Applied at the start; highest clocks if left out.
-    governors : sequence of Governor, optional
-        One per instance.
-    prefill_router, decode_router : Router, optional
-        The shares of the decision if left out.
-    view_age_s : float
-        How old the state is that compiled routers see.
-    decode_at_arrival : bool
-        Whether the decode instance is picked when the request arrives.
-
-    Examples
-    --------
-    >>> PolicyParts().view_age_s
-    0.0
-    """
-
-    controller: Any = None
-    first: Decision | None = None
-    governors: Sequence[Governor] | None = None
-    prefill_router: Router | None = None
-    decode_router: Router | None = None
-    view_age_s: float = 0.0
-    decode_at_arrival: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """A policy by name.
-
-    Parameters
-    ----------
-    name : str
-        As on the command line.
-    summary : str
-        One line.
-    source : str
-        Where its rules come from.
-    build : callable (fleet, slo, setup) -> PolicyParts
-        Puts it together.
-    knows_budget : bool
-        Whether it honours a power budget.
-
-    Examples
-    --------
-    >>> find_policy("static-max").name
-    'static-max'
-    """
-
-    name: str
-    summary: str
-    source: str
-    build: Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]
-    knows_budget: bool = False
 
 
 _Build = Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]
@@ -222,6 +101,7 @@ def _voltanallm(
     prefill: str = "random",
     *,
     full_ladder: bool = False,
+    above_floor: bool = False,
 ) -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         del setup
@@ -236,7 +116,8 @@ def _voltanallm(
         }
         return PolicyParts(
             governors=[
-                control.EcoFreqGovernor(one, slo, ladder_mhz=ladder_mhz) for one in fleet.instances
+                control.EcoFreqGovernor(one, slo, ladder_mhz=ladder_mhz, above_floor=above_floor)
+                for one in fleet.instances
             ],
             prefill_router=routers[decode if fleet.colocated else prefill](),
             decode_router=routers[decode](),
@@ -244,6 +125,28 @@ def _voltanallm(
         )
 
     return build
+
+
+def _voltanallm_thresholds(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    return replace(
+        _voltanallm("fadr", above_floor=True)(fleet, slo, setup),
+        first=Decision.highest(fleet, floor_mhz=fleet.min_mhz),
+        controller=control.ThroughputController(
+            fleet, slo, ladder_mhz=_ladder_mhz(), period_s=setup.tick_s
+        ),
+    )
+
+
+def _ecoserve(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    del setup
+    mixed = with_roles(fleet, [Role.COLOCATED] * len(fleet))
+    # A turn that ends within half of the promise leaves the other half to wait for it.
+    turn_tok = 0.5 * slo.ttft_s / float(mixed.instances[0].table["prefill_tok_s"][-1])
+    return PolicyParts(
+        prefill_router=routing.rolling_router(mixed, "prefill", turn_tok=turn_tok),
+        fleet=mixed,
+        alternates=True,
+    )
 
 
 def _static_budget(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
@@ -255,7 +158,7 @@ def _static_budget(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyPart
 
 def _threshold(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     del slo
-    return _balanced(
+    return balanced(
         fleet,
         [control.ThresholdGovernor(one) for one in fleet.instances],
         # Without a budget nothing changes from tick to tick.
@@ -269,7 +172,7 @@ def _threshold(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
 
 def _dualscale(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     del setup
-    return _balanced(fleet, [control.DualScaleGovernor(one, slo) for one in fleet.instances])
+    return balanced(fleet, [control.DualScaleGovernor(one, slo) for one in fleet.instances])
 
 
 def _own_governors(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> list[Governor]:
@@ -287,12 +190,12 @@ def _own_governors(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> list[Gover
 
 
 def _governors(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
-    return _balanced(fleet, _own_governors(fleet, slo, setup))
+    return balanced(fleet, _own_governors(fleet, slo, setup))
 
 
 def _pack(plan_mhz: float | None) -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
-        return _balanced(
+        return balanced(
             fleet,
             [control.DualScaleGovernor(one, slo) for one in fleet.instances],
             controller=control.PackingController(
@@ -305,20 +208,6 @@ def _pack(plan_mhz: float | None) -> _Build:
         )
 
     return build
-
-
-def _balanced(
-    fleet: FleetSpec, governors: Sequence[Governor], controller: Any = None
-) -> PolicyParts:
-    """Governors free over the whole range, behind textbook routers."""
-    prefill = routing.shortest_router if fleet.colocated else routing.least_queue_router
-    return PolicyParts(
-        controller=controller,
-        first=Decision.highest(fleet, floor_mhz=fleet.min_mhz),
-        governors=governors,
-        prefill_router=prefill(fleet, "prefill"),
-        decode_router=routing.shortest_router(fleet, "decode"),
-    )
 
 
 def _shares(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
@@ -424,6 +313,26 @@ _SHIPPED = (
         summary="voltanallm-full-ladder with tables that learn and margins that hold the SLO",
         source="EcoFreq as above; recursive least squares and attainment tracking, see the docs",
         build=_adaptive,
+    ),
+    Policy(
+        name="voltanallm-thresholds",
+        summary="voltanallm with its two throughput thresholds: the highest clock above either",
+        source=_PAPER + ", whose public demo sets both out of reach; here what the clock below"
+        " the highest can serve",
+        build=_voltanallm_thresholds,
+    ),
+    Policy(
+        name="static-best",
+        summary="the best roles, active instances and one clock per phase, by trial on a seed",
+        source="what an operator finds by hand; at most 20 trials, screened by the steady model",
+        build=static_best,
+        searched=True,
+    ),
+    Policy(
+        name="ecoserve",
+        summary="mixed instances that prefill and decode in turn, at the highest clock",
+        source="EcoServe (arXiv 2504.18154), temporal alternation: a reading of its abstract",
+        build=_ecoserve,
     ),
     Policy(
         name="governors",

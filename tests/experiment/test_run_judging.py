@@ -1,0 +1,155 @@
+"""How runs are judged: grace, work left for later, windows of a trace, what is said about them."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from voltana_ctrl import ConfigError, FleetSpec, Slo, compare, load_profile
+from voltana_ctrl.experiment import Run
+from voltana_ctrl.policies import find_policy
+from voltana_ctrl.report import print_table
+from voltana_ctrl.sim.rate_steps import RateSteps
+from voltana_ctrl.sim.settings import PlantSettings
+from voltana_ctrl.sim.workload import Workload, make_workload
+
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+FLEET = FleetSpec.parse("1P1D", PROFILE)
+SLO = Slo(ttft_s=0.6, itl_s=0.06)
+RUN = Run(policy="static-max", fleet=FLEET, slo=SLO, workload="sharegpt", rate_req_s=8.0,
+          duration_s=60.0)  # fmt: skip
+
+
+def long_answers(output_tok, total_s=151.0):
+    arrival_s = np.arange(0.0, total_s, 5.0)
+    return Workload(
+        name="long", arrival_s=arrival_s, prompt_tok=np.full(len(arrival_s), 100),
+        output_tok=np.full(len(arrival_s), output_tok), duration_s=total_s,
+    )  # fmt: skip
+
+
+def test_who_keeps_both_promises_is_never_too_late_for_the_judge():
+    # 6,000 tokens at 30 ms each take three minutes: within the promise, and not within a minute.
+    slow = dataclasses.replace(
+        RUN, policy="static-480", workload=long_answers(6000), rate_req_s=None, warmup_s=30.0
+    )
+    figures = slow.simulate()
+    assert figures["itl_p99_s"] < SLO.itl_s
+    assert figures["residence_mean_s"] > 61.0
+    assert figures["grace_s"] == pytest.approx(0.6 + 5999 * 0.06)
+    assert figures["requests_in_flight"] == 0
+    assert figures["slo_attainment"] == 1.0
+    assert RUN.simulate()["grace_s"] >= 60.0
+
+
+def test_what_is_left_for_later_is_counted():
+    figures = {name: dataclasses.replace(RUN, policy=name).simulate()
+               for name in ("static-max", "static-480")}  # fmt: skip
+    fast, slow = figures["static-max"], figures["static-480"]
+    assert 0 < fast["requests_past_window"] < slow["requests_past_window"]
+    assert 0 < fast["tokens_past_window"] < slow["tokens_past_window"]
+    # Little's law: what is inside is the rate times the time that a request takes.
+    assert slow["requests_past_window"] == pytest.approx(8.0 * slow["residence_mean_s"], rel=0.4)
+    # Tokens are made in the window, or carried over one of its edges.
+    arrived_tok = _output_of_judged(RUN)
+    for one in figures.values():
+        made_tok = one["tokens_past_window"] - one["tokens_carried_in"] + one["tokens_out"]
+        assert made_tok == pytest.approx(arrived_tok, rel=0.01)
+
+
+def _output_of_judged(run):
+    drawn = make_workload("sharegpt", 8.0, 160.0, run.seed)
+    inside = (drawn.arrival_s >= run.warmup_s) & (drawn.arrival_s < run.warmup_s + run.duration_s)
+    return drawn.output_tok[inside].sum()
+
+
+def test_short_windows_and_work_left_are_said():
+    found = compare(fleet="1P1D", rates_req_s=[8.0], duration_s=5.0, warmup_s=2.0,
+                    policies=["static-max", "static-480"])  # fmt: skip
+    said = " ".join(found.notes)
+    assert "window of 5 s is shorter" in said
+    assert "warm-up of 2 s is shorter" in said
+    assert "Left for after the window" in said
+    assert "static-480" in said
+    assert found.to_dict()["notes"] == list(found.notes)
+    usual = compare(fleet="1P1D", rates_req_s=[8.0], duration_s=60.0, warmup_s=30.0,
+                    policies=["static-max"])  # fmt: skip
+    assert usual.notes == ()
+
+
+def test_seeds_take_other_windows_of_a_trace():
+    trace = make_workload("azure-conv", 5.0, 1000.0, seed=3)
+    asked = {"fleet": "1P1D", "workload": trace, "duration_s": 100.0, "warmup_s": 20.0,
+             "policies": ["static-max"]}  # fmt: skip
+    found = compare(seeds=4, **asked)
+    begins_s = [run["trace_from_s"] for run in found.runs]
+    assert begins_s[0] == 0.0
+    assert np.diff(sorted(begins_s)).min() > 100.0
+    assert len({run["requests_arrived"] for run in found.runs}) > 1
+    assert found.notes == ()
+    for run in found.runs:
+        begin_s = run["trace_from_s"] + 20.0
+        inside = (trace.arrival_s >= begin_s) & (trace.arrival_s < begin_s + 100.0)
+        assert run["requests_arrived"] == inside.sum()
+    whole = compare(seeds=2, **(asked | {"workload": trace.window(140.0)}))
+    assert any("same requests" in note for note in whole.notes)
+    assert len({run["requests_arrived"] for run in whole.runs}) == 1
+    crowded = compare(seeds=9, **asked)
+    assert any("share up to" in note for note in crowded.notes)
+
+
+def test_a_load_in_steps_runs_and_is_named():
+    steps = RateSteps.parse("0:4,60:12")
+    found = compare(fleet="1P1D", rate_steps=steps, duration_s=60.0, warmup_s=30.0,
+                    policies=["static-max", "static-1005"])  # fmt: skip
+    assert [run["rate_req_s"] for run in found.runs] == [8.0, 8.0]
+    assert found.runs[0]["requests_arrived"] == pytest.approx(480, abs=110)
+    assert found.runs[1]["saving_token_frac"] > 0.1
+    assert found.to_dict()["rate_steps_req_s"] == [[0.0, 4.0], [60.0, 12.0]]
+    assert "12 req/s from 60 s" in found.to_study().conditions
+    with pytest.raises(ConfigError, match="no rate and no concurrency"):
+        compare(rate_steps=steps, rates_req_s=[5.0])
+    with pytest.raises(ConfigError, match="which count"):
+        compare(rate_steps=RateSteps.parse("0:5,10:0"), duration_s=30.0, warmup_s=30.0)
+
+
+def test_policies_believe_another_delay_than_the_plant_has_and_the_table_says_both(monkeypatch):
+    told = []
+    policy = find_policy("mpc")
+    monkeypatch.setattr(
+        "voltana_ctrl.experiment.run.find_policy",
+        lambda _: dataclasses.replace(
+            policy,
+            build=lambda fleet, slo, setup: (
+                told.append(setup.delay_s) or policy.build(fleet, slo, setup)
+            ),
+        ),
+    )
+    found = compare(fleet="1P1D", rates_req_s=[4.0], duration_s=10.0, warmup_s=2.0,
+                    policies=["mpc"], settings=PlantSettings(settle_s=0.2),
+                    belief_delay_s=0.05)  # fmt: skip
+    assert told == [0.05]
+    assert found.to_dict()["settings"]["belief_delay_s"] == 0.05
+    shown = io.StringIO()
+    print_table(found.to_study(), Console(file=shown, width=200))
+    said = " ".join(shown.getvalue().split())
+    assert "runs 205 ms after" in said
+    assert "believe 50 ms" in said
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_shows_the_share_that_meets_both(width):
+    found = compare(rates_req_s=[80.0], duration_s=20.0, warmup_s=5.0,
+                    policies=["static-1005", "voltanallm-full-ladder"])  # fmt: skip
+    shown = io.StringIO()
+    print_table(found.to_study(), Console(file=shown, width=width))
+    lines = shown.getvalue().splitlines()
+    head = next(line for line in lines if "policy" in line)
+    assert len(head) <= width
+    assert head.split()[-4:-1] == ["TTFT", "ITL", "both"] or head.split()[-3:] == [
+        "TTFT", "ITL", "both",
+    ]  # fmt: skip
+    row = next(line for line in lines if "static-1005" in line)
+    assert f"{100.0 * found.runs[0]['slo_attainment']:.1f}" in row.split()

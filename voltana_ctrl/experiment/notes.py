@@ -1,0 +1,92 @@
+"""What to keep in mind when reading the figures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from voltana_ctrl.experiment.run import Run
+
+__all__ = ["notes_on"]
+
+#: A policy that leaves more of its tokens than this for later has worked less than it seems.
+_PUSHED_FRAC = 0.05
+
+
+def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
+    """Say where figures may mislead: short windows, work left for later, seeds that share requests.
+
+    Parameters
+    ----------
+    figures : sequence of mapping
+        Of the runs that have ended, named as in the JSON.
+    runs : sequence of Run
+        What was asked for.
+
+    Yields
+    ------
+    str
+        Sentences.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import compare
+    >>> found = compare(rates_req_s=[5.0], duration_s=4.0, warmup_s=30.0, policies=["static-max"])
+    >>> found.notes[0].partition(":")[0]
+    'The window of 4 s is shorter than a request takes'
+    """
+    served = [one for one in figures if one.get("residence_mean_s") is not None]
+    if served:
+        yield from _on_times(max(served, key=lambda one: one["residence_mean_s"]), runs[0])
+    yield from _on_work_left(served)
+    yield from _on_seeds(figures, runs)
+
+
+def _on_times(longest: Mapping[str, Any], run: Run) -> Iterator[str]:
+    residence_s = longest["residence_mean_s"]
+    what = f"{residence_s:.1f} s in the mean with {longest['policy']}"
+    if run.duration_s < residence_s:
+        yield (
+            f"The window of {run.duration_s:g} s is shorter than a request takes: {what}. Most"
+            " energy of the judged requests is spent outside; take a longer duration."
+        )
+    if run.warmup_s < residence_s and run.concurrency is None:
+        yield (
+            f"The warm-up of {run.warmup_s:g} s is shorter than a request takes: {what}. The"
+            " window begins while batches still grow; take a longer warm-up."
+        )
+
+
+def _on_work_left(served: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    left: dict[str, float] = {}
+    for one in served:
+        if one["tokens_out"] > 0:
+            grown_tok = one["tokens_past_window"] - one["tokens_carried_in"]
+            policy = str(one["policy"])
+            left[policy] = max(left.get(policy, 0.0), grown_tok / one["tokens_out"])
+    said = [f"{policy} {frac:.0%}" for policy, frac in left.items() if frac > _PUSHED_FRAC]
+    if said:
+        yield (
+            "Left for after the window, of the tokens made in it and beyond what was carried in:"
+            f" {', '.join(said)}. Compare energy per token, not power."
+        )
+
+
+def _on_seeds(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
+    if isinstance(runs[0].workload, str) or len({run.seed for run in runs}) == 1:
+        return
+    begins_s = sorted({one["trace_from_s"] or 0.0 for one in figures})
+    if len(begins_s) == 1:
+        yield (
+            "All seeds run the same requests of the trace, which has no others for this run: they"
+            " differ in chance routing and noise alone, and say nothing of other requests."
+        )
+        return
+    apart_s = min(after - before for before, after in pairwise(begins_s))
+    shared = 1.0 - apart_s / runs[0].duration_s
+    if shared > 0.0:
+        yield (
+            "Each seed takes another window of the trace; neighbours share up to"
+            f" {shared:.0%} of their requests."
+        )
