@@ -92,6 +92,20 @@ def test_processes_give_the_same_figures(tmp_path, environment):
     assert figures[0] == figures[1]
 
 
+def test_the_row_of_a_trace_has_its_load_and_its_figures(tmp_path, environment):
+    """Its load is known only once it has been read."""
+    arrivals = "".join(f"{0.2 * k},100,20\n" for k in range(200))
+    (tmp_path / "own.csv").write_text(f"arrival_s,prompt_tok,output_tok\n{arrivals}")
+    done = run(
+        "compare", "--workload", "own.csv", "--duration", "20", "--warmup", "2",
+        "--policies", "static-max", cwd=tmp_path, **environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if "static-max" in line).split()
+    assert float(row[0]) == pytest.approx(5.0, rel=0.02)
+    assert float(row[2]) > 200.0
+
+
 @pytest.mark.slow
 def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, shared_data):
     trace = shared_data / "azure_llm_2023" / "AzureLLMInferenceTrace_conv.csv.gz"

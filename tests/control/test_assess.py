@@ -98,16 +98,19 @@ def test_needed_clocks_against_the_twin(at, delay_s, burst, pace):
         assert abs(int(rows[0]) - int(rows[1])) <= (pace != (1.0, 1.0))
 
 
-@given(at=situations())
-def test_thrifty_clocks_against_the_twin(at):
+@given(at=situations(), drains=st.booleans())
+def test_thrifty_clocks_against_the_twin(at, drains):
     name, state, load, _ = at
     theirs = [
-        naive_control.thrifty_mhz(one, running_req, kv_tok, LENGTHS.prompt_tok, 0.06, 0.0)
+        naive_control.thrifty_mhz(
+            one, running_req, kv_tok, LENGTHS.prompt_tok, 0.06, one.parked_w if drains else 0.0
+        )
         for one, running_req, kv_tok in zip(
             FLEETS[name].instances, state.running_req, state.kv_used_tok, strict=True
         )
     ]
-    np.testing.assert_array_equal(ASSESSORS[name].thrifty_mhz(state, load), theirs)
+    ours = ASSESSORS[name].thrifty_mhz(state, load, drains=drains)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @given(at=situations(), active=st.lists(st.booleans(), min_size=6, max_size=6))

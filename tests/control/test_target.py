@@ -306,6 +306,26 @@ def test_active_set_is_kept_unless_a_change_pays():
     assert moved.active.sum() < 4
 
 
+def test_an_empty_fleet_changes_at_once_and_a_full_one_when_it_has_paid():
+    """The tail of a change lasts as long as requests stay: those present over what arrives."""
+    load = Load(arrival_req_s=10.0, lengths=LENGTHS)
+    active = np.ones(len(FLEET), bool)
+
+    def shrinks(present_req):
+        present = np.full(len(FLEET), present_req)
+        target = OPTIMISER.plan(
+            load, active=active, forgone_j=(200.0, 200.0), lasted_s=1.0, present_req=present
+        )
+        return not target.active.all()
+
+    assert shrinks(0.0)
+    assert not shrinks(1e4)  # at most as long as was promised
+    np.testing.assert_array_equal(
+        OPTIMISER.plan(load, active=active, present_req=np.full(len(FLEET), 1e4)).active,
+        OPTIMISER.plan(load, active=active).active,
+    )
+
+
 def test_the_dead_are_not_planned_with():
     usable = np.array([True, True, False, True])
     target = OPTIMISER.plan(Load(arrival_req_s=10.0, lengths=LENGTHS), usable=usable)

@@ -74,6 +74,21 @@ def test_long_answers_and_colocated_fleets_need_no_hand_off_margin():
     assert headroom.hand_off_frac(memory) == 0.0
 
 
+def test_a_hand_off_that_fewer_miss_than_foreseen_is_given_back_in_part():
+    short = np.full(1000, 8.0)
+    headroom, memory = after([finished(short)] * 3)
+    asked = headroom.hand_off_frac(memory)
+    assert asked > OWN[1] + 0.02
+    assert headroom.margins_frac(memory, OWN)[1] == pytest.approx(asked - 0.02)
+    # Never less than is kept in any case, and what misses is added from there on.
+    assert headroom.margins_frac(memory, (0.02, 1.0))[1] == 1.0
+    memory = headroom.update(
+        memory, finished(np.full(20, 8.0), itl_s=0.07), running_req=100.0, feasible=True
+    )
+    assert headroom.margins_frac(memory, OWN)[1] > asked + 0.05
+    assert headroom.margins_frac(memory, OWN)[0] == OWN[0]
+
+
 def test_every_late_prompt_counts_and_is_forgotten_when_others_are_in_time():
     late, fine = finished([200.0], ttft_s=0.7), finished([200.0] * 100)
     headroom, memory = after([late])

@@ -180,7 +180,9 @@ class Screen:
         if not self._headed:
             self._headed = True
             self._rows.head(study)
-        self._rows.row(study, policy, load)
+        # A trace is asked for without a load; its runs tell the one that it has.
+        for rate_req_s in study.loads:
+            self._rows.row(study, policy, rate_req_s)
         self._out.file.flush()
         if moving:
             self._bar.start()

@@ -52,6 +52,8 @@ class Assessor:
         self._decodes = np.array([one.role.decodes for one in many], dtype=np.int64)
         self._max_batch = np.array([one.max_batch for one in many], dtype=np.int64)
         self._idle_w = np.array([one.idle_w for one in many], dtype=np.float64)
+        self._parked_w = np.array([one.parked_w for one in many], dtype=np.float64)
+        self._nothing_w = np.zeros(len(many))
         self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
 
     def clocks_mhz(
@@ -113,7 +115,7 @@ class Assessor:
         )
         return needed_mhz
 
-    def thrifty_mhz(self, state: FleetState, load: Load) -> F64:
+    def thrifty_mhz(self, state: FleetState, load: Load, *, drains: bool = False) -> F64:
         """Clocks of least energy per token at the present batch: the U-shaped curve's minimum.
 
         The right floor where clients wait for their answers or the batch is capped, since
@@ -123,6 +125,9 @@ class Assessor:
         ----------
         state, load
             As of :meth:`clocks_mhz`.
+        drains : bool
+            Count energy above what the instance draws once it is parked: who drains is parked
+            the sooner, the faster it is.
 
         Examples
         --------
@@ -130,14 +135,17 @@ class Assessor:
         >>> from voltana_ctrl.laws import length_moments
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
-        >>> Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06)).thrifty_mhz(FleetState.idle(2), load)
+        >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> assessor.thrifty_mhz(FleetState.idle(2), load)
         array([1095., 1095.])
+        >>> assessor.thrifty_mhz(FleetState.idle(2), load, drains=True)
+        array([930., 930.])
         """
         thrifty_mhz = np.empty(len(state))
         self._kernels.thrifty(
             self._tables, self._padded, self._kind, self._n_clocks, self._decodes,
             self._max_batch, state.running_req, state.kv_used_tok, load.lengths.prompt_tok,
-            self._slo.itl_s, thrifty_mhz,
+            self._slo.itl_s, self._parked_w if drains else self._nothing_w, thrifty_mhz,
         )  # fmt: skip
         return thrifty_mhz
 

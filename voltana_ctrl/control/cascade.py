@@ -279,6 +279,7 @@ class CascadeController(Controller):
                 forgone_j=(0.0, 0.0) if before is None else before.forgone_j,
                 lasted_s=state.t_s - memory.planned_s,
                 doubt_frac=min(1.0, _DOUBT_SD * self._load.doubt_frac(memory.load)),
+                present_req=state.running_req + state.queue_req,
             )  # fmt: skip
 
         target = target_within(self._budget_w(state.t_s), load, plan(load), plan)
@@ -404,8 +405,10 @@ class CascadeController(Controller):
         return np.minimum(ceiling, before)
 
     def _floors(self, state: FleetState, memory: CascadeMemory, load: Load, target: Target) -> F64:
-        # What is parked drains at the clock that its running requests need.
         floor = np.where(target.active, target.floor_mhz, self._min_mhz)
+        drains = ~target.active & (state.running_req > 0.0)
+        if drains.any():
+            floor = np.where(drains, self._assessor.thrifty_mhz(state, load, drains=True), floor)
         if not target.feasible:
             # Beyond what can be served the batch sets the clock, not a floor.
             floor[self._decode] = self._min_mhz[self._decode]

@@ -158,6 +158,7 @@ class TargetOptimiser:
         forgone_j: Sequence[float] | F64 = (0.0, 0.0),
         lasted_s: float = 30.0,
         doubt_frac: float = 0.0,
+        present_req: F64 | None = None,
     ) -> Target:
         """Least-power target at this load.
 
@@ -184,6 +185,9 @@ class TargetOptimiser:
         doubt_frac : float
             How uncertain the load is, relative: a smaller active set must be able to serve so much
             more, since it would have to grow again at once.
+        present_req : ndarray, shape (n,), optional
+            Requests that wait or run at each instance, which tell how long one stays (Little's
+            law); by default as long as is promised.
 
         Returns
         -------
@@ -200,6 +204,7 @@ class TargetOptimiser:
                 forgone_j[phase],
                 lasted_s,
                 doubt_frac,
+                present_req,
             )
             for phase, groups in enumerate(self._groups)
         ]
@@ -317,6 +322,7 @@ class TargetOptimiser:
         forgone_j: float,
         lasted_s: float,
         doubt_frac: float,
+        present_req: F64 | None,
     ) -> Target:
         left = [(group[usable[group]], least) for group, least in known]
         # Where nobody is left, the plan is for when they are back.
@@ -344,8 +350,9 @@ class TargetOptimiser:
                 saved_w = 0.0
             if saved_w > 0.0:
                 now_forgone_j = forgone_j + saved_w * lasted_s
+            present = None if present_req is None else float(present_req[members].sum())
             if np.isfinite(stay_w) and now_forgone_j <= self._change_j(
-                changed, stay_w - free_w, role, load.lengths
+                changed, stay_w - free_w, role, load, present
             ):
                 # Who stays active gets a share, be it small.
                 chosen = kept
@@ -377,11 +384,15 @@ class TargetOptimiser:
         power_w, _ = self._split(more, [group for group, _ in awake], curves, [False] * len(awake))
         return math.isfinite(power_w)
 
-    def _change_j(self, changed: I64, saved_w: float, role: Role, lengths: Lengths) -> float:
+    def _change_j(
+        self, changed: I64, saved_w: float, role: Role, load: Load, present_req: float | None
+    ) -> float:
         """Energy that a change of the active set costs: wake-ups, and what runs to its end."""
         stays_s = self.slo.ttft_s
         if role.decodes:
-            stays_s += max(0.0, lengths.output_tok - 1.0) * self.slo.itl_s
+            stays_s += max(0.0, load.lengths.output_tok - 1.0) * self.slo.itl_s
+        if present_req is not None and load.arrival_req_s > 0.0:
+            stays_s = min(stays_s, present_req / load.arrival_req_s)
         wake_j = float(np.maximum(self.wake_j, self._wake_j[changed]).sum())
         return wake_j + 0.5 * stays_s * max(0.0, saved_w)
 

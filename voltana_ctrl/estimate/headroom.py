@@ -40,6 +40,10 @@ _PRIOR_REQ = 200.0
 _STEP_FRAC = 0.004
 #: Part of the misses that the promise allows at which the margins stand still.
 _SET_POINT = 0.8
+#: How far the ITL margin may fall below what the hand-off asks for: the closed form takes every
+#: iteration to run at the limit, while the ladder is coarse. TTFT has no such room: where queues
+#: are short for long nobody misses whatever the margin, and the next burst would find it low.
+_HAND_OFF_SPARE_FRAC = 0.02
 _MAX_FRAC = 0.5
 
 _LENGTHS = np.arange(1.0, _LONG_TOK + 1.0)
@@ -96,7 +100,8 @@ class HeadroomFilter:
         self._miss_frac = 1.0 - slo.attainment
         # The governors hold the promise in the mean, so nothing is added until it is missed.
         self._tracker = MarginTracker(
-            slo=slo, eta_frac=_STEP_FRAC, min_frac=0.0, max_frac=_MAX_FRAC, start_frac=0.0,
+            slo=slo, eta_frac=_STEP_FRAC, min_frac=-_HAND_OFF_SPARE_FRAC, max_frac=_MAX_FRAC,
+            start_frac=0.0,
             set_point_frac=1.0 - _SET_POINT * self._miss_frac,
         )  # fmt: skip
 
@@ -193,8 +198,9 @@ class HeadroomFilter:
             As of :meth:`hand_off_frac`.
         """
         ttft, itl = self._tracker.applied_frac(memory.tracked)
-        hand_off = max(least_frac[1], self.hand_off_frac(memory, noise_frac))
-        return np.array([least_frac[0] + ttft, hand_off + itl])
+        hand_off = self.hand_off_frac(memory, noise_frac)
+        itl_frac = max(least_frac[1] + max(0.0, float(itl)), hand_off + float(itl))
+        return np.array([least_frac[0] + max(0.0, float(ttft)), itl_frac])
 
 
 def _normal_below(z: F64) -> F64:

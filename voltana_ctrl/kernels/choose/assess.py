@@ -73,13 +73,16 @@ def lowest_clocks(
 
 
 @njit(
-    types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8, F8, OUT_F8_1),
+    types.void(TABLES, SIZES, I8_1, I8_1, I8_1, I8_1, F8_1, F8_1, F8, F8, F8_1, OUT_F8_1),
 )
 def thrifty(
     tables, padded, kind, n_clocks, decodes, max_batch, running_req, kv_used_tok, prompt_tok,
-    itl_s, thrifty_mhz,
+    itl_s, sunk_w, thrifty_mhz,
 ):  # fmt: skip
-    """Clock of least energy per token at the present batch; the highest if all miss ITL."""
+    """Clock of least energy per token at the present batch; the highest if all miss ITL.
+
+    ``argmin_f (P(f) - sunk) T(f) + E(f)``: what it draws above what is drawn anyway.
+    """
     for i in range(len(kind)):
         n = max(1.0, min(running_req[i], float(max_batch[i])))
         size_req = float(padded[kind[i], int(n)])
@@ -92,9 +95,9 @@ def thrifty(
                 step_s = decode_s(row, size_req, kv_tok)
                 if step_s > itl_s:
                     continue
-                energy_j = step_s * row["decode_power_w"] + batch_j(row, n, kv_tok)
+                energy_j = step_s * (row["decode_power_w"] - sunk_w[i]) + batch_j(row, n, kv_tok)
             else:
-                energy_j = row["prefill_power_w"] * row["prefill_tok_s"]
+                energy_j = (row["prefill_power_w"] - sunk_w[i]) * row["prefill_tok_s"]
             if energy_j < least_j:
                 least_j = energy_j
                 best = k
