@@ -50,6 +50,17 @@ def test_a_watchdog_that_is_frozen_does_not_keep_what_its_dead_controller_set(fa
         seconds_until(lambda: not alive(watchdog))
 
 
+@needs_compiler
+def test_a_frozen_controller_without_a_watchdog_does_not_keep_what_it_set(fake, tmp_path):
+    body = LOCKED + "while True:\n    backend.read(); time.sleep(0.02)"
+    with Sweep(tmp_path, every_s=0.1), Host(fake, tmp_path, body) as host:
+        watchdog = int(host.expect("set"))
+        host.send(signal.SIGSTOP)
+        os.kill(watchdog, signal.SIGKILL)
+        seconds_until(lambda: all_given_back(fake))
+        host.send(signal.SIGCONT)
+
+
 def test_what_the_living_hold_is_left_alone(tmp_path):
     path = tmp_path / "scaling_max_freq"
     path.write_text("1000")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
-from voltana_ctrl.backends.nvml.process import process_start
+from voltana_ctrl.backends.nvml.process import process_start, process_state
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.files import check_ours, own_folder
 from voltana_ctrl.textfile import json_value
@@ -215,8 +215,8 @@ def restore_abandoned(folder: Path = LOCK_DIR) -> tuple[list[str], list[str]]:
     return given_back, problems
 
 
-def left_by_dead_owners(folder: Path = LOCK_DIR) -> dict[tuple[str, str], FoundGpu | FoundFile]:
-    """Records of owners that are dead while somebody, their watchdog, still holds the lock.
+def left_by_the_lost(folder: Path = LOCK_DIR) -> dict[tuple[str, str], FoundGpu | FoundFile]:
+    """Records of owners that are dead or stopped, while they or their watchdog hold the lock.
 
     Parameters
     ----------
@@ -230,7 +230,7 @@ def left_by_dead_owners(folder: Path = LOCK_DIR) -> dict[tuple[str, str], FoundG
 
     Examples
     --------
-    >>> left_by_dead_owners(Path("no-such-folder"))
+    >>> left_by_the_lost(Path("no-such-folder"))
     {}
     """
     found = {}
@@ -240,7 +240,7 @@ def left_by_dead_owners(folder: Path = LOCK_DIR) -> dict[tuple[str, str], FoundG
             try:
                 check_ours(f"lock file {path}", os.fstat(fd))
                 owner, record = _read(fd).get("owner"), read_record(fd)
-                if record is None or not isinstance(owner, dict) or _alive(owner) or _free(fd):
+                if record is None or not isinstance(owner, dict) or _works(owner) or _free(fd):
                     continue
                 name = path.name.removeprefix("voltana-ctrl-").removesuffix(".lock")
                 found[name, f"{owner.get('pid')} {owner.get('start')}"] = record
@@ -314,6 +314,11 @@ def _read(fd: int) -> dict[str, Any]:
 def _owner() -> dict[str, Any]:
     pid = os.getpid()
     return {"pid": pid, "start": process_start(pid), "command": " ".join(sys.argv[:3])[:200]}
+
+
+def _works(owner: dict[str, Any]) -> bool:
+    """Whether it lives and is not stopped, by a signal or a debugger."""
+    return _alive(owner) and process_state(owner["pid"]) not in ("T", "t")
 
 
 def _alive(owner: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from voltana_ctrl.backends.nvml.giveback import give_back
-from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR, left_by_dead_owners, restore_abandoned
+from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR, left_by_the_lost, restore_abandoned
 
 __all__ = ["Sweep"]
 
@@ -17,9 +17,10 @@ _log = logging.getLogger(__name__)
 class Sweep:
     """Looks at the lock files of a machine once a second, and carries out what the dead wrote down.
 
-    A watchdog does so for its own controller. Where both have died nobody is left to, and where
-    the watchdog is frozen it keeps the lock of a controller that is gone: then this gives the
-    hardware back. Setting the same twice does no harm.
+    A watchdog does so for its own controller. Where both have died nobody is left to; where one
+    is frozen and the other dead, the frozen one keeps the lock: then this gives the hardware back.
+    Setting the same twice does no harm, and a controller that thaws sees its lock gone and sets it
+    again.
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ class Sweep:
     every_s : float
         Time between two looks.
     patience : int
-        Looks at which an owner must have been dead while its watchdog holds on to the lock.
+        Looks at which an owner must have been dead or stopped while somebody holds on to the lock.
 
     Examples
     --------
@@ -50,7 +51,7 @@ class Sweep:
         """Look once; names of the hardware that was given back."""
         with self._looking:
             given_back, problems = restore_abandoned(self._folder)
-            held = left_by_dead_owners(self._folder)
+            held = left_by_the_lost(self._folder)
             self._seen = {key: self._seen.get(key, 0) + 1 for key in held}
             for (name, owner), looks in list(self._seen.items()):
                 if looks < self._patience:
