@@ -22,6 +22,7 @@ import numpy as np
 
 from voltana_ctrl import ControlLoop, FleetSpec, Slo, load_profile
 from voltana_ctrl.backends import SimBackend
+from voltana_ctrl.backends.nvml.lease import end_on_sigterm
 from voltana_ctrl.cli.demo import answers, stack_on
 from voltana_ctrl.engines.emulated.fleet import EmulatedFleet
 from voltana_ctrl.engines.emulated.load import play
@@ -36,10 +37,11 @@ from voltana_ctrl.sim.workload import Workload, make_workload
 _PARTS = 10
 
 
-def stretched(work, dilation):
+def stretched(work, dilation, most_tok):
+    """The same requests in slow motion, none of them longer than it pays to wait for."""
     return Workload(
         name=work.name, arrival_s=dilation * work.arrival_s, prompt_tok=work.prompt_tok,
-        output_tok=work.output_tok, duration_s=dilation * work.duration_s,
+        output_tok=np.minimum(work.output_tok, most_tok), duration_s=dilation * work.duration_s,
     )  # fmt: skip
 
 
@@ -107,7 +109,7 @@ async def rehearsed(fleet, url, work, edges_s):
     assert await answers(url, 180.0)
     await asyncio.sleep(5.0)
     begin_s = time.monotonic()
-    playing = asyncio.create_task(play(url, work))
+    playing = asyncio.create_task(play(url, work, limit_s=3600.0))
     marks = []
     for at_s in edges_s:
         await asyncio.sleep(max(0.0, begin_s + at_s - time.monotonic()))
@@ -146,7 +148,7 @@ def requests_of(rate_req_s, span_s, args):
     work = make_workload(
         "sharegpt", rate_req_s=rate_req_s, duration_s=span_s / args.dilation, seed=args.seed
     )
-    return stretched(work, args.dilation)
+    return stretched(work, args.dilation, args.most_tok)
 
 
 def cell(shape, policy, rate_req_s, args):
@@ -219,6 +221,7 @@ def main():
     parser.add_argument("--warm", type=float, default=300.0, help="s as played, before the window")
     parser.add_argument("--requests", type=int, default=1600, help="judged in a cell, about")
     parser.add_argument("--window", type=float, help="s as played; by --requests if left out")
+    parser.add_argument("--most-tok", type=int, default=400, help="longest answer, in both")
     parser.add_argument("--switchback", type=float, help="s of a block as played, for `savings`")
     parser.add_argument("--pairs", type=int, default=12, help="of blocks")
     parser.add_argument("--seed", type=int, default=0)
@@ -231,7 +234,7 @@ def main():
     if args.out is None:
         parser.error("expected --out FILE or --table FILE")
     named = ("dilation", "warm", "window", "requests", "seed", "ticks", "unrouted", "switchback",
-             "pairs")  # fmt: skip
+             "pairs", "most_tok")  # fmt: skip
     settings = {name: getattr(args, name) for name in named}
     lines = args.out.read_text().splitlines() if args.out.exists() else []
     there = {json.dumps(json.loads(line)["cell"], sort_keys=True) for line in lines}
@@ -249,4 +252,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with end_on_sigterm():  # engines and commands end with it
+        main()

@@ -19,7 +19,14 @@ def test_the_real_stack_takes_the_energy_that_the_simulated_one_does():
     rehearse = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rehearse)
     args = argparse.Namespace(
-        dilation=5.0, warm=30.0, window=40.0, requests=0, seed=0, ticks=False, unrouted=False
+        dilation=5.0,
+        warm=30.0,
+        window=40.0,
+        requests=0,
+        seed=0,
+        ticks=False,
+        unrouted=False,
+        most_tok=400,
     )
     found = rehearse.cell("2C", "static-max", 4.0, args)
     if found["rehearsed"]["void"]:
