@@ -93,13 +93,13 @@ def cpu_s(server):
 
 
 def spent_s(server, asked, rounds=4):
-    """Processor seconds of one round of requests at saturation; the median of some rounds."""
+    """Processor seconds of one round of requests at saturation; the least disturbed of some."""
     took = []
     for _ in range(rounds):
         before = cpu_s(server)
         answers(server.url, asked)
         took.append(cpu_s(server) - before)
-    return float(np.median(took))
+    return min(took)
 
 
 def test_orders_arrive_answers_are_as_before_and_the_plugin_costs_next_to_nothing(
@@ -131,7 +131,7 @@ def _story(ending, fake, venv, site, model, tmp_path):
     # What the plugin costs, in processor time, which the noise of a machine hardly touches;
     # iterations of this model take some milliseconds, those of a real one ten times as long.
     cost_s = [(spent_s(plain, asked), spent_s(ours, asked)) for _ in range(3)]
-    more_frac = float(np.median([mine / alone for alone, mine in cost_s])) - 1.0
+    more_frac = min(mine for _, mine in cost_s) / min(alone for alone, _ in cost_s) - 1.0
     print(json.dumps({"processor_time_more_frac": more_frac, "cost_s": cost_s}))
     assert more_frac < float(os.environ.get("VOLTANA_PLUGIN_COST_FRAC", "0.25"))
     file = tmp_path / "fleet.toml"

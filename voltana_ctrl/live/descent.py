@@ -39,9 +39,10 @@ _SETTLE_TTFT, _LASTING_TTFT, _MEMORY_TTFT = 0.5, 10.0, 50.0
 _BEYOND_SD, _LEAST_MISSED = 3.0, 3.0
 #: Readings older than this settle nothing.
 _FRESH_S = 2.0
-#: Iterations after which a profile is held to what it says, and how many are remembered.
-_JUDGED, _REMEMBERED = 40, 100
 _DECODE, _PREFILL = 0, 1
+#: Iterations of decode and of prefill, which are rarer, after which a profile is held to what it
+#: says, and how many are remembered.
+_JUDGED, _REMEMBERED = np.array([[40], [15]]), 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -259,7 +260,7 @@ class Descent(Controller):
 
     def _unproven(self, memory: DescentMemory) -> Bool:
         """Whose iterations are told, and too few of them were compared to go by the profile."""
-        judged = memory.passes >= _JUDGED
+        judged: Bool = memory.passes >= _JUDGED
         enough: Bool = np.where(self._decodes, judged[_DECODE], judged[_PREFILL])
         return (memory.clock_mhz > 0.0) & ~enough
 
