@@ -54,6 +54,10 @@ def test_json_has_the_promised_keys_and_no_nan(result, tmp_path):
         "arrivals",
         "faults",
         "power_budget_w",
+        "budget_notice_s",
+        "defer",
+        "price",
+        "co2",
         "uncertainty",
         "runs",
     }

@@ -20,8 +20,11 @@ import numpy as np
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.textfile import json_value
 from voltana_ctrl.types import (
+    DEPTHS,
     PROFILE_DTYPE,
     ActuatorPoint,
+    Admission,
+    Backlog,
     Belief,
     Decision,
     FleetSpec,
@@ -32,6 +35,7 @@ from voltana_ctrl.types import (
     Observation,
     Profile,
     RequestBatch,
+    Rest,
     Role,
     Status,
     TickRecord,
@@ -365,6 +369,10 @@ def _instance(values: Mapping[str, Any]) -> InstanceSpec:
     steps = tuple((upto, step) for upto, step in profile.pop("batch_steps"))
     role = Role[settings.pop("role")]
     points = tuple(ActuatorPoint(**point) for point in profile.pop("actuators", ()))
+    for depth in DEPTHS[1:]:
+        for told in (settings, profile):
+            if told.get(depth) is not None:
+                told[depth] = Rest(**told[depth])
     made = Profile(table=table, batch_steps=steps, actuators=points, **profile)
     return InstanceSpec(role=role, profile=made, **settings)
 
@@ -391,7 +399,16 @@ def log_observation(values: Mapping[str, Any]) -> Observation:
         state=FleetState(**values["state"]),
         iterations=IterationBatch(**values["iterations"]),
         finished=RequestBatch(**values["finished"]),
+        **_told_since(values),
     )
+
+
+def _told_since(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What logs of before did not hold."""
+    told = {"ready_s": values["ready_s"]} if "ready_s" in values else {}
+    if "backlog" in values:
+        told["backlog"] = Backlog(**values["backlog"])
+    return told
 
 
 def log_applied(values: Mapping[str, Any]) -> Decision:
@@ -443,8 +460,10 @@ def log_decision(values: Mapping[str, Any]) -> Decision:
     limits = settings.pop("limits")
     # Logs of before decisions told what to believe have none.
     belief = settings.pop("belief", None)
+    admission = settings.pop("admission", None)
     return Decision(
         status=Status[settings.pop("status")],
+        admission=None if admission is None else Admission(**admission),
         limits=None if limits is None else Limits(**limits),
         belief=None if belief is None else Belief(**belief),
         **settings,

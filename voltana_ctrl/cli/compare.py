@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from voltana_ctrl.experiment import Comparison, Grid
     from voltana_ctrl.policies import PolicyParts
     from voltana_ctrl.sim.workload import Workload
+    from voltana_ctrl.types import PowerBudget
 
 EXAMPLES = (
     "voltana-ctrl compare",
@@ -85,6 +86,22 @@ def compare(
     power_budget_w: Annotated[
         str | None,
         typer.Option(help="Limit on the fleet: W, or steps s:W,... from the warm-up's start."),
+    ] = None,
+    budget_notice_s: Annotated[
+        float | None,
+        typer.Option(help="How far ahead steps of the budget are known. [default: all of them]"),
+    ] = None,
+    defer: Annotated[
+        str | None,
+        typer.Option(help="SHARE:SECONDS or CLASS:SECONDS: requests that may wait so long."),
+    ] = None,
+    price: Annotated[
+        str | None,
+        typer.Option(help="Price per kWh, or steps s:PRICE,..., or a .csv file of them."),
+    ] = None,
+    co2: Annotated[
+        str | None,
+        typer.Option(help="Grams of CO2 per kWh, or steps s:GRAMS,..., or a .csv file of them."),
     ] = None,
     arrivals: Annotated[
         str | None,
@@ -170,7 +187,7 @@ def compare(
     from voltana_ctrl.sim.rate_steps import RateSteps
     from voltana_ctrl.sim.settings import PlantSettings
     from voltana_ctrl.sim.traces import read_trace
-    from voltana_ctrl.types import PowerBudget, Slo
+    from voltana_ctrl.types import Slo, Steps
 
     outputs = Outputs(
         json=json_path,
@@ -211,7 +228,10 @@ def compare(
             actuation_s=actuation_ms / 1e3, settle_s=settle_ms / 1e3, jitter_sd_frac=jitter
         ),
         belief_delay_s=belief_delay_ms / 1e3,
-        power_budget=None if power_budget_w is None else PowerBudget.parse(power_budget_w),
+        power_budget=_budget(power_budget_w, budget_notice_s),
+        defer=None if defer is None else _defer(defer),
+        price=None if price is None else Steps.parse(price, "price"),
+        co2=None if co2 is None else Steps.parse(co2, "co2"),
         arrivals=None if arrivals is None else parse_arrivals(arrivals),
         faults=() if faults is None else read_faults(faults),
         skip_bad_rows=skip_bad_rows,
@@ -220,6 +240,33 @@ def compare(
     if uncertainty:
         refuse_unknown(grid, uncertainty)
     return _carry_out(grid, outputs, store, jobs, uncertainty)
+
+
+def _budget(text: str | None, notice_s: float | None) -> PowerBudget | None:
+    from voltana_ctrl.types import PowerBudget
+
+    if text is None:
+        if notice_s is not None:
+            raise ConfigError("budget-notice-s: there is no budget; give --power-budget-w, too")
+        return None
+    budget = PowerBudget.parse(text)
+    return budget if notice_s is None else replace(budget, notice_s=notice_s)
+
+
+def _defer(text: str) -> tuple[float | str, float]:
+    which, colon, deadline_s = text.rpartition(":")
+    try:
+        if not (colon and which):
+            raise ValueError
+        seconds = float(deadline_s)
+    except ValueError:
+        raise ConfigError(
+            f"defer: expected SHARE:SECONDS such as 0.3:1800, or CLASS:SECONDS, got {text!r}"
+        ) from None
+    try:
+        return float(which), seconds
+    except ValueError:
+        return which, seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

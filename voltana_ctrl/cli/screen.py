@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -96,6 +97,7 @@ class Screen:
             grid.policies,
             gap={"voltanallm", "bound"} <= set(grid.policies) and None not in self._loads,
             budget=grid.runs[0].power_budget is not None,
+            extras=_extras(grid),
         )
         self.ended: list[Done] = []
         self._by_load: dict[float | None, list[Done]] = {load: [] for load in self._loads}
@@ -200,3 +202,13 @@ class Screen:
 def _shown(duration_s: float) -> str:
     minutes, seconds = divmod(round(duration_s), 60)
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _extras(grid: Grid) -> list[str]:
+    """Figures that there will be in this comparison, and not in every one."""
+    run = grid.runs[0]
+    waits = run.defer is not None
+    if not isinstance(run.workload, str):
+        waits = waits or bool((run.workload.patience_s < math.inf).any())
+    asked = {"deadline_missed": waits, "cost": run.price is not None, "co2_g": run.co2 is not None}
+    return [name for name, wanted in asked.items() if wanted]

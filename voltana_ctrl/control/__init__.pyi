@@ -5,6 +5,7 @@ from voltana_ctrl.control.base import Controller as Controller
 from voltana_ctrl.control.baselines.adaptive import AdaptiveController as AdaptiveController
 from voltana_ctrl.control.baselines.dualscale import DualScaleGovernor as DualScaleGovernor
 from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor as EcoFreqGovernor
+from voltana_ctrl.control.baselines.gate import SaturationGate as SaturationGate
 from voltana_ctrl.control.baselines.packing import PackingController as PackingController
 from voltana_ctrl.control.baselines.packing import PackingMemory as PackingMemory
 from voltana_ctrl.control.baselines.static import StaticBudgetController as StaticBudgetController

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64
-from voltana_ctrl.types import FleetSpec
+from voltana_ctrl.types import DEPTHS, FleetSpec
 
 
 class Node:
@@ -67,8 +67,7 @@ def equal_groups(fleet: FleetSpec, members: I64) -> list[I64]:
             one.max_batch,
             one.kv_capacity_tok,
             one.idle_w,
-            one.parked_w,
-            one.wake_j,
+            *(one.rest(depth) for depth in DEPTHS),
             one.role,
         )
         groups.setdefault(key, []).append(int(i))

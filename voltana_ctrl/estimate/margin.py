@@ -189,12 +189,13 @@ class MarginTracker:
         state : MarginState
             Not changed.
         finished : RequestBatch
-            Their TTFT and ITL; NaN is a miss.
+            Their TTFT and ITL; NaN is a miss. Those that might wait do not count.
         """
-        if len(finished) == 0:
+        promised = finished.deferred == 0
+        if not promised.any():
             return state
         met = (finished.ttft_s <= self.slo.ttft_s, finished.itl_s <= self.slo.itl_s)
-        return self.update_misses(state, ~met[0], ~met[1])
+        return self.update_misses(state, ~met[0][promised], ~met[1][promised])
 
     def update_misses(
         self, state: MarginState, ttft_missed: Outcomes, itl_missed: Outcomes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -24,7 +25,7 @@ from voltana_ctrl.sim.metrics import fill_gap_closed, fill_saving
 from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload
-from voltana_ctrl.types import FleetSpec, PowerBudget, Profile, Slo
+from voltana_ctrl.types import FleetSpec, PowerBudget, Profile, Slo, Steps
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -56,6 +57,10 @@ class Comparison:
         Arrival process, where it was not the workload's own.
     faults : tuple of Fault
         What went wrong.
+    defer : tuple of (which, deadline_s), optional
+        Requests that might wait.
+    price, co2 : Steps, optional
+        What energy cost per kWh, and its grams of CO2.
     runs : tuple of dict
         One per policy, rate and seed, in that order; keys as in the JSON.
     rate_steps : RateSteps, optional
@@ -97,6 +102,9 @@ class Comparison:
     power_budget: PowerBudget | None = None
     arrivals: str | None = None
     faults: tuple[Fault, ...] = ()
+    defer: tuple[float | str, float] | None = None
+    price: Steps | None = None
+    co2: Steps | None = None
     seeds: tuple[int, ...] = ()
     planned: int | None = None
     command: tuple[str, ...] = ()
@@ -141,6 +149,9 @@ class Comparison:
             power_budget=asked.power_budget,
             arrivals=None if asked.arrivals is None else repr(asked.arrivals),
             faults=asked.faults,
+            defer=asked.defer,
+            price=asked.price,
+            co2=asked.co2,
             seeds=tuple(dict.fromkeys(run.seed for run in grid.runs)),
             planned=len(grid.runs),
             command=tuple(command),
@@ -180,7 +191,13 @@ class Comparison:
             "notes": list(self.notes),
             "arrivals": self.arrivals,
             "faults": fault_rows(self.faults),
-            "power_budget_w": None if budget is None else [list(step) for step in budget.steps],
+            "power_budget_w": _pairs(budget),
+            "budget_notice_s": None
+            if budget is None or not math.isfinite(budget.notice_s)
+            else budget.notice_s,
+            "defer": None if self.defer is None else list(self.defer),
+            "price": _pairs(self.price),
+            "co2": _pairs(self.co2),
             "uncertainty": list(self.uncertainty) or None,
             "runs": list(self.runs),
         }
@@ -240,6 +257,10 @@ class Comparison:
         write_plot(self.to_study(), path, figures)
 
 
+def _pairs(steps: Steps | None) -> list[list[float]] | None:
+    return None if steps is None else [list(step) for step in steps.steps]
+
+
 def compare(
     *,
     fleet: str | FleetSpec = "2P2D",
@@ -259,6 +280,9 @@ def compare(
     power_budget: PowerBudget | None = None,
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
+    defer: tuple[float | str, float] | None = None,
+    price: Steps | None = None,
+    co2: Steps | None = None,
     executor: Executor | None = None,
     store: ResultStore | None = None,
     skip_bad_rows: bool = False,
@@ -308,6 +332,13 @@ def compare(
     faults : sequence of Fault
         What goes wrong, in time from the start of each run, warm-up included; see
         :mod:`voltana_ctrl.sim.faults`.
+    defer : tuple of (which, deadline_s), optional
+        So many of the requests, or those of this class of a trace, may wait so long for their
+        answers: they are let in as the policy says, stand behind the others in every queue, and
+        are judged by their deadlines alone. All work of the window is due within it, or 60 s after
+        it came.
+    price, co2 : Steps, optional
+        What energy costs per kWh, and grams of CO2 per kWh, in time from the start of each run.
     executor : concurrent.futures.Executor, optional
         Where runs go; this process if left out. Processes, or the workers of a cluster such as
         Dask's through ``client.get_executor()``.
@@ -355,6 +386,9 @@ def compare(
         power_budget=power_budget,
         arrivals=arrivals,
         faults=faults,
+        defer=defer,
+        price=price,
+        co2=co2,
         skip_bad_rows=skip_bad_rows,
         detail=detail,
     )

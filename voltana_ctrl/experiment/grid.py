@@ -22,8 +22,8 @@ from voltana_ctrl.sim.power import refuse_below_idle
 from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.traces import read_trace
-from voltana_ctrl.sim.workload import WORKLOADS, Workload
-from voltana_ctrl.types import FleetSpec, PowerBudget, Slo
+from voltana_ctrl.sim.workload import WORKLOADS, Workload, make_workload
+from voltana_ctrl.types import FleetSpec, PowerBudget, Slo, Steps
 
 if TYPE_CHECKING:
     from voltana_ctrl.experiment.store import ResultStore
@@ -224,6 +224,9 @@ def plan_runs(
     power_budget: PowerBudget | None = None,
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
+    defer: tuple[float | str, float] | None = None,
+    price: Steps | None = None,
+    co2: Steps | None = None,
     skip_bad_rows: bool = False,
     detail: bool = False,
 ) -> Grid:
@@ -260,6 +263,8 @@ def plan_runs(
     FaultSchedule(spec, faults)  # refuses what does not fit
     if power_budget is not None:
         refuse_below_idle(power_budget, spec)
+    if defer is not None:
+        _refuse_defer(defer, concurrency, source)
     if isinstance(seeds, int):
         count("seeds", seeds)
         if seeds > _MAX_SEEDS:
@@ -286,6 +291,9 @@ def plan_runs(
             power_budget=power_budget,
             arrivals=arrivals,
             faults=tuple(faults),
+            defer=defer,
+            price=price,
+            co2=co2,
             detail=detail,
             belief_delay_s=belief_delay_s,
         )
@@ -294,6 +302,16 @@ def plan_runs(
         for seed in seeds
     )
     return Grid(fleet=fleet_name, profile=profile_name, workload=name, spec=spec, runs=runs)
+
+
+def _refuse_defer(
+    defer: tuple[float | str, float], concurrency: int | None, source: str | Workload
+) -> None:
+    if concurrency is not None:
+        raise ConfigError("defer: clients of a closed loop wait for their answer; leave it out")
+    if isinstance(source, str):  # of a generator any requests will do
+        source = make_workload(source, rate_req_s=1.0, duration_s=1.0)
+    source.deferred(*defer)
 
 
 def _fleet(fleet: str | FleetSpec, profile: str | None) -> tuple[FleetSpec, str, str]:

@@ -17,6 +17,7 @@ from voltana_ctrl.loop import ControlLoop
 from voltana_ctrl.policies import Policy, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.policies.static_best import with_roles
 from voltana_ctrl.sim.arrivals import ArrivalProcess
+from voltana_ctrl.sim.bill import Bill
 from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
 from voltana_ctrl.sim.detail import DetailSampler
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
@@ -25,7 +26,7 @@ from voltana_ctrl.sim.power import PowerMeter
 from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop, make_workload
-from voltana_ctrl.types import Decision, FleetSpec, Load, PowerBudget, Slo
+from voltana_ctrl.types import Decision, FleetSpec, Load, PowerBudget, Slo, Steps
 
 __all__ = ["BELIEF_DELAY_S", "GRACE_S", "TRIAL_SEEDS", "Run"]
 
@@ -79,6 +80,11 @@ class Run:
         What goes wrong, in time from the start of the warm-up.
     detail : bool
         Keep a :class:`~voltana_ctrl.sim.detail.RunDetail` under the key ``detail``.
+    defer : tuple of (which, deadline_s), optional
+        Requests that may wait, as :meth:`voltana_ctrl.sim.workload.Workload.deferred` takes them.
+        All work of the window is due within it, or a grace of 60 s after it came.
+    price, co2 : Steps, optional
+        What energy costs per kWh, and grams of CO2 per kWh, from the start of the warm-up on.
     believed : FleetSpec, optional
         What the policy takes the fleet for, where its profiles are wrong.
     belief_delay_s : float
@@ -113,6 +119,9 @@ class Run:
     arrivals: ArrivalProcess | None = None
     faults: tuple[Fault, ...] = ()
     detail: bool = False
+    defer: tuple[float | str, float] | None = None
+    price: Steps | None = None
+    co2: Steps | None = None
     believed: FleetSpec | None = None
     belief_delay_s: float = BELIEF_DELAY_S
 
@@ -166,8 +175,14 @@ class Run:
         """Requests of the run, and where they begin in a trace."""
         requests, from_s = self._drawn(GRACE_S)
         grace_s = self.grace_s(requests)
-        # Load goes on until the last judged request may be done; what came before stays the same.
-        return self._drawn(grace_s) if grace_s > GRACE_S else (requests, from_s)
+        if grace_s > GRACE_S:
+            # Load goes on until the last judged request may be done; what came before is the same.
+            requests, from_s = self._drawn(grace_s)
+        if self.defer is not None:
+            requests = requests.deferred(*self.defer, seed=self.seed)
+        if np.isfinite(requests.patience_s).any():
+            requests = requests.due_within(self._window_s[1], grace_s)
+        return requests, from_s
 
     def _drawn(self, grace_s: float) -> tuple[Workload, float | None]:
         total_s = self.warmup_s + self.duration_s + grace_s
@@ -210,6 +225,8 @@ class Run:
     def _bound(self, workload: Workload) -> dict[str, Any]:
         if workload.concurrency is not None:
             return {"regime": "closed_loop"}
+        if np.isfinite(workload.patience_s).any():
+            return {"regime": "open_loop"}  # it knows of no work that may wait
         power_w = fluid_bound_w(self.fleet, fluid_load(workload, *self._window_s), self.slo)
         power_w -= FaultSchedule(self.fleet, self.faults).saved_w(*self._window_s)
         if not math.isfinite(power_w):
@@ -229,6 +246,8 @@ class Run:
             delay_s=self.belief_delay_s,
             call_s=self.settings.actuation_s,
             trials=_Trials(self),
+            price=self.price,
+            co2=self.co2,
         )
         policy = find_policy(self.policy) if isinstance(self.policy, str) else self.policy
         parts: PolicyParts = policy.build(self.believed or self.fleet, self.slo, setup)
@@ -275,11 +294,14 @@ class Run:
         go(from_s)
         before = snapshot(plant)
         _, carried_in_tok = unfinished(plant)
-        if meter is not None and loop is None:
-            meter.advance(until_s, sampler)
-        elif sampler is not None and loop is None:
-            sampler.advance(until_s)
-        go(until_s)
+        bill = Bill(plant, self.price, self.co2, from_s, until_s)
+        for edge_s in bill.edges_s[1:]:
+            if meter is not None and loop is None:
+                meter.advance(edge_s, sampler)
+            elif sampler is not None and loop is None:
+                sampler.advance(edge_s)
+            go(edge_s)
+            bill.take()
         if sampler is not None:
             sampler.take()
         after = snapshot(plant)
@@ -296,6 +318,7 @@ class Run:
             "requests_past_window": past_req,
             "tokens_past_window": past_tok,
             "tokens_carried_in": carried_in_tok,
+            **bill.figures(),
             "over_budget_frac": None if meter is None else meter.over_budget_frac(),
             "guard_interventions": 0 if loop is None else loop.interventions,
             "decide_p50_s": float(np.quantile(times_s, 0.5)) if times_s else None,
@@ -342,8 +365,10 @@ _RUN_KEYS = (
     "energy_per_token_j", "saving_token_frac", "bound_gap_closed", "ttft_attainment",
     "itl_attainment", "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
     "residence_mean_s", "requests_arrived", "requests_completed", "requests_in_flight",
-    "requests_dropped", "requests_past_window", "preemptions", "retries", "tokens_out",
-    "tokens_lost", "tokens_carried_in", "tokens_past_window", "mean_batch",
+    "requests_dropped", "requests_past_window", "deferred_arrived", "deferred_completed",
+    "deferred_in_flight", "deferred_dropped", "deadline_missed", "cost", "co2_g",
+    "preemptions", "retries", "tokens_out", "tokens_lost", "tokens_carried_in",
+    "tokens_past_window", "mean_batch",
     "mean_freq_prefill_mhz", "mean_freq_decode_mhz", "clock_changes", "wakes",
     "active_decode_mean", "over_budget_frac", "guard_interventions", "decide_p50_s",
     "decide_p99_s", "iterations", "sim_wall_s", "regime",

@@ -53,9 +53,12 @@ INSTANCE_DTYPE = np.dtype(
         ("prefill_budget_tok", I8),
         ("max_prefill_req", I8),
         ("idle_w", F8),
+        # the sleep that it was told to fall into next
+        ("depth", I8),
         ("asleep_w", F8),
         ("wake_s", F8),
         ("wake_j", F8),
+        ("enter_s", F8),
         ("transfer_latency_s", F8),
         ("transfer_tok_s", F8),
         ("transfer_tok_j", F8),
@@ -71,7 +74,11 @@ INSTANCE_DTYPE = np.dtype(
         # parked and empty it sleeps, where that makes a difference
         ("sleeps", I8),
         ("asleep", I8),
-        ("wake_end_s", F8),  # waking until then; NEVER when it is not
+        ("wake_end_s", F8),  # waking, or falling asleep, until then; NEVER when it is neither
+        ("slept_depth", I8),  # the sleep that it is in, or wakes from
+        ("slept_w", F8),
+        ("slept_wake_s", F8),
+        ("slept_wake_j", F8),
         # what it was told
         ("governed", I8),  # 0: the loop writes the clock, 1: compiled, 2: a Python governor
         ("idle_call_s", F8),  # governor is asked again after this long without work
@@ -115,10 +122,12 @@ INSTANCE_DTYPE = np.dtype(
         ("prefill_req", I8),
         ("prefill_tok", I8),
         ("prefilling_req", I8),  # of these, how many hold KV
+        ("prefill_late", I8),  # of these, how many may wait: they stand behind the others
         ("wait_head", I8),
         ("wait_tail", I8),
         ("wait_req", I8),
         ("wait_tok", I8),
+        ("wait_late", I8),  # as above
         ("idle_since_s", F8),
         # energy and counts
         ("power_w", F8),
@@ -153,6 +162,8 @@ INSTANCE_DTYPE = np.dtype(
 REQUEST_DTYPE = np.dtype(
     [
         ("arrival_s", F8),
+        ("deadline_s", F8),  # NEVER where a client waits for the answer
+        ("sent_s", F8),  # when it was let in to be routed: at its arrival, unless it was held
         ("prompt_tok", I8),
         ("output_tok", I8),
         ("cached_tok", I8),
@@ -178,7 +189,7 @@ REQUEST_DTYPE = np.dtype(
 )
 
 # REQUEST_DTYPE["state"]
-FUTURE, ROUTING, QUEUED, HANDOFF, MOVING, WAITING, RUNNING, DONE, DROPPED = range(9)
+FUTURE, ROUTING, QUEUED, HANDOFF, MOVING, WAITING, RUNNING, DONE, DROPPED, DEFERRED = range(10)
 
 SIM_DTYPE = np.dtype(
     [
@@ -191,6 +202,13 @@ SIM_DTYPE = np.dtype(
         ("route_tail", I8),
         ("held_head", I8),  # to be routed once somebody lives who can take it
         ("held_tail", I8),
+        # requests that may wait, by deadline, and how they are let in: one every 1 / rate, and each
+        # that is due so soon
+        ("late_head", I8),
+        ("late_tail", I8),
+        ("admit_req_s", F8),
+        ("admit_due_s", F8),
+        ("admit_next_s", F8),
         ("n_start", I8),
         ("n_moving", I8),
         ("n_done", I8),

@@ -45,6 +45,8 @@ MAX_BYTES = 2**20
 _MOST_ROWS = 20_000
 _MOST_SAID, _MOST_DELAY_S = 500, 60.0
 _LARGEST = 1e15
+#: What a report holds of an observation: all that nodes and routers know.
+_OBSERVED = ("state", "iterations", "finished")
 _Batch = TypeVar("_Batch", IterationBatch, RequestBatch)
 
 
@@ -105,7 +107,7 @@ def encode_report(report: Report, fleet: FleetSpec) -> bytes:
         start=report.start,
         number=report.number,
         ids=list(report.ids),
-        observation=plain(report.observation),
+        observation={name: plain(getattr(report.observation, name)) for name in _OBSERVED},
         problems={name: said[:_MOST_SAID] for name, said in report.problems.items()},
         delay_s=dict(report.delay_s),
     )
@@ -145,7 +147,7 @@ def decode_report(data: bytes, fleet: FleetSpec) -> Report:
     if len({str(one) for one in ids}) != len(ids) or any(one not in fleet.ids for one in ids):
         raise MessageRefused("ids: expected instances of the fleet, each once")
     told = values["observation"]
-    if not (isinstance(told, dict) and set(told) == {"state", "iterations", "finished"}):
+    if not (isinstance(told, dict) and set(told) == set(_OBSERVED)):
         raise MessageRefused("observation: expected state, iterations and finished")
     try:
         state = _state(told["state"], len(ids))

@@ -148,6 +148,7 @@ def orders_of(decision: Decision, fleet: FleetSpec, *, held_s: float = 0.0) -> d
             active=bool(decision.active[i]),
             route_frac=float(decision.route_frac[i]),
             price_j_req=float(decision.price_j_req[i]),
+            depth="parked" if decision.depth is None else decision.depth[i],
             **believed,
         ).after(held_s)
     return made
@@ -202,4 +203,11 @@ def decision_of(orders: Mapping[str, Order], fleet: FleetSpec, *, t_s: float = 0
         for after_s, ceiling_mhz in later:
             ceiling_mhz[i] = order.after(after_s).ceiling_mhz
     belief = Belief(**believed) if has_belief else None
-    return Decision(t_s=t_s, belief=belief, announced=tuple(later), **columns)
+    depth = tuple(orders[name].depth if name in orders else "parked" for name in fleet.ids)
+    return Decision(
+        t_s=t_s,
+        belief=belief,
+        announced=tuple(later),
+        depth=None if set(depth) == {"parked"} else depth,
+        **columns,
+    )

@@ -32,6 +32,7 @@ from voltana_ctrl.checks import count
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.ports import Observer
 from voltana_ctrl.types import (
+    Admission,
     Decision,
     FleetSpec,
     FleetState,
@@ -280,7 +281,7 @@ def _schema(arrow: Any) -> Any:
     limits = Limits(mem_mhz=one, power_cap_w=one, cpu_mhz=one)
     decision = Decision(
         t_s=0.0, freq_mhz=one, freq_max_mhz=one, route_frac=one, active=one > 0.0,
-        price_j_req=one, limits=limits,
+        price_j_req=one, limits=limits, depth=("parked",), admission=Admission(),
     )  # fmt: skip
     record = TickRecord(
         number=0,

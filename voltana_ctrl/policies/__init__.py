@@ -20,7 +20,16 @@ from voltana_ctrl.policies.parts import Policy, PolicyParts, PolicySetup, Trials
 from voltana_ctrl.policies.static_best import static_best, with_roles
 from voltana_ctrl.ports import Governor, phase_of
 from voltana_ctrl.routing.base import Phase
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Role, Slo
+from voltana_ctrl.types import (
+    DEPTHS,
+    Decision,
+    Depth,
+    FleetSpec,
+    FleetState,
+    Observation,
+    Role,
+    Slo,
+)
 
 __all__ = [
     "HEADLINE",
@@ -43,6 +52,9 @@ HEADLINE = (
     "bound",
 )
 
+
+#: What classes of a user's own are told of the run, where they have such a parameter.
+_TOLD = ("power_budget", "price", "co2")
 
 _Build = Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]
 
@@ -193,7 +205,19 @@ def _governors(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     return balanced(fleet, _own_governors(fleet, slo, setup))
 
 
-def _pack(plan_mhz: float | None) -> _Build:
+def _gate(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    return balanced(
+        fleet,
+        _own_governors(fleet, slo, setup),
+        controller=control.SaturationGate(
+            fleet,
+            first=Decision.highest(fleet, floor_mhz=fleet.min_mhz),
+            period_s=setup.tick_s,
+        ),
+    )
+
+
+def _pack(plan_mhz: float | None = None, depth: Depth = "parked") -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         return balanced(
             fleet,
@@ -202,6 +226,7 @@ def _pack(plan_mhz: float | None) -> _Build:
                 fleet,
                 slo,
                 plan_mhz=plan_mhz,
+                depth=depth,
                 power_budget=setup.power_budget,
                 period_s=setup.tick_s,
             ),
@@ -281,7 +306,7 @@ _SHIPPED = (
         name="pack",
         summary="decode on the fewest instances that hold the load, the rest parked",
         source="consolidation heuristic; clocks as dualscale",
-        build=_pack(None),
+        build=_pack(),
         knows_budget=True,
     ),
     Policy(
@@ -341,6 +366,12 @@ _SHIPPED = (
         build=_governors,
     ),
     Policy(
+        name="gate",
+        summary="governors, and work that may wait is let in while the queues have room",
+        source="saturation gate in the manner of llm-d, queue 5 and KV 80 % as its defaults",
+        build=_gate,
+    ),
+    Policy(
         name="cascade",
         summary="equilibrium targets, per-iteration governors, priced routing; no MPC",
         source="this project, see the theory page",
@@ -366,8 +397,8 @@ _SHIPPED = (
 def list_policies() -> tuple[Policy, ...]:
     """Every shipped policy.
 
-    ``static-<MHz>``, ``pack-<MHz>`` and ``package.module:Class`` come on top, and each with
-    other routers, ``<policy>+<decode router>``; see :func:`find_policy`.
+    ``static-<MHz>``, ``pack-<MHz>``, ``pack-<depth>`` and ``package.module:Class`` come on top, and
+    each with other routers, ``<policy>+<decode router>``; see :func:`find_policy`.
 
     Examples
     --------
@@ -384,8 +415,10 @@ def find_policy(name: str) -> Policy:
     ----------
     name : str
         A shipped name, ``static-<MHz>``, ``pack-<MHz>`` (packed so that the active instances
-        could carry the load at this clock), or ``package.module:Class`` for your own: a class
-        called with (fleet, slo), and power_budget if it has such a parameter, whose instances
+        could carry the load at this clock), ``pack-<depth>`` (``deep_parked``, ``asleep`` or
+        ``off``: how deep the parked ones sleep), or ``package.module:Class`` for your own: a class
+        called with (fleet, slo), and power_budget, price and co2 if it has such parameters, whose
+        instances
         have init/decide, or route (and `phase`, "prefill" or "decode", the latter by default).
         Any of them followed by ``+ROUTER`` uses that router of :data:`ROUTERS` for decode
         (for both phases of a colocated fleet, which picks once); ``+ROUTER/ROUTER`` one for
@@ -423,6 +456,14 @@ def find_policy(name: str) -> Policy:
             summary=f"pack, planned for {clock[2]} MHz",
             source="consolidation heuristic; clocks as dualscale",
             build=_pack(float(clock[2])),
+            knows_budget=True,
+        )
+    if name.startswith("pack-") and name[5:] in DEPTHS[1:]:
+        return Policy(
+            name=name,
+            summary=f"pack, and those that are parked sleep as deep as {name[5:]}",
+            source="consolidation heuristic; clocks as dualscale",
+            build=_pack(depth=DEPTHS[DEPTHS.index(name[5:])]),
             knows_budget=True,
         )
     if ":" in name:
@@ -483,12 +524,12 @@ def _own(name: str) -> Policy:
             f"policy {name!r}: module {module_name!r} has no class {class_name!r}"
         ) from error
     try:
-        knows_budget = "power_budget" in inspect.signature(found).parameters
+        asked = [name for name in _TOLD if name in inspect.signature(found).parameters]
     except (TypeError, ValueError):  # no class, or one that does not tell
-        knows_budget = False
+        asked = []
 
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
-        told = {"power_budget": setup.power_budget} if knows_budget else {}
+        told = {name: getattr(setup, name) for name in asked}
         try:
             made = found(fleet, slo, **told)
         except TypeError as error:
@@ -504,5 +545,9 @@ def _own(name: str) -> Policy:
         raise ConfigError(f"policy {name!r}: {expected}, got {type(made).__name__}")
 
     return Policy(
-        name=name, summary="your own", source=name, build=build, knows_budget=knows_budget
+        name=name,
+        summary="your own",
+        source=name,
+        build=build,
+        knows_budget="power_budget" in asked,
     )

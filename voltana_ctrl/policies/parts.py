@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from voltana_ctrl import routing
 from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.ports import Governor, Router
-from voltana_ctrl.types import Decision, FleetSpec, Load, PowerBudget, Slo
+from voltana_ctrl.types import Decision, FleetSpec, Load, PowerBudget, Slo, Steps
 
 __all__ = ["Policy", "PolicyParts", "PolicySetup", "Trials", "balanced"]
 
@@ -54,6 +54,8 @@ class PolicySetup:
         How long one call that sets a clock takes; calls of one node follow one another.
     measured_delay_s : callable
         Delays that were measured since, by the id of the instance.
+    price, co2 : Steps, optional
+        What energy costs per kWh, and grams of CO2 per kWh, known ahead.
     trials : Trials, optional
         Runs to choose by, where there can be any.
 
@@ -75,6 +77,8 @@ class PolicySetup:
     governed: bool = True
     call_s: float = 0.005
     measured_delay_s: Callable[[], Mapping[str, float]] = dict
+    price: Steps | None = None
+    co2: Steps | None = None
     trials: Trials | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +89,8 @@ class PolicySetup:
     def limit_w(self, t_s: float) -> float:
         """Power that a decision made now must obey until the next one has taken effect.
 
-        The least of the budget up to 100 ms past the next tick; infinite without a budget.
+        The least of the budget, as far as it has been announced, up to 100 ms past the next tick;
+        infinite without a budget.
 
         Parameters
         ----------

@@ -18,7 +18,7 @@ from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.profiles.format import profile_from_laws
 from voltana_ctrl.textfile import parse_toml
-from voltana_ctrl.types.profile import Profile
+from voltana_ctrl.types import DEPTHS, Profile
 
 __all__ = ["dilated", "list_profiles", "load_profile"]
 
@@ -117,6 +117,16 @@ def dilated(profile: Profile, dilation: float) -> Profile:
     for column in table.dtype.names or ():
         if column.endswith(("_s", "_j")):
             table[column] *= dilation
+    deeper = {
+        depth: replace(
+            rest,
+            wake_s=rest.wake_s * dilation,
+            wake_j=rest.wake_j * dilation,
+            enter_s=rest.enter_s * dilation,
+        )
+        for depth in DEPTHS[1:]
+        if (rest := getattr(profile, depth)) is not None
+    }
     return replace(
         profile,
         name=f"{profile.name}@{dilation:g}",
@@ -127,6 +137,7 @@ def dilated(profile: Profile, dilation: float) -> Profile:
         wake_s=profile.wake_s * dilation,
         clock_stall_s=profile.clock_stall_s * dilation,
         clock_change_j=profile.clock_change_j * dilation,
+        **deeper,
     )
 
 

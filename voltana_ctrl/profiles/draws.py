@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types import Band, FleetSpec, Profile
+from voltana_ctrl.types import DEPTHS, Band, FleetSpec, InstanceSpec, Profile
 
 __all__ = ["draw_fleet", "draw_profile"]
 
@@ -85,7 +85,13 @@ def draw_profile(profile: Profile, rng: np.random.Generator) -> Profile:
     idle = float(np.exp(by["idle_frac"]))
     table["idle_w"] *= idle
     parked_w = None if profile.parked_w is None else profile.parked_w * idle
-    return replace(profile, table=table, idle_w=float(table["idle_w"][-1]), parked_w=parked_w)
+    deeper = {
+        depth: replace(rest, power_w=rest.power_w * idle)
+        for depth in DEPTHS[1:]
+        if (rest := getattr(profile, depth)) is not None
+    }
+    idle_w = float(table["idle_w"][-1])
+    return replace(profile, table=table, idle_w=idle_w, parked_w=parked_w, **deeper)
 
 
 def draw_fleet(fleet: FleetSpec, rng: np.random.Generator) -> FleetSpec:
@@ -115,17 +121,16 @@ def draw_fleet(fleet: FleetSpec, rng: np.random.Generator) -> FleetSpec:
     """
     profiles = {id(one.profile): one.profile for one in fleet.instances}
     drawn = {key: draw_profile(profile, rng) for key, profile in profiles.items()}
-    return FleetSpec(
-        tuple(
-            replace(
-                one,
-                profile=drawn[id(one.profile)],
-                idle_w=(
-                    drawn[id(one.profile)].idle_w
-                    if one.idle_w == one.profile.idle_w
-                    else one.idle_w
-                ),
-            )
-            for one in fleet.instances
-        )
-    )
+    return FleetSpec(tuple(_with(one, drawn[id(one.profile)]) for one in fleet.instances))
+
+
+def _with(one: InstanceSpec, profile: Profile) -> InstanceSpec:
+    """The instance with another profile; sleep of its own draws no more than it idles at now."""
+    idle_w = profile.idle_w if one.idle_w == one.profile.idle_w else one.idle_w
+    deeper = {
+        depth: replace(rest, power_w=min(rest.power_w, idle_w))
+        for depth in DEPTHS[1:]
+        if (rest := getattr(one, depth)) is not None
+    }
+    asleep_w = None if one.asleep_w is None else min(one.asleep_w, idle_w)
+    return replace(one, profile=profile, idle_w=idle_w, asleep_w=asleep_w, **deeper)

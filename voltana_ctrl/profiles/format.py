@@ -13,11 +13,12 @@ is; a term without a shape does not depend on the clock. A shape is a factor of 
     clock times voltage squared, and the voltage rises above the knee.
 
 Sections that may be left out: ``parking`` (what a parked and empty instance draws, and how long
-it takes to wake), ``clock_change`` (what a change of its clock costs), ``server`` (what the rest
-of its server draws, per instance), ``band`` (how far all of it may be from the truth: fields of
-:class:`voltana_ctrl.types.Band`) and ``actuators``. Within the others a coefficient that may be
-left out is 0: time of the host per decode step (``decode_time.host_s``) and per prompt
-(``prefill_time.req_s``), what prompts draw on top in an iteration that decodes, too
+it takes to wake), ``deep_parked``, ``asleep`` and ``off`` (deeper sleep: fields of
+:class:`voltana_ctrl.types.Rest`), ``clock_change`` (what a change of its clock costs), ``server``
+(what the rest of its server draws, per instance), ``band`` (how far all of it may be from the
+truth: fields of :class:`voltana_ctrl.types.Band`) and ``actuators``. Within the others a
+coefficient that may be left out is 0: time of the host per decode step (``decode_time.host_s``)
+and per prompt (``prefill_time.req_s``), what prompts draw on top in an iteration that decodes, too
 (``prefill_power.beside_w``), the line to which computing bends the step time
 (``decode_time.roof_base_s``, ``roof_s``).
 
@@ -36,7 +37,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types import PROFILE_DTYPE, ActuatorPoint, Band, Profile
+from voltana_ctrl.types import DEPTHS, PROFILE_DTYPE, ActuatorPoint, Band, Profile, Rest
 
 _PROVENANCE = ("status", "source", "error")
 _STATUS_BEST_FIRST = ("measured", "fitted", "scaled", "extrapolated")
@@ -104,7 +105,7 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
     ...
     voltana_ctrl.errors.ConfigError: missing key 'name'
     """
-    _check_keys("", laws, _TOP, optional=(_ACTUATORS, _BAND, *_EXTRAS))
+    _check_keys("", laws, _TOP, optional=(_ACTUATORS, _BAND, *_EXTRAS, *DEPTHS[1:]))
     sources = {}
     for section, keys in (_LAWS | _SETTINGS).items():
         optional = _OPTIONAL.get(section, ())
@@ -123,6 +124,15 @@ def profile_from_laws(laws: Mapping[str, Any]) -> Profile:
             sources[section] = _provenance(section, table)
             for key, name in names.items():
                 extras[name] = _number(f"{section}.{key}", table[key])
+    for depth in DEPTHS[1:]:
+        if depth in laws:
+            optional = tuple(field.name for field in fields(Rest) if field.name != "power_w")
+            table = _check_keys(depth, laws[depth], ("power_w", *_PROVENANCE), optional=optional)
+            sources[depth] = _provenance(depth, table)
+            told = {key: value for key, value in table.items() if key not in _PROVENANCE}
+            extras[depth] = Rest(
+                **{key: _number(f"{depth}.{key}", value) for key, value in told.items()}
+            )
     clocks_mhz = _ladder(laws["clocks"])
     shapes = {
         name: _shape(f"shapes.{name}", shape, clocks_mhz)

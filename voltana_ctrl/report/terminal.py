@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ def print_table(study: Study, console: Console) -> None:
         study.policies,
         gap=any(run.get("bound_gap_closed") is not None for run in runs),
         budget=any(run.get("over_budget_frac") is not None for run in runs),
+        extras=[name for name in EXTRAS if any(run.get(name) is not None for run in runs)],
     )
     printer.head(study)
     for rate_req_s in study.loads:
@@ -59,6 +60,10 @@ def print_table(study: Study, console: Console) -> None:
             if study.runs(policy, rate_req_s):
                 printer.row(study, policy, rate_req_s)
     printer.foot(study)
+
+
+#: Figures that have a column only where there are any.
+EXTRAS = ("deadline_missed", "cost", "co2_g")
 
 
 class RowPrinter:
@@ -77,6 +82,8 @@ class RowPrinter:
         Whether to show the way from voltanallm to the fluid bound.
     budget : bool
         Whether to show the time above the power budget.
+    extras : collection of str
+        Which of ``deadline_missed``, ``cost`` and ``co2_g`` to show.
 
     Examples
     --------
@@ -88,13 +95,21 @@ class RowPrinter:
     """
 
     def __init__(
-        self, console: Console, policies: Sequence[str], *, gap: bool = False, budget: bool = False
+        self,
+        console: Console,
+        policies: Sequence[str],
+        *,
+        gap: bool = False,
+        budget: bool = False,
+        extras: Collection[str] = (),
     ) -> None:
         self._console = console
         self._gap, self._budget = gap, budget
         self._last: tuple[float | None] | None = None
         longest = max(map(len, policies), default=6)
-        self._columns = _fitting(_columns(longest, gap=gap, budget=budget), console.width)
+        self._extras = extras
+        columns = _columns(longest, gap=gap, budget=budget, extras=extras)
+        self._columns = _fitting(columns, console.width)
 
     def head(self, study: Study) -> None:
         """Print what is compared, and what the columns are."""
@@ -132,6 +147,12 @@ class RowPrinter:
             " of energy per output token, and of power for the bound, which serves no tokens."
             + (" Gap: way from voltanallm to the fluid bound." if self._gap else "")
             + (" Over: time above the power budget." if self._budget else "")
+            + (
+                " Late: requests that might wait and missed their deadline; the others are judged"
+                " by TTFT and ITL."
+                if "deadline_missed" in self._extras
+                else ""
+            )
             + "".join(f" {said}" for said in (study.delays, study.conditions) if said),
             highlight=False,
             markup=False,
@@ -157,7 +178,7 @@ class RowPrinter:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _columns(longest: int, *, gap: bool, budget: bool) -> list[_Column]:
+def _columns(longest: int, *, gap: bool, budget: bool, extras: Collection[str]) -> list[_Column]:
     def mean(key: str, form: str, scale: float = 1.0) -> Callable[[Study, str, float | None], str]:
         def value(study: Study, policy: str, rate_req_s: float | None) -> str:
             found = study.mean(policy, rate_req_s, key)
@@ -188,6 +209,12 @@ def _columns(longest: int, *, gap: bool, budget: bool) -> list[_Column]:
         columns.append(_Column("", "gap", 5, _gap_closed, yields=1))
     if budget:
         columns.append(_Column("", "over", 5, mean("over_budget_frac", "{:.1%}")))
+    if "deadline_missed" in extras:
+        columns.append(_Column("", "late", 5, mean("deadline_missed", "{:.4g}")))
+    if "cost" in extras:
+        columns.append(_Column("", "cost", 7, mean("cost", "{:.4f}")))
+    if "co2_g" in extras:
+        columns.append(_Column("", "CO2 [g]", 7, mean("co2_g", "{:.1f}")))
     return columns
 
 

@@ -134,7 +134,7 @@ def _power_w(
     one: InstanceSpec, load: FluidLoad, prefill_share: F64, decode_share: F64, slo: Slo
 ) -> F64:
     """Least power of one instance at each share of the load; infinite where it cannot."""
-    rest_w = one.parked_w  # at most idle power: nobody rests for less
+    rest_w = one.least_rest_w  # at most idle power: nobody rests for less
     rows: Any = one.table[:, None]
     busy_frac = prefill_share * (
         load.prefill_tok_s * rows["prefill_tok_s"] + load.prefill_tok2_s * rows["prefill_tok2_s"]

@@ -266,8 +266,8 @@ class FaultSchedule:
         dead_s = np.zeros(len(self._fleet))
         for begin_s, end_s in pairwise(edges_s):
             dead_s += np.where(self.at(float(begin_s))[0], 0.0, end_s - begin_s)
-        parked_w = np.array([one.parked_w for one in self._fleet.instances])
-        return float(dead_s @ parked_w / (until_s - from_s))
+        rest_w = np.array([one.least_rest_w for one in self._fleet.instances])
+        return float(dead_s @ rest_w / (until_s - from_s))
 
 
 def fault_rows(faults: Iterable[Fault]) -> list[dict[str, Any]]:

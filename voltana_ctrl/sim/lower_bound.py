@@ -201,11 +201,11 @@ def lower_bound_w(
     rest_j = 0.0
     groups: dict[tuple[Any, ...], list[InstanceSpec]] = {}
     for one in fleet.instances:
-        key = (id(one.profile), one.clocks_mhz.tobytes(), one.max_batch, one.idle_w, one.parked_w)
-        groups.setdefault((*key, one.role), []).append(one)
+        key = (id(one.profile), one.clocks_mhz.tobytes(), one.max_batch, one.role)
+        groups.setdefault((*key, one.idle_w, one.least_rest_w), []).append(one)
     for many in groups.values():
         one = many[0]
-        rest_w = min(one.parked_w, float(one.table["idle_w"].min()))
+        rest_w = min(one.least_rest_w, float(one.table["idle_w"].min()))
         rest_j += len(many) * rest_w * span_s
         programme.take(one, len(many) * span_s, rest_w)
     if not fleet.colocated:

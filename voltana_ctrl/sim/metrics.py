@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from voltana_ctrl.kernels import layout
+from voltana_ctrl.sim.records import NEVER
+from voltana_ctrl.sim.waiting import deferred_figures
 from voltana_ctrl.types import Slo
 
 if TYPE_CHECKING:
@@ -195,6 +197,8 @@ def _energy(before: Any, after: Any) -> dict[str, float]:
 def judged_latencies(simulated: Plant) -> tuple[Any, Any]:
     """TTFT and ITL [s] of every judged request that arrived; NaN where it has none yet.
 
+    Those that may wait are left out: nothing is promised of either.
+
     Parameters
     ----------
     simulated : Plant
@@ -218,6 +222,11 @@ def judged_latencies(simulated: Plant) -> tuple[Any, Any]:
     True
     """
     rows = _judged(simulated)
+    rows = rows[rows["deadline_s"] >= NEVER]
+    return _latencies_of(rows)
+
+
+def _latencies_of(rows: Any) -> tuple[Any, Any]:
     ttft_s = np.where(rows["first_s"] >= 0.0, rows["first_s"] - rows["arrival_s"], np.nan)
     gaps = np.maximum(rows["output_tok"] - 1, 1)
     done = rows["state"] == layout.DONE
@@ -234,15 +243,17 @@ def _judged(simulated: Plant) -> Any:
 
 
 def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
-    rows = _judged(simulated)
-    all_ttft_s, all_itl_s = judged_latencies(simulated)
+    everybody = _judged(simulated)
+    rows = everybody[everybody["deadline_s"] >= NEVER]
+    all_ttft_s, all_itl_s = _latencies_of(rows)
     done = rows["state"] == layout.DONE
     # What is not finished in time is a miss of both; what is not known compares as false.
     ttft_met, itl_met = done & (all_ttft_s <= slo.ttft_s), all_itl_s <= slo.itl_s
-    dropped = rows["state"] == layout.DROPPED
     ttft_s = all_ttft_s[rows["first_s"] >= 0.0]
     itl_s = all_itl_s[done & (rows["output_tok"] > 1)]  # a single token has no gap
     residence_s = (rows["done_s"] - rows["arrival_s"])[done]
+    completed = int((everybody["state"] == layout.DONE).sum())
+    dropped = int((everybody["state"] == layout.DROPPED).sum())
     return {
         "ttft_attainment": _mean(ttft_met),
         "itl_attainment": _mean(itl_met),
@@ -252,12 +263,13 @@ def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
         "itl_p50_s": _quantile(itl_s, 0.5),
         "itl_p99_s": _quantile(itl_s, 0.99),
         "residence_mean_s": _mean(residence_s),
-        "requests_arrived": len(rows),
-        "requests_completed": int(done.sum()),
-        "requests_in_flight": int(len(rows) - done.sum() - dropped.sum()),
-        "requests_dropped": int(dropped.sum()),
-        "preemptions": int(rows["preemptions"].sum()),
-        "retries": int(rows["retries"].sum()),
+        "requests_arrived": len(everybody),
+        "requests_completed": completed,
+        "requests_in_flight": len(everybody) - completed - dropped,
+        "requests_dropped": dropped,
+        "preemptions": int(everybody["preemptions"].sum()),
+        "retries": int(everybody["retries"].sum()),
+        **deferred_figures(everybody, simulated.now_s),
     }
 
 

@@ -19,17 +19,22 @@ from voltana_ctrl.kernels.plant import advance
 from voltana_ctrl.kernels.plant import faults as fault_kernels
 from voltana_ctrl.kernels.plant.events import touch
 from voltana_ctrl.kernels.plant.functions import resolved
+from voltana_ctrl.kernels.plant.late import order_admission
 from voltana_ctrl.kernels.plant.rest import order_rest
 from voltana_ctrl.kernels.route.base import ROUTER_SIGNATURE, by_share
 from voltana_ctrl.ports import Governor, Router, believe_of
 from voltana_ctrl.routing.base import CompiledRouter
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
-from voltana_ctrl.sim.records import NEVER, starting_instances, starting_requests
+from voltana_ctrl.sim.records import NEVER, starting_instances, starting_requests, tell_depth
 from voltana_ctrl.sim.settings import PlantSettings
+from voltana_ctrl.sim.waiting import Waiting
 from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.types import (
+    DEPTHS,
+    Admission,
     Belief,
     Decision,
+    Depth,
     FleetSpec,
     FleetState,
     IterationBatch,
@@ -108,8 +113,10 @@ class Plant:
         n = len(fleet)
         self._tables, self._padded, kind = instance_types(fleet)
         self.instances = starting_instances(fleet, kind)
+        self._depths: tuple[Depth, ...] = (DEPTHS[0],) * n
         self.requests = starting_requests(workload)
         self.instances["alternates"] = self.settings.alternates
+        self._waiting = Waiting(self.requests)
         self._sim = np.zeros(1, dtype=layout.SIM_DTYPE)
         self._noise = np.random.default_rng([seed, 1])
         self._start_sim(judged_s, seed)
@@ -193,6 +200,9 @@ class Plant:
         sim["jitter_sd_frac"] = settings.jitter_sd_frac
         sim["view_age_s"] = settings.view_age_s
         sim["decode_at_arrival"] = settings.decode_at_arrival
+        sim["late_head"] = sim["late_tail"] = -1
+        self._admission = Admission()
+        order_admission(sim, NEVER, self._admission.due_s)
         sim["judge_from_s"], sim["judge_until_s"] = judged_s
         concurrency = self.workload.concurrency
         if concurrency is not None:
@@ -344,7 +354,7 @@ class Plant:
     def _ask_governor(self, governor: Governor, i: int) -> float:
         one = self.instances[i]
         head = one["prefill_head"] if one["prefill_head"] >= 0 else one["wait_head"]
-        oldest_s = self.now_s - self.requests[head]["arrival_s"] if head >= 0 else 0.0
+        oldest_s = self.now_s - self.requests[head]["sent_s"] if head >= 0 else 0.0
         # What an engine knows besides, and only compiled governors ask for.
         known: dict[str, float] = {}
         if isinstance(governor, CompiledGovernor):
@@ -408,7 +418,9 @@ class Plant:
         caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
         for capped in np.flatnonzero(inst["power_cap_w"] != caps_w):
             advance.order_cap(*clocks, int(capped), float(caps_w[capped]))
-        for sleeper in np.flatnonzero(inst["sleeps"]):
+        self._admit(decision.admission or Admission())
+        self._tell_depths(decision)
+        for sleeper in np.flatnonzero(inst["sleeps"] | inst["asleep"]):
             order_rest(self._sim, inst, self._tables, self._pending_s, self._tree, sleeper)
         for router in self._routers.values():
             router.update(decision)
@@ -416,6 +428,19 @@ class Plant:
             return
         for i, freq_mhz in enumerate(decision.freq_mhz):
             advance.order_clock(*clocks, self._node_free_s, i, float(freq_mhz))
+
+    def _admit(self, admission: Admission) -> None:
+        if admission != self._admission:
+            self._admission = admission
+            order_admission(self._sim, min(admission.rate_req_s, NEVER), admission.due_s)
+
+    def _tell_depths(self, decision: Decision) -> None:
+        depths = decision.depth or (DEPTHS[0],) * len(self.instances)
+        if depths == self._depths:
+            return
+        self._depths = depths
+        for one, spec, depth in zip(self.instances, self.fleet.instances, depths, strict=True):
+            tell_depth(one, spec, depth)
 
     def _tell(self, belief: Belief | None) -> None:
         """Hand what is believed to governors, and to routers as part of what they see."""
@@ -435,7 +460,7 @@ class Plant:
         head = np.where(inst["prefill_head"] >= 0, inst["prefill_head"], inst["wait_head"])
         waits = head >= 0
         oldest_s = np.zeros(len(inst))
-        oldest_s[waits] = now_s - self.requests["arrival_s"][head[waits]]
+        oldest_s[waits] = now_s - self.requests["sent_s"][head[waits]]
         iterates = inst["iterating"] == 1
         power_w = np.where(iterates, inst["power_w"], self._resting_w())
         if self.settings.power_noise_sd_w > 0.0:
@@ -458,6 +483,12 @@ class Plant:
             arrived_tok=inst["arrived_tok"],
         )
 
+    def _ready_s(self) -> Any:
+        """Time until each instance works, were it woken now."""
+        inst = self.instances
+        under_way_s = np.where(inst["wake_end_s"] < NEVER, inst["wake_end_s"] - self.now_s, 0.0)
+        return under_way_s + np.where(inst["asleep"] == 1, inst["slept_wake_s"], 0.0)
+
     def _resting_w(self) -> Any:
         """Power of instances without an iteration, as the kernel accounts for it."""
         inst, idle_w = self.instances, self._tables["idle_w"]
@@ -472,7 +503,11 @@ class Plant:
         self.instances["arrived_req"] = 0
         self.instances["arrived_tok"] = 0
         return Observation(
-            state=state, iterations=self._new_iterations(), finished=self._new_finished()
+            state=state,
+            iterations=self._new_iterations(),
+            finished=self._new_finished(),
+            ready_s=self._ready_s(),
+            backlog=self._waiting.read(int(self._sim[0]["next_arrival"])),
         )
 
     def _new_iterations(self) -> IterationBatch:
@@ -497,8 +532,10 @@ class Plant:
             request_class=rows["request_class"],
             prompt_tok=rows["prompt_tok"],
             output_tok=rows["output_tok"],
-            ttft_s=rows["first_s"] - rows["arrival_s"],
+            # From when it was let in: nobody else knows when it came.
+            ttft_s=rows["first_s"] - rows["sent_s"],
             itl_s=(rows["done_s"] - rows["first_s"]) / np.maximum(rows["output_tok"] - 1, 1),
             prefill_instance=rows["prefill_at"],
             decode_instance=rows["decode_at"],
+            deferred=(rows["deadline_s"] < NEVER).astype(np.int64),
         )

@@ -8,9 +8,9 @@ import numpy as np
 
 from voltana_ctrl.kernels import layout
 from voltana_ctrl.sim.workload import Workload
-from voltana_ctrl.types import FleetSpec
+from voltana_ctrl.types import DEPTHS, Depth, FleetSpec, InstanceSpec, Rest
 
-__all__ = ["NEVER", "starting_instances", "starting_requests"]
+__all__ = ["NEVER", "starting_instances", "starting_requests", "tell_depth"]
 
 #: A time that does not come, and a power cap that does not bind.
 NEVER = 1e300
@@ -43,8 +43,7 @@ def starting_instances(fleet: FleetSpec, kind: Any) -> Any:
         for name in ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "max_prefill_req"):
             one[name] = getattr(spec, name)
         one["idle_w"] = one["rest_w"] = spec.idle_w
-        one["asleep_w"], one["wake_s"], one["wake_j"] = spec.parked_w, spec.wake_s, spec.wake_j
-        one["sleeps"] = spec.parked_w < spec.idle_w or spec.wake_s > 0.0 or spec.wake_j > 0.0
+        tell_depth(one, spec, "parked")
         one["transfer_latency_s"] = profile.link_latency_s
         one["transfer_tok_s"] = profile.kv_bytes_per_tok / profile.link_bytes_s
         one["transfer_tok_j"] = profile.transfer_j_per_tok
@@ -66,6 +65,33 @@ def starting_instances(fleet: FleetSpec, kind: Any) -> Any:
     return inst
 
 
+def tell_depth(one: Any, spec: InstanceSpec, depth: Depth) -> None:
+    """Tell an instance how deep to sleep from now on; one that is asleep is as it was.
+
+    Parameters
+    ----------
+    one : record of INSTANCE_DTYPE
+        The instance.
+    spec : InstanceSpec
+        What its sleep is like.
+    depth : {"parked", "deep_parked", "asleep", "off"}
+        How deep.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("l20/qwen2.5-7b"))
+    >>> one = starting_instances(fleet, [0, 0])[1]
+    >>> float(one["asleep_w"]), bool(one["sleeps"])
+    (36.0, True)
+    """
+    rest = spec.rest(depth)
+    one["depth"] = DEPTHS.index(depth)
+    one["asleep_w"], one["enter_s"] = rest.power_w, rest.enter_s
+    one["wake_s"], one["wake_j"] = rest.wake_s, rest.wake_j
+    one["sleeps"] = rest != Rest(power_w=spec.idle_w)
+
+
 def starting_requests(workload: Workload) -> Any:
     """Records of all requests, none of which has arrived.
 
@@ -84,6 +110,8 @@ def starting_requests(workload: Workload) -> Any:
     req = np.zeros(len(workload), dtype=layout.REQUEST_DTYPE)
     for name in ("arrival_s", "prompt_tok", "output_tok", "cached_tok", "request_class"):
         req[name] = getattr(workload, name)
+    req["sent_s"] = req["arrival_s"]
+    req["deadline_s"] = np.minimum(workload.arrival_s + workload.patience_s, NEVER)
     req["todo_tok"] = req["prompt_tok"] - req["cached_tok"]
     for name in ("prefill_at", "decode_at", "next", "prev", "older", "newer"):
         req[name] = -1

@@ -83,6 +83,8 @@ def build(
 ) -> Workload:
     """Requests in the order of their arrivals, with what their prefix blocks would find cached."""
     prompt_tok = np.array([row.prompt_tok for row in rows], dtype=np.int64)
+    names = tuple(sorted({row.kind for row in rows}))
+    numbers = {name: number for number, name in enumerate(names)}
     edges = np.concatenate(([0], np.cumsum([len(row.blocks) for row in rows])))
     return Workload(
         name=Path(source.path).name,
@@ -91,6 +93,9 @@ def build(
         output_tok=np.array([row.output_tok for row in rows], dtype=np.int64),
         duration_s=duration_s,
         cached_tok=np.minimum(_reused_blocks(rows) * block_tok, prompt_tok - 1),
+        request_class=np.array([numbers[row.kind] for row in rows], dtype=np.int64),
+        class_names=() if names == ("",) else names,
+        patience_s=np.array([row.patience_s for row in rows]),
         block_id=np.array([block for row in rows for block in row.blocks], dtype=np.int64),
         block_offset=edges.astype(np.int64),
         block_tok=block_tok,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ TIME_NAMES = (
     "arrival_s", "arrival_ms", "arrival_time", "start_time", "arrived_at", "arrival_timestamp",
     "timestamp",
 )  # fmt: skip
+CLASS_NAMES = ("request_class", "class", "service_tier")
+PATIENCE_NAMES = ("patience_s", "deadline_s")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WHOLE = re.compile(r"[0-9]{1,18}(\.0{1,18})?")
 _THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3}){1,5}")
@@ -44,6 +47,8 @@ class Row:
     output_tok: int
     stamp: Stamp = 0.0
     blocks: Sequence[int] = ()
+    kind: str = ""
+    patience_s: float = math.inf
 
 
 class RowError(Exception):
@@ -157,6 +162,23 @@ def stamp_of(column: str, cell: object, per_s: float = 1.0) -> Stamp:
     if not (is_number and 0.0 <= value <= _MOST_STAMP_S * per_s):  # type: ignore[operator]
         raise RowError(column, f"a number from 0 to {_MOST_STAMP_S * per_s:.0e}", cell)
     return float(value)  # type: ignore[arg-type]
+
+
+def kind_of(column: str, cell: object) -> str:
+    """Name of a class; whole numbers will do."""
+    if isinstance(cell, bool) or not isinstance(cell, str | int) or len(str(cell).strip()) > 64:
+        raise RowError(column, "the name of a class", cell)
+    return str(cell).strip()
+
+
+def patience_of(column: str, cell: object) -> float:
+    """Seconds after its arrival until a request must be answered; infinite where there are none."""
+    if cell is None or cell == "":
+        return math.inf
+    seconds = stamp_of(column, cell)
+    if seconds == 0.0:
+        raise RowError(column, "seconds > 0, or nothing where a client waits", cell)
+    return seconds
 
 
 def time_us(column: str, cell: object) -> int:

@@ -25,6 +25,10 @@ vLLM, SGLang results   the JSON that ``vllm bench serve --save-result --save-det
 request JSONL          one object a request, with names as of the table of requests
 =====================  ==========================================================================
 
+A table, and rows of JSON, may have a column of classes (``request_class``, ``class``,
+``service_tier``: names), and one of seconds within which a request that may wait has to be answered
+(``patience_s``, ``deadline_s``: empty where a client waits for the answer).
+
 Files may be packed (gzip, bzip2, xz, Zstandard) and carry a byte-order mark. Units that a format's
 keys do not name are told by content: the size of prefix blocks by how many the prompts have, the
 unit of Mooncake's keys by the stamps. Where they do not tell, the file is refused until
@@ -52,8 +56,10 @@ from voltana_ctrl.checks import count
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.sim.trace_build import build, timed, untimed
 from voltana_ctrl.sim.trace_rows import (
+    CLASS_NAMES,
     MOST_TOK,
     OUTPUT_NAMES,
+    PATIENCE_NAMES,
     PROMPT_NAMES,
     TIME_NAMES,
     Row,
@@ -62,6 +68,8 @@ from voltana_ctrl.sim.trace_rows import (
     cells_of,
     found_name,
     header_of,
+    kind_of,
+    patience_of,
     stamp_of,
     time_us,
     tokens_of,
@@ -231,6 +239,7 @@ def _timed_rows(
     What `read` makes of a row are values of JSON; without it cells may be text.
     """
     time = found_name(names, TIME_NAMES)
+    kind, patience = found_name(names, CLASS_NAMES), found_name(names, PATIENCE_NAMES)
     named_unit = {"arrival_s": "s", "arrival_ms": "ms"}.get(str(time).lower())
     if origin == "BurstGPT":
         named_unit = "s"
@@ -250,7 +259,15 @@ def _timed_rows(
             stamp = time_us(time, cells[2]) if dated else stamp_of(time, cells[2], per_s)
         prompt_tok = tokens_of(prompt, cells[0])
         output_tok = tokens_of(output, cells[1], lowest=0 if failures else 1)
-        return Row(prompt_tok, output_tok, stamp) if output_tok else None
+        if not output_tok:
+            return None
+        return Row(
+            prompt_tok,
+            output_tok,
+            stamp,
+            kind="" if kind is None else kind_of(kind, row.get(kind, "")),
+            patience_s=patience_of(patience or "", row.get(patience)),
+        )
 
     kept, dropped = source.collect(rows, parse)
     if time is None:

@@ -22,6 +22,7 @@ from voltana_ctrl.sim.rate_steps import RateSteps
 
 __all__ = ["WORKLOADS", "Workload", "make_closed_loop", "make_workload"]
 
+_WHO_WAITS = 0xDEFE  # of the random stream
 _SPAN_SLACK = 1.0 + 1e-9  # rescaling a span and back must not refuse the whole of it
 
 
@@ -48,6 +49,11 @@ class Workload:
         prefix earlier requests left behind in one shared, infinite cache. Zeros by default.
     request_class : ndarray, shape (n,), int64, optional
         Class of a request (tenant, endpoint), >= 0. Zeros by default.
+    class_names : tuple of str
+        What the classes are called, by their number; empty where they have no names.
+    patience_s : ndarray, shape (n,), optional
+        How long after its arrival a request must have its whole answer, in seconds, > 0; infinite,
+        as by default, where a client waits for it, to whom TTFT and ITL are promised instead.
     block_id : ndarray, shape (m,), int64, optional
         Prefix blocks of all requests, one request after the other; equal ids hold equal KV.
     block_offset : ndarray, shape (n + 1,), int64, optional
@@ -85,6 +91,8 @@ class Workload:
     duration_s: float
     cached_tok: I64 = field(default_factory=_no_counts)
     request_class: I64 = field(default_factory=_no_counts)
+    class_names: tuple[str, ...] = ()
+    patience_s: F64 = None  # type: ignore[assignment]  # infinite unless given
     block_id: I64 = field(default_factory=_no_counts)
     block_offset: I64 = field(default_factory=_no_counts)
     block_tok: int = 512
@@ -101,6 +109,9 @@ class Workload:
             if np.size(getattr(self, name)) == 0:
                 object.__setattr__(self, name, np.zeros(length, dtype=np.int64))
             self._freeze(name, (length,), np.int64)
+        if self.patience_s is None:
+            object.__setattr__(self, "patience_s", np.full(n, np.inf))
+        self._freeze("patience_s", (n,), np.float64)
         self._freeze("block_id", (np.size(self.block_id),), np.int64)
         count("Workload.block_tok", self.block_tok)
         count("Workload.dropped_rows", self.dropped_rows, minimum=0)
@@ -120,6 +131,13 @@ class Workload:
                 raise ShapeError(f"Workload.{name}: expected >= {lowest}, got {values.min()}")
         if np.any((self.cached_tok < 0) | (self.cached_tok >= self.prompt_tok)):
             raise ShapeError("Workload.cached_tok: expected 0 <= cached_tok < prompt_tok")
+        if not np.all(self.patience_s > 0.0):  # NaN is not above 0
+            raise ShapeError("Workload.patience_s: expected numbers > 0, infinite for none")
+        if self.class_names and self.request_class.max(initial=0) >= len(self.class_names):
+            raise ShapeError(
+                "Workload.class_names: expected a name for each class, got"
+                f" {len(self.class_names)} for classes up to {self.request_class.max()}"
+            )
         edges = self.block_offset
         if edges[0] != 0 or edges[-1] != self.block_id.size or np.any(np.diff(edges) < 0):
             raise ShapeError(
@@ -130,6 +148,11 @@ class Workload:
     def _check_times(self) -> None:
         if self.concurrency is not None:
             count("Workload.concurrency", self.concurrency)
+            if np.isfinite(self.patience_s).any():
+                raise ConfigError(
+                    "Workload.patience_s: a client of a closed loop waits for its answer; expected"
+                    " infinite ones"
+                )
             if self.duration_s != math.inf or np.any(self.arrival_s != 0.0):
                 raise ConfigError(
                     "Workload.concurrency: a closed loop has no arrival times; expected zeros and"
@@ -275,6 +298,7 @@ class Workload:
             output_tok=self.output_tok[cut],
             cached_tok=self.cached_tok[cut],
             request_class=self.request_class[cut],
+            patience_s=self.patience_s[cut],
             block_id=self.block_id[edges[0] : edges[-1]],
             block_offset=edges - edges[0],
             duration_s=duration_s,
@@ -308,6 +332,76 @@ class Workload:
             arrival_s=np.zeros(len(self)),
             duration_s=math.inf,
             concurrency=concurrency,
+        )
+
+    def deferred(self, class_or_frac: float | str, deadline_s: float, *, seed: int = 0) -> Workload:
+        """The same, in which some requests may wait.
+
+        Parameters
+        ----------
+        class_or_frac : float or str
+            Share of the requests, drawn at random (with the same seed a larger share holds every
+            request of a smaller one), or the name of a class.
+        deadline_s : float
+            How long after their arrival they must have their answers, > 0.
+        seed : int
+            Of the draw, >= 0.
+
+        Returns
+        -------
+        Workload
+            With `patience_s` set for them.
+
+        Raises
+        ------
+        ConfigError
+            If the share is not within 0 and 1, there is no such class, or the deadline is not a
+            number > 0.
+
+        Examples
+        --------
+        >>> w = make_workload("sharegpt", 10.0, 60.0, seed=0).deferred(0.3, 1800.0)
+        >>> bool(0.25 < np.isfinite(w.patience_s).mean() < 0.35)
+        True
+        """
+        positive("defer: deadline", deadline_s)
+        count("seed", seed, minimum=0)
+        if isinstance(class_or_frac, str):
+            if class_or_frac not in self.class_names:
+                known = ", ".join(self.class_names) or "none"
+                raise ConfigError(
+                    f"defer: expected a share of the requests or a class of {self.name} ({known}),"
+                    f" got {class_or_frac!r}"
+                )
+            chosen = self.request_class == self.class_names.index(class_or_frac)
+        else:
+            if not 0.0 <= class_or_frac <= 1.0:
+                raise ConfigError(f"defer: expected a share from 0 to 1, got {class_or_frac!r}")
+            # A stream of its own: who may wait does not change who comes.
+            chosen = np.random.default_rng([seed, _WHO_WAITS]).random(len(self)) < class_or_frac
+        return dataclasses.replace(self, patience_s=np.where(chosen, deadline_s, self.patience_s))
+
+    def due_within(self, end_s: float, grace_s: float) -> Workload:
+        """The same, with deadlines no later than `end_s`, or `grace_s` after the arrival.
+
+        So a run cannot save energy by leaving work behind.
+
+        Parameters
+        ----------
+        end_s : float
+            Time in seconds.
+        grace_s : float
+            Everybody may take so long, > 0.
+
+        Returns
+        -------
+        Workload
+            With shorter `patience_s`.
+        """
+        left_s = np.maximum(end_s - self.arrival_s, grace_s)
+        waits = np.isfinite(self.patience_s)
+        return dataclasses.replace(
+            self, patience_s=np.where(waits, np.minimum(self.patience_s, left_s), np.inf)
         )
 
     def prefix_blocks(self, request: int) -> I64:

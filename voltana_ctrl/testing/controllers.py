@@ -24,6 +24,7 @@ from voltana_ctrl.testing.subjects import (
     short_run,
 )
 from voltana_ctrl.types import (
+    DEPTHS,
     Decision,
     FleetSpec,
     FleetState,
@@ -408,7 +409,7 @@ def _likes(fleet: FleetSpec) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for i, one in enumerate(fleet.instances):
         limits = (one.kv_capacity_tok, one.max_batch, one.prefill_budget_tok)
-        rest = (one.idle_w, one.parked_w, one.wake_s, one.wake_j)
+        rest = (one.idle_w, *(one.rest(depth) for depth in DEPTHS))
         key = (one.role, id(one.profile), one.clocks_mhz.tobytes(), limits, rest)
         groups.setdefault(key, []).append(i)
     return list(groups.values())

@@ -12,6 +12,7 @@ from voltana_ctrl.types.actuators import (
     Limits,
     limits_of,
 )
+from voltana_ctrl.types.backlog import Admission, Backlog
 from voltana_ctrl.types.belief import Belief
 from voltana_ctrl.types.budget import PowerBudget
 from voltana_ctrl.types.decision import Decision, Slo, Status, TickRecord
@@ -27,14 +28,20 @@ from voltana_ctrl.types.observation import (
 )
 from voltana_ctrl.types.order import Order
 from voltana_ctrl.types.profile import Band, Profile
+from voltana_ctrl.types.rest import DEPTHS, Depth, Rest
+from voltana_ctrl.types.steps import Steps
 
 __all__ = [
+    "DEPTHS",
     "PROFILE_DTYPE",
     "ActuatorPoint",
     "ActuatorSetting",
+    "Admission",
+    "Backlog",
     "Band",
     "Belief",
     "Decision",
+    "Depth",
     "FleetSpec",
     "FleetState",
     "InstanceSpec",
@@ -49,9 +56,11 @@ __all__ = [
     "Profile",
     "Request",
     "RequestBatch",
+    "Rest",
     "Role",
     "Slo",
     "Status",
+    "Steps",
     "TickRecord",
     "joined",
     "limits_of",

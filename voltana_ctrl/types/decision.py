@@ -19,9 +19,11 @@ from voltana_ctrl.checks import (
 )
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types.actuators import Limits
+from voltana_ctrl.types.backlog import Admission
 from voltana_ctrl.types.belief import Belief
 from voltana_ctrl.types.fleet import FleetSpec
 from voltana_ctrl.types.observation import Observation
+from voltana_ctrl.types.rest import DEPTHS, Depth
 
 
 class Status(Enum):
@@ -140,6 +142,11 @@ class Decision:
     announced : tuple of (after_s, ceiling_mhz)
         Ceilings, of shape (n,), that follow by themselves so many seconds after the decision, for
         those who outlive the controller.
+    depth : tuple of {"parked", "deep_parked", "asleep", "off"}, optional
+        How deep each instance sleeps while it is parked and empty; "parked" where it is left out.
+        One that has no such sleep takes the next less deep one that it has.
+    admission : Admission, optional
+        How fast requests that may wait are let in; at once where it is left out.
     status : Status
         Anything but OK is never applied.
 
@@ -165,6 +172,8 @@ class Decision:
     limits: Limits | None = None
     belief: Belief | None = None
     announced: tuple[tuple[float, F64], ...] = ()
+    depth: tuple[Depth, ...] | None = None
+    admission: Admission | None = None
     status: Status = Status.OK
 
     def __post_init__(self) -> None:
@@ -186,6 +195,8 @@ class Decision:
                 f"Decision.belief: expected one about {shape[0]} instances, got one about"
                 f" {len(self.belief)}"
             )
+        if self.depth is not None:
+            self._check_depth(shape[0])
         if np.any(self.freq_mhz > self.freq_max_mhz):
             raise ConfigError(
                 "Decision.freq_mhz: expected the floor at or below the ceiling, got"
@@ -193,6 +204,17 @@ class Decision:
             )
         if np.any(self.route_frac < 0.0):
             raise ConfigError(f"Decision.route_frac: expected shares >= 0, got {self.route_frac}")
+
+    def _check_depth(self, n: int) -> None:
+        depth = tuple(self.depth or ())
+        if len(depth) != n:
+            raise ShapeError(f"Decision.depth: expected one of {n} instances each, got {depth!r}")
+        for name in depth:
+            if name not in DEPTHS:
+                raise ConfigError(
+                    f"Decision.depth: expected names out of {', '.join(DEPTHS)}, got {name!r}"
+                )
+        object.__setattr__(self, "depth", depth)
 
     def __len__(self) -> int:
         return len(self.freq_mhz)

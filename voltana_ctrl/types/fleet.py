@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.textfile import read_toml
 from voltana_ctrl.types.ladder import row_up
 from voltana_ctrl.types.profile import Profile, with_idle_w
+from voltana_ctrl.types.rest import DEPTHS, Depth, Rest, check_rest
 
 _MOST_INSTANCES = 4096
 
@@ -75,6 +76,9 @@ class InstanceSpec:
     wake_s, wake_j : float
         Time until a parked and empty instance works again, that of the profile by default, and
         energy that this takes beyond idle power.
+    deep_parked, asleep, off : Rest, optional
+        What it draws in deeper sleep, and what it takes to get in and out; as in the profile by
+        default.
     node : str
         Clock sets are serialised among instances of one node.
 
@@ -105,6 +109,9 @@ class InstanceSpec:
     asleep_w: float | None = None
     wake_s: float = None  # type: ignore[assignment]
     wake_j: float = 0.0
+    deep_parked: Rest | None = None
+    asleep: Rest | None = None
+    off: Rest | None = None
     node: str = "node0"
 
     def __post_init__(self) -> None:
@@ -137,6 +144,8 @@ class InstanceSpec:
                     f"{label}.asleep_w: expected at most {self.idle_w:g}, its idle_w, got"
                     f" {self.asleep_w:g}"
                 )
+        for name in DEPTHS[1:]:
+            check_rest(f"{label}.{name}", getattr(self, name), self.idle_w)
         if self.gpus != self.profile.gpus:
             raise ConfigError(
                 f"{label}.gpus: expected {self.profile.gpus}, the tensor parallel degree of"
@@ -166,6 +175,34 @@ class InstanceSpec:
             return self.asleep_w
         parked_w = self.profile.parked_w
         return self.idle_w if parked_w is None else min(parked_w, self.idle_w)
+
+    def rest(self, depth: Depth = "parked") -> Rest:
+        """Sleep of this depth, or of the deepest there is above it.
+
+        Parameters
+        ----------
+        depth : {"parked", "deep_parked", "asleep", "off"}
+            How deep it may sleep.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl.types import Rest
+        >>> one = InstanceSpec(id="d0", role=Role.DECODE, off=Rest(power_w=20.0, wake_s=40.0),
+        ...                    profile=load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> one.rest("asleep").power_w, one.rest("off").power_w
+        (60.0, 20.0)
+        """
+        for name in DEPTHS[DEPTHS.index(depth) : 0 : -1]:
+            found: Rest | None = getattr(self, name) or getattr(self.profile, name)
+            if found is not None:
+                return replace(found, power_w=min(found.power_w, self.idle_w))
+        return Rest(power_w=self.parked_w, wake_s=self.wake_s, wake_j=self.wake_j)
+
+    @property
+    def least_rest_w(self) -> float:
+        """Power in the sleep that draws least, whatever it takes to wake from it."""
+        return min(self.rest(depth).power_w for depth in DEPTHS)
 
     @property
     def table(self) -> Any:
@@ -343,8 +380,9 @@ class FleetSpec:
 
         Keys of a table: `role`, `profile`, and optionally `id`, `count`, `gpus`, `node`,
         `clocks_mhz`, `kv_capacity_tok`, `max_batch`, `prefill_budget_tok`,
-        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`. A table `engine` says where
-        the running engine of an instance is; it is read by
+        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`, and a table each for
+        `parked`, `deep_parked`, `asleep` and `off`: `power_w`, `wake_s`, `wake_j`, `enter_s`. A
+        table `engine` says where the running engine of an instance is; it is read by
         :func:`voltana_ctrl.engines.load_endpoints` and means nothing here.
 
         Parameters
@@ -412,6 +450,10 @@ _TOML_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "asleep_w": (int, float),
     "wake_s": (int, float),
     "wake_j": (int, float),
+    "parked": dict,
+    "deep_parked": dict,
+    "asleep": dict,
+    "off": dict,
     "engine": dict,
 }
 
@@ -430,6 +472,8 @@ def _instances_of(
         if key not in table:
             raise ConfigError(f"{key}: missing")
     settings = {key: value for key, value in table.items() if key != "engine"}
+    settings |= _rests(table)
+    settings.pop("parked", None)
     roles = {role.value: role for role in Role}
     name = settings.pop("role")
     if name not in roles:
@@ -462,6 +506,34 @@ def _check_size(instances: int) -> None:
             f"fleet: expected at most {_MOST_INSTANCES} instances, got {instances}; describe it as"
             " several fleets"
         )
+
+
+def _rests(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Depths of sleep as an instance takes them; "parked" is three numbers of its own."""
+    found: dict[str, Any] = {}
+    for depth in DEPTHS:
+        if depth not in table:
+            continue
+        try:
+            found[depth] = Rest.parse(table[depth])
+        except ConfigError as error:
+            raise ConfigError(f"{depth}: {error}") from error
+    if "parked" not in found:
+        return found
+    twice = [name for name in ("asleep_w", "wake_s", "wake_j") if name in table]
+    if twice:
+        raise ConfigError(f"parked: expected it or {twice[0]}, which says the same, got both")
+    parked = found.pop("parked")
+    if parked.enter_s:
+        raise ConfigError(
+            f"parked.enter_s: expected none, who is empty is parked, got {parked.enter_s:g}; it"
+            " belongs to a deeper sleep"
+        )
+    return found | {
+        "asleep_w": parked.power_w,
+        "wake_s": parked.wake_s,
+        "wake_j": parked.wake_j,
+    }
 
 
 def _equal_instances(

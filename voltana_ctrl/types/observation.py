@@ -10,6 +10,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool, count, freeze_fields, not_negative
 from voltana_ctrl.errors import ShapeError
+from voltana_ctrl.types.backlog import Backlog
 from voltana_ctrl.types.fleet import FleetSpec
 
 #: Most that one instance can be said to hold, draw or have counted: far above what is, and small
@@ -291,6 +292,9 @@ class RequestBatch:
         Time to first token; mean gap between tokens, 0 for a single token.
     prefill_instance, decode_instance : ndarray of int, shape (k,)
         Where it ran.
+    deferred : ndarray of int, shape (k,)
+        1 for a request that might wait: nobody was promised its TTFT (which counts from when it was
+        let in) or its ITL. 0 unless told.
 
     Examples
     --------
@@ -306,10 +310,13 @@ class RequestBatch:
     itl_s: F64
     prefill_instance: I64
     decode_instance: I64
+    deferred: I64 = None  # type: ignore[assignment]  # zeros unless told
 
     def __post_init__(self) -> None:
         shape = (np.asarray(self.request).size,)
-        whole = ("request", "request_class", "prefill_instance", "decode_instance")
+        if self.deferred is None:
+            object.__setattr__(self, "deferred", np.zeros(shape, np.int64))
+        whole = ("request", "request_class", "prefill_instance", "decode_instance", "deferred")
         freeze_fields(self, whole, shape, np.int64)
         freeze_fields(self, ("prompt_tok", "output_tok", "ttft_s", "itl_s"), shape)
 
@@ -375,6 +382,16 @@ class Observation:
         Iterations since the last read; empty where the engine does not tell.
     finished : RequestBatch
         Requests finished since the last read.
+    ready_s : ndarray, shape (n,)
+        Time until each instance would work, were it woken now: 0 where it is awake, or where
+        nobody tells.
+    backlog : Backlog
+        Requests that may wait and are held; none where nobody holds any.
+
+    Raises
+    ------
+    ShapeError
+        If `ready_s` has another length than the state.
 
     Examples
     --------
@@ -385,8 +402,15 @@ class Observation:
     state: FleetState
     iterations: IterationBatch = None  # type: ignore[assignment]  # empty unless told
     finished: RequestBatch = None  # type: ignore[assignment]
+    ready_s: F64 = None  # type: ignore[assignment]
+    backlog: Backlog = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.backlog is None:
+            object.__setattr__(self, "backlog", Backlog.empty())
+        if self.ready_s is None:
+            object.__setattr__(self, "ready_s", np.zeros(len(self.state)))
+        freeze_fields(self, ("ready_s",), (len(self.state),))
         if self.iterations is None:
             object.__setattr__(self, "iterations", IterationBatch.empty())
         if self.finished is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,8 @@ from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types.belief import Belief
 from voltana_ctrl.types.fleet import Role
+from voltana_ctrl.types.rest import DEPTHS, Depth
 
-#: How deep a parked instance sleeps: drained and idle, its memory clock lowered as well, its engine
-#: asleep, or stopped. Deeper ones take longer to wake.
-Depth = Literal["parked", "deep_parked", "asleep", "off"]
-
-_DEPTHS = get_args(Depth)
 _MOST_MHZ = 1e5
 #: What may be told to be believed, with the range of it.
 _BELIEVED: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -107,9 +103,9 @@ class Order:
         _between("Order.price_j_req", self.price_j_req, -1e12, 1e12)
         if not isinstance(self.active, bool):
             raise ConfigError(f"Order.active: expected true or false, got {self.active!r}")
-        if self.depth not in _DEPTHS:
+        if self.depth not in DEPTHS:
             raise ConfigError(
-                f"Order.depth: expected one of {', '.join(_DEPTHS)}, got {self.depth!r}"
+                f"Order.depth: expected one of {', '.join(DEPTHS)}, got {self.depth!r}"
             )
         if self.role is not None and not isinstance(self.role, Role):
             raise ConfigError(f"Order.role: expected a Role, got {self.role!r}")

@@ -12,6 +12,7 @@ from voltana_ctrl.checks import F64, I64, count, frozen_array, not_negative, pos
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.kernels.layout import PROFILE_DTYPE
 from voltana_ctrl.types.actuators import ActuatorPoint
+from voltana_ctrl.types.rest import Rest, check_rest
 
 ProfileStatus = Literal["measured", "fitted", "scaled", "extrapolated"]
 
@@ -117,6 +118,9 @@ class Profile:
         `idle_w` by default, which parking does not change.
     wake_s : float
         Time until a parked and empty instance works again.
+    deep_parked, asleep, off : Rest, optional
+        What it draws in deeper sleep, and what it takes to get in and out; a depth that is left
+        out is not to be had.
     kv_capacity_tok, max_batch, prefill_budget_tok : int
         KV cache size, running-request limit, prompt tokens per iteration.
     kv_bytes_per_tok, link_bytes_s, link_latency_s, transfer_j_per_tok : float
@@ -169,6 +173,9 @@ class Profile:
     transfer_j_per_tok: float = 0.0
     parked_w: float | None = None
     wake_s: float = 0.0
+    deep_parked: Rest | None = None
+    asleep: Rest | None = None
+    off: Rest | None = None
     clock_stall_s: float = 0.0
     clock_change_j: float = 0.0
     rest_of_server_w: float = 0.0
@@ -209,6 +216,8 @@ class Profile:
             not_negative(f"{label}.{name}", getattr(self, name))
         if self.parked_w is not None:
             not_negative(f"{label}.parked_w", self.parked_w)
+        for name in ("deep_parked", "asleep", "off"):
+            check_rest(f"{label}.{name}", getattr(self, name), self.idle_w)
         for name in ("kv_bytes_per_tok", "link_bytes_s", "power_cap_w"):
             positive(f"{label}.{name}", getattr(self, name))
         if self.first_token not in ("prefill", "decode"):

@@ -11,7 +11,15 @@ from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.budget import UniformCeiling
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.laws import decode_s
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, PowerBudget, Slo
+from voltana_ctrl.types import (
+    Decision,
+    Depth,
+    FleetSpec,
+    FleetState,
+    Observation,
+    PowerBudget,
+    Slo,
+)
 from voltana_ctrl.types.ladder import row_up
 
 __all__ = ["PackingController", "PackingMemory"]
@@ -66,6 +74,8 @@ class PackingController(Controller):
         Ceilings keep the worst case of those active, and the idle power of the rest, under it.
     headroom_frac : float
         Load is planned for with this much on top.
+    depth : {"parked", "deep_parked", "asleep", "off"}
+        How deep those sleep that are parked.
     park_after_s, lead_s, period_s : float
         Time before parking; how long before a step of the budget it is obeyed; time between
         decisions.
@@ -96,6 +106,7 @@ class PackingController(Controller):
         plan_mhz: float | None = None,
         power_budget: PowerBudget | None = None,
         headroom_frac: float = 0.25,
+        depth: Depth = "parked",
         park_after_s: float = 5.0,
         lead_s: float = 0.1,
         period_s: float = 0.1,
@@ -116,6 +127,7 @@ class PackingController(Controller):
         self.slo = slo
         self._budget = power_budget
         self._headroom_frac = headroom_frac
+        self._depth = None if depth == "parked" else (depth,) * len(fleet)
         self._park_after_s = park_after_s
         self._lead_s = lead_s
         self._uniform = UniformCeiling(fleet)
@@ -154,6 +166,7 @@ class PackingController(Controller):
             route_frac=route_frac,
             active=active,
             price_j_req=np.zeros(len(self.fleet)),
+            depth=self._depth,
         ), memory
 
     def _count(self, state: FleetState, order: I64, memory: PackingMemory) -> PackingMemory:

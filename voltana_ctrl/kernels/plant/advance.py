@@ -2,7 +2,7 @@
 
 :func:`advance` runs until a time, until all judged requests are done, or until a Python
 governor or router has to be asked; it then returns and is called again with the answer.
-Order at equal times: instances by index, KV arrivals, request arrivals.
+Order at equal times: instances by index, KV arrivals, request arrivals, requests let in.
 """
 
 import math
@@ -78,6 +78,7 @@ from voltana_ctrl.kernels.plant.events import (
     remember,
     touch,
 )
+from voltana_ctrl.kernels.plant.late import keep_late, let_in, next_let_in_s
 from voltana_ctrl.kernels.plant.rest import awake, doze, rouse
 from voltana_ctrl.kernels.route.base import ROUTER
 
@@ -209,6 +210,7 @@ def _end_chunks(sim, inst, req, finish, done, starts, i):
             one["prefill_tail"] = -1
         one["prefill_req"] -= 1
         one["prefilling_req"] -= 1
+        one["prefill_late"] -= 1 if q["deadline_s"] < NEVER else 0
         if q["made_tok"] > 0:
             join(one, req, finish, i, r)  # recomputed after a preemption
             continue
@@ -240,7 +242,7 @@ def _release(sim, req, count):
             return
         sim["next_release"] += 1
         q = req[r]
-        q["arrival_s"] = sim["now_s"]
+        q["arrival_s"] = q["sent_s"] = sim["now_s"]
         if sim["judge_from_s"] <= sim["now_s"] < sim["judge_until_s"]:
             sim["n_judged"] += 1
             sim["n_judged_left"] += 1
@@ -292,9 +294,9 @@ def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
 def _needed_mhz(sim, one, req, tables, padded, params, memory, governor):
     oldest_s = 0.0
     if one["prefill_head"] >= 0:
-        oldest_s = sim["now_s"] - req[one["prefill_head"]]["arrival_s"]
+        oldest_s = sim["now_s"] - req[one["prefill_head"]]["sent_s"]
     elif one["wait_head"] >= 0:
-        oldest_s = sim["now_s"] - req[one["wait_head"]]["arrival_s"]
+        oldest_s = sim["now_s"] - req[one["wait_head"]]["sent_s"]
     kind = one["type"]
     return governor(
         tables[kind], padded[kind], params, memory, sim["now_s"],
@@ -474,6 +476,11 @@ def advance(
             if arrival_s < t_s:
                 t_s = arrival_s
                 kind = 2
+        if sim["late_head"] >= 0:
+            let_in_s = next_let_in_s(sim, req)
+            if let_in_s < t_s:
+                t_s = let_in_s
+                kind = 3
         if t_s > until_s:
             sim["now_s"] = until_s
             return REACHED
@@ -487,8 +494,14 @@ def advance(
         elif kind == 2:
             r = sim["next_arrival"]
             sim["next_arrival"] += 1
-            req[r]["state"] = ROUTING
-            push_route(sim, req, r)
+            if req[r]["deadline_s"] < NEVER:
+                keep_late(sim, req, r)
+            else:
+                req[r]["state"] = ROUTING
+                req[r]["sent_s"] = t_s
+                push_route(sim, req, r)
+        elif kind == 3:
+            let_in(sim, req)
         else:
             i = first(tree)
             one = inst[i]

@@ -3,13 +3,15 @@
 Requests that finish at the same decode step of an instance form a doubly linked list, found
 by step modulo the ring's length; the running batch is a second list in order of admission.
 So an iteration costs the same whatever its batch.
+
+In a queue, requests that may wait for their answer stand behind those that may not.
 """
 
 from numba import from_dtype, types
 
 from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.layout import DONE, QUEUED, REQUEST_DTYPE, RUNNING, WAITING
-from voltana_ctrl.kernels.plant.actuation import F8, I8, I8_1, I8_2, INST, INSTS, SIM
+from voltana_ctrl.kernels.plant.actuation import F8, I8, I8_1, I8_2, INST, INSTS, NEVER, SIM
 
 REQ = from_dtype(REQUEST_DTYPE)
 REQS = types.Array(REQ, 1, "C")
@@ -27,33 +29,63 @@ def _fits(one, need_tok):
     return after_tok <= (1.0 - WATERMARK_FRAC) * one["kv_capacity_tok"]
 
 
+@njit(I8(REQS, I8, I8))
+def _last_before_late(req, head, skipped):
+    """Last request of a queue that stands before those that may wait; -1 for none.
+
+    The first `skipped` stay where they are, whatever they are.
+    """
+    last = -1
+    r = head
+    while r >= 0 and (skipped > 0 or req[r]["deadline_s"] >= NEVER):
+        skipped -= 1
+        last = r
+        r = req[r]["next"]
+    return last
+
+
 @njit(types.void(INST, REQS, I8))
 def enqueue_prefill(one, req, r):
-    """Put a request at the end of the prefill queue."""
+    """Put a request at the end of the prefill queue, or before those that may wait."""
     q = req[r]
     q["state"] = QUEUED
-    q["next"] = -1
     q["context_tok"] = 0
-    if one["prefill_tail"] >= 0:
-        req[one["prefill_tail"]]["next"] = r
+    after = one["prefill_tail"]
+    if q["deadline_s"] < NEVER:
+        one["prefill_late"] += 1
+    elif one["prefill_late"] > 0:
+        # Who holds KV is not overtaken.
+        after = _last_before_late(req, one["prefill_head"], one["prefilling_req"])
+    if after >= 0:
+        q["next"] = req[after]["next"]
+        req[after]["next"] = r
     else:
+        q["next"] = one["prefill_head"]
         one["prefill_head"] = r
-    one["prefill_tail"] = r
+    if q["next"] < 0:
+        one["prefill_tail"] = r
     one["prefill_req"] += 1
     one["prefill_tok"] += q["todo_tok"]
 
 
 @njit(types.void(INST, REQS, I8))
 def enqueue_wait(one, req, r):
-    """Put a request whose KV has arrived at the end of the decode queue."""
+    """Put a request whose KV has arrived at the end of the decode queue, or as above."""
     q = req[r]
     q["state"] = WAITING
-    q["next"] = -1
-    if one["wait_tail"] >= 0:
-        req[one["wait_tail"]]["next"] = r
+    after = one["wait_tail"]
+    if q["deadline_s"] < NEVER:
+        one["wait_late"] += 1
+    elif one["wait_late"] > 0:
+        after = _last_before_late(req, one["wait_head"], 0)
+    if after >= 0:
+        q["next"] = req[after]["next"]
+        req[after]["next"] = r
     else:
+        q["next"] = one["wait_head"]
         one["wait_head"] = r
-    one["wait_tail"] = r
+    if q["next"] < 0:
+        one["wait_tail"] = r
     one["wait_req"] += 1
     one["wait_tok"] += q["prompt_tok"]
 
@@ -169,6 +201,7 @@ def _preempt_last(one, req, finish, i):
     if after < 0:
         one["prefill_tail"] = r
     one["prefill_req"] += 1
+    one["prefill_late"] += 1 if q["deadline_s"] < NEVER else 0
     one["prefill_tok"] += q["todo_tok"]
     one["preemptions"] += 1
 
@@ -211,6 +244,7 @@ def form_batch(sim, inst, req, finish, starts, i):
         if q["next"] < 0:
             one["wait_tail"] = -1
         one["wait_req"] -= 1
+        one["wait_late"] -= 1 if q["deadline_s"] < NEVER else 0
         one["wait_tok"] -= q["prompt_tok"]
         one["kv_tok"] += need_tok
         q["context_tok"] = need_tok

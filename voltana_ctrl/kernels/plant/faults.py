@@ -57,7 +57,7 @@ def _forget_waiting(inst, req, d, i):
     one = inst[d]
     r = one["wait_head"]
     one["wait_head"] = one["wait_tail"] = -1
-    one["wait_req"] = one["wait_tok"] = 0
+    one["wait_req"] = one["wait_tok"] = one["wait_late"] = 0
     while r >= 0:
         after = req[r]["next"]
         if d != i and req[r]["prefill_at"] != i:
@@ -133,7 +133,7 @@ def fail(
     one["batch_req"] = one["chunk_tok"] = one["chunk_req"] = 0
     one["chunk_tok2"] = 0.0
     one["running_req"] = one["kv_tok"] = 0
-    one["prefill_req"] = one["prefill_tok"] = one["prefilling_req"] = 0
+    one["prefill_req"] = one["prefill_tok"] = one["prefilling_req"] = one["prefill_late"] = 0
     one["last_admitted"] = one["prefill_head"] = one["prefill_tail"] = -1
     finish[i, :] = -1
     remember(inst, tables, seen, i, sim["now_s"])
