@@ -281,6 +281,7 @@ def test_the_governor_obeys_the_order_of_its_node(tmp_path):
         def clock_of(told, policy="mpc", load=(80, 35_000)):
             write_limits(path, told, policy=policy, valid_s=30.0)
             time.sleep(0.3)  # it looks ten times a second
+            seconds_until(lambda: engine.policy == policy)
             engine.before(running_req=load[0], kv_used_tok=load[1])
             assert engine.clock.settle()
             return fake.gpus[0].lock_hi_mhz

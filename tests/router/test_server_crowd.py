@@ -93,5 +93,4 @@ def test_slow_readers_half_bodies_and_an_endless_engine_hurt_nobody_else(root, r
     assert grown_mb < 256.0
     if not is_busy:
         assert p50[1] < 2.0 * p50[0]
-        # Five times is aimed at: 5.05 was seen beside one other process, so eight is what fails.
-        assert p99[1] < 8.0 * p99[0]
+        assert p99[1] < 5.0 * p99[0]
