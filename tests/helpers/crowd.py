@@ -85,7 +85,7 @@ async def attack(port):
         writer.close()
 
     async def whole():
-        """Valid JSON that takes long to read; its answer is short, for engines have one core, too."""
+        """Valid JSON that takes long to read; the answer is short, for engines have one core."""
         content = b'{"prompt": "x", "max_tokens": 4, "y": [' + b"[]," * 400_000 + b"[]]}"
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(HEAD.format(len(content)).encode() + content)

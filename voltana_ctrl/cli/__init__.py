@@ -52,7 +52,7 @@ class _Command(TyperCommand):
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Less energy for LLM serving at the same latency: compare control policies.",
+    help="Less energy for LLM serving within the SLO: compare control policies.",
 )
 for _command in (
     compare.compare,

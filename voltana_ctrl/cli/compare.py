@@ -132,6 +132,10 @@ def compare(
         int | None,
         typer.Option(help="Tokens of a trace's prefix blocks, where it does not tell."),
     ] = None,
+    server_w: Annotated[
+        float | None,
+        typer.Option(help="Rest of the servers, W per GPU: adds power and saving at the wall."),
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write every figure to this file.")
     ] = None,
@@ -236,6 +240,7 @@ def compare(
         faults=() if faults is None else read_faults(faults),
         skip_bad_rows=skip_bad_rows,
         detail=outputs.detailed,
+        server_w=server_w,
     )
     if uncertainty:
         refuse_unknown(grid, uncertainty)

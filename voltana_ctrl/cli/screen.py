@@ -210,5 +210,10 @@ def _extras(grid: Grid) -> list[str]:
     waits = run.defer is not None
     if not isinstance(run.workload, str):
         waits = waits or bool((run.workload.patience_s < math.inf).any())
-    asked = {"deadline_missed": waits, "cost": run.price is not None, "co2_g": run.co2 is not None}
+    asked = {
+        "wall_power_w": grid.spec.rest_of_server_w > 0.0,
+        "deadline_missed": waits,
+        "cost": run.price is not None,
+        "co2_g": run.co2 is not None,
+    }
     return [name for name, wanted in asked.items() if wanted]

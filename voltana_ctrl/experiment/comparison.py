@@ -287,6 +287,7 @@ def compare(
     store: ResultStore | None = None,
     skip_bad_rows: bool = False,
     detail: bool = False,
+    server_w: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Run policies on loads and seeds, all with common random numbers.
@@ -348,6 +349,9 @@ def compare(
         Leave out rows of a trace that cannot be read, rather than refuse the file.
     detail : bool
         Keep what figures over time and of latencies need, see `Comparison.details`.
+    server_w : float, optional
+        What servers draw besides their GPUs, per GPU, for power and saving at the wall; as
+        fleet and profiles say if left out.
     on_progress : callable (done, total), optional
         Called in this thread as each run is done, wherever it ran.
 
@@ -391,6 +395,7 @@ def compare(
         co2=co2,
         skip_bad_rows=skip_bad_rows,
         detail=detail,
+        server_w=server_w,
     )
     grid.build_policies()
     if on_progress is not None:

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,12 +229,18 @@ def plan_runs(
     co2: Steps | None = None,
     skip_bad_rows: bool = False,
     detail: bool = False,
+    server_w: float | None = None,
 ) -> Grid:
     """Check what :func:`~voltana_ctrl.compare` was asked for, before anything compiled is loaded.
 
     Its parameters are those of that function, and so are its errors.
     """
     spec, fleet_name, profile_name = _fleet(fleet, profile)
+    if server_w is not None:
+        not_negative("server_w", server_w)
+        spec = FleetSpec(
+            tuple(replace(one, rest_of_server_w=server_w * one.gpus) for one in spec.instances)
+        )
     source, name = _workload(workload, skip_bad_rows)
     positive("duration_s", duration_s)
     not_negative("warmup_s", warmup_s)

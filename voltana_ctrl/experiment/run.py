@@ -21,7 +21,7 @@ from voltana_ctrl.sim.bill import Bill
 from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
 from voltana_ctrl.sim.detail import DetailSampler
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
-from voltana_ctrl.sim.metrics import run_figures, snapshot, unfinished
+from voltana_ctrl.sim.metrics import at_the_wall, run_figures, snapshot, unfinished
 from voltana_ctrl.sim.power import PowerMeter
 from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
@@ -142,11 +142,12 @@ class Run:
         elif self.rate_steps is not None:
             figures["rate_req_s"] = self.rate_steps.mean_req_s(*self._window_s)
         if self.policy == "bound":
-            return figures | self._bound(workload)
-        begin_s = time.perf_counter()
-        figures.update(self._simulate(workload))
-        figures["sim_wall_s"] = time.perf_counter() - begin_s
-        return figures
+            figures.update(self._bound(workload))
+        else:
+            begin_s = time.perf_counter()
+            figures.update(self._simulate(workload))
+            figures["sim_wall_s"] = time.perf_counter() - begin_s
+        return figures | at_the_wall(figures, self.fleet.rest_of_server_w)
 
     @property
     def _window_s(self) -> tuple[float, float]:
@@ -362,7 +363,8 @@ _RUN_KEYS = (
     "policy", "choice", "rate_req_s", "seed", "window_s", "grace_s", "trace_from_s", "energy_j",
     "mean_power_w",
     "energy_prefill_j", "energy_decode_j", "energy_idle_j", "energy_transfer_j",
-    "energy_per_token_j", "saving_token_frac", "bound_gap_closed", "ttft_attainment",
+    "energy_per_token_j", "saving_token_frac", "wall_power_w", "wall_per_token_j",
+    "saving_wall_frac", "bound_gap_closed", "ttft_attainment",
     "itl_attainment", "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
     "residence_mean_s", "requests_arrived", "requests_completed", "requests_in_flight",
     "requests_dropped", "requests_past_window", "deferred_arrived", "deferred_completed",

@@ -97,7 +97,7 @@ measured on hardware.</p>
 <main>
 <section><h2>Least power that keeps the SLO</h2>
 {_CLOSED if None in study.loads else ""}{_cheapest(study)}</section>
-{common}{by_load}
+{common}{by_load}{_intervals(study)}
 <section><h2>Numbers</h2>
 <p class="note">Means over seeds. Saving is against {REFERENCE}; gap closed is the way from
 voltanallm to the fluid bound. {_MISS} misses the SLO.</p>
@@ -257,10 +257,14 @@ def _cheapest(study: Study) -> str:
 _COLUMNS = (
     ("mean_power_w", "power [W]", "{:.0f}", 1.0),
     ("energy_per_token_j", "energy [J/token]", "{:.4f}", 1.0),
+    ("wall_power_w", "power at the wall [W]", "{:.0f}", 1.0),
+    ("saving_wall_frac", "saving at the wall [%]", "{:.1f}", 100.0),
     ("ttft_attainment", "TTFT met [%]", "{:.2f}", 100.0),
     ("itl_attainment", "ITL met [%]", "{:.2f}", 100.0),
     ("slo_attainment", "both met [%]", "{:.2f}", 100.0),
+    ("ttft_p50_s", "TTFT p50 [s]", "{:.3f}", 1.0),
     ("ttft_p99_s", "TTFT p99 [s]", "{:.3f}", 1.0),
+    ("itl_p50_s", "ITL p50 [ms]", "{:.1f}", 1e3),
     ("itl_p99_s", "ITL p99 [ms]", "{:.1f}", 1e3),
     ("mean_freq_prefill_mhz", "prefill clock [MHz]", "{:.0f}", 1.0),
     ("mean_freq_decode_mhz", "decode clock [MHz]", "{:.0f}", 1.0),
@@ -272,8 +276,9 @@ _COLUMNS = (
 
 def _summary(study: Study) -> str:
     rows = []
-    budget = bool(study.power_budget_w)
-    columns = [column for column in _COLUMNS if budget or column[0] != "over_budget_frac"]
+    optional = {"over_budget_frac", "wall_power_w", "saving_wall_frac"}
+    told = {key for key in optional if any(r.get(key) is not None for r in study.all_runs)}
+    columns = [column for column in _COLUMNS if column[0] not in optional - told]
     for rate_req_s in study.loads:
         best = study.cheapest(rate_req_s)
         for policy in study.policies:
@@ -291,6 +296,41 @@ def _summary(study: Study) -> str:
             rows.append([head, f'<td class="{kind}">{name}</td>', *cells])
     heads = [label for _, label, _, _ in columns]
     return _table(["load", "policy", heads[0], "saving [%]", *heads[1:]], rows, "summary")
+
+
+def _intervals(study: Study) -> str:
+    """Savings over draws of the profiles, where they were asked for; else nothing."""
+    found = study.comparison.get("uncertainty") or []
+    if not found:
+        return ""
+    rows = []
+    for one in found:
+        low, middle, high = (one[f"saving_p{q}_frac"] for q in (5, 50, 95))
+        unsure = [
+            f"{escape(name)} {frac:.0%}"
+            for name, frac in one["below_frac"].items()
+            if 0.05 < frac < 0.95
+        ]
+        rows.append(
+            [
+                f'<th scope="row">{load_text(one["rate_req_s"])}</th>',
+                f'<td class="name">{escape(one["policy"])}</td>',
+                *(_number(value, "{:.1f}", 100.0) for value in (middle, low, high)),
+                _number(one["kept_frac"], "{:.0f}", 100.0),
+                f'<td class="name">{", ".join(unsure)}</td>',
+            ]
+        )
+    head = [
+        "load", "policy", "saving, median [%]", "5th percentile [%]", "95th percentile [%]",
+        "keeps the SLO [% of draws]", "below others in less than 95 % of draws",
+    ]  # fmt: skip
+    return (
+        "\n<section><h2>If the fleet is what its profiles may be</h2>\n"
+        f'<p class="note">{_count(found[0]["draws"], "draw")} of the fleet from the bands of its'
+        " profiles; policies believe the profiles. Savings are of energy per output token, within"
+        f" the SLO where the policy keeps it, against {REFERENCE}.</p>\n"
+        f"{_table(head, rows, 'intervals')}</section>"
+    )
 
 
 def _every_run(study: Study) -> str:

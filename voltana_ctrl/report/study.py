@@ -147,13 +147,18 @@ class Study:
         values = self.values(policy, rate_req_s, key)
         return sum(values) / len(values) if values else None
 
-    def saving_frac(self, policy: str, rate_req_s: float | None) -> float | None:
-        """Energy per output token saved against static-max.
+    def saving_frac(
+        self, policy: str, rate_req_s: float | None, *, wall: bool = False
+    ) -> float | None:
+        """Energy per output token saved against static-max, at the GPUs or at the wall.
 
         Of the bound, which serves no tokens, it is power; not in a closed loop, where a slower
         policy serves less, so that power says nothing.
         """
-        for key in ("energy_per_token_j", "mean_power_w")[: 1 if rate_req_s is None else 2]:
+        keys = (
+            ("wall_per_token_j", "wall_power_w") if wall else ("energy_per_token_j", "mean_power_w")
+        )
+        for key in keys[: 1 if rate_req_s is None else 2]:
             full, own = (self.mean(name, rate_req_s, key) for name in (REFERENCE, policy))
             if full and own is not None:
                 return 1.0 - own / full

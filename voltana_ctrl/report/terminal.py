@@ -63,7 +63,7 @@ def print_table(study: Study, console: Console) -> None:
 
 
 #: Figures that have a column only where there are any.
-EXTRAS = ("deadline_missed", "cost", "co2_g")
+EXTRAS = ("wall_power_w", "deadline_missed", "cost", "co2_g")
 
 
 class RowPrinter:
@@ -83,7 +83,7 @@ class RowPrinter:
     budget : bool
         Whether to show the time above the power budget.
     extras : collection of str
-        Which of ``deadline_missed``, ``cost`` and ``co2_g`` to show.
+        Which of :data:`EXTRAS` to show; power at the wall brings the saving there.
 
     Examples
     --------
@@ -153,6 +153,7 @@ class RowPrinter:
                 if "deadline_missed" in self._extras
                 else ""
             )
+            + (" Wall: with the rest of the servers." if "wall_power_w" in self._extras else "")
             + "".join(f" {said}" for said in (study.delays, study.conditions) if said),
             highlight=False,
             markup=False,
@@ -195,18 +196,24 @@ def _columns(longest: int, *, gap: bool, budget: bool, extras: Collection[str]) 
         _Column("", "req/s", 5, lambda _, __, rate: "-" if rate is None else f"{rate:.4g}"),
         _Column("", "policy", longest, lambda _, policy, __: policy, left=True),
         _Column("", "W", 4, mean("mean_power_w", "{:.0f}")),
-        _Column("", "saving", 6, _saving),
-        _Column("", "J/token", 7, mean("energy_per_token_j", "{:.4f}"), yields=2),
+        _Column("", "saving", 6, _saving()),
+        _Column("wall", "W", 4, mean("wall_power_w", "{:.0f}")),
+        _Column("wall", "saving", 6, _saving(wall=True)),
+        _Column("", "J/token", 7, mean("energy_per_token_j", "{:.4f}"), yields=3),
         _Column("TTFT [ms]", "p50", 4, mean("ttft_p50_s", "{:.0f}", 1e3)),
         _Column("TTFT [ms]", "p99", 4, mean("ttft_p99_s", "{:.0f}", 1e3)),
         _Column("ITL [ms]", "p50", 4, mean("itl_p50_s", "{:.1f}", 1e3)),
         _Column("ITL [ms]", "p99", 4, mean("itl_p99_s", "{:.1f}", 1e3)),
         _Column("met [% of requests]", "TTFT", 6, met("ttft_attainment")),
         _Column("met [% of requests]", "ITL", 6, met("itl_attainment")),
-        _Column("met [% of requests]", "both", 5, mean("slo_attainment", "{:.1f}", 100.0)),
+        _Column(
+            "met [% of requests]", "both", 5, mean("slo_attainment", "{:.1f}", 100.0), yields=1
+        ),
     ]
+    if "wall_power_w" not in extras:
+        columns = [column for column in columns if column.group != "wall"]
     if gap:
-        columns.append(_Column("", "gap", 5, _gap_closed, yields=1))
+        columns.append(_Column("", "gap", 5, _gap_closed, yields=2))
     if budget:
         columns.append(_Column("", "over", 5, mean("over_budget_frac", "{:.1%}")))
     if "deadline_missed" in extras:
@@ -228,10 +235,13 @@ def _fitting(columns: list[_Column], width: int) -> list[_Column]:
     return columns
 
 
-def _saving(study: Study, policy: str, rate_req_s: float | None) -> str:
-    if policy == REFERENCE:
-        return ""
-    return text(study.saving_frac(policy, rate_req_s), "{:.1%}")
+def _saving(*, wall: bool = False) -> Callable[[Study, str, float | None], str]:
+    def value(study: Study, policy: str, rate_req_s: float | None) -> str:
+        if policy == REFERENCE:
+            return ""
+        return text(study.saving_frac(policy, rate_req_s, wall=wall), "{:.1%}")
+
+    return value
 
 
 def _gap_closed(study: Study, policy: str, rate_req_s: float | None) -> str:

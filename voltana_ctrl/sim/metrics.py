@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from voltana_ctrl.sim.plant import Plant
 
 __all__ = [
+    "at_the_wall",
     "fill_gap_closed",
     "fill_saving",
     "judged_latencies",
@@ -156,13 +157,46 @@ def fill_gap_closed(figures: list[dict[str, Any]]) -> None:
             run["bound_gap_closed"] = (volta_j - run["energy_j"]) / (volta_j - bound_j)
 
 
+def at_the_wall(figures: dict[str, Any], rest_of_server_w: float) -> dict[str, Any]:
+    """Power and energy per token with the rest of the servers, which no policy changes.
+
+    Parameters
+    ----------
+    figures : dict
+        Of one run.
+    rest_of_server_w : float
+        What all servers of the fleet draw besides their GPUs; 0 where nobody knows.
+
+    Returns
+    -------
+    dict
+        ``wall_power_w`` and ``wall_per_token_j``; None where they are not known.
+
+    Examples
+    --------
+    >>> at_the_wall({"mean_power_w": 300.0, "window_s": 10.0, "tokens_out": 1000}, 100.0)
+    {'wall_power_w': 400.0, 'wall_per_token_j': 4.0}
+    >>> at_the_wall({"mean_power_w": 300.0}, 0.0)
+    {'wall_power_w': None, 'wall_per_token_j': None}
+    """
+    power_w, tokens = figures.get("mean_power_w"), figures.get("tokens_out")
+    wall_w = None if power_w is None or not rest_of_server_w else power_w + rest_of_server_w
+    token_j = None if wall_w is None or not tokens else wall_w * figures["window_s"] / tokens
+    return {"wall_power_w": wall_w, "wall_per_token_j": token_j}
+
+
+# What is saved, and of what: energy per token at the GPUs and at the wall.
+_SAVINGS = {"saving_token_frac": "energy_per_token_j", "saving_wall_frac": "wall_per_token_j"}
+
+
 def fill_saving(figures: list[dict[str, Any]]) -> None:
     """Energy per output token saved against static-max, as a share; None where that was not run.
 
     Parameters
     ----------
     figures : list of dict
-        Runs of all policies; each one's ``saving_token_frac`` is filled in.
+        Runs of all policies; each one's ``saving_token_frac`` is filled in, and
+        ``saving_wall_frac`` where power at the wall is known.
 
     Examples
     --------
@@ -172,14 +206,14 @@ def fill_saving(figures: list[dict[str, Any]]) -> None:
     >>> [run["saving_token_frac"] for run in runs][::2], round(runs[1]["saving_token_frac"], 3)
     ([0.0, None], 0.25)
     """
-    full_j = {
-        (run["rate_req_s"], run["seed"]): run["energy_per_token_j"]
-        for run in figures
-        if run["policy"] == "static-max"
+    full = {
+        (run["rate_req_s"], run["seed"]): run for run in figures if run["policy"] == "static-max"
     }
     for run in figures:
-        full, own = full_j.get((run["rate_req_s"], run["seed"])), run["energy_per_token_j"]
-        run["saving_token_frac"] = None if not full or own is None else 1.0 - own / full
+        reference = full.get((run["rate_req_s"], run["seed"]), {})
+        for saving, key in _SAVINGS.items():
+            full_j, own_j = reference.get(key), run.get(key)
+            run[saving] = None if not full_j or own_j is None else 1.0 - own_j / full_j
 
 
 def _gain(before: Any, after: Any, name: str) -> Any:

@@ -79,6 +79,8 @@ class InstanceSpec:
     deep_parked, asleep, off : Rest, optional
         What it draws in deeper sleep, and what it takes to get in and out; as in the profile by
         default.
+    rest_of_server_w : float, optional
+        What its server draws besides the GPUs, as its share; that of the profile by default.
     node : str
         Clock sets are serialised among instances of one node.
 
@@ -112,6 +114,7 @@ class InstanceSpec:
     deep_parked: Rest | None = None
     asleep: Rest | None = None
     off: Rest | None = None
+    rest_of_server_w: float = None  # type: ignore[assignment]
     node: str = "node0"
 
     def __post_init__(self) -> None:
@@ -130,12 +133,13 @@ class InstanceSpec:
             "gpus",
             "idle_w",
             "wake_s",
+            "rest_of_server_w",
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.profile, name))
         for name in ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "max_prefill_req"):
             count(f"{label}.{name}", getattr(self, name))
-        for name in ("idle_w", "wake_s", "wake_j"):
+        for name in ("idle_w", "wake_s", "wake_j", "rest_of_server_w"):
             not_negative(f"{label}.{name}", getattr(self, name))
         if self.asleep_w is not None:
             not_negative(f"{label}.asleep_w", self.asleep_w)
@@ -314,6 +318,11 @@ class FleetSpec:
         """KV cache size per instance, shape (n,)."""
         return np.array([instance.kv_capacity_tok for instance in self.instances], np.float64)
 
+    @property
+    def rest_of_server_w(self) -> float:
+        """What all servers draw besides their GPUs; 0 where nobody knows."""
+        return float(sum(instance.rest_of_server_w for instance in self.instances))
+
     @classmethod
     def pd(
         cls, *, prefill: int = 2, decode: int = 2, profile: Profile, gpus_per_node: int = 8
@@ -380,9 +389,9 @@ class FleetSpec:
 
         Keys of a table: `role`, `profile`, and optionally `id`, `count`, `gpus`, `node`,
         `clocks_mhz`, `kv_capacity_tok`, `max_batch`, `prefill_budget_tok`,
-        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`, and a table each for
-        `parked`, `deep_parked`, `asleep` and `off`: `power_w`, `wake_s`, `wake_j`, `enter_s`. A
-        table `engine` says where the running engine of an instance is; it is read by
+        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`, `rest_of_server_w`, and a
+        table each for `parked`, `deep_parked`, `asleep` and `off`: `power_w`, `wake_s`, `wake_j`,
+        `enter_s`. A table `engine` says where the running engine of an instance is; it is read by
         :func:`voltana_ctrl.engines.load_endpoints` and means nothing here.
 
         Parameters
@@ -454,6 +463,7 @@ _TOML_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "deep_parked": dict,
     "asleep": dict,
     "off": dict,
+    "rest_of_server_w": (int, float),
     "engine": dict,
 }
 
