@@ -204,11 +204,9 @@ def _columns(longest: int, *, gap: bool, budget: bool, extras: Collection[str]) 
         _Column("TTFT [ms]", "p99", 4, mean("ttft_p99_s", "{:.0f}", 1e3)),
         _Column("ITL [ms]", "p50", 4, mean("itl_p50_s", "{:.1f}", 1e3)),
         _Column("ITL [ms]", "p99", 4, mean("itl_p99_s", "{:.1f}", 1e3)),
-        _Column("met [% of requests]", "TTFT", 6, met("ttft_attainment")),
-        _Column("met [% of requests]", "ITL", 6, met("itl_attainment")),
-        _Column(
-            "met [% of requests]", "both", 5, mean("slo_attainment", "{:.1f}", 100.0), yields=1
-        ),
+        _Column("met [%]", "TTFT", 6, met("ttft_attainment")),
+        _Column("met [%]", "ITL", 6, met("itl_attainment")),
+        _Column("met [%]", "both", 5, mean("slo_attainment", "{:.1f}", 100.0), yields=1),
     ]
     if "wall_power_w" not in extras:
         columns = [column for column in columns if column.group != "wall"]
