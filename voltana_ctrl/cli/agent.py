@@ -23,6 +23,7 @@ from voltana_ctrl.cli.running import (
     own_engines,
     promises,
     run_agent,
+    state_of,
     token_of,
     unread,
     warn_former,
@@ -103,6 +104,9 @@ def agent(
         Path | None, typer.Option(help="Of lock files, the same for all of a machine.")
     ] = None,
     socket: Annotated[Path | None, typer.Option(help="Set through this setter's socket.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File that keeps what is learnt across restarts.")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
     serve: Annotated[str | None, typer.Option(hidden=True)] = None,
     tls_cert: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -141,6 +145,7 @@ def agent(
             tls_cert=tls_cert or tls_certificate, tls_key=tls_key, kill_file=kill_file,
             switchback_s=None if switchback is None else 60.0 * switchback, seed=seed, log=log,
             parquet=parquet, metrics=metrics, min_mhz=min_mhz, duration_s=duration,
+            state=state,
         )  # fmt: skip
         return
     from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
@@ -161,6 +166,9 @@ def agent(
     check_actuators(actuators, park_memory, mode, bool(limits_w))
     if asked.budget is not None and controller is not None:
         raise ConfigError("power-budget-w: give it to the controller, not to its nodes")
+    if state is not None and controller is not None:
+        raise ConfigError("state: give it to the controller, which learns, not to its nodes")
+    kept, learnt = state_of(state, spec)
     token = token_of(token_file) if controller is not None and mode != "observe" else ""
     with ExitStack() as ending:
         ending.enter_context(Sweep(lock_dir or LOCK_DIR))
@@ -193,7 +201,7 @@ def agent(
 
             decides = node_policy(
                 spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
-                delay_s=delay_s, held=backend.held,
+                delay_s=delay_s, held=backend.held, learnt=learnt,
             )  # fmt: skip
             if mode == "act":
                 decides = Descent(decides, asked.slo)
@@ -202,7 +210,7 @@ def agent(
         run_agent(
             ending, backend, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration, period_s=asked.period_s,
-            observers=[Once(notes)],
+            observers=[Once(notes)], state=kept,
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from voltana_ctrl.cli.running import (
     run_agent,
     say,
     since_start,
+    state_of,
     status_board,
     token_of,
 )
@@ -63,6 +64,9 @@ def controller(
     power_budget_w: Annotated[
         str | None, typer.Option(help="W, or steps S:W,S:W from the start on, of the fleet.")
     ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File that keeps what is learnt across restarts.")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
 ) -> None:
     """Decide for a whole fleet, whose nodes run `agent --controller`, its clients `router`."""
@@ -74,6 +78,7 @@ def controller(
         tls_cert=tls_cert, tls_key=tls_key, kill_file=kill_file,
         switchback_s=None if switchback is None else 60.0 * switchback, seed=seed, log=log,
         parquet=parquet, metrics=metrics, min_mhz=min_mhz, duration_s=duration,
+        state=state,
     )  # fmt: skip
 
 
@@ -94,6 +99,7 @@ def run_controller(
     metrics: str | None,
     min_mhz: str | None,
     duration_s: float | None,
+    state: Path | None = None,
 ) -> None:
     """Listen for nodes and routers, and decide until told to end."""
     from voltana_ctrl.backends.nvml.sweep import Sweep
@@ -109,11 +115,12 @@ def run_controller(
     host, port = address("serve", listen_at)
     token = token_of(token_file)
     hub = HubBackend(spec, policy=policy, now_s=since_start())
+    kept, learnt = state_of(state, spec)
     decides: Controller | None = None
     if asked.mode != "observe":
         decides = fleet_policy(
             spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
-            measured_delay_s=hub.delay_s, routed=hub.routed,
+            measured_delay_s=hub.delay_s, routed=hub.routed, learnt=learnt,
         )  # fmt: skip
         if asked.mode == "act":
             decides = Descent(decides, asked.slo)
@@ -143,5 +150,5 @@ def run_controller(
         run_agent(
             ending, hub, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration_s, period_s=asked.period_s, what="controller",
-            observers=[board],
+            observers=[board], state=kept,
         )  # fmt: skip

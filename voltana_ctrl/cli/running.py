@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from voltana_ctrl.engines.traffic import Traffic
     from voltana_ctrl.live.agent import AgentSettings, Mode, Switchable
     from voltana_ctrl.live.node import NodeBackend
+    from voltana_ctrl.live.state import StateFile
     from voltana_ctrl.live.status import LinkState, StatusBoard
     from voltana_ctrl.ports import Router
     from voltana_ctrl.router.app import Proxy
-    from voltana_ctrl.types import FleetSpec, PowerBudget, Slo, TickRecord
+    from voltana_ctrl.types import Belief, FleetSpec, PowerBudget, Slo, TickRecord
 
 TOKEN_VARIABLE = "VOLTANA_CTRL_TOKEN"
 #: Where `serve` shows the status page, as the controller of a fleet does.
@@ -285,6 +286,7 @@ def run_agent(
     observers: Sequence[Any] = (),
     what: str = "agent",
     watched_by: Proxy | None = None,
+    state: StateFile | None = None,
 ) -> None:
     """Run a loop in one of the modes until it is told to end, with log and metrics."""
     from voltana_ctrl.backends.nvml.lease import end_on_sigterm
@@ -295,6 +297,9 @@ def run_agent(
     ending.callback(backend.close)
     ending.enter_context(end_on_sigterm())
     watching = list(observers)
+    if state is not None:
+        ending.callback(state.close)
+        watching.append(state)
     if log is not None:
         ticks = TickLog(log, backend.spec, slo=slo, mode=settings.mode, unread=settings.unread,
                         parquet=parquet)  # fmt: skip
@@ -325,6 +330,20 @@ def run_agent(
     hint = f"; kill -USR1 {os.getpid()} gives the hardware back" if settings.mode == "act" else ""
     say(f"{what}: mode {settings.mode}, {len(backend.spec)} instances{hint}")
     agent.run(duration_s=float("inf") if duration_s is None else duration_s)
+
+
+def state_of(path: Path | None, fleet: FleetSpec) -> tuple[StateFile | None, Belief | None]:
+    """What an earlier run learnt, and where this one keeps what it learns."""
+    if path is None:
+        return None, None
+    from voltana_ctrl.cli.options import check_outputs
+    from voltana_ctrl.live.state import StateFile
+
+    check_outputs({"state": path})
+    state = StateFile(path, fleet)
+    learnt = state.read()
+    say(f"state {path}: {'nothing learnt before' if learnt is None else 'goes on from there'}")
+    return state, learnt
 
 
 def status_board(

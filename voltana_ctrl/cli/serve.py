@@ -23,6 +23,7 @@ from voltana_ctrl.cli.running import (
     run_agent,
     say,
     serve_page,
+    state_of,
     status_board,
     unread,
     with_actuators,
@@ -93,6 +94,9 @@ def serve(
         Path | None, typer.Option(help="Of lock files, the same for all of a machine.")
     ] = None,
     socket: Annotated[Path | None, typer.Option(help="Set through this setter's socket.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File that keeps what is learnt across restarts.")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
 ) -> None:
     """Route, decide and set clocks on one machine; clients come to --host and --port."""
@@ -120,6 +124,7 @@ def serve(
         list(spec.ids), given=gpu_power_limit or (), annotations=None, environment=os.environ
     )
     check_actuators(actuators, park_memory, mode, bool(limits_w))
+    kept, learnt = state_of(state, spec)
     with ExitStack() as ending:
         ending.enter_context(Sweep(lock_dir or LOCK_DIR))
         settings = AgentSettings(
@@ -155,6 +160,7 @@ def serve(
             decides = node_policy(
                 spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
                 delay_s=delay_s, held=backend.held, routed=lambda: asked.mode == "act",
+                learnt=learnt,
             )  # fmt: skip
             if asked.mode == "act":
                 decides = Descent(decides, asked.slo)
@@ -173,7 +179,7 @@ def serve(
             metrics=metrics, duration_s=duration, period_s=asked.period_s,
             # Who only watches or advises leaves the routing to the load.
             router=routers if asked.mode == "act" else None, observers=[proxy.energy, board],
-            what="serve", watched_by=proxy,
+            what="serve", watched_by=proxy, state=kept,
         )  # fmt: skip
 
 

@@ -120,6 +120,8 @@ class CascadeController(Controller):
     measured_delay_s : callable
         Delays that machines have measured, by the id of the instance; they count in place of
         `delay_s` from then on.
+    learnt : Belief, optional
+        What an earlier run of the same fleet has learnt, to begin with; all but the delay.
 
     Raises
     ------
@@ -151,6 +153,7 @@ class CascadeController(Controller):
         target: TargetOptimiser | None = None,
         load: LoadFilter | None = None,
         measured_delay_s: Callable[[], Mapping[str, float]] = dict,
+        learnt: Belief | None = None,
     ) -> None:
         super().__init__(fleet, period_s=period_s)
         positive(f"{type(self).__name__}.target_period_s", target_period_s)
@@ -160,6 +163,7 @@ class CascadeController(Controller):
         self.governed = governed
         self.delay_s = delay_s
         self._measured_delay_s = measured_delay_s
+        self._learnt = learnt
         self.margin_frac = margin_frac
         #: May be set while the controller runs.
         self.power_budget_w = power_budget_w
@@ -180,14 +184,20 @@ class CascadeController(Controller):
 
     def init(self) -> CascadeMemory:
         """Nothing seen, nothing planned."""
+        learnt, added_frac = self._learnt, (0.0, 0.0)
+        belief = Belief.of_profiles(self.fleet, margin_frac=self.margin_frac, delay_s=self.delay_s)
+        if learnt is not None:
+            belief = replace(learnt, delay_s=belief.delay_s)
+            added_frac = (
+                float(learnt.ttft_margin_frac.max()) - self.margin_frac[0],
+                float(learnt.itl_margin_frac.max()) - self.margin_frac[1],
+            )
         return CascadeMemory(
             load=self._load.init(),
-            margin=self._margin.init(),
+            margin=self._margin.init(added_frac),
             regime=RegimeMemory(),
-            pace=self._pace.init(),
-            belief=Belief.of_profiles(
-                self.fleet, margin_frac=self.margin_frac, delay_s=self.delay_s
-            ),
+            pace=self._pace.init(learnt),
+            belief=belief,
         )
 
     def regime(self, memory: CascadeMemory) -> Regime:

@@ -105,11 +105,18 @@ class HeadroomFilter:
             set_point_frac=1.0 - _SET_POINT * self._miss_frac,
         )  # fmt: skip
 
-    def init(self) -> HeadroomMemory:
-        """Nothing finished yet."""
+    def init(self, added_frac: tuple[float, float] = (0.0, 0.0)) -> HeadroomMemory:
+        """Nothing finished yet.
+
+        Parameters
+        ----------
+        added_frac : tuple of float
+            What an earlier run had to add to the margins of TTFT and ITL.
+        """
         short_req = np.zeros(_LONG_TOK)
         short_req[-1] = _PRIOR_REQ
-        return HeadroomMemory(tracked=self._tracker.init(), short_req=short_req)
+        tracked = MarginState(raw_frac=np.clip(added_frac, 0.0, _MAX_FRAC))
+        return HeadroomMemory(tracked=tracked, short_req=short_req)
 
     def update(
         self,

@@ -17,7 +17,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, I64, not_negative
 from voltana_ctrl.estimate.predictor import Mixed
 from voltana_ctrl.laws import decode_s, prefill_s
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Role
+from voltana_ctrl.types import Belief, Decision, FleetSpec, FleetState, Observation, Role
 from voltana_ctrl.types.ladder import row_nearest
 from voltana_ctrl.types.packed import instance_types
 
@@ -116,14 +116,25 @@ class PaceFilter:
         self._tables: Any = tables
         self._padded, self._kind = padded, kind
 
-    def init(self) -> PaceMemory:
-        """Nothing seen: every profile is right."""
+    def init(self, learnt: Belief | None = None) -> PaceMemory:
+        """Nothing seen: every profile is right, or as it was learnt before.
+
+        Parameters
+        ----------
+        learnt : Belief, optional
+            What an earlier run learnt; as certain as one record is.
+        """
         from voltana_ctrl.kernels.learn import pace as kernels  # loads Numba
 
         n = len(self._fleet)
         known = np.empty((n, kernels.N_KNOWN))
         for one, top_mhz in zip(known, self._max_mhz, strict=True):
             kernels.begin(one, top_mhz)
+        if learnt is not None:
+            known[:, kernels.PREFILL_PACE_FRAC] = learnt.prefill_pace_frac
+            known[:, kernels.DECODE_PACE_FRAC] = learnt.decode_pace_frac
+            known[:, [kernels.PREFILL_VAR, kernels.DECODE_VAR]] = 1.0
+            known[:, kernels.ABLE_MHZ] = np.minimum(learnt.able_mhz, self._max_mhz)
         return PaceMemory(
             known=known,
             asks_s=np.zeros((n, kernels.N_ASKS)),

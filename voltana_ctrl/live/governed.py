@@ -217,7 +217,8 @@ def node_governors(
 
 def _parts(
     fleet: FleetSpec, slo: Slo, policy: str, period_s: float, power_budget: PowerBudget | None,
-    delay_s: float, measured_delay_s: Callable[[], Mapping[str, float]] = dict,
+    delay_s: float, learnt: Belief | None,
+    measured_delay_s: Callable[[], Mapping[str, float]] = dict,
 ) -> Any:  # fmt: skip
     found = find_policy(policy)
     if found.name == "bound":
@@ -228,7 +229,7 @@ def _parts(
         )
     setup = PolicySetup(
         tick_s=period_s, power_budget=power_budget, delay_s=delay_s,
-        measured_delay_s=measured_delay_s,
+        measured_delay_s=measured_delay_s, learnt=learnt,
     )  # fmt: skip
     return found.build(fleet, slo, setup)
 
@@ -243,6 +244,7 @@ def node_policy(
     delay_s: float = 0.025,
     held: Collection[str] = (),
     routed: Callable[[], bool] = lambda: False,
+    learnt: Belief | None = None,
 ) -> PolicyController:
     """Shipped policy, or one's own, for nodes that are looked after from this process.
 
@@ -262,6 +264,9 @@ def node_policy(
         Instances whose governor runs in the engine.
     routed : callable
         Whether a router obeys, now.
+    learnt : Belief, optional
+        What an earlier run of the same fleet has learnt, see
+        :class:`~voltana_ctrl.live.state.StateFile`.
 
     Raises
     ------
@@ -275,7 +280,7 @@ def node_policy(
     >>> node_policy(fleet, Slo(ttft_s=0.6, itl_s=0.06), "mpc").period_s
     Fraction(1, 10)
     """
-    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s)
+    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s, learnt)
     governors = node_governors(fleet, slo, policy, delay_s=delay_s, period_s=period_s)
     return PolicyController(
         fleet,
@@ -301,12 +306,13 @@ def fleet_policy(
     delay_s: float = 0.025,
     measured_delay_s: Callable[[], Mapping[str, float]] = dict,
     routed: Callable[[], bool] = lambda: False,
+    learnt: Belief | None = None,
 ) -> PolicyController:
     """Policy of a controller whose nodes and engines host the governors.
 
     Parameters
     ----------
-    fleet, slo, policy, period_s, power_budget, delay_s, routed
+    fleet, slo, policy, period_s, power_budget, delay_s, routed, learnt
         As of :func:`node_policy`.
     measured_delay_s : callable
         Delays that nodes have measured, by the id of the instance.
@@ -325,7 +331,7 @@ def fleet_policy(
     ...
     voltana_ctrl.errors.ConfigError: policy voltanallm-adaptive: its governors learn inside the...
     """
-    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s, measured_delay_s)
+    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s, learnt, measured_delay_s)
     has_governors = node_governors(fleet, slo, policy) is not None
     if parts.governors is not None and not has_governors:
         raise ConfigError(

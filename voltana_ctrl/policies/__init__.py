@@ -262,6 +262,7 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
             governed=setup.governed,
             delay_s=setup.delay_s,
             measured_delay_s=setup.measured_delay_s,
+            learnt=setup.learnt,
             power_budget_w=None if setup.power_budget is None else setup.limit_w,
         )
         return PolicyParts(

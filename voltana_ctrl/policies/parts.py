@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from voltana_ctrl import routing
 from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.ports import Governor, Router
-from voltana_ctrl.types import Decision, FleetSpec, Load, PowerBudget, Slo, Steps
+from voltana_ctrl.types import Belief, Decision, FleetSpec, Load, PowerBudget, Slo, Steps
 
 __all__ = ["Policy", "PolicyParts", "PolicySetup", "Trials", "balanced"]
 
@@ -56,6 +56,8 @@ class PolicySetup:
         Delays that were measured since, by the id of the instance.
     price, co2 : Steps, optional
         What energy costs per kWh, and grams of CO2 per kWh, known ahead.
+    learnt : Belief, optional
+        What an earlier run of the same fleet has learnt; policies that learn begin with it.
     trials : Trials, optional
         Runs to choose by, where there can be any.
 
@@ -79,6 +81,7 @@ class PolicySetup:
     measured_delay_s: Callable[[], Mapping[str, float]] = dict
     price: Steps | None = None
     co2: Steps | None = None
+    learnt: Belief | None = None
     trials: Trials | None = None
 
     def __post_init__(self) -> None:
