@@ -31,6 +31,7 @@ from voltana_ctrl.live.governed import PolicyController
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.savings import BlockMeter, SwitchbackController, estimate_savings
 from voltana_ctrl.savings.proof import savings_of_log
+from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
 
 #: Parts of the window whose scatter is the standard error.
@@ -72,6 +73,8 @@ def simulator(shape, slo, policy, work, profile):
     plant = SimBackend(
         fleet, workload=work, seed=0, governors=parts.governors,
         prefill_router=parts.prefill_router, decode_router=parts.decode_router,
+        # The engines of a rehearsal tell every iteration, from which policies learn their pace.
+        settings=PlantSettings(log_iterations=20_000),
     )  # fmt: skip
     controller = parts.controller or PolicyController(
         fleet, first=parts.first, held=fleet.ids if parts.governors else (), routed=lambda: True
