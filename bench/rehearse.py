@@ -73,8 +73,11 @@ def simulator(shape, slo, policy, work, profile):
     plant = SimBackend(
         fleet, workload=work, seed=0, governors=parts.governors,
         prefill_router=parts.prefill_router, decode_router=parts.decode_router,
-        # The engines of a rehearsal tell every iteration, from which policies learn their pace.
-        settings=PlantSettings(log_iterations=20_000),
+        settings=PlantSettings(
+            # The engines of a rehearsal tell every iteration, from which policies learn their pace.
+            log_iterations=20_000, view_age_s=parts.view_age_s,
+            decode_at_arrival=parts.decode_at_arrival,
+        ),
     )  # fmt: skip
     controller = parts.controller or PolicyController(
         fleet, first=parts.first, held=fleet.ids if parts.governors else (), routed=lambda: True
