@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, Bool, positive
-from voltana_ctrl.errors import ShapeError
+from voltana_ctrl.checks import F64, I64, Bool, positive
+from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types import (
     Decision,
     FleetSpec,
@@ -15,6 +15,7 @@ from voltana_ctrl.types import (
     LimitRanges,
     Limits,
     Observation,
+    Role,
     Status,
 )
 from voltana_ctrl.types.ladder import row_down, row_up
@@ -119,13 +120,15 @@ class Guard:
         base = proposed if status is Status.OK else self._stand_in(proposed, state, last)
         ceiling_mhz = self._ceilings(base.freq_max_mhz)
         floor_mhz = self._floors(base.freq_mhz, ceiling_mhz, state, last)
-        route_frac, active = self._shares(base, state)
+        roles = self._roles(base)
+        route_frac, active = self._shares(base, state, roles or observation.roles)
         return replace(
             base,
             freq_mhz=floor_mhz,
             freq_max_mhz=ceiling_mhz,
             route_frac=route_frac,
             active=active,
+            roles=roles,
             limits=base.limits if self.ranges is None else self.ranges.held(base.limits),
             status=status,
             # One that is held keeps its time, or it would be held for ever.
@@ -139,6 +142,8 @@ class Guard:
             said.append(f"replaced: {applied.status.name.lower()}")
         elif np.any(applied.freq_mhz > self._ceilings_up(proposed.freq_mhz)):
             said.append("floor held by slew")
+        if proposed.roles != applied.roles:
+            said.append("roles")
         if not np.array_equal(proposed.active, applied.active):
             said.append("active set")
         if not np.allclose(proposed.route_frac, applied.route_frac, atol=1e-9):
@@ -184,12 +189,29 @@ class Guard:
             wanted_mhz = np.maximum(wanted_mhz, last.freq_mhz - self.slew_mhz_s * span_s)
         return np.minimum(self._ceilings_up(wanted_mhz), ceiling_mhz)
 
-    def _shares(self, base: Decision, state: FleetState) -> tuple[F64, Bool]:
+    def _roles(self, base: Decision) -> tuple[Role, ...] | None:
+        """Roles that everybody can have and that leave nobody out; else as they are."""
+        try:
+            self.spec.check_roles(base.roles or [one.role for one in self.spec.instances])
+        except ConfigError:
+            return None
+        return base.roles
+
+    def _members(self, roles: tuple[Role, ...] | None) -> tuple[I64, I64]:
+        """Who prefills and who decodes."""
+        if roles is None:
+            return self._phases
+        prefill = np.flatnonzero([role.prefills for role in roles])
+        return prefill, np.flatnonzero([role.decodes for role in roles])
+
+    def _shares(
+        self, base: Decision, state: FleetState, roles: tuple[Role, ...] | None
+    ) -> tuple[F64, Bool]:
         """Shares on the simplex of each phase; none to the dead, the parked and the full."""
         active = base.active & state.alive
         route_frac = np.zeros(len(active))
         full = state.kv_used_tok > self.kv_full_frac * self._kv_capacity_tok
-        for members in self._phases:
+        for members in self._members(roles):
             if not active[members].any():
                 # Nobody of this phase may work: everybody who lives must.
                 active[members] = state.alive[members] if state.alive[members].any() else True

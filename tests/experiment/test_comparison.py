@@ -58,6 +58,7 @@ def test_json_has_the_promised_keys_and_no_nan(result, tmp_path):
         "defer",
         "price",
         "co2",
+        "roles",
         "uncertainty",
         "runs",
     }

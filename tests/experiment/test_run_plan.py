@@ -145,7 +145,7 @@ def test_the_command_and_its_json(tmp_path) -> None:
     command = [
         sys.executable, "-m", "voltana_ctrl.cli", "compare", "--fleet", "1P1D", "--rate", "5",
         "--duration", "10", "--warmup", "2", "--policies", "static-max", "--jobs", "1",
-        "--defer", "0.5:60", "--price", "0:0.2,6:0.4", "--co2", "300",
+        "--roles", "flexible", "--defer", "0.5:60", "--price", "0:0.2,6:0.4", "--co2", "300",
         "--power-budget-w", "0:900,8:500", "--budget-notice-s", "3", "--json", str(path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -153,6 +153,7 @@ def test_the_command_and_its_json(tmp_path) -> None:
         assert head in done.stdout
     found = json.loads(path.read_text())
     assert found["defer"] == [0.5, 60.0]
+    assert (found["roles"], found["runs"][0]["role_changes"]) == ("flexible", 0)
     assert found["price"] == [[0.0, 0.2], [6.0, 0.4]]
     assert (found["co2"], found["budget_notice_s"]) == ([[0.0, 300.0]], 3.0)
     assert found["runs"][0]["deadline_missed"] == 0

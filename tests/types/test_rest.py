@@ -12,7 +12,7 @@ from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.live.orders import decision_of, orders_of
 from voltana_ctrl.profiles import dilated
 from voltana_ctrl.profiles.draws import draw_fleet
-from voltana_ctrl.types import DEPTHS, Rest
+from voltana_ctrl.types import DEPTHS, Admission, Rest, Role
 
 A100 = load_profile("a100-sxm-80gb/llama-3.1-8b")
 OFF = Rest(power_w=54.0, wake_s=40.0, wake_j=100.0, enter_s=5.0)
@@ -70,6 +70,23 @@ def test_refuses_a_depth_that_makes_no_sense(tmp_path, text: str, words: str) ->
     assert "fleet.toml: instance 2" in str(caught.value)
 
 
+def test_a_fleet_file_says_who_may_change_its_role(tmp_path) -> None:
+    fleet = written(tmp_path, 'roles = ["prefill", "decode"]\nturn_s = 0.2\n')
+    assert fleet.may_prefill.tolist() == [0, 1]
+    assert fleet.may_decode.tolist() == [1]
+    assert fleet.instances[1].turn_s == 0.2
+    assert log_fleet(log_header(fleet)).instances[1].roles == fleet.instances[1].roles
+    for text, words in (
+        ('roles = ["prefill"]\n', "roles: expected prefill and decode"),
+        ('roles = ["colocated", "decode"]\n', "roles: expected prefill and decode"),
+        ('roles = ["both"]\n', "roles: expected names out of"),
+        ("roles = 3\n", "roles: wrong type"),
+        ('roles = ["prefill", "decode"]\nturn_s = -1.0\n', "turn_s"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            written(tmp_path, text)
+
+
 def test_the_profile_speaks_where_the_instance_does_not() -> None:
     profile = replace(A100, off=Rest(power_w=50.0, wake_s=30.0))
     fleet = FleetSpec.parse("1P1D", profile)
@@ -106,6 +123,11 @@ def test_decisions_carry_depths_to_nodes_logs_and_workers() -> None:
     assert decision_of(orders, fleet).depth == told.depth
     assert decision_of(orders_of(Decision.highest(fleet), fleet), fleet).depth is None
     assert log_decision(plain(told)).depth == told.depth
+    roles = (Role.DECODE, Role.PREFILL, Role.DECODE)
+    turned = replace(told, roles=roles, admission=Admission(rate_req_s=2.0))
+    assert log_decision(plain(turned)).roles == roles
+    assert log_decision(plain(turned)).admission == turned.admission
+    assert decision_of(orders_of(turned, fleet), fleet).roles == roles
     again = log_fleet(log_header(fleet)).instances[1]
     assert again.rest("off") == OFF
     assert pickle.loads(pickle.dumps(fleet)).instances[1].rest("off") == OFF

@@ -368,6 +368,7 @@ def _instance(values: Mapping[str, Any]) -> InstanceSpec:
         table[name] = column
     steps = tuple((upto, step) for upto, step in profile.pop("batch_steps"))
     role = Role[settings.pop("role")]
+    settings["roles"] = tuple(Role[name] for name in settings.get("roles", ()))
     points = tuple(ActuatorPoint(**point) for point in profile.pop("actuators", ()))
     for depth in DEPTHS[1:]:
         for told in (settings, profile):
@@ -406,6 +407,8 @@ def log_observation(values: Mapping[str, Any]) -> Observation:
 def _told_since(values: Mapping[str, Any]) -> dict[str, Any]:
     """What logs of before did not hold."""
     told = {"ready_s": values["ready_s"]} if "ready_s" in values else {}
+    if values.get("roles") is not None:
+        told["roles"] = tuple(Role[name] for name in values["roles"])
     if "backlog" in values:
         told["backlog"] = Backlog(**values["backlog"])
     return told
@@ -461,9 +464,11 @@ def log_decision(values: Mapping[str, Any]) -> Decision:
     # Logs of before decisions told what to believe have none.
     belief = settings.pop("belief", None)
     admission = settings.pop("admission", None)
+    roles = settings.pop("roles", None)
     return Decision(
         status=Status[settings.pop("status")],
         admission=None if admission is None else Admission(**admission),
+        roles=None if roles is None else tuple(Role[name] for name in roles),
         limits=None if limits is None else Limits(**limits),
         belief=None if belief is None else Belief(**belief),
         **settings,

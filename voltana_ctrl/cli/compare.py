@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -103,6 +103,10 @@ def compare(
         str | None,
         typer.Option(help="Grams of CO2 per kWh, or steps s:GRAMS,..., or a .csv file of them."),
     ] = None,
+    roles: Annotated[
+        Literal["fixed", "flexible"],
+        typer.Option(help="Whether machines may change between prefill and decode."),
+    ] = "fixed",
     arrivals: Annotated[
         str | None,
         typer.Option(
@@ -235,6 +239,7 @@ def compare(
         power_budget=_budget(power_budget_w, budget_notice_s),
         defer=None if defer is None else _defer(defer),
         price=None if price is None else Steps.parse(price, "price"),
+        roles=roles,
         co2=None if co2 is None else Steps.parse(co2, "co2"),
         arrivals=None if arrivals is None else parse_arrivals(arrivals),
         faults=() if faults is None else read_faults(faults),

@@ -8,6 +8,8 @@ from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor as EcoFreqGov
 from voltana_ctrl.control.baselines.gate import SaturationGate as SaturationGate
 from voltana_ctrl.control.baselines.packing import PackingController as PackingController
 from voltana_ctrl.control.baselines.packing import PackingMemory as PackingMemory
+from voltana_ctrl.control.baselines.roles import RoleController as RoleController
+from voltana_ctrl.control.baselines.roles import RoleMemory as RoleMemory
 from voltana_ctrl.control.baselines.static import StaticBudgetController as StaticBudgetController
 from voltana_ctrl.control.baselines.static import StaticController as StaticController
 from voltana_ctrl.control.baselines.threshold import ThresholdGovernor as ThresholdGovernor

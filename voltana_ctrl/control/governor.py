@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.control.base import CompiledGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.laws import kv_transfer_s
-from voltana_ctrl.types import Belief, InstanceSpec, Profile, Slo
+from voltana_ctrl.types import Belief, InstanceSpec, Profile, Role, Slo
 
 __all__ = ["IterationGovernor", "thrifty_row"]
 
@@ -115,6 +117,7 @@ class IterationGovernor(CompiledGovernor):
                     f"IterationGovernor.margin_frac: expected numbers > -1, got {margin_frac}"
                 )
         profile = profile or instance.profile
+        self._margin_frac = margin_frac
         self.slo = slo
         self._profile = profile
         self.instance = instance
@@ -147,6 +150,33 @@ class IterationGovernor(CompiledGovernor):
             ttft_s -= moved_s + 2.0 * itl_s
         return ttft_s, itl_s
 
+    def take_role(self, role: Role) -> None:
+        """Govern an instance in another role from the next iteration on.
+
+        Parameters
+        ----------
+        role : Role
+            Prefill or decode.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import FleetSpec, Role, Slo, load_profile
+        >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+        >>> governor = IterationGovernor(
+        ...     FleetSpec.parse("1P1D", profile).flexible().instances[1],
+        ...     Slo(ttft_s=0.6, itl_s=0.06))
+        >>> governor.take_role(Role.PREFILL)
+        >>> governor.instance.role
+        <Role.PREFILL: 'prefill'>
+        """
+        from voltana_ctrl.kernels.choose import governor as kernel  # loads Numba
+
+        self.instance = replace(self.instance, role=role)
+        params = self.params.copy()
+        params[kernel.PREFILLS] = float(role.prefills)
+        params[kernel.TTFT_S], params[kernel.ITL_S] = self._targets_s(*self._margin_frac)
+        self.params = params
+
     def believe(self, belief: Belief, i: int) -> None:
         """Go by these margins, this delay and this pace from the next iteration on.
 
@@ -175,9 +205,8 @@ class IterationGovernor(CompiledGovernor):
 
         # A new array: who has copied the old one sees that it is another.
         params = self.params.copy()
-        params[kernel.TTFT_S], params[kernel.ITL_S] = self._targets_s(
-            float(belief.ttft_margin_frac[i]), float(belief.itl_margin_frac[i])
-        )
+        self._margin_frac = (float(belief.ttft_margin_frac[i]), float(belief.itl_margin_frac[i]))
+        params[kernel.TTFT_S], params[kernel.ITL_S] = self._targets_s(*self._margin_frac)
         params[kernel.DELAY_S] = belief.delay_s[i]
         params[kernel.NOISE_FRAC] = belief.noise_frac[i]
         params[kernel.PREFILL_PACE_FRAC] = belief.prefill_pace_frac[i]

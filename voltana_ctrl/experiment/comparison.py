@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from voltana_ctrl import __version__
 from voltana_ctrl.experiment.grid import DEFAULT_SLO, Done, Grid, plan_runs
@@ -61,6 +61,8 @@ class Comparison:
         Requests that might wait.
     price, co2 : Steps, optional
         What energy cost per kWh, and its grams of CO2.
+    roles : {"fixed", "flexible"}
+        Whether instances might change between prefill and decode.
     runs : tuple of dict
         One per policy, rate and seed, in that order; keys as in the JSON.
     rate_steps : RateSteps, optional
@@ -105,6 +107,7 @@ class Comparison:
     defer: tuple[float | str, float] | None = None
     price: Steps | None = None
     co2: Steps | None = None
+    roles: str = "fixed"
     seeds: tuple[int, ...] = ()
     planned: int | None = None
     command: tuple[str, ...] = ()
@@ -152,6 +155,7 @@ class Comparison:
             defer=asked.defer,
             price=asked.price,
             co2=asked.co2,
+            roles="flexible" if any(one.roles for one in asked.fleet.instances) else "fixed",
             seeds=tuple(dict.fromkeys(run.seed for run in grid.runs)),
             planned=len(grid.runs),
             command=tuple(command),
@@ -196,6 +200,7 @@ class Comparison:
             if budget is None or not math.isfinite(budget.notice_s)
             else budget.notice_s,
             "defer": None if self.defer is None else list(self.defer),
+            "roles": self.roles,
             "price": _pairs(self.price),
             "co2": _pairs(self.co2),
             "uncertainty": list(self.uncertainty) or None,
@@ -283,6 +288,7 @@ def compare(
     defer: tuple[float | str, float] | None = None,
     price: Steps | None = None,
     co2: Steps | None = None,
+    roles: Literal["fixed", "flexible"] = "fixed",
     executor: Executor | None = None,
     store: ResultStore | None = None,
     skip_bad_rows: bool = False,
@@ -340,6 +346,8 @@ def compare(
         it came.
     price, co2 : Steps, optional
         What energy costs per kWh, and grams of CO2 per kWh, in time from the start of each run.
+    roles : {"fixed", "flexible"}
+        Whether prefill and decode instances may change between the two, as the policy says.
     executor : concurrent.futures.Executor, optional
         Where runs go; this process if left out. Processes, or the workers of a cluster such as
         Dask's through ``client.get_executor()``.
@@ -393,6 +401,7 @@ def compare(
         defer=defer,
         price=price,
         co2=co2,
+        roles=roles,
         skip_bad_rows=skip_bad_rows,
         detail=detail,
         server_w=server_w,

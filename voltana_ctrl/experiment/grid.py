@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from voltana_ctrl.checks import count, not_negative, positive
 from voltana_ctrl.errors import ConfigError, VoltanaError
@@ -227,6 +227,7 @@ def plan_runs(
     defer: tuple[float | str, float] | None = None,
     price: Steps | None = None,
     co2: Steps | None = None,
+    roles: Literal["fixed", "flexible"] = "fixed",
     skip_bad_rows: bool = False,
     detail: bool = False,
     server_w: float | None = None,
@@ -241,6 +242,10 @@ def plan_runs(
         spec = FleetSpec(
             tuple(replace(one, rest_of_server_w=server_w * one.gpus) for one in spec.instances)
         )
+    if roles not in ("fixed", "flexible"):
+        raise ConfigError(f"roles: expected fixed or flexible, got {roles!r}")
+    if roles == "flexible":
+        spec = spec.flexible()
     source, name = _workload(workload, skip_bad_rows)
     positive("duration_s", duration_s)
     not_negative("warmup_s", warmup_s)

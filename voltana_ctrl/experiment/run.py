@@ -368,7 +368,7 @@ _RUN_KEYS = (
     "itl_attainment", "slo_attainment", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s",
     "residence_mean_s", "requests_arrived", "requests_completed", "requests_in_flight",
     "requests_dropped", "requests_past_window", "deferred_arrived", "deferred_completed",
-    "deferred_in_flight", "deferred_dropped", "deadline_missed", "cost", "co2_g",
+    "deferred_in_flight", "deferred_dropped", "deadline_missed", "cost", "co2_g", "role_changes",
     "preemptions", "retries", "tokens_out", "tokens_lost", "tokens_carried_in",
     "tokens_past_window", "mean_batch",
     "mean_freq_prefill_mhz", "mean_freq_decode_mhz", "clock_changes", "wakes",

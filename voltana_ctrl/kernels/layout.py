@@ -47,6 +47,12 @@ INSTANCE_DTYPE = np.dtype(
         ("n_clocks", I8),
         ("prefills", I8),
         ("decodes", I8),
+        # prefills and decodes follow from the role, where it may change: 0 prefill, 1 decode
+        ("role", I8),  # that it has, or is about to have
+        ("want_role", I8),  # that it is to have once it is empty
+        ("turn_s", F8),  # how long it then takes
+        ("turning", I8),
+        ("role_changes", I8),
         ("node", I8),
         ("kv_capacity_tok", I8),
         ("max_batch", I8),
@@ -209,6 +215,7 @@ SIM_DTYPE = np.dtype(
         ("admit_req_s", F8),
         ("admit_due_s", F8),
         ("admit_next_s", F8),
+        ("apart", I8),  # prefill and decode are different instances
         ("n_start", I8),
         ("n_moving", I8),
         ("n_done", I8),

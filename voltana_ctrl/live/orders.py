@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from voltana_ctrl.types import Belief, Decision, FleetSpec, FleetState, Observation, Order
+from voltana_ctrl.types import Belief, Decision, FleetSpec, FleetState, Observation, Order, Role
 
 __all__ = ["Orders", "Report", "SenderKind", "decision_of", "new_start", "orders_of"]
 
@@ -148,6 +148,7 @@ def orders_of(decision: Decision, fleet: FleetSpec, *, held_s: float = 0.0) -> d
             active=bool(decision.active[i]),
             route_frac=float(decision.route_frac[i]),
             price_j_req=float(decision.price_j_req[i]),
+            role=None if decision.roles is None else decision.roles[i],
             depth="parked" if decision.depth is None else decision.depth[i],
             **believed,
         ).after(held_s)
@@ -208,6 +209,15 @@ def decision_of(orders: Mapping[str, Order], fleet: FleetSpec, *, t_s: float = 0
         t_s=t_s,
         belief=belief,
         announced=tuple(later),
+        roles=_roles(orders, fleet),
         depth=None if set(depth) == {"parked"} else depth,
         **columns,
     )
+
+
+def _roles(orders: Mapping[str, Order], fleet: FleetSpec) -> tuple[Role, ...] | None:
+    """Roles that were ordered; None where no order names one."""
+    told = [orders[name].role if name in orders else None for name in fleet.ids]
+    if not any(told):
+        return None
+    return tuple(role or one.role for role, one in zip(told, fleet.instances, strict=True))

@@ -38,6 +38,7 @@ from voltana_ctrl.types import (
     FleetState,
     Limits,
     Observation,
+    Role,
     Slo,
     TickRecord,
 )
@@ -281,11 +282,12 @@ def _schema(arrow: Any) -> Any:
     limits = Limits(mem_mhz=one, power_cap_w=one, cpu_mhz=one)
     decision = Decision(
         t_s=0.0, freq_mhz=one, freq_max_mhz=one, route_frac=one, active=one > 0.0,
-        price_j_req=one, limits=limits, depth=("parked",), admission=Admission(),
+        price_j_req=one, limits=limits, depth=("parked",), roles=(Role.DECODE,),
+        admission=Admission(),
     )  # fmt: skip
     record = TickRecord(
         number=0,
-        observation=Observation(state=FleetState.idle(1)),
+        observation=Observation(state=FleetState.idle(1), roles=(Role.DECODE,)),
         proposed=decision,
         applied=decision,
         interventions=("",),

@@ -217,6 +217,14 @@ def _gate(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     )
 
 
+def _roles(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    return balanced(
+        fleet,
+        _own_governors(fleet, slo, setup),
+        controller=control.RoleController(fleet, slo, period_s=setup.tick_s),
+    )
+
+
 def _pack(plan_mhz: float | None = None, depth: Depth = "parked") -> _Build:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         return balanced(
@@ -371,6 +379,12 @@ _SHIPPED = (
         summary="governors, and work that may wait is let in while the queues have room",
         source="saturation gate in the manner of llm-d, queue 5 and KV 80 % as its defaults",
         build=_gate,
+    ),
+    Policy(
+        name="roles",
+        summary="governors, and machines change between prefill and decode by rule",
+        source="in the manner of role-switching schedulers; needs --roles flexible",
+        build=_roles,
     ),
     Policy(
         name="cascade",

@@ -309,6 +309,9 @@ def _latencies(simulated: Plant, slo: Slo) -> dict[str, Any]:
 
 def _activity(simulated: Plant, before: Any, after: Any, window_s: float) -> dict[str, Any]:
     fleet = simulated.fleet
+    flexible = any(one.roles for one in fleet.instances)
+    changes = _gain(before, after, "role_changes")
+    moved = bool(after["role_changes"].any())
     decoded = _gain(before, after, "decoded_tok").sum()
     iterations = _gain(before, after, "decode_iterations").sum()
     busy_s = _gain(before, after, "busy_s")
@@ -322,12 +325,19 @@ def _activity(simulated: Plant, before: Any, after: Any, window_s: float) -> dic
         regime = "closed_loop"
     return {
         "mean_batch": mean_batch,
-        "mean_freq_prefill_mhz": _ratio(busy_mhz_s[fleet.prefill], busy_s[fleet.prefill]),
-        "mean_freq_decode_mhz": _ratio(busy_mhz_s[fleet.decode], busy_s[fleet.decode]),
+        # Of a phase that has had other instances from time to time there are none.
+        "mean_freq_prefill_mhz": None
+        if moved
+        else _ratio(busy_mhz_s[fleet.prefill], busy_s[fleet.prefill]),
+        "mean_freq_decode_mhz": None
+        if moved
+        else _ratio(busy_mhz_s[fleet.decode], busy_s[fleet.decode]),
+        "role_changes": int(changes.sum()) if flexible else None,
         "wakes": int(_gain(before, after, "wakes").sum()),
         "clock_changes": int(_gain(before, after, "clock_sets").sum()),
-        "active_decode_mean": float(_gain(before, after, "active_s")[fleet.decode].sum())
-        / window_s,
+        "active_decode_mean": None
+        if moved
+        else float(_gain(before, after, "active_s")[fleet.decode].sum()) / window_s,
         "iterations": int(_gain(before, after, "iterations").sum()),
         "regime": regime,
     }

@@ -21,6 +21,7 @@ from voltana_ctrl.kernels.plant.events import touch
 from voltana_ctrl.kernels.plant.functions import resolved
 from voltana_ctrl.kernels.plant.late import order_admission
 from voltana_ctrl.kernels.plant.rest import order_rest
+from voltana_ctrl.kernels.plant.roles import order_role
 from voltana_ctrl.kernels.route.base import ROUTER_SIGNATURE, by_share
 from voltana_ctrl.ports import Governor, Router, believe_of
 from voltana_ctrl.routing.base import CompiledRouter
@@ -41,6 +42,7 @@ from voltana_ctrl.types import (
     Observation,
     Request,
     RequestBatch,
+    Role,
 )
 from voltana_ctrl.types.packed import instance_types
 
@@ -48,6 +50,8 @@ __all__ = ["Plant", "PlantSettings"]
 
 # Where they stand among the arrays of the kernel.
 _TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED, _PARAMS = 3, 4, 19, 20, 21
+
+_ROLES = (Role.PREFILL, Role.DECODE)
 
 
 class Plant:
@@ -136,6 +140,7 @@ class Plant:
         self._governors = governors
         self._believers = [believe_of(one) for one in governors or ()]
         self._belief: Belief | None = None
+        self._governed_role = self.instances["role"].copy()
         self._hosted = False
         governor, params, memory = self._take_governors(governors)
         self._routers: dict[int, Router] = {}
@@ -159,8 +164,8 @@ class Plant:
             np.zeros(requests, dtype=np.int64),
             self._seen,
             np.zeros((layout.N_VIEW, n)),
-            np.array(fleet.prefill),
-            np.array(fleet.decode),
+            np.array(fleet.may_prefill),
+            np.array(fleet.may_decode),
             np.zeros(n + 1, dtype=np.int64),
             self._done,
             self._log,
@@ -200,6 +205,7 @@ class Plant:
         sim["jitter_sd_frac"] = settings.jitter_sd_frac
         sim["view_age_s"] = settings.view_age_s
         sim["decode_at_arrival"] = settings.decode_at_arrival
+        sim["apart"] = not self.fleet.colocated
         sim["late_head"] = sim["late_tail"] = -1
         self._admission = Admission()
         order_admission(sim, NEVER, self._admission.due_s)
@@ -287,6 +293,13 @@ class Plant:
     def now_s(self) -> float:
         """Simulated time."""
         return float(self._sim[0]["now_s"])
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """What each instance does, or is about to do."""
+        if self.fleet.colocated:
+            return (Role.COLOCATED,) * len(self.fleet)
+        return tuple(_ROLES[role] for role in self.instances["role"])
 
     @property
     def judged(self) -> tuple[int, int]:
@@ -378,7 +391,8 @@ class Plant:
             request_class=int(row["request_class"]),
         )
         chosen = self._routers[phase].route(request, self.state())
-        members = self.fleet.prefill if phase == layout.ASK_PREFILL else self.fleet.decode
+        works = "prefills" if phase == layout.ASK_PREFILL else "decodes"
+        members = np.flatnonzero(self.instances[works])
         if chosen not in members:
             raise ConfigError(
                 f"{type(self._routers[phase]).__name__}.route: expected one of the instances"
@@ -402,6 +416,7 @@ class Plant:
                 f"Plant.apply: expected a decision for {len(inst)} instances, got one for"
                 f" {len(decision)}"
             )
+        self._order_roles(decision)
         self._tell(decision.belief)
         self._take_beliefs()
         advance.settle_accounts(self._sim, inst, self._tables)
@@ -433,6 +448,22 @@ class Plant:
         if admission != self._admission:
             self._admission = admission
             order_admission(self._sim, min(admission.rate_req_s, NEVER), admission.due_s)
+
+    def _order_roles(self, decision: Decision) -> None:
+        """Tell who is to change its role, and governors which one their instance has by now."""
+        inst = self.instances
+        if decision.roles is not None:
+            self.fleet.check_roles(decision.roles)
+            for i, role in enumerate(decision.roles):
+                wanted = int(role is Role.DECODE)
+                if inst["want_role"][i] != wanted:
+                    state = (self._sim, inst, self.requests, self._tables)
+                    order_role(*state, self._pending_s, self._tree, i, wanted)
+        for i in np.flatnonzero(inst["role"] != self._governed_role).tolist():
+            self._governed_role[i] = inst["role"][i]
+            take_role = getattr(self._governors[i] if self._governors else None, "take_role", None)
+            if take_role is not None:
+                take_role(_ROLES[inst["role"][i]])
 
     def _tell_depths(self, decision: Decision) -> None:
         depths = decision.depth or (DEPTHS[0],) * len(self.instances)
@@ -507,6 +538,7 @@ class Plant:
             iterations=self._new_iterations(),
             finished=self._new_finished(),
             ready_s=self._ready_s(),
+            roles=self.roles,
             backlog=self._waiting.read(int(self._sim[0]["next_arrival"])),
         )
 

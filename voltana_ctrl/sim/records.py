@@ -8,7 +8,7 @@ import numpy as np
 
 from voltana_ctrl.kernels import layout
 from voltana_ctrl.sim.workload import Workload
-from voltana_ctrl.types import DEPTHS, Depth, FleetSpec, InstanceSpec, Rest
+from voltana_ctrl.types import DEPTHS, Depth, FleetSpec, InstanceSpec, Rest, Role
 
 __all__ = ["NEVER", "starting_instances", "starting_requests", "tell_depth"]
 
@@ -40,6 +40,8 @@ def starting_instances(fleet: FleetSpec, kind: Any) -> Any:
         one["n_clocks"] = len(spec.clocks_mhz)
         one["prefills"] = spec.role.prefills
         one["decodes"] = spec.role.decodes
+        one["role"] = one["want_role"] = spec.role is Role.DECODE
+        one["turn_s"] = spec.turn_s
         for name in ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "max_prefill_req"):
             one[name] = getattr(spec, name)
         one["idle_w"] = one["rest_w"] = spec.idle_w

@@ -16,7 +16,8 @@ from voltana_ctrl.types.backlog import Admission, Backlog
 from voltana_ctrl.types.belief import Belief
 from voltana_ctrl.types.budget import PowerBudget
 from voltana_ctrl.types.decision import Decision, Slo, Status, TickRecord
-from voltana_ctrl.types.fleet import FleetSpec, InstanceSpec, Role
+from voltana_ctrl.types.fleet import FleetSpec
+from voltana_ctrl.types.instance import InstanceSpec, Role
 from voltana_ctrl.types.load import Lengths, Load
 from voltana_ctrl.types.observation import (
     FleetState,

@@ -22,6 +22,7 @@ from voltana_ctrl.types.actuators import Limits
 from voltana_ctrl.types.backlog import Admission
 from voltana_ctrl.types.belief import Belief
 from voltana_ctrl.types.fleet import FleetSpec
+from voltana_ctrl.types.instance import Role
 from voltana_ctrl.types.observation import Observation
 from voltana_ctrl.types.rest import DEPTHS, Depth
 
@@ -145,6 +146,9 @@ class Decision:
     depth : tuple of {"parked", "deep_parked", "asleep", "off"}, optional
         How deep each instance sleeps while it is parked and empty; "parked" where it is left out.
         One that has no such sleep takes the next less deep one that it has.
+    roles : tuple of Role, optional
+        What each instance is to do from now on: it drains first, and takes no new work meanwhile if
+        anybody else can. As they are where it is left out.
     admission : Admission, optional
         How fast requests that may wait are let in; at once where it is left out.
     status : Status
@@ -173,6 +177,7 @@ class Decision:
     belief: Belief | None = None
     announced: tuple[tuple[float, F64], ...] = ()
     depth: tuple[Depth, ...] | None = None
+    roles: tuple[Role, ...] | None = None
     admission: Admission | None = None
     status: Status = Status.OK
 
@@ -197,6 +202,13 @@ class Decision:
             )
         if self.depth is not None:
             self._check_depth(shape[0])
+        if self.roles is not None:
+            object.__setattr__(self, "roles", tuple(self.roles))
+            if len(self.roles) != shape[0] or not all(isinstance(r, Role) for r in self.roles):
+                raise ShapeError(
+                    f"Decision.roles: expected a Role of {shape[0]} instances each, got"
+                    f" {self.roles!r}"
+                )
         if np.any(self.freq_mhz > self.freq_max_mhz):
             raise ConfigError(
                 "Decision.freq_mhz: expected the floor at or below the ceiling, got"

@@ -6,229 +6,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, I64, count, not_negative
+from voltana_ctrl.checks import F64, I64, count
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.textfile import read_toml
-from voltana_ctrl.types.ladder import row_up
-from voltana_ctrl.types.profile import Profile, with_idle_w
-from voltana_ctrl.types.rest import DEPTHS, Depth, Rest, check_rest
+from voltana_ctrl.types.instance import InstanceSpec, Role
+from voltana_ctrl.types.profile import Profile
+from voltana_ctrl.types.rest import DEPTHS, Rest
 
 _MOST_INSTANCES = 4096
-
-
-class Role(Enum):
-    """What an instance does: prefill, decode, or both (colocated).
-
-    Examples
-    --------
-    >>> Role("decode")
-    <Role.DECODE: 'decode'>
-    """
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    COLOCATED = "colocated"
-
-    @property
-    def prefills(self) -> bool:
-        """Whether new requests start here."""
-        return self is not Role.DECODE
-
-    @property
-    def decodes(self) -> bool:
-        """Whether requests generate their tokens here."""
-        return self is not Role.PREFILL
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class InstanceSpec:
-    """One engine on one or more GPUs with one clock.
-
-    Limits left out are taken from the profile.
-
-    Parameters
-    ----------
-    id : str
-        Unique in the fleet.
-    role : Role
-        Prefill, decode or colocated.
-    profile : Profile
-        Latency and energy of this instance.
-    clocks_mhz : ndarray, optional
-        Supported clocks, ascending; a subset of the profile's ladder.
-    kv_capacity_tok, max_batch, prefill_budget_tok : int, optional
-        KV cache size, running-request limit, prompt tokens per iteration.
-    max_prefill_req : int
-        Requests that one iteration may prefill together.
-    gpus : int, optional
-        GPUs of the instance; must be what the profile was made for.
-    idle_w : float, optional
-        Power when nothing runs, at the highest clock.
-    asleep_w : float, optional
-        Power while it is parked and empty; what the profile says by default, and `idle_w` where
-        it does not.
-    wake_s, wake_j : float
-        Time until a parked and empty instance works again, that of the profile by default, and
-        energy that this takes beyond idle power.
-    deep_parked, asleep, off : Rest, optional
-        What it draws in deeper sleep, and what it takes to get in and out; as in the profile by
-        default.
-    rest_of_server_w : float, optional
-        What its server draws besides the GPUs, as its share; that of the profile by default.
-    node : str
-        Clock sets are serialised among instances of one node.
-
-    Raises
-    ------
-    ConfigError
-        If a value is outside its range or a clock is not in the profile's ladder.
-
-    Examples
-    --------
-    >>> from voltana_ctrl import load_profile
-    >>> decode = InstanceSpec(id="d0", role=Role.DECODE,
-    ...                       profile=load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    >>> decode.kv_capacity_tok
-    450000
-    """
-
-    id: str
-    role: Role
-    profile: Profile
-    clocks_mhz: F64 = None  # type: ignore[assignment]  # filled from the profile
-    kv_capacity_tok: int = None  # type: ignore[assignment]
-    max_batch: int = None  # type: ignore[assignment]
-    prefill_budget_tok: int = None  # type: ignore[assignment]
-    max_prefill_req: int = 1_000_000
-    gpus: int = None  # type: ignore[assignment]
-    idle_w: float = None  # type: ignore[assignment]
-    asleep_w: float | None = None
-    wake_s: float = None  # type: ignore[assignment]
-    wake_j: float = 0.0
-    deep_parked: Rest | None = None
-    asleep: Rest | None = None
-    off: Rest | None = None
-    rest_of_server_w: float = None  # type: ignore[assignment]
-    node: str = "node0"
-
-    def __post_init__(self) -> None:
-        label = f"InstanceSpec({self.id})"
-        if not (isinstance(self.id, str) and self.id):
-            raise ConfigError(f"InstanceSpec.id: expected a non-empty name, got {self.id!r}")
-        if not isinstance(self.role, Role):
-            raise ConfigError(
-                f"{label}.role: expected a Role (prefill, decode, colocated), got {self.role!r}"
-            )
-        for name in (
-            "clocks_mhz",
-            "kv_capacity_tok",
-            "max_batch",
-            "prefill_budget_tok",
-            "gpus",
-            "idle_w",
-            "wake_s",
-            "rest_of_server_w",
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(self.profile, name))
-        for name in ("kv_capacity_tok", "max_batch", "prefill_budget_tok", "max_prefill_req"):
-            count(f"{label}.{name}", getattr(self, name))
-        for name in ("idle_w", "wake_s", "wake_j", "rest_of_server_w"):
-            not_negative(f"{label}.{name}", getattr(self, name))
-        if self.asleep_w is not None:
-            not_negative(f"{label}.asleep_w", self.asleep_w)
-            if self.asleep_w > self.idle_w:
-                raise ConfigError(
-                    f"{label}.asleep_w: expected at most {self.idle_w:g}, its idle_w, got"
-                    f" {self.asleep_w:g}"
-                )
-        for name in DEPTHS[1:]:
-            check_rest(f"{label}.{name}", getattr(self, name), self.idle_w)
-        if self.gpus != self.profile.gpus:
-            raise ConfigError(
-                f"{label}.gpus: expected {self.profile.gpus}, the tensor parallel degree of"
-                f" profile {self.profile.name}, got {self.gpus}; choose a profile made for it"
-            )
-        try:
-            clocks_mhz = np.array(self.clocks_mhz, dtype=np.float64)
-        except (TypeError, ValueError, OverflowError):
-            raise ConfigError(
-                f"{label}.clocks_mhz: expected a list of clocks in MHz, got {self.clocks_mhz!r}"
-            ) from None
-        known = np.isin(clocks_mhz, self.profile.clocks_mhz)
-        if clocks_mhz.ndim != 1 or clocks_mhz.size == 0 or not np.all(known):
-            raise ConfigError(
-                f"{label}.clocks_mhz: expected clocks of profile {self.profile.name}"
-                f" ({self.profile.clocks_mhz[0]:g}..{self.profile.clocks_mhz[-1]:g} MHz),"
-                f" got {clocks_mhz[~known] if clocks_mhz.ndim == 1 else clocks_mhz}"
-            )
-        clocks_mhz = np.unique(clocks_mhz)
-        clocks_mhz.flags.writeable = False
-        object.__setattr__(self, "clocks_mhz", clocks_mhz)
-
-    @property
-    def parked_w(self) -> float:
-        """Power while parked and empty."""
-        if self.asleep_w is not None:
-            return self.asleep_w
-        parked_w = self.profile.parked_w
-        return self.idle_w if parked_w is None else min(parked_w, self.idle_w)
-
-    def rest(self, depth: Depth = "parked") -> Rest:
-        """Sleep of this depth, or of the deepest there is above it.
-
-        Parameters
-        ----------
-        depth : {"parked", "deep_parked", "asleep", "off"}
-            How deep it may sleep.
-
-        Examples
-        --------
-        >>> from voltana_ctrl import load_profile
-        >>> from voltana_ctrl.types import Rest
-        >>> one = InstanceSpec(id="d0", role=Role.DECODE, off=Rest(power_w=20.0, wake_s=40.0),
-        ...                    profile=load_profile("a100-sxm-80gb/llama-3.1-8b"))
-        >>> one.rest("asleep").power_w, one.rest("off").power_w
-        (60.0, 20.0)
-        """
-        for name in DEPTHS[DEPTHS.index(depth) : 0 : -1]:
-            found: Rest | None = getattr(self, name) or getattr(self.profile, name)
-            if found is not None:
-                return replace(found, power_w=min(found.power_w, self.idle_w))
-        return Rest(power_w=self.parked_w, wake_s=self.wake_s, wake_j=self.wake_j)
-
-    @property
-    def least_rest_w(self) -> float:
-        """Power in the sleep that draws least, whatever it takes to wake from it."""
-        return min(self.rest(depth).power_w for depth in DEPTHS)
-
-    @property
-    def table(self) -> Any:
-        """Rows of the profile at this instance's clocks, dtype PROFILE_DTYPE."""
-        rows = with_idle_w(self.profile.table, self.idle_w)
-        return rows[np.isin(self.profile.clocks_mhz, self.clocks_mhz)]
-
-    def clock_rows(self, ladder_mhz: Sequence[float] | None) -> list[int]:
-        """Positions in `clocks_mhz` at or above each ladder entry, without repeats.
-
-        None means every clock; entries above the highest become the highest.
-
-        Examples
-        --------
-        >>> from voltana_ctrl import FleetSpec, load_profile
-        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-        >>> fleet.instances[0].clock_rows([1005, 1006, 2000])
-        [53, 54, 80]
-        """
-        if ladder_mhz is None:
-            return list(range(len(self.clocks_mhz)))
-        return sorted({row_up(self.clocks_mhz, freq_mhz) for freq_mhz in ladder_mhz})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -297,6 +87,71 @@ class FleetSpec:
     def decode(self) -> I64:
         """Indices of instances where requests generate."""
         return _indices(self.instances, lambda role: role.decodes)
+
+    @property
+    def may_prefill(self) -> I64:
+        """Indices of instances where requests start, or might after a change of role."""
+        return _indices(self.instances, lambda role: role.prefills, roles=True)
+
+    @property
+    def may_decode(self) -> I64:
+        """Indices of instances where requests generate, or might after a change of role."""
+        return _indices(self.instances, lambda role: role.decodes, roles=True)
+
+    def flexible(self) -> FleetSpec:
+        """The same fleet, all of whose prefill and decode instances may change between the two.
+
+        Raises
+        ------
+        ConfigError
+            If its instances do both at once already.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+        >>> FleetSpec.parse("1P2D", profile).flexible().may_prefill
+        array([0, 1, 2])
+        """
+        if self.colocated:
+            raise ConfigError(
+                "roles: expected prefill and decode instances, got colocated ones, which do both"
+            )
+        both = (Role.PREFILL, Role.DECODE)
+        return FleetSpec(tuple(replace(one, roles=both) for one in self.instances))
+
+    def check_roles(self, roles: Sequence[Role]) -> None:
+        """Refuse roles that its instances cannot have, or that leave a phase to nobody.
+
+        Parameters
+        ----------
+        roles : sequence of Role
+            One per instance.
+
+        Raises
+        ------
+        ConfigError
+            Naming the instance or the phase.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> fleet.check_roles([Role.DECODE, Role.DECODE])
+        Traceback (most recent call last):
+        voltana_ctrl.errors.ConfigError: roles: prefill-0 is prefill for good, got decode; ...
+        """
+        if len(roles) != len(self):
+            raise ConfigError(f"roles: expected one of {len(self)} instances each, got {roles!r}")
+        for one, role in zip(self.instances, roles, strict=True):
+            if role is not one.role and role not in one.roles:
+                raise ConfigError(
+                    f"roles: {one.id} is {one.role.value} for good, got {role.value}; give it"
+                    ' roles = ["prefill", "decode"]'
+                )
+        for phase in ("prefill", "decode"):
+            if not any(getattr(role, f"{phase}s") for role in roles):
+                raise ConfigError(f"roles: expected somebody to {phase}, got nobody")
 
     @property
     def colocated(self) -> bool:
@@ -389,9 +244,10 @@ class FleetSpec:
 
         Keys of a table: `role`, `profile`, and optionally `id`, `count`, `gpus`, `node`,
         `clocks_mhz`, `kv_capacity_tok`, `max_batch`, `prefill_budget_tok`,
-        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`, `rest_of_server_w`, and a
-        table each for `parked`, `deep_parked`, `asleep` and `off`: `power_w`, `wake_s`, `wake_j`,
-        `enter_s`. A table `engine` says where the running engine of an instance is; it is read by
+        `max_prefill_req`, `idle_w`, `asleep_w`, `wake_s`, `wake_j`, `rest_of_server_w`, `roles`,
+        `turn_s`, and a table each for `parked`, `deep_parked`, `asleep` and `off`: `power_w`,
+        `wake_s`, `wake_j`, `enter_s`. A table `engine` says where the running engine of an
+        instance is; it is read by
         :func:`voltana_ctrl.engines.load_endpoints` and means nothing here.
 
         Parameters
@@ -459,6 +315,8 @@ _TOML_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "asleep_w": (int, float),
     "wake_s": (int, float),
     "wake_j": (int, float),
+    "roles": list,
+    "turn_s": (int, float),
     "parked": dict,
     "deep_parked": dict,
     "asleep": dict,
@@ -485,6 +343,11 @@ def _instances_of(
     settings |= _rests(table)
     settings.pop("parked", None)
     roles = {role.value: role for role in Role}
+    for name in settings.get("roles", ()):
+        if not isinstance(name, str) or name not in roles:
+            raise ConfigError(f"roles: expected names out of {', '.join(roles)}, got {name!r}")
+    if "roles" in settings:
+        settings["roles"] = tuple(roles[name] for name in settings["roles"])
     name = settings.pop("role")
     if name not in roles:
         raise ConfigError(f"role: expected one of {', '.join(roles)}, got {name!r}")
@@ -566,7 +429,16 @@ def _equal_instances(
     return tuple(instances)
 
 
-def _indices(instances: tuple[InstanceSpec, ...], keep: Callable[[Role], bool]) -> I64:
-    found = np.array([i for i, one in enumerate(instances) if keep(one.role)], dtype=np.int64)
+def _indices(
+    instances: tuple[InstanceSpec, ...], keep: Callable[[Role], bool], *, roles: bool = False
+) -> I64:
+    found = np.array(
+        [
+            i
+            for i, one in enumerate(instances)
+            if any(keep(role) for role in ((one.role, *one.roles) if roles else (one.role,)))
+        ],
+        dtype=np.int64,
+    )
     found.flags.writeable = False
     return found

@@ -12,6 +12,7 @@ from voltana_ctrl.checks import F64, I64, Bool, count, freeze_fields, not_negati
 from voltana_ctrl.errors import ShapeError
 from voltana_ctrl.types.backlog import Backlog
 from voltana_ctrl.types.fleet import FleetSpec
+from voltana_ctrl.types.instance import Role
 
 #: Most that one instance can be said to hold, draw or have counted: far above what is, and small
 #: enough to be counted with.
@@ -385,6 +386,8 @@ class Observation:
     ready_s : ndarray, shape (n,)
         Time until each instance would work, were it woken now: 0 where it is awake, or where
         nobody tells.
+    roles : tuple of Role, optional
+        What each instance does, or is about to do; as in the fleet where nobody tells.
     backlog : Backlog
         Requests that may wait and are held; none where nobody holds any.
 
@@ -403,6 +406,7 @@ class Observation:
     iterations: IterationBatch = None  # type: ignore[assignment]  # empty unless told
     finished: RequestBatch = None  # type: ignore[assignment]
     ready_s: F64 = None  # type: ignore[assignment]
+    roles: tuple[Role, ...] | None = None
     backlog: Backlog = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

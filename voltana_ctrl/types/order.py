@@ -12,7 +12,7 @@ import numpy as np
 from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types.belief import Belief
-from voltana_ctrl.types.fleet import Role
+from voltana_ctrl.types.instance import Role
 from voltana_ctrl.types.rest import DEPTHS, Depth
 
 _MOST_MHZ = 1e5

@@ -8,7 +8,8 @@ import numpy as np
 
 from voltana_ctrl.checks import I64
 from voltana_ctrl.kernels import layout
-from voltana_ctrl.types.fleet import FleetSpec, InstanceSpec
+from voltana_ctrl.types.fleet import FleetSpec
+from voltana_ctrl.types.instance import InstanceSpec
 
 
 def instance_types(fleet: FleetSpec) -> tuple[Any, I64, I64]:

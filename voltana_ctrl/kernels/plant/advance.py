@@ -75,11 +75,13 @@ from voltana_ctrl.kernels.plant.events import (
     push_moving,
     push_route,
     push_start,
+    release_held,
     remember,
     touch,
 )
 from voltana_ctrl.kernels.plant.late import keep_late, let_in, next_let_in_s
 from voltana_ctrl.kernels.plant.rest import awake, doze, rouse
+from voltana_ctrl.kernels.plant.roles import send_elsewhere, take_role, turn
 from voltana_ctrl.kernels.route.base import ROUTER
 
 LOG = types.Array(from_dtype(ITERATION_DTYPE), 1, "C")
@@ -104,34 +106,43 @@ def _jitter(sim, sd_frac):
     return math.exp(sd_frac * normal - 0.5 * sd_frac * sd_frac)
 
 
-@njit(I8(INSTS, I8_1, I8))
-def _who_can_hold(inst, members, need_tok):
-    """2 if somebody alive has a KV cache of this size, 1 if only the dead have, 0 if nobody."""
+@njit(I8(INST, I8))
+def _serves(one, decoding):
+    """Whether it does this phase now; who may change its role does one of them, or turns."""
+    return one["decodes"] if decoding != 0 else one["prefills"]
+
+
+@njit(I8(INSTS, I8_1, I8, I8))
+def _who_can_hold(inst, members, need_tok, decoding):
+    """2 if somebody who lives and serves has a KV cache of this size, 1 if others, 0 if nobody."""
     found = 0
     for j in members:
         if inst[j]["kv_capacity_tok"] >= need_tok:
-            found = max(found, 1 + inst[j]["alive"])
+            found = max(found, 1 + inst[j]["alive"] * _serves(inst[j], decoding))
     return found
 
 
 @njit(I8(INST))
 def _rank(one):
-    """Alive before dead, active before parked, awake before asleep or waking."""
+    """Alive before dead, active before parked, awake before asleep or waking; last who leaves."""
+    if one["role"] != one["want_role"]:
+        return one["alive"]
     awake_now = 1 if one["asleep"] == 0 and one["wake_end_s"] >= NEVER else 0
     return one["alive"] * (4 + 2 * one["active"] + awake_now)
 
 
-@njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8))
-def _look(sim, inst, seen, view, members, need_tok):
+@njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8, I8))
+def _look(sim, inst, seen, view, members, need_tok, decoding):
     """Fill the router's view of `members`; eligible are the best of those that can hold it."""
     best = 0
     for j in members:
-        if inst[j]["kv_capacity_tok"] >= need_tok:
+        if inst[j]["kv_capacity_tok"] >= need_tok and _serves(inst[j], decoding) != 0:
             best = max(best, _rank(inst[j]))
     then_s = sim["now_s"] - sim["view_age_s"]
     for j in members:
         one = inst[j]
         fits = one["kv_capacity_tok"] >= need_tok and _rank(one) == best
+        fits = fits and _serves(one, decoding) != 0
         view[VIEW_ELIGIBLE, j] = 1.0 if fits else 0.0
         newest = one["seen"] - 1
         oldest = max(0, one["seen"] - SEEN)
@@ -230,6 +241,8 @@ def _end_chunks(sim, inst, req, finish, done, starts, i):
             join(one, req, finish, i, r)
         else:
             q["state"] = HANDOFF
+            if q["decode_at"] >= 0 and inst[q["decode_at"]]["decodes"] == 0:
+                q["decode_at"] = -1  # chosen at arrival, and it has changed its role since
             push_route(sim, req, r)
 
 
@@ -368,11 +381,11 @@ def advance(
             r = sim["route_head"]
             q = req[r]
             need_tok = q["prompt_tok"] + q["output_tok"]
-            apart = inst[prefill[0]]["decodes"] == 0
+            apart = sim["apart"] != 0
             early = sim["decode_at_arrival"] != 0
             prefill_need_tok = q["prompt_tok"] if apart else need_tok
-            can_prefill = _who_can_hold(inst, prefill, prefill_need_tok)
-            can_decode = _who_can_hold(inst, decode, need_tok)
+            can_prefill = _who_can_hold(inst, prefill, prefill_need_tok, 0)
+            can_decode = _who_can_hold(inst, decode, need_tok, 1)
             # Refused before any work is spent on it.
             able = can_prefill > 0 and can_decode > 0
             to_prefill = able and q["state"] == ROUTING and q["prefill_at"] < 0
@@ -382,7 +395,7 @@ def advance(
                 _hold(sim, req, r)
                 continue
             if to_prefill:
-                _look(sim, inst, seen, view, prefill, prefill_need_tok)
+                _look(sim, inst, seen, view, prefill, prefill_need_tok, 0)
                 if sim["hosted_prefill"] == 0:
                     q["prefill_at"] = prefill_router(
                         believed, believed_padded, prefill_params, prefill_memory,
@@ -396,7 +409,7 @@ def advance(
                     sim["ask_index"] = r
                     return ASK_PREFILL
             if to_decode:
-                _look(sim, inst, seen, view, decode, need_tok)
+                _look(sim, inst, seen, view, decode, need_tok, 1)
                 if sim["hosted_decode"] == 0:
                     q["decode_at"] = decode_router(
                         believed, believed_padded, decode_params, decode_memory,
@@ -433,6 +446,8 @@ def advance(
                 accrue(one, tables[one["type"]], sim["now_s"])
                 if form_batch(sim, inst, req, finish, starts, i) == 0:
                     one["idle_since_s"] = sim["now_s"]
+                    if turn(one, tables[one["type"]], sim["now_s"]) != 0:
+                        release_held(sim, req)
                     doze(one, tables[one["type"]], sim["now_s"])
                     remember(inst, tables, seen, i, sim["now_s"])
                     touch(inst, pending_s, tree, i)
@@ -488,9 +503,12 @@ def advance(
         if kind == 1:
             r = pop_moving(sim, moving_s, moving_r)
             i = req[r]["decode_at"]
-            enqueue_wait(inst[i], req, r)
-            remember(inst, tables, seen, i, t_s)
-            push_start(sim, inst, starts, i)
+            if inst[i]["decodes"] == 0:
+                send_elsewhere(sim, req, r)
+            else:
+                enqueue_wait(inst[i], req, r)
+                remember(inst, tables, seen, i, t_s)
+                push_start(sim, inst, starts, i)
         elif kind == 2:
             r = sim["next_arrival"]
             sim["next_arrival"] += 1
@@ -512,6 +530,9 @@ def advance(
                 clock_settled(inst, tables, padded, pending_s, pending_k, i, t_s)
             elif one["wake_end_s"] <= t_s:
                 awake(one, tables[one["type"]], t_s)
+                if one["turning"] != 0:
+                    take_role(one, one["role"])
+                    release_held(sim, req)
                 push_start(sim, inst, starts, i)
             elif one["iterating"] != 0:
                 _end_iteration(sim, inst, tables, req, finish, done, starts, log, i)

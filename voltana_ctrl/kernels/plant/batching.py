@@ -250,9 +250,10 @@ def form_batch(sim, inst, req, finish, starts, i):
         q["context_tok"] = need_tok
         source = inst[q["prefill_at"]]
         source["kv_tok"] -= q["prompt_tok"]
-        # It has room for its queue again, or may sleep.
+        # It has room for its queue again, or may sleep, or turn.
         may_sleep = source["sleeps"] != 0 and source["active"] == 0
-        again = source["prefill_head"] >= 0 or may_sleep
+        may_turn = source["role"] != source["want_role"]
+        again = source["prefill_head"] >= 0 or may_sleep or may_turn
         if again and source["iterating"] == 0 and source["listed"] == 0:
             source["listed"] = 1
             starts[sim["n_start"]] = q["prefill_at"]

@@ -102,6 +102,17 @@ def push_route(sim, req, r):
     sim["route_tail"] = r
 
 
+@njit(types.void(SIM, REQS))
+def release_held(sim, req):
+    """Those held back are routed once more, before all others."""
+    r = sim["held_head"]
+    sim["held_head"] = sim["held_tail"] = -1
+    while r >= 0:
+        after = req[r]["next"]
+        push_route(sim, req, r)
+        r = after
+
+
 @njit(types.void(SIM, INSTS, I8_1, I8))
 def push_start(sim, inst, starts, i):
     """List an idle instance among those that may begin an iteration now, once."""

@@ -22,18 +22,15 @@ from voltana_ctrl.kernels.plant.actuation import (
 )
 from voltana_ctrl.kernels.plant.advance import STATE
 from voltana_ctrl.kernels.plant.batching import REQS, enqueue_wait
-from voltana_ctrl.kernels.plant.events import push_moving, push_route, push_start, remember, touch
-
-
-@njit(types.void(SIM, REQS))
-def _release_held(sim, req):
-    """Those held back are routed once more, before all others."""
-    r = sim["held_head"]
-    sim["held_head"] = sim["held_tail"] = -1
-    while r >= 0:
-        after = req[r]["next"]
-        push_route(sim, req, r)
-        r = after
+from voltana_ctrl.kernels.plant.events import (
+    push_moving,
+    push_route,
+    push_start,
+    release_held,
+    remember,
+    touch,
+)
+from voltana_ctrl.kernels.plant.roles import take_role
 
 
 @njit(types.void(INST, REQS, I8))
@@ -117,7 +114,7 @@ def fail(
     sim = sims[0]
     one = inst[i]
     accrue(one, tables[one["type"]], sim["now_s"])
-    _release_held(sim, req)
+    release_held(sim, req)
     for d in range(len(inst)):
         if inst[d]["wait_head"] >= 0:
             _forget_waiting(inst, req, d, i)
@@ -126,6 +123,8 @@ def fail(
     for r in range(len(req)):
         _send_on(sim, one, req, r, i)
     one["alive"] = 0
+    # It starts anew in the role that it was to have.
+    take_role(one, one["want_role"])
     one["rest_w"] = 0.0
     one["asleep"] = 0
     one["wake_end_s"] = one["idle_since_s"] = NEVER
@@ -151,7 +150,7 @@ def recover(
     accrue(one, tables[one["type"]], sim["now_s"])
     one["alive"] = 1
     one["rest_w"] = one["idle_w"]
-    _release_held(sim, req)
+    release_held(sim, req)
     push_start(sim, inst, starts, i)
     remember(inst, tables, seen, i, sim["now_s"])
 
