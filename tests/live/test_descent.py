@@ -167,6 +167,15 @@ def test_an_engine_that_drifts_is_brought_back_and_comes_down_when_it_is_well_ag
     assert "take the time that its profile says again" in caplog.messages[-1]
 
 
+def test_a_pace_at_the_edge_of_the_band_is_told_of_once(caplog):
+    run = Run()
+    with caplog.at_level(logging.WARNING):
+        for k in range(60):
+            run.tick(1.0, made=passes(10, (1.17, 1.23)[k % 2]))
+    assert len(caplog.messages) == 1
+    assert run.memory.strange[0, 1]
+
+
 def test_iterations_of_both_phases_or_at_a_clock_that_changes_are_no_witnesses():
     run = Run()
     run.tick(15.0, made=passes(10, 3.0, prefill_tok=500.0))

@@ -64,6 +64,9 @@ class DescentMemory:
     passes, log_pace_frac : ndarray, shape (2, n)
         Iterations compared with the profile, decode and prefill, and the mean logarithm of their
         ratio.
+    strange : ndarray of bool, shape (2, n)
+        Where the profile is not believed, decode and prefill; once it is not, only when it is right
+        to within half the band again.
     clock_mhz : ndarray, shape (n,)
         Of the latest iteration; 0 before the first.
     returned : ndarray, shape (n,)
@@ -85,6 +88,7 @@ class DescentMemory:
     missing_s: F64
     passes: I64
     log_pace_frac: F64
+    strange: Bool
     clock_mhz: F64
     returned: I64
     t_s: float = -np.inf
@@ -151,6 +155,7 @@ class Descent(Controller):
             missing_s=np.full(n, np.inf),
             passes=np.zeros((2, n), np.int64),
             log_pace_frac=np.zeros((2, n)),
+            strange=np.zeros((2, n), bool),
             clock_mhz=np.zeros(n),
             returned=np.zeros(n, np.int64),
         )
@@ -167,7 +172,7 @@ class Descent(Controller):
             **self._inner_notes(memory.inner),
             "descending": float(np.sum(memory.lid_mhz > self.fleet.min_mhz)),
             "returned_to_highest": float(memory.returned.sum()),
-            "profile_not_believed": float(np.sum(self._strange(memory).any(axis=0))),
+            "profile_not_believed": float(np.sum(memory.strange.any(axis=0))),
             "profile_not_compared_yet": float(np.sum(self._unproven(memory))),
         }
 
@@ -176,9 +181,9 @@ class Descent(Controller):
     ) -> tuple[Decision, DescentMemory]:
         decision, inner = self.inner.decide(observation, memory.inner)
         memory = self._judged(observation.finished, observation.state.t_s, memory)
-        before = self._strange(memory)
+        before = memory.strange
         memory = self._compared(observation.iterations, memory)
-        now = self._strange(memory)
+        now = memory.strange
         for phase, i in np.argwhere(now & ~before):
             _log.warning("voltana-ctrl: %s", self._disbelief(int(phase), int(i), memory))
         for i in np.flatnonzero(before.any(axis=0) & ~now.any(axis=0)):
@@ -237,7 +242,14 @@ class Descent(Controller):
                 before, new = min(passes[phase, i], _REMEMBERED), rows.size
                 log_pace_frac[phase, i] += (ratio - log_pace_frac[phase, i]) * new / (before + new)
                 passes[phase, i] += new
-        return replace(memory, passes=passes, log_pace_frac=log_pace_frac, clock_mhz=clock_mhz)
+        # Two bounds, so that a pace between them does not go to and fro.
+        off, outer = np.abs(log_pace_frac), np.log1p(self.band_frac)
+        inner = np.log1p(0.5 * self.band_frac)
+        strange = (passes >= _JUDGED) & (off > np.where(memory.strange, inner, outer))
+        return replace(
+            memory, passes=passes, log_pace_frac=log_pace_frac, strange=strange,
+            clock_mhz=clock_mhz,
+        )  # fmt: skip
 
     def _expected_s(self, i: int, phase: int, done: IterationBatch, rows: I64) -> tuple[F64, F64]:
         """Shortest and longest time that the profile gives to these iterations."""
@@ -253,11 +265,6 @@ class Descent(Controller):
         tok = done.prefill_tok[rows]
         return prefill_s(table, tok, 0.0 * tok), prefill_s(table, tok, tok * (tok + 2.0 * kv_tok))
 
-    def _strange(self, memory: DescentMemory) -> Bool:
-        """Where a profile is not believed, shape (2, n)."""
-        off: Bool = np.abs(memory.log_pace_frac) > np.log1p(self.band_frac)
-        return (memory.passes >= _JUDGED) & off
-
     def _unproven(self, memory: DescentMemory) -> Bool:
         """Whose iterations are told, and too few of them were compared to go by the profile."""
         judged: Bool = memory.passes >= _JUDGED
@@ -267,7 +274,7 @@ class Descent(Controller):
     def _moved(self, observation: Observation, memory: DescentMemory) -> DescentMemory:
         """Lower what has settled, and raise what must."""
         state, slo, t_s = observation.state, self.slo, observation.state.t_s
-        strange, unproven = self._strange(memory).any(axis=0), self._unproven(memory)
+        strange, unproven = memory.strange.any(axis=0), self._unproven(memory)
         lasting = t_s - memory.missing_s >= _LASTING_TTFT * slo.ttft_s
         highest_mhz = self.fleet.max_mhz
         back = (lasting | strange | unproven) & (memory.lid_mhz < highest_mhz)
