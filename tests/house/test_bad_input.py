@@ -132,6 +132,19 @@ bad_arrivals = st.one_of(
                      "diurnal:swing_frac=1.1", "Poisson", "gamma=2"]),
 )  # fmt: skip
 
+bad_deferrals = st.one_of(
+    printable,
+    st.builds("0.5:{}".format, st.one_of(not_positive, not_numbers)),
+    st.builds("{}:60".format, st.one_of(st.floats(max_value=-1e-3), st.floats(min_value=1.01))),
+    st.sampled_from(["0.5", ":", "0.5:", ":60", "batch:60", "nan:60", "0.5:inf"]),
+)
+bad_steps = st.one_of(
+    printable.map(lambda text: "zz" + text),
+    st.builds("0:1000,{}:900".format, st.one_of(st.floats(max_value=-1e-3), st.just("zz"))),
+    st.builds("0:1000,5:{}".format, st.sampled_from(["nan", "inf", "-inf", "", "x"])),
+    st.sampled_from(["0:", ":", "5:1", "0:1000,9:900,9:800", "no-such.csv", ".csv", "0:1:2"]),
+)
+
 COMMAND_LINES = st.one_of(
     st.tuples(st.just("--fleet"), not_fleets),
     st.tuples(st.just("--profile"), printable.map(lambda text: "zz" + text)),
@@ -151,6 +164,18 @@ COMMAND_LINES = st.one_of(
     st.tuples(st.just("--settle-ms"), st.sampled_from(["-1", "nan", "inf", "fast"])),
     st.tuples(st.just("--arrivals"), bad_arrivals),
     st.just(("--arrivals", "poisson", "--concurrency", "4")),
+    st.tuples(st.just("--defer"), bad_deferrals),
+    st.just(("--defer", "0.5:60", "--concurrency", "4")),
+    st.tuples(st.sampled_from(["--price", "--co2", "--power-budget-w"]), bad_steps),
+    st.tuples(
+        st.just("--power-budget-w"),
+        st.just("900"),
+        st.just("--budget-notice-s"),
+        st.sampled_from(["-1", "nan", "soon", ""]),
+    ),
+    st.just(("--budget-notice-s", "60")),
+    st.tuples(st.just("--roles"), printable.map(lambda text: "zz" + text)),
+    st.just(("--roles", "flexible", "--fleet", "4C")),
     st.tuples(st.just("--faults"), printable.map(lambda text: "zz" + text)),
     st.tuples(st.just("--json"), st.sampled_from(["no/such/out.json", ".", "/"])),
     printable.map(lambda text: ("--zz" + text.replace("=", ""),)),
@@ -203,7 +228,8 @@ toml_values = st.one_of(
 )
 KEYS = (
     "id", "role", "profile", "count", "gpus", "node", "clocks_mhz", "kv_capacity_tok",
-    "max_batch", "prefill_budget_tok", "max_prefill_req", "idle_w", "asleep_w", "wake_s", "color",
+    "max_batch", "prefill_budget_tok", "max_prefill_req", "idle_w", "asleep_w", "wake_s", "roles",
+    "turn_s", "parked", "deep_parked", "off", "color",
 )  # fmt: skip
 
 
