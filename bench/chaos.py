@@ -184,6 +184,7 @@ class Chaos:
         self._rng = np.random.default_rng([seed, 18])
         self._seen: list[Observation] = []
         self._told: Observation | None = None
+        self._held: Observation | None = None
         self._late: list[tuple[float, Decision]] = []
 
     def on(self, *kinds: str) -> list[Mishap]:
@@ -196,6 +197,8 @@ class Chaos:
         """What the controller is told."""
         seen = self.backend.read()
         self._seen = [*self._seen[-40:], seen]
+        if self._held is not None:  # counts that came late are told once, later
+            seen, self._held = seen.behind(self._held), None
         told = seen
         for one in self.on(*TELEMETRY):
             told = self._spoilt(told, one)
@@ -224,6 +227,8 @@ class Chaos:
             return Observation(state=twice, iterations=_rows(told.iterations, 2),
                                finished=_rows(told.finished, 2))  # fmt: skip
         if one.kind == "disordered" and len(self._seen) > 1 and self._rng.random() < 0.5:
+            # The last one once more, in place of this one, which comes behind the next.
+            self._held = told
             return self._seen[-2]
         if one.kind == "back":
             return replace(told, state=replace(state, t_s=max(0.0, state.t_s - 5.0 * one.size)))

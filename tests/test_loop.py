@@ -1,5 +1,6 @@
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -316,3 +317,26 @@ def test_the_loop_of_the_interface_runs_as_written():
         assert router.route(Request(prompt_tok=300), loop.state) in fleet.decode
     assert loop.ticks >= 30
     assert loop.state.energy_j.sum() > 0.0
+
+
+def test_what_a_controller_that_failed_could_not_take_in_is_told_with_the_next():
+    class Arrives(FakeBackend):
+        def read(self):
+            seen = super().read()
+            return replace(seen, state=replace(seen.state, arrived_req=np.ones(len(FLEET))))
+
+    class Sometimes(Counting):
+        def _decide(self, observation, memory):
+            told.append(observation.state.arrived_req[0])
+            if 2 <= len(told) <= 4:
+                raise RuntimeError("as a fault")
+            return super()._decide(observation, memory)
+
+    told = []
+    loop = ControlLoop(Arrives(), Sometimes(FLEET), clock=FakeClock(), raises=False)
+    records = [loop.tick() for _ in range(6)]
+    # Three ticks failed; their arrivals come with the fifth, and are told once.
+    assert told == [1.0, 1.0, 2.0, 3.0, 4.0, 1.0]
+    assert loop.failures == 3
+    # The record of a tick says what was read then, no more.
+    assert {record.observation.state.arrived_req[0] for record in records} == {1.0}

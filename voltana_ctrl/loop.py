@@ -121,6 +121,7 @@ class ControlLoop:
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
+        self._untaken: Observation | None = None
 
     @property
     def state(self) -> FleetState:
@@ -168,14 +169,23 @@ class ControlLoop:
         return record
 
     def _decide(self, observation: Observation) -> tuple[Decision, Any]:
-        """What the controller says; where it raises, a decision that the guard replaces."""
+        """What the controller says; where it raises, a decision that the guard replaces.
+
+        What it could not take in, such as who arrived, is told with the next observation: else it
+        would take the time in which it failed for one without requests.
+        """
+        if self._untaken is not None:
+            observation = observation.behind(self._untaken)
         try:
-            return _understood(
+            answer = _understood(
                 self.controller.decide(observation, self._memory), self.controller, observation
             )
+            self._untaken = None
+            return answer
         except Exception:
             if self._raises:
                 raise
+            self._untaken = observation
             self.failures += 1
             _log.exception("voltana-ctrl: the controller failed at tick %d", self.ticks)
             spec, t_s = self.backend.spec, observation.state.t_s

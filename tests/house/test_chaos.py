@@ -35,11 +35,27 @@ def test_the_invariants_hold_and_the_promise_is_kept(chaos, seed):
     assert not verdict.failed, verdict.row()
 
 
+#: What was late once: arrivals while the controller failed were never told to it.
+KEPT = [
+    # seed 454
+    '{"seed": 454, "fleet": "4C", "rate_req_s": 22.9, "mishaps": [{"kind": "raises", "from_s": 21.27, "until_s": 31.78, "instance": 1, "size": 0.999}]}',  # noqa: E501
+    # seed 168
+    '{"seed": 168, "fleet": "4C", "rate_req_s": 21.4, "mishaps": [{"kind": "lost", "from_s": 11.42, "until_s": 16.05, "instance": 2, "size": 0.015}, {"kind": "disordered", "from_s": 17.72, "until_s": 26.75, "instance": 1, "size": 0.442}]}',  # noqa: E501
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", KEPT, ids=["454", "168"])
+def test_what_was_late_once_is_not_late(chaos, text):
+    verdict = chaos.judge(chaos.Scenario.parse(text))
+    assert not verdict.failed, verdict.row()
+
+
 @pytest.mark.slow
 def test_a_slice_of_the_campaign(chaos):
-    verdicts = [chaos.judge(chaos.drawn(seed)) for seed in range(100, 122)]
+    verdicts = [chaos.judge(chaos.drawn(seed)) for seed in range(100, 114)]
     assert [one.row() for one in verdicts if one.failed] == []
-    assert sum(one.judged for one in verdicts) > 3000
+    assert sum(one.judged for one in verdicts) > 2000
 
 
 def test_a_guard_that_lets_everything_pass_is_seen(chaos, monkeypatch):

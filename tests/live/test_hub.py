@@ -422,6 +422,30 @@ def test_link_fetches_orders_and_tells_what_happened(served):
         assert hub.read().state.arrived_req.tolist() == [0.0, 8.0]
 
 
+def test_no_token_stands_in_a_log_an_error_or_a_text_of_an_object(caplog):
+    wrong = "wrong-token-0123456789"
+    with caplog.at_level("DEBUG"):
+        hub = HubBackend(fleet())
+        hub.apply(Decision.highest(fleet()))
+        told = []
+        with HubServer(hub_app(hub, TOKEN)) as server:
+            url = f"http://127.0.0.1:{server.port}"
+            told += [post(url, b"[]", token=each).text for each in (TOKEN, wrong, None)]
+            told.append(httpx.get(f"{url}/?token={wrong}", trust_env=False).text)
+            for token in (TOKEN, wrong):
+                with linked(url, token=token) as link:
+                    link.tell(Observation(state=FleetState.idle(2)))
+                    seconds_until(lambda link=link: link.failure or link.orders() is not None)
+                    told += [repr(link), str(link.failure), repr(server), repr(hub)]
+    told.append(caplog.text)
+    assert "httpx" in caplog.text  # what is said of the requests was listened to
+    for text in told:
+        assert TOKEN not in text
+    assert not any(wrong in text for text in told[:-1])
+    # A client that puts it into its address says it itself; a header it does not.
+    assert f"Bearer {wrong}" not in caplog.text
+
+
 def test_link_says_what_is_wrong(served):
     _, url = served
     for made, word in (

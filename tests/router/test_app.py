@@ -597,6 +597,22 @@ def test_a_bearer_token_is_asked_for_where_it_is_set():
         assert client.get("/health").status_code == 200
 
 
+def test_no_key_stands_in_a_log_or_an_answer(caplog):
+    keys = ("s3cret-of-clients", "s3cret-of-engines", "s3cret-that-is-wrong")
+    with (
+        caplog.at_level("DEBUG"),
+        router("1C", api_key=keys[0], engine_api_key=keys[1]) as (client, _, proxy),
+    ):
+        told = [repr(proxy)]
+        for key in (keys[0], keys[2]):
+            headers = {"authorization": f"Bearer {key}"}
+            got = client.post("/v1/completions", json=BODY, headers=headers)
+            told += [got.text, str(got.headers)]
+            told.append(client.get("/metrics", headers=headers).text)
+    told.append(caplog.text)
+    assert [key for key in keys for text in told if key in text] == []
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_long_body_is_refused(chunked):
     with router("1C", limits=ProxyLimits(body_bytes=1000)) as (client, engines, _):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ _MOST_TOK = 1e12
 _MOST_S = 1e6
 _MOST_W = 1e6
 _MOST_J = 1e15
+#: Records that are kept of several observations together.
+_MOST_ROWS = 100_000
 
 _STATE_FIELDS = (
     "queue_tok",
@@ -419,3 +421,40 @@ class Observation:
             object.__setattr__(self, "iterations", IterationBatch.empty())
         if self.finished is None:
             object.__setattr__(self, "finished", RequestBatch.empty())
+
+    def behind(self, before: Observation) -> Observation:
+        """Itself, with the counts and records of one before it that nobody has taken in.
+
+        Parameters
+        ----------
+        before : Observation
+            Of the same fleet. Of records only the latest are kept where there are very many.
+
+        Examples
+        --------
+        >>> from dataclasses import replace
+        >>> seen = Observation(state=replace(FleetState.idle(2), arrived_req=[3.0, 1.0]))
+        >>> seen.behind(seen).state.arrived_req
+        array([6., 2.])
+        """
+        return replace(
+            self,
+            state=replace(
+                self.state,
+                arrived_req=before.state.arrived_req + self.state.arrived_req,
+                arrived_tok=before.state.arrived_tok + self.state.arrived_tok,
+            ),
+            iterations=_joined(before.iterations, self.iterations),
+            finished=_joined(before.finished, self.finished),
+        )
+
+
+def _joined(first: Any, then: Any) -> Any:
+    if not len(first):
+        return then
+    return type(then)(
+        **{
+            name: np.concatenate([getattr(first, name), getattr(then, name)])[-_MOST_ROWS:]
+            for name in type(then).__slots__
+        }
+    )
