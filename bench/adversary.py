@@ -33,7 +33,8 @@ A100, H100 = "a100-sxm-80gb/llama-3.1-8b", "h100-sxm-80gb/llama-3.1-8b"
 A100_70B = "a100-sxm-80gb/llama-3-70b-tp4"
 OPPONENTS = (
     "static-max", "static-1005", "threshold", "dualscale", "pack", "voltanallm",
-    "voltanallm-tile", "voltanallm-jsq", "voltanallm-full-ladder", "governors",
+    "voltanallm-tile", "voltanallm-jsq", "voltanallm-full-ladder", "voltanallm-thresholds",
+    "ecoserve", "static-best", "governors",
 )  # fmt: skip
 COLUMNS = (
     "kind", "cell", "policy", "seed", "requests", "power_w", "ttft_attainment", "itl_attainment",
