@@ -101,6 +101,17 @@ def test_what_fails_in_turn_costs_no_more_than_it_must():
 
 
 @pytest.mark.slow
+def test_room_for_the_loss_of_an_instance_pays_where_instances_are_lost():
+    faults = tuple(
+        Failure(instance=f"decode-{k % 2}", from_s=60.0 + 30.0 * k, until_s=68.0 + 30.0 * k)
+        for k in range(3)
+    )
+    none, one = (run(rate=30.0, faults=faults, spare=spare) for spare in (0.0, 1.0))
+    assert worst(one) > worst(none) + 0.04
+    assert one["active_decode_mean"] > 1.7 > none["active_decode_mean"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget_w", "rate"), [(650, 35.0), (560, 20.0)])
 def test_a_constant_budget_is_kept_and_decode_comes_first(budget_w, rate):
     figures = run(rate=rate, power_budget=PowerBudget.parse(str(budget_w)))

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import naive_control
-from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
+from voltana_ctrl import ConfigError, Decision, FleetSpec, Slo, load_profile
 from voltana_ctrl.control.curve import LeastPower
 from voltana_ctrl.control.governor import IterationGovernor
 from voltana_ctrl.control.groups import Node
+from voltana_ctrl.control.spare import spare_count
 from voltana_ctrl.control.target import TargetOptimiser
 from voltana_ctrl.kernels.choose import target as kernels
 from voltana_ctrl.laws import length_moments
@@ -372,3 +373,39 @@ def test_without_a_governor_the_clock_holds_the_tail(rate):
     assert fast.floor_row[0] >= slow.floor_row[0]
     if np.isfinite(fast.power_w[0]):
         assert fast.miss_frac[0] <= 0.01
+
+
+# Room for the loss of an instance
+
+
+@pytest.mark.parametrize("fleet", ["2P2D", "4P4D", "6C"])
+@pytest.mark.parametrize("spare", [1.0, 2.0, 0.3])
+def test_who_stays_active_can_lose_so_many_and_still_serve(fleet, spare):
+    spec = FleetSpec.parse(fleet, load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    load = Load(arrival_req_s=20.0, lengths=length_moments([240, 240], [200, 200]))
+    least, roomy = (
+        TargetOptimiser(spec, Slo(ttft_s=0.6, itl_s=0.06), spare=s) for s in (0.0, spare)
+    )
+    target = roomy.plan(load)
+    phases = [spec.decode] if spec.colocated else [spec.prefill, spec.decode]
+    for members in phases:
+        awake = members[target.active[members]]
+        lost = spare_count(spare, len(awake))
+        left = np.ones(len(spec), bool)
+        left[awake[:lost]] = False
+        left[np.setdiff1d(members, awake)] = False
+        # All of them, or enough without those that are lost.
+        if len(awake) < len(members):
+            assert least.plan(load, usable=left).feasible
+            assert len(awake) > lost
+    assert target.power_w.sum() > least.plan(load).power_w.sum()
+    # A set that has no room grows at once, and one that has stays.
+    grown = roomy.plan(load, active=least.plan(load).active)
+    assert np.array_equal(grown.active, target.active)
+    assert np.array_equal(roomy.plan(load, active=target.active).active, target.active)
+
+
+@pytest.mark.parametrize("spare", [-1.0, 1.5, float("nan"), float("inf")])
+def test_a_spare_that_is_no_count_and_no_share_is_refused(spare):
+    with pytest.raises(ConfigError, match="spare"):
+        spare_count(spare)

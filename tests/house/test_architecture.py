@@ -159,7 +159,8 @@ def test_import_loads_nothing_heavy(statement):
 
 # Known by these names: `cv` is a coefficient of variation, `pmf` a probability mass function,
 # a batch is counted in requests.
-WITHOUT_UNIT = {"attainment", "cv", "host_score", "padded_batch", "pmf"}
+# `spare` is a number of instances, or a share of them.
+WITHOUT_UNIT = {"attainment", "cv", "host_score", "padded_batch", "pmf", "spare"}
 # Where numbers are of any unit, or enter in the units of vendors.
 BOUNDARY = {"checks.py", "control/slots.py", "fit/robust.py", "units.py"}
 FLOATS = {"float", "ArrayLike", "F64", "NDArray[np.float64]"}

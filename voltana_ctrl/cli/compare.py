@@ -124,6 +124,13 @@ def compare(
         float,
         typer.Option(help="What policies take both for, until they have seen some sets."),
     ] = 25.0,
+    spare: Annotated[
+        float,
+        typer.Option(
+            help="Instances that each phase may lose and still serve: 0, 1, ... or a share of the"
+            " active ones. Costs power; see the docs on policies."
+        ),
+    ] = 0.0,
     jitter: Annotated[float, typer.Option(help="Spread of iteration times (ratio).")] = 0.0,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave out trace rows that cannot be read.")
@@ -241,6 +248,7 @@ def compare(
         price=None if price is None else Steps.parse(price, "price"),
         roles=roles,
         co2=None if co2 is None else Steps.parse(co2, "co2"),
+        spare=spare,
         arrivals=None if arrivals is None else parse_arrivals(arrivals),
         faults=() if faults is None else read_faults(faults),
         skip_bad_rows=skip_bad_rows,

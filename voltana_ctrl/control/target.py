@@ -19,6 +19,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, I64, Bool, count, not_negative
 from voltana_ctrl.control.curve import Curve, LeastPower
 from voltana_ctrl.control.groups import Node, equal_groups
+from voltana_ctrl.control.spare import spare_count, with_spare
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo
 
@@ -94,6 +95,10 @@ class TargetOptimiser:
         Loads per instance and group at which power is evaluated.
     wake_j : float
         Energy that waking up an instance costs, if its own is not more.
+    spare : float
+        Instances that each phase may lose and still keep the promises on those that stay active:
+        a whole number, or below 1 a share of the active ones, rounded up. Where the fleet has not
+        so many, all are active.
 
     Raises
     ------
@@ -122,6 +127,7 @@ class TargetOptimiser:
         governed: bool = True,
         grid: int = 128,
         wake_j: float = 100.0,
+        spare: float = 0.0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl.kernels.choose import target as kernels
@@ -129,6 +135,7 @@ class TargetOptimiser:
         count("TargetOptimiser.grid", grid, minimum=8)
         not_negative("TargetOptimiser.wake_j", wake_j)
         not_negative("TargetOptimiser.delay_s", delay_s)
+        spare_count(spare)
         if not min(margin_frac) > -1.0:
             raise ConfigError(
                 f"TargetOptimiser.margin_frac: expected numbers > -1, got {margin_frac}"
@@ -140,6 +147,7 @@ class TargetOptimiser:
         self.governed = governed
         self.grid = grid
         self.wake_j = wake_j
+        self.spare = spare
         self._kernels = kernels
         self._parked_w = np.array([one.parked_w for one in fleet.instances], dtype=np.float64)
         self._wake_j = np.array([one.wake_j for one in fleet.instances], dtype=np.float64)
@@ -332,14 +340,25 @@ class TargetOptimiser:
         curve_of = [least.at(load.lengths) for _, least in left]
         curves = [self._grid_curve(curve, load) for curve in curve_of]
         free_w, free = self._split(load, groups, curves, [True] * len(groups))
+        wanted = free > 0.0
+        if self.spare:
+            speed_req_s = np.zeros(len(self.fleet))
+            for group, least in left:
+                speed_req_s[group] = _speed_req_s(least, load.lengths)
+            wanted = with_spare(
+                self.spare,
+                wanted,
+                speed_req_s,
+                lambda rest: self._serves(load, groups, curve_of, rest, 1.0),
+            )
+            if wanted.sum() > (free > 0.0).sum():
+                free_w, free = self._keeping(load, groups, curves, wanted)
         chosen, now_forgone_j = free, 0.0
         if active is not None and any(np.any(active[group]) for group in groups):
             stay = [group[active[group]] for group in groups]
-            keep = [k for k, group in enumerate(stay) if group.size]
-            stay_w, kept = self._split(
-                load, [stay[k] for k in keep], [curves[k] for k in keep], [False] * len(keep)
-            )
-            stay_w += sum(float(self._parked_w[group[~active[group]]].sum()) for group in groups)
+            stay_w, kept = self._keeping(load, groups, curves, active)
+            if self.spare and active[members].sum() < wanted.sum():
+                stay_w = math.inf
             changed = members[(free > 0.0)[members] != active[members]]
             role = self.fleet.instances[int(members[0])].role
             saved_w = stay_w - free_w
@@ -362,6 +381,22 @@ class TargetOptimiser:
             else:
                 now_forgone_j = 0.0
         return self._target(load, members, left, curve_of, chosen, now_forgone_j)
+
+    def _keeping(
+        self,
+        load: Load,
+        groups: Sequence[I64],
+        curves: Sequence[tuple[F64, F64]],
+        active: Bool,
+    ) -> tuple[float, F64]:
+        """Cheapest loads with exactly these active, and what all draw; inf if they do not serve."""
+        stay = [group[active[group]] for group in groups]
+        keep = [k for k, group in enumerate(stay) if group.size]
+        power_w, loads_req_s = self._split(
+            load, [stay[k] for k in keep], [curves[k] for k in keep], [False] * len(keep)
+        )
+        parked_w = sum(float(self._parked_w[group[~active[group]]].sum()) for group in groups)
+        return power_w + parked_w, loads_req_s
 
     def _serves(
         self,

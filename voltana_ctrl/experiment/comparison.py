@@ -146,6 +146,7 @@ class Comparison:
                 "actuation_s": asked.settings.actuation_s,
                 "settle_s": asked.settings.settle_s,
                 "belief_delay_s": asked.belief_delay_s,
+                "spare": asked.spare,
                 "jitter_sd_frac": asked.settings.jitter_sd_frac,
             },
             notes=tuple(notes_on(figures, grid.runs)),
@@ -282,6 +283,7 @@ def compare(
     policies: Sequence[str] = HEADLINE,
     settings: PlantSettings | None = None,
     belief_delay_s: float = BELIEF_DELAY_S,
+    spare: float = 0.0,
     power_budget: PowerBudget | None = None,
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
@@ -331,6 +333,9 @@ def compare(
     belief_delay_s : float
         From asking for a clock until it runs, as policies believe before they have seen any;
         what it takes stands in `settings`.
+    spare : float
+        Instances that each phase should be able to lose: a whole number, or below 1 a share of
+        the active ones. Known to `cascade` and `mpc`.
     power_budget : PowerBudget, optional
         What the fleet may draw, in time from the start of each run, warm-up included.
         Policies that know budgets honour it; `over_budget_frac` says how the others fare.
@@ -395,6 +400,7 @@ def compare(
         policies=policies,
         settings=settings,
         belief_delay_s=belief_delay_s,
+        spare=spare,
         power_budget=power_budget,
         arrivals=arrivals,
         faults=faults,

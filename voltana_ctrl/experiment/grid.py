@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from voltana_ctrl.checks import count, not_negative, positive
+from voltana_ctrl.control.spare import spare_count
 from voltana_ctrl.errors import ConfigError, VoltanaError
 from voltana_ctrl.experiment.run import BELIEF_DELAY_S, GRACE_S, Run
 from voltana_ctrl.policies import HEADLINE, PolicyParts, PolicySetup, find_policy
@@ -221,6 +222,7 @@ def plan_runs(
     policies: Sequence[str] = HEADLINE,
     settings: PlantSettings | None = None,
     belief_delay_s: float = BELIEF_DELAY_S,
+    spare: float = 0.0,
     power_budget: PowerBudget | None = None,
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
@@ -251,6 +253,7 @@ def plan_runs(
     not_negative("warmup_s", warmup_s)
     positive("tick_s", tick_s)
     not_negative("belief_delay_s", belief_delay_s)
+    spare_count(spare)
     if rate_steps is not None:
         if rates_req_s is not None or concurrency is not None:
             raise ConfigError(
@@ -307,6 +310,7 @@ def plan_runs(
             co2=co2,
             detail=detail,
             belief_delay_s=belief_delay_s,
+            spare=spare,
         )
         for policy in dict.fromkeys(policies)
         for rate in rates

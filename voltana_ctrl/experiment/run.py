@@ -90,6 +90,8 @@ class Run:
     belief_delay_s : float
         From asking for a clock until it runs, as the policy believes before it has seen any;
         what the plant takes stands in `settings`.
+    spare : float
+        How many active instances of each phase the policy should be able to lose.
 
     Examples
     --------
@@ -124,6 +126,7 @@ class Run:
     co2: Steps | None = None
     believed: FleetSpec | None = None
     belief_delay_s: float = BELIEF_DELAY_S
+    spare: float = 0.0
 
     def simulate(self) -> dict[str, Any]:
         """Run it; figures named as in the JSON of ``compare``."""
@@ -245,6 +248,7 @@ class Run:
             tick_s=self.tick_s,
             power_budget=self.power_budget,
             delay_s=self.belief_delay_s,
+            spare=self.spare,
             call_s=self.settings.actuation_s,
             trials=_Trials(self),
             price=self.price,

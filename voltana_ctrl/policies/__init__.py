@@ -263,9 +263,13 @@ def _adaptive(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
 
 def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+        target = control.TargetOptimiser(
+            fleet, slo, delay_s=setup.delay_s, governed=setup.governed, spare=setup.spare
+        )
         controller = (control.MpcController if mpc else control.CascadeController)(
             fleet,
             slo,
+            target=target,
             period_s=setup.tick_s,
             governed=setup.governed,
             delay_s=setup.delay_s,

@@ -58,6 +58,9 @@ class PolicySetup:
         What energy costs per kWh, and grams of CO2 per kWh, known ahead.
     learnt : Belief, optional
         What an earlier run of the same fleet has learnt; policies that learn begin with it.
+    spare : float
+        How many active instances of each phase may be lost, see
+        :class:`voltana_ctrl.control.TargetOptimiser`.
     trials : Trials, optional
         Runs to choose by, where there can be any.
 
@@ -82,6 +85,7 @@ class PolicySetup:
     price: Steps | None = None
     co2: Steps | None = None
     learnt: Belief | None = None
+    spare: float = 0.0
     trials: Trials | None = None
 
     def __post_init__(self) -> None:
