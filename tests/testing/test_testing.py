@@ -25,7 +25,7 @@ from voltana_ctrl import (
     testing,
 )
 from voltana_ctrl.backends import SimBackend
-from voltana_ctrl.control import StaticController
+from voltana_ctrl.control import RoleController, SaturationGate, StaticController
 from voltana_ctrl.control.baselines.adaptive import AdaptiveController
 from voltana_ctrl.control.cascade import CascadeController
 from voltana_ctrl.routing import (
@@ -58,6 +58,11 @@ SLO = Slo(ttft_s=0.6, itl_s=0.06)
 def test_shipped_controllers_keep_the_laws():
     claims = ["permutes", "queue-raises-clock"]
     check_controller(lambda fleet, slo: StaticController(fleet), claims=claims, examples=3)
+
+
+def test_controllers_of_roles_and_of_work_that_may_wait_keep_the_laws():
+    check_controller(RoleController, examples=3)
+    check_controller(lambda fleet, slo: SaturationGate(fleet), examples=3)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -135,3 +136,24 @@ def test_decisions_carry_depths_to_nodes_logs_and_workers() -> None:
         replace(told, depth=("off",))
     with pytest.raises(ConfigError, match=r"Decision.depth: .* got 'on'"):
         replace(told, depth=("parked", "on", "off"))
+
+
+def test_a_profile_file_says_each_depth_with_its_source(tmp_path) -> None:
+    text = (files("voltana_ctrl.profiles") / "data/l20/qwen2.5-7b.toml").read_text()
+    known = 'status = "measured"\nsource = "somebody"\nerror = "one reading"\n'
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{text}\n[off]\n{known}power_w = 35.5\nwake_s = 45.0\n")
+    profile = load_profile(str(path))
+    assert profile.off == Rest(power_w=35.5, wake_s=45.0)
+    assert profile.sources["off"]["source"] == "somebody"
+    assert profile.asleep is None
+    for section, words in (
+        (f"[off]\n{known}wake_s = 45.0\n", "missing key 'off.power_w'"),
+        ("[off]\npower_w = 35.5\n", "missing key 'off.status'"),
+        (f"[off]\n{known}power_w = 35.5\nwake = 45.0\n", r"unknown key 'off\.wake'"),
+        (f'[off]\n{known}power_w = "low"\n', r"off\.power_w: expected a finite number"),
+        (f"[off]\n{known}power_w = 500.0\n", r"off\.power_w: expected at most"),
+    ):
+        path.write_text(f"{text}\n{section}")
+        with pytest.raises(ConfigError, match=words):
+            load_profile(str(path))
