@@ -109,9 +109,9 @@ def week(days: float = 7.0, *, seed: int = 0, mean_req_s: float = 1.2, report=pr
 
     loop = ControlLoop(backend, parts.controller, Guard(fleet), observers=[Counts()], raises=True)
     begin_s, drift = time.perf_counter(), 0.0
-    parts_of_day = 4
-    for k in range(1, round(days * parts_of_day) + 1):
-        loop.run(k * DAY_S / parts_of_day)
+    steps = max(1, round(4.0 * days))
+    for k in range(1, steps + 1):
+        loop.run(k * days * DAY_S / steps)
         seen = watched.look()
         belief = loop.applied.belief
         if belief is not None:
@@ -119,7 +119,7 @@ def week(days: float = 7.0, *, seed: int = 0, mean_req_s: float = 1.2, report=pr
             drift = float(np.abs(paces - 1.0).max())
         met = 100.0 * (1.0 - missed / np.maximum(finished, 1.0))
         report(
-            f"day {k / parts_of_day:.2f}: {plant.instances['iterations'].sum() / 1e6:.1f} M"
+            f"day {k * days / steps:.2f}: {plant.instances['iterations'].sum() / 1e6:.1f} M"
             f" iterations, {int(finished[0])} requests, TTFT {met[0]:.2f} % ITL {met[1]:.2f} %,"
             f" {seen}, pace off by {100 * drift:.1f} % at most,"
             f" {time.perf_counter() - begin_s:.0f} s"
