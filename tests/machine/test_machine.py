@@ -118,7 +118,8 @@ def test_hints_name_what_is_left_on():
     from voltana_ctrl.machine.meter import _engine_hints, _Gpu
 
     class Reader:
-        uuid, name, shared, persistent = "GPU-1", "A100", "MIG is on: ...", False
+        uuid, name, persistent = "GPU-1", "A100", False
+        covers = ("MIG is on: ...; those of all its tenants",)
         clocks_mhz, power_cap_w, power_cap_range_w = (210, 1410), 300.0, (100.0, 400.0)
         power_profiles, busy_frac = ("MAX_Q",), 0.0
 

@@ -171,8 +171,9 @@ def open_node(
     from voltana_ctrl.live.node import NodeBackend, node_clocks
 
     meters = GpuMeters(fleet, {one.instance: one.gpus for one in own})
-    for uuid, why in meters.shared.items():
-        say(f"GPU {uuid}: {why}; its power and energy are those of all its tenants")
+    for uuid, sentences in meters.covers.items():
+        for sentence in sentences:
+            say(f"GPU {uuid}: {sentence}")
     for uuid, cap_w in meters.caps_w.items():
         say(f"a power cap of {cap_w:g} W is in force on GPU {uuid}; it is left as it is")
     reads = EngineBackend(

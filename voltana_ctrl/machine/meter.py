@@ -330,8 +330,7 @@ class _Gpu:
 
     def _hints(self) -> Iterator[str]:
         gpu = self.reader
-        if gpu.shared is not None:
-            yield f"{gpu.shared}; what it draws is that of all its tenants together"
+        yield from gpu.covers
         if self._boosted and self._boosted >= 0.5 * self._idle:
             yield (
                 "it keeps a high clock though nothing runs: start the engine with"

@@ -16,6 +16,7 @@ from tests.helpers.fake_gpus import (
 )
 from voltana_ctrl.backends.nvml.meters import GpuMeters
 from voltana_ctrl.errors import BackendError
+from voltana_ctrl.machine.meter import measure
 
 pytestmark = needs_compiler
 
@@ -140,13 +141,28 @@ def test_the_doctor_names_what_is_not_told(fake, tmp_path, monkeypatch):
     ("name", "covers"),
     [("NVIDIA GH200 480GB", True), ("NVIDIA GB200", True), ("NVIDIA H100 80GB HBM3", False)],
 )
-def test_the_doctor_says_what_the_counter_of_a_module_covers(
+def test_whoever_shows_joules_says_what_the_counter_of_a_module_covers(
     fake, tmp_path, monkeypatch, name, covers
 ):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda _: name)
-    report = look(fake, tmp_path)
-    assert report.gpus[0].covers_module == covers
-    assert ("whole module" in report.text()) == covers
+    assert ("whole module" in look(fake, tmp_path).text()) == covers
+    use = measure([], duration_s=0.3, library=fake.library)
+    assert ("whole module" in use.text()) == covers
+    with meters(fake) as read:
+        assert bool(read.covers) == covers
+
+
+@pytest.mark.parametrize("mig", [[0, 0], [1, 1]])
+def test_power_of_a_card_in_slices_is_said_to_be_that_of_all_its_tenants(
+    fake, tmp_path, monkeypatch, mig
+):
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMigMode", lambda _: mig)
+    told = look(fake, tmp_path).text()
+    assert ("all its tenants" in told) == bool(mig[0])
+    use = measure([], duration_s=0.3, library=fake.library)
+    assert ("all its tenants" in use.text()) == bool(mig[0])
+    with meters(fake) as read:
+        assert bool(read.covers) == bool(mig[0])
 
 
 def clamped(fake, tmp_path):

@@ -57,8 +57,8 @@ class GpuReport:
         What it may be set to.
     energy_counter : bool
         Whether the board counts energy.
-    covers_module : bool
-        Whether that counter is the one of a module with a CPU and its memory.
+    covers : tuple of str
+        What power and energy cover besides one tenant's work on this GPU.
     unreadable : mapping of str to str
         What the driver does not tell of this GPU, and why.
     read_call_s : float
@@ -103,7 +103,7 @@ class GpuReport:
     settable: bool | None = None
     set_call_s: float | None = None
     clamp_mhz: float | None = None
-    covers_module: bool = False
+    covers: tuple[str, ...] = ()
     unreadable: Mapping[str, str] = field(default_factory=dict)
     mends: tuple[str, ...] = ()
 
@@ -236,6 +236,8 @@ def _gpu_lines(gpu: GpuReport) -> Iterator[str]:
     held = "not told" if gpu.limited_by is None else ", ".join(gpu.limited_by) or "nothing"
     yield f"busy: {busy}, clock held down by: {held}"
     yield f"energy: {_energy_source(gpu)}"
+    for sentence in gpu.covers:
+        yield f"mind: {sentence}"
     for name, reason in gpu.unreadable.items():
         yield f"not told: {name}: {reason}"
     yield f"one reading takes {gpu.read_call_s * 1e6:.0f} us"
@@ -256,8 +258,6 @@ def _shown(value: float | None, unit: str) -> str:
 def _energy_source(gpu: GpuReport) -> str:
     if not gpu.energy_counter:
         return "not told" if gpu.power_w is None else "integrated from power"
-    if gpu.covers_module:
-        return "counted by the board, for the whole module: its CPU and memory are in it"
     return "counted by the board"
 
 
@@ -448,7 +448,7 @@ def _examine_gpu(gpu: Gpu, lock_dir: Path) -> GpuReport:
         shared=shared,
         held_by=held_by,
         lock_suspected=lock_suspected,
-        covers_module=meter.counts and gpu.covers_module,
+        covers=gpu.covers,
         unreadable=dict(gpu.unreadable),
         mends=tuple(mends),
     )

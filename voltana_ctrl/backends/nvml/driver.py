@@ -392,6 +392,25 @@ class GpuReader:
         """Whether its energy counter is that of a module with a CPU, as on Grace Hopper."""
         return re.search(r"\b(GH|GB)\d", self.name) is not None
 
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """What its readings cover besides one tenant's work on this GPU, as sentences."""
+        told = []
+        try:
+            shared = self.shared
+        except GpuLost:
+            raise
+        except BackendError:  # the doctor says why it is not told
+            shared = None
+        if shared is not None:
+            told.append(f"{shared}; power and energy are those of all its tenants together")
+        if self.covers_module:
+            told.append(
+                "the energy counter may be the whole module's, its CPU and memory included, while"
+                " power is the GPU's"
+            )
+        return tuple(told)
+
     def read(self) -> GpuReading:
         """Clock, power, energy counter and clock event reasons now; each fails on its own.
 

@@ -110,10 +110,10 @@ class GpuMeters:
         return found
 
     @property
-    def shared(self) -> dict[str, str]:
-        """Why what a GPU draws is not one tenant's alone (MIG, vGPU), by GPU."""
-        told = {uuid: gpu.shared for uuid, (gpu, _) in self._gpus.items()}
-        return {uuid: why for uuid, why in told.items() if why is not None}
+    def covers(self) -> dict[str, tuple[str, ...]]:
+        """What readings cover besides one tenant's GPU (MIG, vGPU, modules), by GPU."""
+        told = {uuid: gpu.covers for uuid, (gpu, _) in self._gpus.items()}
+        return {uuid: sentences for uuid, sentences in told.items() if sentences}
 
     def problems(self) -> dict[str, str]:
         """What is wrong with the readings of each instance's GPUs, by its id."""
