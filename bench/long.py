@@ -4,7 +4,7 @@
     python bench/long.py soak --minutes 30    # the control loop in real time, on fake GPUs
 
 `week`: 8 prefill and 8 decode instances of the embedded profile under `cascade`, a load that swings
-by the day, above 100 million iterations. Printed at each midnight: iterations so far, requests,
+by the day. Printed four times a day: iterations so far, requests,
 resident memory, the largest deviation of what was learnt from what is true (the profile is exact,
 so the truth is a pace of 1), and the attainment of the day.
 
