@@ -173,6 +173,7 @@ class Policy:
 
     Examples
     --------
+    >>> from voltana_ctrl.policies import find_policy
     >>> find_policy("static-max").name
     'static-max'
     """

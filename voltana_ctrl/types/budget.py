@@ -34,7 +34,7 @@ class PowerBudget(Steps):
     Examples
     --------
     >>> budget = PowerBudget(steps=((0.0, 1200.0), (60.0, 840.0)), notice_s=30.0)
-    >>> budget.at_w(59.9), budget.at_w(60.0), budget.least_w(10.0, 60.5)
+    >>> budget.at_w(59.9), budget.at_w(60.0), budget.least_w(30.0, 60.5)
     (1200.0, 840.0, 840.0)
     >>> budget.known(29.0).steps, budget.known(30.0).steps
     (((0.0, 1200.0),), ((0.0, 1200.0), (60.0, 840.0)))
