@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
-from voltana_ctrl.control import CascadeController, MpcController, Target
+from voltana_ctrl.control import CascadeController, Target
 from voltana_ctrl.experiment import Run
 from voltana_ctrl.policies import Policy, PolicyParts, find_policy
 from voltana_ctrl.routing import PricedRouter
@@ -41,6 +41,7 @@ class _EqualTarget:
             power_w=np.zeros(len(fleet)),
             price_j_req=np.zeros(len(fleet)),
             feasible=True,
+            forgone_j=np.zeros(2),
         )
 
     def plan(self, load, **known):
@@ -48,15 +49,7 @@ class _EqualTarget:
         return self._target
 
 
-class _PlanIsTheClock(MpcController):
-    """The plan's clocks, where neither targets nor governors set any."""
-
-    def _floors(self, state, memory, load, target):
-        del state, load, target
-        return self.fleet.min_mhz if memory.plan is None else memory.plan.freq_mhz
-
-
-def policy(name, *, target=True, plan=True, governors=True, router=True):
+def policy(name, *, target=True, governors=True, router=True):
     """The cascade with some of its layers."""
 
     def build(fleet, slo, setup):
@@ -65,11 +58,9 @@ def policy(name, *, target=True, plan=True, governors=True, router=True):
             settings["power_budget_w"] = setup.limit_w
         if not target:
             settings["target"] = _EqualTarget(fleet)
-        if plan:
-            kind = MpcController if target or governors else _PlanIsTheClock
-            controller = kind(fleet, slo, **settings)
-        else:
-            controller = CascadeController(fleet, slo, **settings) if target else None
+        controller = (
+            CascadeController(fleet, slo, **settings) if target or (governors and router) else None
+        )
         return PolicyParts(
             controller=controller,
             first=Decision.highest(fleet, floor_mhz=fleet.min_mhz if governors else None),
@@ -85,12 +76,10 @@ def policy(name, *, target=True, plan=True, governors=True, router=True):
 
 ABLATIONS = (
     find_policy("static-max"),
-    policy("target only", plan=False, governors=False, router=False),
-    policy("plan only", target=False, governors=False, router=False),
-    policy("governors only", target=False, plan=False, router=False),
-    policy("routers only", target=False, plan=False, governors=False),
+    policy("target only", governors=False, router=False),
+    policy("governors only", target=False, router=False),
+    policy("routers only", target=False, governors=False),
     policy("without target", target=False),
-    policy("without plan", plan=False),
     policy("without governors", governors=False),
     policy("without routers", router=False),
     policy("all"),
@@ -163,7 +152,7 @@ def main():
             power_w, ttft, itl = mean(which, "sharegpt", options.duration, options.seeds, rate)
             cells.append(f"{power_w:.0f}; {ttft:.1f} / {itl:.1f}")
         print(f"| {which.name} | {' | '.join(cells)} |", flush=True)
-    print("\n| transient | without plan | with plan | energy |\n|---|---|---|---|", flush=True)
+    print("\n| transient | governors alone | cascade | energy |\n|---|---|---|---|", flush=True)
     for name, (_, budget) in transients(options.duration, 0).items():
         both = [
             mean(
@@ -173,7 +162,7 @@ def main():
                 options.seeds,
                 budget=budget,
             )
-            for which in ("cascade", "mpc")
+            for which in ("governors", "cascade")
         ]
         told = [f"{power_w:.1f}; {ttft:.2f} / {itl:.2f}" for power_w, ttft, itl in both]
         change = 100.0 * (both[1][0] / both[0][0] - 1.0)

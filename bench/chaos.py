@@ -34,13 +34,14 @@ import numpy as np
 
 from voltana_ctrl import FleetSpec, Guard, Slo, load_profile
 from voltana_ctrl.backends import SimBackend
+from voltana_ctrl.control.plan import PlanStatus
 from voltana_ctrl.loop import ControlLoop
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.sim.faults import ClockClamp, Failure, Slowdown
 from voltana_ctrl.sim.metrics import judged_latencies
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
-from voltana_ctrl.types import Decision, IterationBatch, Observation, RequestBatch, Status
+from voltana_ctrl.types import Decision, IterationBatch, Observation, RequestBatch
 
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
@@ -296,9 +297,9 @@ class _Troubled:
     def __init__(self, controller, chaos: Chaos) -> None:
         self._inner, self._chaos = controller, chaos
         self.period_s = controller.period_s
-        planner = getattr(controller, "_planner", None)
-        if planner is not None:
-            controller._planner = _TroubledPlanner(planner, chaos)
+        ahead = getattr(controller, "_ahead", None)
+        if ahead is not None:
+            ahead._planner = _TroubledPlanner(ahead.planner, chaos)
 
     def init(self):
         return self._inner.init()
@@ -319,16 +320,11 @@ class _TroubledPlanner:
     def plan(self, *args, **kwargs):
         plan = self._inner.plan(*args, **kwargs)
         if self._chaos.on("solver-fails"):
-            n = len(plan.freq_mhz)
-            zeros = np.zeros(n)
-            return replace(plan, status=Status.FAILED, freq_mhz=zeros, route_frac=zeros,
-                           price_j_req=zeros)  # fmt: skip
+            return replace(plan, status=PlanStatus.FAILED)
         for one in self._chaos.on("solver-garbage"):
             rng = np.random.default_rng(int(1e6 * self._chaos.backend.plant.now_s))
-            n, scale = len(plan.freq_mhz), 10.0 ** (6 * one.size)
-            return replace(plan, status=Status.OK, freq_mhz=rng.uniform(0.0, 1410.0, n),
-                           route_frac=rng.uniform(0.0, 1.0, n),
-                           price_j_req=rng.normal(0.0, scale, n))  # fmt: skip
+            scale = 10.0 ** (6 * one.size)
+            return replace(plan, status=PlanStatus.OK, on=rng.normal(0.0, scale, plan.on.shape))
         return plan
 
 

@@ -162,7 +162,7 @@ def test_import_loads_nothing_heavy(statement):
 # `spare` is a number of instances, or a share of them.
 WITHOUT_UNIT = {"attainment", "cv", "host_score", "padded_batch", "pmf", "spare"}
 # Where numbers are of any unit, or enter in the units of vendors.
-BOUNDARY = {"checks.py", "control/slots.py", "fit/robust.py", "units.py"}
+BOUNDARY = {"checks.py", "control/supply.py", "fit/robust.py", "units.py"}
 FLOATS = {"float", "ArrayLike", "F64", "NDArray[np.float64]"}
 SUFFIX = re.compile(r"(^|_)(" + "|".join(suffix[1:] for suffix in SUFFIXES) + r")\d?$")
 

@@ -85,11 +85,20 @@ print(governor.step(8.0, 4096.0, 0.0, 0.0, 210.0, 1410.0))
     [(ENGINE, "typer"), (with_needs("numpy", "numba", "scipy", "typer", "rich"), "cvxpy")],
     ids=["the parser", "a solver"],
 )
-def test_what_is_missing_is_one_line_with_its_mend(root, kept, missing):
-    program = """
+def test_what_is_missing_is_one_line_with_its_mend(root, kept, missing, tmp_path):
+    # The plan is made where waking takes time, and nowhere else.
+    profile = "a100-sxm-80gb/llama-3.1-8b"
+    fleet = "".join(
+        f'[[instance]]\nrole = "{role}"\nprofile = "{profile}"\nasleep_w = 20.0\nwake_s = 10.0\n'
+        for role in ("prefill", "decode")
+    )
+    path = tmp_path / "sleepy.toml"
+    path.write_text(fleet, encoding="utf-8")
+    program = f"""
 import sys
 from voltana_ctrl.__main__ import main
-sys.argv = ["voltana-ctrl", "compare", "--rate", "5", "--duration", "2", "--policies", "mpc"]
+sys.argv = ["voltana-ctrl", "compare", "--rate", "5", "--duration", "2", "--policies", "mpc",
+            "--fleet", {path.as_posix()!r}]
 main()
 """
     done = run(root, program, kept=kept, COLUMNS="200")

@@ -1,4 +1,4 @@
-"""Plain twins of the control kernels, and brute force for target layer and plan."""
+"""Plain twins of the control kernels, and brute force for the target layer."""
 
 import itertools
 import math
@@ -185,77 +185,3 @@ def worst_power_w(one, n, kv_tok, prompt_tok, active):
             worst = max(worst, row["decode_power_w"] + batch_j / iteration_s(row, n, kv_tok))
         out.append(worst)
     return out
-
-
-# The plan's problem, written out
-
-
-def plan_cost(planner, f, lam, cap, mu, rate):
-    """Cost of these controls, each of shape (many, steps, slots); inf where a rule is broken."""
-    d = {name: planner.values[each.id] for name, each in planner._d.items()}
-    p = {name: planner.values[each.id] for name, each in planner._p.items()}
-    prompts, requests = planner.values[planner._arrivals.id]
-    budget_w = float(planner.values[planner._budget_w.id])
-    dt, part = planner.dt_s, 1.0 - planner.delay_s / planner.dt_s
-    prefill, decode = planner._slots
-    ranges = [
-        (cap, prefill.rate_min, prefill.rate_max),
-        (f, *decode.clock_ghz),
-        (lam, 0.0, d["lam_max"]),
-        (rate, 0.0, p["rate_max"]),
-        (mu, 0.0, np.inf),
-    ]
-    broken = np.zeros(len(f), bool)
-    for values, low, high in ranges:
-        outside = (values < low - 1e-6) | (values > high + 1e-6)
-        broken |= outside.any(axis=(1, 2))
-    n, m = (np.broadcast_to(d[k], (len(f), len(d[k]))) for k in ("n0", "m0"))
-    q = np.broadcast_to(p["q0"], (len(f), len(p["q0"])))
-    cost = np.zeros(len(f))
-    for k in range(planner.horizon):
-        before = f[:, k - 1] if k else d["f0"]
-        clock = part * f[:, k] + (1.0 - part) * before
-        able = part * cap[:, k] + (1.0 - part) * (cap[:, k - 1] if k else p["cap0"])
-        broken |= (f[:, k] < before - planner.slew_ghz - 1e-6).any(axis=1)
-        broken |= np.abs(lam[:, k] @ d["size"] - requests) > 1e-4
-        broken |= np.abs(rate[:, k] @ p["size"] - prompts) > 1e-4
-        broken |= (mu[:, k] > able + 1e-6).any(axis=1)
-        busy_w = np.max([slope * mu[:, k] + start for slope, start in prefill.facets], axis=0)
-        drawn_w = n @ d["power_n"] + clock @ d["power_f"] + d["power_rest_w"].sum()
-        drawn_w = drawn_w + busy_w @ p["size"]
-        broken |= drawn_w > budget_w + 1e-6
-        n, m, q = (
-            d["a_nn"] * n + d["a_nm"] * m + d["b_n"] * clock + d["e_n"] * lam[:, k] + d["c_n"],
-            d["a_mn"] * n + d["a_mm"] * m + d["b_m"] * clock + d["e_m"] * lam[:, k] + d["c_m"],
-            q + dt * (rate[:, k] - mu[:, k]),
-        )
-        broken |= (q < -1e-6).any(axis=1)
-        late = d["step_n"] * n + d["step_m"] * m + d["step_f"] * clock - d["step_rest_s"]
-        full, slow = m - d["kv_ktok"], q - able * planner.ttft_s
-        penalty = sum(
-            weight * np.maximum(0.0, excess).sum(axis=1)
-            for weight, excess in ((1e5, late), (100.0, full), (1e3, slow))
-        )
-        cost += dt * (drawn_w + penalty + 0.5 * cap[:, k].sum(axis=1))
-        cost -= dt * (0.04 * lam[:, k] @ d["lam_goal"] + 0.04 * rate[:, k] @ p["rate_goal"])
-        cost -= dt * 10.0 * f[:, k] @ d["f_goal"]
-        for weight, values in ((0.02, lam), (0.02, rate), (5.0, f), (0.05, mu), (0.05, cap)):
-            cost += dt * weight * (values[:, k] ** 2).sum(axis=1)
-    cost += 0.01 * ((n**2).sum(axis=1) - 2.0 * n @ d["n_goal"]) + 10.0 * (q**2).sum(axis=1)
-    return np.where(broken, np.inf, cost)
-
-
-def zoomed_search(cost_of, low, high, points, rounds):
-    """Least of a convex function over a box: grids, each around the best of the last."""
-    low, high = np.array(low, dtype=float), np.array(high, dtype=float)
-    best, least = None, math.inf
-    for _ in range(rounds):
-        axes = [np.linspace(a, b, points) for a, b in zip(low, high, strict=True)]
-        grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
-        if best is not None:
-            grid = np.vstack([grid, best])
-        costs = cost_of(grid)
-        least, best = float(costs.min()), grid[int(np.argmin(costs))]
-        reach = 0.3 * (high - low)  # slowly: the valley may be narrow and askew
-        low, high = np.maximum(low, best - reach), np.minimum(high, best + reach)
-    return least, best

@@ -8,8 +8,9 @@
     What a clock must be at a state of the fleet, and what it may draw.
 ``curve``, ``groups``, ``target``
     The least-power steady state of the fleet under its promises.
-``slots``, ``plan``
-    The model-predictive layer, in CVXPY.
+``supply``, ``standby``, ``plan``, ``lookahead``
+    The model-predictive layer: what an instance can carry, who is on, the programme in CVXPY, and
+    the look ahead that joins them.
 ``governor``
     The clock of one instance before each of its iterations.
 ``cascade``

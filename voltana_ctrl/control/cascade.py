@@ -1,4 +1,7 @@
-"""The controller: estimate, target, plan, and what the governors may do until the next tick."""
+"""The controller: estimate, target, and what the governors may do until the next tick.
+
+Where waking an instance takes time, :class:`MpcController` looks ahead besides.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from voltana_ctrl.checks import F64, Bool, not_negative, positive
 from voltana_ctrl.control.assess import Assessor
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.budget import target_within
+from voltana_ctrl.control.lookahead import Lookahead, LookaheadMemory, takes_time
 from voltana_ctrl.control.target import Target, TargetOptimiser
+from voltana_ctrl.estimate.forecast import OwnForecast
 from voltana_ctrl.estimate.headroom import HeadroomFilter, HeadroomMemory
 from voltana_ctrl.estimate.load import LoadFilter, LoadMemory
 from voltana_ctrl.estimate.pace import PaceFilter, PaceMemory
@@ -56,12 +61,10 @@ class CascadeMemory:
         The last target; None before the first.
     planned_s : float
         When it was planned.
-    plan : Plan, optional
-        The last model-predictive plan.
-    plan_s : float
-        When it was made.
-    price_j_req : ndarray, shape (n,), optional
-        Smoothed prices.
+    ahead : LookaheadMemory, optional
+        Behind the forecast, the plan and who is on; None where nothing takes time.
+    serving : ndarray of bool, shape (n,), optional
+        Who could take new work when the target was planned, where that is decided ahead.
     ceiling_mhz : ndarray, shape (n,), optional
         Ceilings of the last decision.
     overload_frac : float
@@ -84,15 +87,14 @@ class CascadeMemory:
     belief: Belief
     target: Target | None = None
     planned_s: float = 0.0
-    plan: Any = None
-    plan_s: float = -np.inf
-    price_j_req: F64 | None = None
+    ahead: LookaheadMemory | None = None
+    serving: Bool | None = None
     ceiling_mhz: F64 | None = None
     overload_frac: float = 0.0
 
 
 class CascadeController(Controller):
-    """Target layer and governors, without the model-predictive layer between them.
+    """Target layer and governors: who is active follows the load, and nothing is foreseen.
 
     Parameters
     ----------
@@ -236,12 +238,8 @@ class CascadeController(Controller):
         self, observation: Observation, memory: CascadeMemory
     ) -> tuple[Decision, CascadeMemory]:
         memory = self._look(observation, memory)
-        return self._settle(observation.state, memory, None)
-
-    def _settle(
-        self, state: FleetState, memory: CascadeMemory, plan: Any
-    ) -> tuple[Decision, CascadeMemory]:
-        decision = self._follow(state, memory, plan)
+        state = observation.state
+        decision = self._follow(state, memory)
         pace = self._pace.asked(memory.pace, decision, governed=self.governed)
         return decision, replace(memory, ceiling_mhz=decision.freq_max_mhz, pace=pace)
 
@@ -267,6 +265,8 @@ class CascadeController(Controller):
         )
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
         memory, changed = self._believe(memory, margins_too=due)
+        memory, moved = self._look_ahead(state, memory, due=due)
+        changed = changed or moved
         # Until a target period has been watched, and work has come, there is nothing to plan for.
         seen = memory.load.arrived_req > 0.0 or bool(state.running_req.any())
         if memory.load.span_s < self.target_period_s or not (due or changed) or not seen:
@@ -281,11 +281,14 @@ class CascadeController(Controller):
             load = replace(load, arrival_req_s=load.arrival_req_s + behind_req / _CATCH_UP_S)
         # Everybody is active at first: parking must pay.
         active = np.ones(len(state), bool) if memory.target is None else memory.target.active
+        usable, fixed = state.alive, memory.serving is not None
+        if memory.serving is not None:
+            active, usable = memory.serving, memory.serving
 
         def plan(part: Load) -> Target:
             before = memory.target
             return self._target.plan(
-                part, active=active, usable=state.alive, belief=belief,
+                part, active=active, usable=usable, belief=belief, fixed=fixed,
                 forgone_j=(0.0, 0.0) if before is None else before.forgone_j,
                 lasted_s=state.t_s - memory.planned_s,
                 doubt_frac=min(1.0, _DOUBT_SD * self._load.doubt_frac(memory.load)),
@@ -297,6 +300,13 @@ class CascadeController(Controller):
         if not target.feasible:
             overload_frac = self._target.overload_frac(load, target.route_frac, belief)
         return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload_frac)
+
+    def _look_ahead(
+        self, state: FleetState, memory: CascadeMemory, *, due: bool
+    ) -> tuple[CascadeMemory, bool]:
+        """Memory with who serves, where that is decided ahead, and whether it is another set."""
+        del state, due
+        return memory, False
 
     def _believe(self, memory: CascadeMemory, *, margins_too: bool) -> tuple[CascadeMemory, bool]:
         """Memory with a new belief, if there is news, and whether any instance is another now.
@@ -345,8 +355,8 @@ class CascadeController(Controller):
             return np.inf
         return float(budget(t_s)) if callable(budget) else float(budget)
 
-    def _follow(self, state: FleetState, memory: CascadeMemory, plan: Any) -> Decision:
-        """Decision that asks for the target, or the plan, and leaves the rest to governors."""
+    def _follow(self, state: FleetState, memory: CascadeMemory) -> Decision:
+        """Decision that asks for the target, and leaves the rest to governors."""
         fleet, target = self.fleet, memory.target
         load = self._load.load(memory.load)
         if target is None:
@@ -355,10 +365,11 @@ class CascadeController(Controller):
             floor = self._min_mhz if self.governed else self._max_mhz
             price = np.zeros(len(fleet))
         else:
-            route_frac = target.route_frac if plan is None else plan.route_frac
-            active = target.active
+            route_frac = target.route_frac
+            # Those that wake are active, too, but have no share yet.
+            active = target.active if memory.ahead is None else memory.ahead.standby.on
             floor = self._floors(state, memory, load, target)
-            price = target.price_j_req if memory.price_j_req is None else memory.price_j_req
+            price = target.price_j_req
         floor = self._probed(state, memory.belief, floor)
         budget_w = self._budget_w(state.t_s)
         ceiling, status = self._max_mhz, Status.OK
@@ -433,10 +444,13 @@ class CascadeController(Controller):
 
 
 class MpcController(CascadeController):
-    """The whole cascade: target, model-predictive plan towards it, governors.
+    """The whole cascade: a look ahead where waking takes time, target, governors.
 
-    The plan shapes the shares through transients and prices requests. A plan that is not optimal
-    is not used: what is left is the target, and under a budget ceilings that need no solver.
+    Where some instance sleeps and needs longer than a target period to wake, a forecast and a
+    model-predictive plan decide how many are awake
+    (:class:`~voltana_ctrl.control.lookahead.Lookahead`); the target layer divides the load among
+    them. Elsewhere nothing has to be foreseen, no problem is solved, and this is
+    :class:`CascadeController`.
 
     Parameters
     ----------
@@ -444,8 +458,12 @@ class MpcController(CascadeController):
         As of :class:`CascadeController`.
     plan_period_s : float
         Time between two plans.
-    planner : Planner, optional
-        The model-predictive layer; one with default settings if left out.
+    beside : bool
+        Whether plans are made in a thread beside the ticks, as a running fleet wants it; a
+        simulation is the same every time without.
+    forecast : callable, optional
+        A host's own forecast: ``forecast(t_s, lead_s)`` gives the expected arrivals per second at
+        these leads after that time. See :func:`voltana_ctrl.estimate.read_forecast` for a file.
 
     Raises
     ------
@@ -457,6 +475,8 @@ class MpcController(CascadeController):
     >>> from voltana_ctrl import FleetSpec, FleetState, Observation, Slo, load_profile
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> controller = MpcController(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> controller.looks_ahead  # its instances wake at once
+    False
     >>> observation = Observation(state=FleetState.idle(4))
     >>> controller.decide(observation, controller.init())[0].route_frac
     array([0.5, 0.5, 0.5, 0.5])
@@ -467,44 +487,52 @@ class MpcController(CascadeController):
         fleet: FleetSpec,
         slo: Slo,
         *,
-        plan_period_s: float = 0.5,
-        planner: Any = None,
+        plan_period_s: float = 10.0,
+        beside: bool = False,
+        forecast: OwnForecast | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(fleet, slo, **settings)
         positive("MpcController.plan_period_s", plan_period_s)
-        self.plan_period_s = plan_period_s
-        self._planner = planner
-        if planner is None and not fleet.colocated:
-            # Loads CVXPY, which nothing else does.
-            from voltana_ctrl.control.plan import Planner
+        self._ahead: Lookahead | None = None
+        if takes_time(fleet, self.target_period_s):
+            self._ahead = Lookahead(
+                fleet, slo, self._target, period_s=plan_period_s, beside=beside, own=forecast
+            )
 
-            self._planner = Planner(fleet, slo, delay_s=self.delay_s, margin_frac=self.margin_frac)
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether there is something to foresee: an instance that takes time to wake."""
+        return self._ahead is not None
 
-    def _decide(
-        self, observation: Observation, memory: CascadeMemory
-    ) -> tuple[Decision, CascadeMemory]:
-        memory = self._look(observation, memory)
-        state = observation.state
-        if memory.target is None or self._planner is None:
-            return self._settle(state, memory, None)
-        # A new target is planned for at once; the ceilings follow the budget at every tick.
-        due = state.t_s - memory.plan_s >= self.plan_period_s - 1e-9
-        if due or memory.planned_s > memory.plan_s:
-            memory = self._plan(state, memory)
-        return self._settle(state, memory, memory.plan)
+    def init(self) -> CascadeMemory:
+        """Nothing seen, nothing planned; everybody on."""
+        memory = super().init()
+        return memory if self._ahead is None else replace(memory, ahead=self._ahead.init())
 
-    def _plan(self, state: FleetState, memory: CascadeMemory) -> CascadeMemory:
-        target = memory.target
-        if target is None:
-            return memory
-        plan = self._planner.plan(
-            state, self._load.load(memory.load), target, budget_w=self._budget_w(state.t_s)
-        )
-        if plan.status is not Status.OK:
-            return replace(memory, plan=None, plan_s=state.t_s)
-        # The target prices a lasting request, the costate one more now.
-        price = target.price_j_req + plan.price_j_req
-        if memory.price_j_req is not None:
-            price = memory.price_j_req + 0.2 * (price - memory.price_j_req)
-        return replace(memory, plan=plan, plan_s=state.t_s, price_j_req=price)
+    def notes(self, memory: CascadeMemory) -> dict[str, float]:
+        """What observers of the loop may want to see; forecast, reserve and prices, too.
+
+        Parameters
+        ----------
+        memory : CascadeMemory
+            Of the last tick.
+        """
+        noted = super().notes(memory)
+        if self._ahead is not None and memory.ahead is not None:
+            noted |= self._ahead.notes(memory.ahead)
+        return noted
+
+    def _look_ahead(
+        self, state: FleetState, memory: CascadeMemory, *, due: bool
+    ) -> tuple[CascadeMemory, bool]:
+        if self._ahead is None or memory.ahead is None:
+            return memory, False
+        ahead = self._ahead.count(memory.ahead, state)
+        lost = memory.serving is not None and bool(np.any(memory.serving & ~state.alive))
+        if (due or lost) and memory.load.span_s >= self.target_period_s:
+            load = self._load.load(memory.load)
+            ahead = self._ahead.look(ahead, state, load, memory.belief, self._budget_w)
+        serving = self._ahead.serving(ahead, state)
+        moved = memory.serving is None or not np.array_equal(serving, memory.serving)
+        return replace(memory, ahead=ahead, serving=serving), moved

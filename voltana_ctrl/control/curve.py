@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, I64
+from voltana_ctrl.checks import F64, I64, Bool
 from voltana_ctrl.laws import paced
 from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo
 from voltana_ctrl.types.ladder import row_down
 
-__all__ = ["Curve", "LeastPower"]
+__all__ = ["Curve", "LeastPower", "Target"]
 
 #: Prompt lengths, in standard deviations, at which the tail of the prefill wait is averaged.
 _NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
@@ -50,6 +50,43 @@ class Curve:
     power_w: F64
     floor_row: I64
     miss_frac: F64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Target:
+    """Where the fleet should settle.
+
+    Parameters
+    ----------
+    active : ndarray of bool, shape (n,)
+        Who takes new work.
+    route_frac : ndarray, shape (n,)
+        Share of the arrivals of its phase.
+    floor_mhz : ndarray, shape (n,)
+        Lowest clock; the clock itself where no governor runs.
+    power_w : ndarray, shape (n,)
+        Predicted mean power.
+    price_j_req : ndarray, shape (n,)
+        Marginal energy of one more request there.
+    feasible : bool
+        Whether the promises can be kept; if not, everybody is active and fast.
+    forgone_j : ndarray, shape (n_phases,)
+        Energy that the active set of each phase has cost more than the best one would have, since
+        the two began to differ; see :meth:`TargetOptimiser.plan`.
+
+    Examples
+    --------
+    >>> Target.__slots__[0]
+    'active'
+    """
+
+    active: Bool
+    route_frac: F64
+    floor_mhz: F64
+    power_w: F64
+    price_j_req: F64
+    feasible: bool
+    forgone_j: F64
 
 
 class LeastPower:
@@ -205,6 +242,21 @@ class LeastPower:
         least = int(np.argmax(served_frac >= self._attainment * served_frac.max()))
         free = np.flatnonzero(power_w <= (1.0 + _FREE_FRAC) * power_w[least])[-1]
         return float(_EXTRA_FRAC[max(free, least)])
+
+    def speed_req_s(self, lengths: Lengths) -> float:
+        """Requests per second that the instance serves at its highest clock, about.
+
+        Parameters
+        ----------
+        lengths : Lengths
+            Of the requests.
+        """
+        row = self.rows[-1]
+        if self.instance.role is Role.PREFILL:
+            return float(1.0 / (row["prefill_tok_s"] * lengths.prompt_tok + row["prefill_req_s"]))
+        per_req_s = max(row["decode_req_s"], row["decode_roof_s"])
+        growth_s = per_req_s + row["decode_kv_s"] * lengths.context_tok
+        return float(1.0 / (growth_s * max(1.0, lengths.output_tok - 1.0)))
 
     def station(self, lengths: Lengths, *, aim_s: float | None = None) -> tuple[Any, ...]:
         """The decode station at these lengths, as its kernels take it.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64
 from voltana_ctrl.types import DEPTHS, FleetSpec
+
+#: Least share of the load of an instance that stays active.
+_LEAST_FRAC = 1e-3
 
 
 class Node:
@@ -72,3 +76,12 @@ def equal_groups(fleet: FleetSpec, members: I64) -> list[I64]:
         )
         groups.setdefault(key, []).append(int(i))
     return [np.array(group, dtype=np.int64) for group in groups.values()]
+
+
+def everybody_on(loads_req_s: F64, groups: Sequence[I64], arrival_req_s: float) -> F64:
+    """Loads of which everybody in these groups has a part, be it small."""
+    on = np.concatenate(list(groups))
+    some = loads_req_s.copy()
+    some[on] = np.maximum(some[on], _LEAST_FRAC * max(arrival_req_s, 1e-9))
+    some *= arrival_req_s / max(some.sum(), 1e-300)
+    return some

@@ -1,62 +1,135 @@
-"""The model-predictive layer: a receding-horizon quadratic programme, stated once in CVXPY.
+"""The plan: how many instances to keep awake, where waking takes time. Stated once in CVXPY.
 
-Per slot (an instance, or the mean of a group of like instances) the states of
-:mod:`voltana_ctrl.control.model`, re-linearised at every plan; clocks with dead time; routing; ITL,
-KV and TTFT as soft constraints with exact penalties; the fleet's power budget as a hard one.
-Everything that changes is a parameter entering affinely (disciplined parametrised
-programming), so a plan updates the compiled data in place and hands it to PIQP; where PIQP is
-not installed CVXPY solves the same problem with Clarabel.
+For groups of equal instances, on a grid of times that grows coarser. The least power ``p(x)`` of
+one awake instance at a load ``x`` is convex, but for being on or off; of ``a`` of them that share a
+load ``lambda`` it is the perspective ``a p(lambda / a)``, and with facets
+``p(x) = max_l (alpha_l x + beta_l)``
+
+    ``P >= alpha_l lambda + beta_l a``   for every facet ``l``
+
+is linear in load and count: clock, routing and active set are chosen together. Around it: starts
+that mature after the wake time, stops that drain, the fast states (prefill backlog, decode load),
+a power budget, and capacity for a reserve beyond what is expected. See the theory page.
+
+Only counts of the near steps are whole numbers. HiGHS solves both: the relaxation, whose
+multipliers are the prices and whose value bounds the optimum from below, and the mixed-integer
+programme. Where that does not end within its limit, the relaxation rounded up is the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
+from enum import Enum
 from typing import Any
 
 import cvxpy as cp
 import numpy as np
-from scipy import sparse
 
-from voltana_ctrl.checks import F64, I64, count, positive
-from voltana_ctrl.control.model import decode_steps, zero_order_hold
-from voltana_ctrl.control.slots import Slots
-from voltana_ctrl.control.target import Target
+from voltana_ctrl.checks import F64, count, positive
+from voltana_ctrl.control.supply import FACETS, Supply
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.laws import decode_tangent
-from voltana_ctrl.types import FleetSpec, FleetState, Load, Slo, Status
 
-__all__ = ["Plan", "Planner"]
+__all__ = ["Plan", "PlanStatus", "Planner", "Situation"]
 
-#: Parameters per decode slot.
-_DECODE = (
-    "a_nn", "a_nm", "a_mn", "a_mm", "b_n", "b_m", "e_n", "e_m", "c_n", "c_m", "step_n", "step_m",
-    "step_f", "step_rest_s", "power_n", "power_f", "power_rest_w", "size", "n0", "m0", "f0",
-    "lam_goal", "n_goal", "f_goal", "lam_max", "kv_ktok",
-)  # fmt: skip
-_PREFILL = ("size", "q0", "cap0", "rate_goal", "rate_max")
+#: Lengths of the steps [s]; two minutes in all.
+STEPS_S = (1.0, 1.0, 2.0, 2.0, 4.0, 5.0, 5.0, 10.0, 10.0, 20.0, 30.0, 30.0)
+#: What a request costs that is made late, and what capacity costs that is missing [J/req]: some
+#: hundred times what serving a request takes, so that no energy is worth it.
+_LATE_J_REQ = 2000.0
+#: Relative gap at which a plan is as good as optimal.
+_GAP_FRAC = 1e-3
+#: Power above any budget.
+_NO_LIMIT_W = 1e9
+
+
+class PlanStatus(Enum):
+    """Whether a plan may be applied; the value is what it means.
+
+    Examples
+    --------
+    >>> PlanStatus.ROUNDED.usable, PlanStatus.INFEASIBLE.usable
+    (True, False)
+    """
+
+    OK = "optimal to a tenth of a percent"
+    ROUNDED = "feasible, but not proved optimal: the relaxation, rounded up"
+    INFEASIBLE = "no plan keeps the power budget"
+    FAILED = "the solver found no plan"
+
+    @property
+    def usable(self) -> bool:
+        """Whether the plan may be applied."""
+        return self in (PlanStatus.OK, PlanStatus.ROUNDED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Situation:
+    """What a plan starts from. Groups in the order of `supplies`, steps in that of the planner.
+
+    Parameters
+    ----------
+    supplies : sequence of Supply, length n_groups
+        What the groups can do.
+    installed, awake, draining : ndarray, shape (n_groups,)
+        Instances that are alive; those that serve; those that are parked but not empty yet.
+    waking_s : sequence of ndarray
+        Per group, when those that wake will serve, in seconds from now.
+    backlog_req : float
+        Requests that wait for prefill beyond what its promise allows.
+    decode_req_s : float
+        Load of decode now: the arrivals that would keep its batches as they are.
+    arrival_req_s : ndarray, shape (n_steps,)
+        Expected arrivals.
+    reserve_req_s : ndarray, shape (n_phases, n_steps)
+        Load that the capacity of each phase must be able to carry.
+    residence_s : float
+        Time that a request spends in decode.
+    budget_w : ndarray, shape (n_steps,)
+        Power that the fleet may draw; infinite without a budget.
+    price_frac : ndarray, shape (n_steps,), optional
+        Weight of energy, such as what it costs; 1 by default.
+
+    Examples
+    --------
+    >>> Situation.__slots__[0]
+    'supplies'
+    """
+
+    supplies: Sequence[Supply]
+    installed: np.ndarray
+    awake: np.ndarray
+    draining: np.ndarray
+    waking_s: Sequence[F64]
+    backlog_req: float
+    decode_req_s: float
+    arrival_req_s: F64
+    reserve_req_s: F64
+    residence_s: float
+    budget_w: F64
+    price_frac: F64 | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """First step of a plan.
+    """How many to keep awake.
 
     Parameters
     ----------
-    status : Status
-        Only OK may be applied.
-    freq_mhz : ndarray, shape (n,)
-        Planned clocks.
-    route_frac : ndarray, shape (n,)
-        Shares of the arrivals over the horizon, per phase.
-    price_j_req : ndarray, shape (n,)
-        First-step costate: energy and penalty that one more request would cost there.
+    status : PlanStatus
+        Whether it may be applied.
+    on : ndarray, shape (n_groups, n_steps)
+        Instances that serve or are on their way to, at each step.
+    power_w : ndarray, shape (n_steps,)
+        What the fleet is expected to draw.
     objective_j : float
-        Cost over the horizon.
-    iterations : int
-        Of the solver.
+        Cost over the horizon, energy and penalties.
+    bound_j : float
+        What no plan can go below: that of the relaxation.
+    request_j : ndarray, shape (n_steps,)
+        Price of one more request that arrives in that step.
+    watt_frac : ndarray, shape (n_steps,)
+        What one watt more of budget would save, in watts.
 
     Examples
     --------
@@ -64,457 +137,297 @@ class Plan:
     'status'
     """
 
-    status: Status
-    freq_mhz: F64
-    route_frac: F64
-    price_j_req: F64
+    status: PlanStatus
+    on: np.ndarray
+    power_w: F64
     objective_j: float
-    iterations: int
+    bound_j: float
+    request_j: F64
+    watt_frac: F64
+
+    def wanted(self, after_s: float) -> F64 | None:
+        """Instances per group that should serve or wake, so long after the plan was made.
+
+        Parameters
+        ----------
+        after_s : float
+            Seconds.
+
+        Returns
+        -------
+        ndarray or None
+            None beyond the horizon, and of a plan that may not be applied.
+        """
+        step = int(np.searchsorted(np.cumsum(STEPS_S), after_s, side="right"))
+        if not self.status.usable or step >= len(STEPS_S):
+            return None
+        whole: F64 = np.ceil(self.on[:, step] - 1e-6)
+        return whole
 
 
 class Planner:
-    """The compiled programme of one fleet.
+    """The programme of one fleet, compiled once; every plan changes its parameters only.
 
     Parameters
     ----------
-    fleet : FleetSpec
-        The fleet, as believed; prefill and decode apart.
-    slo : Slo
-        Promises.
-    horizon : int
-        Steps.
-    dt_s : float
-        Length of a step.
-    delay_s : float
-        From asking for a clock until it runs; calls of one node follow one another, which the
-        caller adds.
-    margin_frac : tuple of float
-        TTFT and ITL margin.
-    slew_mhz_s : float
-        Fastest planned fall of a clock.
-    max_iterations : int
-        The solver's budget, in iterations so that simulations are deterministic.
-    solver : {"piqp", "clarabel"}, optional
-        PIQP where it is installed.
+    phases : sequence of int
+        Phase of each group: 0 where requests start, 1 where they are decoded.
+    wake_s, wake_j, idle_w, parked_w : ndarray, shape (n_groups,)
+        Of the instances of each group.
+    whole_steps : int
+        Steps, from the first, whose counts are whole numbers.
+    max_nodes : int
+        Branch-and-bound nodes after which the relaxation is rounded up: a limit that is the same
+        on every machine.
+    limit_s : float, optional
+        The same in seconds, for a fleet that runs.
 
     Raises
     ------
     ConfigError
-        If a setting is out of range or the fleet is colocated.
+        If a setting is out of range.
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
-    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    >>> Planner(fleet, Slo(ttft_s=0.6, itl_s=0.06), horizon=2).problem.is_dpp()
+    >>> planner = Planner([0, 1], wake_s=[10.0, 10.0], wake_j=[0.0, 0.0], idle_w=[60.0, 60.0],
+    ...                   parked_w=[20.0, 20.0])
+    >>> planner.relaxed.is_dpp()
     True
     """
 
     def __init__(
         self,
-        fleet: FleetSpec,
-        slo: Slo,
+        phases: Sequence[int],
         *,
-        horizon: int = 10,
-        dt_s: float = 0.2,
-        delay_s: float = 0.025,
-        margin_frac: tuple[float, float] = (0.02, 0.035),
-        slew_mhz_s: float = 2000.0,
-        max_iterations: int = 100,
-        solver: str | None = None,
+        wake_s: Sequence[float] | F64,
+        wake_j: Sequence[float] | F64,
+        idle_w: Sequence[float] | F64,
+        parked_w: Sequence[float] | F64,
+        whole_steps: int = 6,
+        max_nodes: int = 200,
+        limit_s: float | None = None,
     ) -> None:
-        count("Planner.horizon", horizon)
-        count("Planner.max_iterations", max_iterations)
-        positive("Planner.dt_s", dt_s)
-        positive("Planner.slew_mhz_s", slew_mhz_s)
-        if fleet.colocated:
-            raise ConfigError("Planner: expected prefill and decode apart, got colocated instances")
-        if solver not in (None, "piqp", "clarabel"):
-            raise ConfigError(f"Planner.solver: expected 'piqp' or 'clarabel', got {solver!r}")
-        self.fleet = fleet
-        self.slo = slo
-        self.horizon = horizon
-        self.dt_s = dt_s
-        self.delay_s = delay_s
-        self.slew_ghz = slew_mhz_s * dt_s / 1000.0
-        self.ttft_s = slo.ttft_s / (1.0 + margin_frac[0]) - delay_s
-        self.itl_s = slo.itl_s / (1.0 + margin_frac[1])
-        self.max_iterations = max_iterations
-        self.solver = solver or ("piqp" if find_spec("piqp") else "clarabel")
-        self._slots = [Slots(fleet, fleet.prefill), Slots(fleet, fleet.decode)]
-        self._min_mhz, self._max_mhz = fleet.min_mhz, fleet.max_mhz
-        self._kv_capacity_tok = fleet.kv_capacity_tok
-        self._state_problem()
-        self._compiled: Any = None
-        #: Value of every parameter, by its id.
-        self.values: dict[int, F64] = {}
+        count("Planner.max_nodes", max_nodes)
+        count("Planner.whole_steps", whole_steps)
+        self._whole_steps = min(whole_steps, len(STEPS_S) - 1)
+        if limit_s is not None:
+            positive("Planner.limit_s", limit_s)
+        self._phase = np.asarray(phases, dtype=np.int64)
+        self._wake_s, self._wake_j, self._idle_w, self._parked_w = (
+            np.asarray(each, dtype=np.float64) for each in (wake_s, wake_j, idle_w, parked_w)
+        )
+        self._limits: dict[str, Any] = {"node_limit": max_nodes}
+        if limit_s is not None:
+            self._limits["time_limit"] = limit_s
+        self._dt_s = np.array(STEPS_S)
+        self._begin_s = np.concatenate([[0.0], np.cumsum(self._dt_s)[:-1]])
+        self._parameters()
+        #: The relaxation, and the programme with whole counts in the near steps.
+        self.relaxed, self._relaxed_parts = self._stated(whole=False)
+        self.mixed, self._mixed_parts = self._stated(whole=True)
+        if not self.relaxed.is_dpp():
+            raise ConfigError("Planner: the problem is no longer DPP; every plan would recompile")
 
-    # The problem, stated once
+    def _parameters(self) -> None:
+        groups, steps, phases = len(self._phase), len(self._dt_s), int(self._phase.max()) + 1
+        shapes: dict[str, tuple[int, ...]] = {
+            "alpha": (groups, FACETS), "beta": (groups, FACETS), "most_req_s": (groups,),
+            "installed": (groups,), "ready": (groups, steps), "waking": (groups, steps),
+            "draining": (groups,), "kept": (groups, steps), "drain_w": (groups,),
+            "arrival": (steps,), "reserve": (phases, steps), "backlog": (1,), "decode": (1,),
+            "follow": (steps,), "stay": (steps,), "budget": (steps,), "cost": (steps,),
+        }  # fmt: skip
+        self._p = {name: cp.Parameter(shape, name=name) for name, shape in shapes.items()}
 
-    def _state_problem(self) -> None:
-        prefill, decode = self._slots
-        steps, dt = self.horizon, self.dt_s
-        n_p, n_d = len(prefill), len(decode)
-        d = {name: cp.Parameter(n_d, name=name) for name in _DECODE}
-        p = {name: cp.Parameter(n_p, name=f"prefill_{name}") for name in _PREFILL}
-        arrivals = cp.Parameter(2, name="arrivals")  # ktok/s of prompts, req/s
-        budget_w = cp.Parameter(name="budget_w")
-        # Bounds of variables cost the solver less than rows of a matrix.
-        lowest, highest = (np.tile(clocks, (steps, 1)) for clocks in decode.clock_ghz)
-        slowest, fastest = (np.tile(r, (steps, 1)) for r in (prefill.rate_min, prefill.rate_max))
-        n, m = cp.Variable((steps + 1, n_d)), cp.Variable((steps + 1, n_d))
-        f = cp.Variable((steps, n_d), bounds=[lowest, highest])
-        lam = cp.Variable((steps, n_d), nonneg=True)
-        q = cp.Variable((steps + 1, n_p), nonneg=True)
-        cap = cp.Variable((steps, n_p), bounds=[slowest, fastest])
-        mu = cp.Variable((steps, n_p), nonneg=True)
-        rate = cp.Variable((steps, n_p), nonneg=True)
-        power = cp.Variable((steps, n_p))
-        # Variables, so that a parameter never multiplies a parameter.
-        f_before, cap_before = cp.Variable(n_d), cp.Variable(n_p)
-        late = cp.Variable((steps, n_d), nonneg=True)
-        full = cp.Variable((steps, n_d), nonneg=True)
-        slow = cp.Variable((steps, n_p), nonneg=True)
-        # A clock asked for runs after a dead time: `whole` steps and a part of the next.
-        whole = int(self.delay_s / dt)
-        part = 1.0 - (self.delay_s / dt - whole)
+    def _matured(self, group: int) -> F64:
+        """Who was started in step j serves in step k, shape (n_steps, n_steps)."""
+        ready_s = self._begin_s + self._wake_s[group]
+        # In coarse steps the middle decides; of near ones, which are applied, nothing is rounded.
+        middle_s = self._begin_s + 0.5 * self._dt_s
+        serves = middle_s[None, :] >= ready_s[:, None]
+        near = self._begin_s[None, :] >= ready_s[:, None] - 1e-9
+        serves[: self._whole_steps] = near[: self._whole_steps]
+        matured: F64 = serves.astype(np.float64)
+        return matured
 
-        def runs(asked: cp.Variable, before: cp.Variable, k: int) -> Any:
-            now = asked[k - whole] if k >= whole else before
-            then = asked[k - whole - 1] if k > whole else before
-            return part * now + (1.0 - part) * then
+    def _stated(self, *, whole: bool) -> tuple[cp.Problem, dict[str, Any]]:
+        """The problem, with whole counts in the near steps or without."""
+        p, dt = self._p, self._dt_s
+        groups, steps = len(self._phase), len(dt)
+        phases = int(self._phase.max()) + 1
 
-        rules: list[Any] = []
+        def counts(name: str) -> Any:
+            # One integer array for the near steps, one continuous for the rest.
+            near = cp.Variable((groups, self._whole_steps), integer=whole, name=f"{name}_near")
+            far = cp.Variable((groups, steps - self._whole_steps), name=f"{name}_far")
+            return cp.hstack([near, far])
+
+        start, stop, back = counts("start"), counts("stop"), cp.Variable(groups, name="back")
+        load = cp.Variable((groups, steps), nonneg=True, name="load")
+        power = cp.Variable((groups, steps), name="power")
+        drain = cp.Variable((groups, steps), nonneg=True, name="drain")
+        queue = cp.Variable(steps + 1, nonneg=True, name="queue")
+        flow = cp.Variable(steps + 1, nonneg=True, name="flow")
+        over = cp.Variable((phases, steps), nonneg=True, name="over")
+        short = cp.Variable((phases, steps), nonneg=True, name="short")
+        # A variable, so that a parameter never multiplies a parameter.
+        awake = cp.Variable((groups, steps), nonneg=True, name="awake")
+        rules: list[Any] = [start >= 0, stop >= 0, back >= 0, back <= p["draining"]]
+        waking = []
+        upto = np.triu(np.ones((steps, steps)))  # x @ upto sums over the steps so far
+        for g in range(groups):
+            matured = start[g] @ self._matured(g)
+            waking.append(p["waking"][g] + start[g] @ upto - matured)
+            rules += [
+                awake[g] == p["ready"][g] + back[g] + matured - stop[g] @ upto,
+                drain[g, 0] == p["draining"][g] - back[g] + stop[g, 0],
+                drain[g, 1:] == cp.multiply(p["kept"][g, :-1], drain[g, :-1]) + stop[g, 1:],
+                # An instance that drains is up for a while beside those that serve and wake.
+                awake[g] + waking[g] <= p["installed"][g],
+                load[g] <= p["most_req_s"][g] * awake[g],
+            ]
+            rules += [
+                power[g] >= p["alpha"][g, f] * load[g] + p["beta"][g, f] * awake[g]
+                for f in range(FACETS)
+            ]
+        draws: Any = 0.0
+        surge: Any = 0.0
         cost: Any = 0.0
-        for k in range(steps):
-            clock = runs(f, f_before, k)
+        for g in range(groups):
+            rest_w, wake_w = self._parked_w[g], self._idle_w[g] - self._parked_w[g]
+            draws = (
+                draws
+                + power[g] - rest_w * awake[g]
+                + wake_w * waking[g]
+                + p["drain_w"][g] * drain[g]
+                + rest_w * p["installed"][g]
+            )  # fmt: skip
+            surge = surge + self._wake_j[g] / max(self._wake_s[g], 1.0) * waking[g]
+            # In coarse steps a start is done within its own: its time is charged at once.
+            within_j = wake_w * self._wake_s[g] * np.diag(self._matured(g))
+            cost = cost + (self._wake_j[g] + within_j) @ start[g]
+        drawn = cp.Variable(steps, name="drawn")
+        rules.append(drawn == draws)
+        limit = drawn + surge <= p["budget"]
+        rules.append(limit)
+        # Prefill works off a queue; what it has done is what decode takes in.
+        done = cp.sum(load[np.flatnonzero(self._phase == 0)], axis=0)
+        balance = queue[1:] == queue[:-1] + cp.multiply(dt, p["arrival"] - done)
+        rules += [balance, queue[0] == p["backlog"][0]]
+        if phases > 1:
             rules += [
-                n[k + 1]
-                == cp.multiply(d["a_nn"], n[k])
-                + cp.multiply(d["a_nm"], m[k])
-                + cp.multiply(d["b_n"], clock)
-                + cp.multiply(d["e_n"], lam[k])
-                + d["c_n"],
-                m[k + 1]
-                == cp.multiply(d["a_mn"], n[k])
-                + cp.multiply(d["a_mm"], m[k])
-                + cp.multiply(d["b_m"], clock)
-                + cp.multiply(d["e_m"], lam[k])
-                + d["c_m"],
-                q[k + 1] == q[k] + dt * (rate[k] - mu[k]),
-                p["size"] @ rate[k] == arrivals[0],
-                d["size"] @ lam[k] == arrivals[1],
+                flow[0] == p["decode"][0],
+                flow[1:] == cp.multiply(p["stay"], flow[:-1]) + cp.multiply(p["follow"], done),
+                cp.sum(load[np.flatnonzero(self._phase == 1)], axis=0) + over[1] == flow[1:],
             ]
-        rules += [n[0] == d["n0"], m[0] == d["m0"], q[0] == p["q0"]]
-        rules += [f_before == d["f0"], cap_before == p["cap0"]]
-        for k in range(steps):
-            clock = runs(f, f_before, k)
-            able = runs(cap, cap_before, k)
-            rules += [
-                cp.multiply(d["step_n"], n[k + 1])
-                + cp.multiply(d["step_m"], m[k + 1])
-                + cp.multiply(d["step_f"], clock)
-                <= d["step_rest_s"] + late[k],
-                m[k + 1] <= d["kv_ktok"] + full[k],
-                lam[k] <= d["lam_max"],
-                rate[k] <= p["rate_max"],
-                mu[k] <= able,
-                q[k + 1] <= able * self.ttft_s + slow[k],
-                f[k] >= (f[k - 1] if k else f_before) - self.slew_ghz,
-            ]
-            rules += [
-                power[k] >= cp.multiply(slope, mu[k]) + start for slope, start in prefill.facets
-            ]
-            drawn = (
-                d["power_n"] @ n[k]
-                + d["power_f"] @ clock
-                + cp.sum(d["power_rest_w"])
-                + p["size"] @ power[k]
-            )
-            rules.append(drawn <= budget_w)
-            cost = cost + dt * (
-                drawn
-                # Penalties beyond any multiplier that energy alone can cause: 1e5 W per second
-                # of ITL is 100 W per millisecond.
-                + 1e5 * cp.sum(late[k])
-                + 100.0 * cp.sum(full[k])
-                + 1e3 * cp.sum(slow[k])
-                + 0.5 * cp.sum(cap[k])
-                - 0.04 * d["lam_goal"] @ lam[k]
-                - 0.04 * p["rate_goal"] @ rate[k]
-                - 10.0 * d["f_goal"] @ f[k]
-            )
-        # Stay near the target but for a reason: squared distances, less a constant. Of whole
-        # variables, which need no auxiliary ones.
-        cost = cost + dt * (
-            0.02 * cp.sum_squares(lam)
-            + 0.02 * cp.sum_squares(rate)
-            + 5.0 * cp.sum_squares(f)
-            # One of the many ways to empty a queue at equal cost.
-            + 0.05 * cp.sum_squares(mu)
-            + 0.05 * cp.sum_squares(cap)
-        )
-        # What happens after the horizon: come out at the target.
-        cost = cost + 0.01 * (cp.sum_squares(n[steps]) - 2.0 * d["n_goal"] @ n[steps])
-        cost = cost + 10.0 * cp.sum_squares(q[steps])
-        self.problem = cp.Problem(cp.Minimize(cost), rules)
-        if not self.problem.is_dpp():
-            raise ConfigError("Planner: the problem is no longer DPP; every tick would recompile")
-        self._d, self._p, self._arrivals, self._budget_w = d, p, arrivals, budget_w
-        self._f, self._lam, self._cap, self._mu, self._rate = f, lam, cap, mu, rate
-        self._first = rules[:2]
+        for phase in range(phases):
+            able = sum(p["most_req_s"][g] * awake[g] for g in np.flatnonzero(self._phase == phase))
+            rules.append(able + short[phase] >= p["reserve"][phase])
+        late = cp.sum(queue[1:] @ dt) / 2.0 + cp.sum(over @ dt) + cp.sum(short @ dt)
+        cost = cost + p["cost"] @ drawn + _LATE_J_REQ * late
+        problem = cp.Problem(cp.Minimize(cost), rules)
+        on = cp.vstack([awake[g] + waking[g] for g in range(groups)])
+        return problem, {"on": on, "drawn": drawn, "balance": balance, "limit": limit}
 
-    # A tick
+    # A plan
 
-    def plan(
-        self,
-        state: FleetState,
-        load: Load,
-        target: Target,
-        *,
-        budget_w: float = np.inf,
-    ) -> Plan:
-        """Plan from this state towards this target.
+    def plan(self, situation: Situation) -> Plan:
+        """Plan from this situation.
 
         Parameters
         ----------
-        state : FleetState
-            Where the fleet is.
-        load : Load
-            What is expected to arrive over the horizon.
-        target : Target
-            Where it should settle.
-        budget_w : float
-            Power that the fleet may draw.
+        situation : Situation
+            Where the fleet is and what is expected.
         """
-        self.set_parameters(state, load, target, budget_w=budget_w)
-        solve = self._solve_piqp if self.solver == "piqp" else self._solve_cvxpy
-        status, objective_j, iterations, prices = solve()
-        if status is not Status.OK:
-            n = len(self.fleet)
+        self._assign(situation)
+        parts = self._relaxed_parts
+        status = _solved(self.relaxed)
+        if status is not PlanStatus.OK:
+            return self._none(status)
+        dt = self._dt_s
+        bound_j = float(self.relaxed.value)
+        request_j = -np.asarray(parts["balance"].dual_value)
+        watt = np.abs(np.asarray(parts["limit"].dual_value)) / dt
+        found = _solved(self.mixed, self._limits)
+        if found is PlanStatus.OK:
+            mixed = self._mixed_parts
             return Plan(
-                status=status,
-                freq_mhz=np.zeros(n),
-                route_frac=np.zeros(n),
-                price_j_req=np.zeros(n),
-                objective_j=np.inf,
-                iterations=iterations,
-            )
-        prefill, decode = self._slots
-        freq = decode.spread(1000.0 * self._f.value[0])
-        freq += prefill.spread(prefill.clock_of(self._cap.value[0]))
-        n_price, m_price = prices
-        size = np.maximum(decode.size, 1.0)
-        price = -(n_price + m_price * (load.lengths.prompt_tok + 1.0) / 1000.0) / size
+                status=found, on=np.asarray(mixed["on"].value),
+                power_w=np.asarray(mixed["drawn"].value), objective_j=float(self.mixed.value),
+                bound_j=bound_j, request_j=request_j, watt_frac=watt,
+            )  # fmt: skip
+        return self._rounded(situation, bound_j, request_j, watt)
+
+    def _rounded(self, situation: Situation, bound_j: float, request_j: F64, watt: F64) -> Plan:
+        """The relaxation with every count rounded up, if that keeps the budget."""
+        parts = self._relaxed_parts
+        exact = np.asarray(parts["on"].value)
+        on = np.minimum(np.ceil(exact - 1e-6), situation.installed[:, None])
+        # One awake instance more draws at most its power at no load.
+        more_w = (on - exact) * (self._p["beta"].value.max(axis=1) - self._parked_w)[:, None]
+        power_w = np.asarray(parts["drawn"].value) + np.maximum(more_w, 0.0).sum(axis=0)
+        fits = bool(np.all(power_w <= self._p["budget"].value + 1e-6))
+        if not fits:
+            return self._none(PlanStatus.FAILED)
+        cost = self._p["cost"].value
         return Plan(
-            status=status,
-            freq_mhz=np.clip(freq, self._min_mhz, self._max_mhz),
-            route_frac=decode.shares(self._lam.value) + prefill.shares(self._rate.value),
-            price_j_req=decode.spread(price),
-            objective_j=objective_j,
-            iterations=iterations,
-        )
+            status=PlanStatus.ROUNDED, on=on, power_w=power_w,
+            objective_j=bound_j + float(cost @ np.maximum(more_w, 0.0).sum(axis=0)),
+            bound_j=bound_j, request_j=request_j, watt_frac=watt,
+        )  # fmt: skip
 
-    def set_parameters(
-        self, state: FleetState, load: Load, target: Target, *, budget_w: float = np.inf
-    ) -> None:
-        """Put state, load and target into the problem without solving it.
+    def _none(self, status: PlanStatus) -> Plan:
+        groups, steps = len(self._phase), len(self._dt_s)
+        return Plan(
+            status=status, on=np.zeros((groups, steps)), power_w=np.zeros(steps),
+            objective_j=np.inf, bound_j=-np.inf, request_j=np.zeros(steps),
+            watt_frac=np.zeros(steps),
+        )  # fmt: skip
 
-        Parameters
-        ----------
-        state, load, target, budget_w
-            As of :meth:`plan`.
-        """
-        lengths, dt = load.lengths, self.dt_s
-        prefill, decode = self._slots
-        decode.assign(target.active, state.running_req)
-        prefill.assign(target.active, state.queue_tok)
-        size = decode.size
-        n = np.maximum(decode.mean(state.running_req + state.queue_req), 0.0)
-        m = np.maximum(decode.mean(state.kv_used_tok + state.queue_tok), 0.0)
-        clock = decode.mean(np.clip(state.freq_mhz, self._min_mhz, self._max_mhz))
-        share = decode.mean(target.route_frac)
-        # Linearised between where the fleet is and where it goes, on a batch that is not empty.
-        n_at = np.maximum(n, 1.0)
-        m_at = np.maximum(m, n_at * lengths.prompt_tok)
-        rows, slopes = decode_tangent(*decode.rows(clock), n_at)
-        a, b, e, c = decode_steps(rows, slopes, clock, n_at, m_at, lengths)
-        a, held = zero_order_hold(a, np.concatenate([b, e, c[:, :, None]], axis=2), dt)
-        lam_goal = load.arrival_req_s * share
-        step_s = rows["decode_base_s"] + rows["decode_req_s"] * n_at + rows["decode_kv_s"] * m_at
-        step_f = 1000.0 * (
-            slopes["decode_base_s"] + slopes["decode_req_s"] * n_at + slopes["decode_kv_s"] * m_at
+    def _assign(self, situation: Situation) -> None:
+        """Put a situation into the parameters."""
+        p, dt, s = self._p, self._dt_s, situation
+        supplies = list(s.supplies)
+        drain_s = np.array([each.drain_s for each in supplies])
+        follow = -np.expm1(-dt / max(s.residence_s, 1e-3))
+        # Of those that wake already, how many do so still when a step begins.
+        n_waking = np.array([len(at_s) for at_s in s.waking_s], dtype=np.float64)
+        waking = np.array(
+            [[np.sum(at_s > begin_s + 1e-9) for begin_s in self._begin_s] for at_s in s.waking_s],
+            dtype=np.float64,
         )
-        power_n, power_f, power_w = decode.power(rows, clock, n_at, lengths)
-        ghz = clock / 1000.0
-        active = decode.mean(target.active.astype(float)) > 0.5
-        idle = n < 0.5
-        on = np.where(idle & ~active, 0.0, size)
-        n_goal = np.where(active, lam_goal * (lengths.output_tok - 1.0) * self.itl_s, n)
+        # Nobody can hold more in reserve than there is.
+        able = np.array([each.most_req_s for each in supplies]) * s.installed
+        top = np.array([able[self._phase == phase].sum() for phase in range(len(s.reserve_req_s))])
         values = {
-            "a_nn": a[:, 0, 0], "a_nm": 1e3 * a[:, 0, 1], "a_mn": 1e-3 * a[:, 1, 0],
-            "a_mm": a[:, 1, 1], "b_n": 1e3 * held[:, 0, 0], "b_m": held[:, 1, 0],
-            "e_n": held[:, 0, 1], "e_m": 1e-3 * held[:, 1, 1],
-            "c_n": held[:, 0, 2], "c_m": 1e-3 * held[:, 1, 2],
-            "step_n": rows["decode_req_s"], "step_m": 1e3 * rows["decode_kv_s"],
-            "step_f": step_f,
-            "step_rest_s": np.where(
-                idle, 1.0,
-                self.itl_s - step_s + rows["decode_req_s"] * n_at
-                + rows["decode_kv_s"] * m_at + step_f * ghz,
-            ),
-            "power_n": on * power_n, "power_f": on * power_f,
-            "power_rest_w": np.where(
-                on > 0.0, on * (power_w - power_n * n_at - power_f * ghz), size * decode.idle_w
-            ),
-            "size": size, "n0": n, "m0": m / 1e3, "f0": ghz, "lam_goal": lam_goal,
-            "n_goal": n_goal, "f_goal": ghz,
-            "lam_max": np.where(active, 10.0 * max(load.arrival_req_s, 1.0), 0.0),
-            "kv_ktok": 0.95e-3 * decode.mean(self._kv_capacity_tok),
+            "alpha": np.array([each.alpha_j_req for each in supplies]),
+            "beta": np.array([each.beta_w for each in supplies]),
+            "most_req_s": np.array([each.most_req_s for each in supplies]),
+            "installed": s.installed,
+            "ready": s.awake[:, None] + n_waking[:, None] - waking,
+            "waking": waking,
+            "draining": np.minimum(s.draining, np.maximum(s.installed - s.awake, 0.0)),
+            "kept": np.exp(-dt[None, :] / np.maximum(drain_s, 1e-3)[:, None]),
+            "drain_w": np.array([each.drain_w for each in supplies]) - self._parked_w,
+            "arrival": s.arrival_req_s,
+            "reserve": np.minimum(s.reserve_req_s, top[:, None]),
+            "backlog": np.array([max(0.0, s.backlog_req)]),
+            "decode": np.array([max(0.0, s.decode_req_s)]),
+            "follow": follow, "stay": 1.0 - follow,
+            "budget": np.minimum(s.budget_w, _NO_LIMIT_W),
+            "cost": dt if s.price_frac is None else dt * s.price_frac,
         }  # fmt: skip
         for name, value in values.items():
-            self.values[self._d[name].id] = np.asarray(value, dtype=np.float64)
-        prompts = load.arrival_req_s * lengths.prompt_tok / 1e3
-        taking = prefill.mean(target.active.astype(float)) > 0.5
-        for name, value in {
-            "size": prefill.size,
-            "q0": prefill.mean(state.queue_tok) / 1e3,
-            "cap0": prefill.rate_at(prefill.mean(state.freq_mhz)),
-            "rate_goal": prompts * prefill.mean(target.route_frac),
-            "rate_max": np.where(taking, 10.0 * max(prompts, 1.0), 0.0),
-        }.items():
-            self.values[self._p[name].id] = np.asarray(value, dtype=np.float64)
-        self.values[self._arrivals.id] = np.array([prompts, load.arrival_req_s])
-        self.values[self._budget_w.id] = np.array(min(float(budget_w), 1e3 * len(self.fleet)))
-
-    def _solve_cvxpy(self) -> tuple[Status, float, int, tuple[F64, F64]]:
-        """The same problem through CVXPY and Clarabel."""
-        empty = (np.zeros(0), np.zeros(0))
-        for parameter in self.problem.parameters():
-            parameter.value = self.values[parameter.id]
-        try:
-            self.problem.solve(solver=cp.CLARABEL, enforce_dpp=True)
-        except cp.SolverError:
-            return Status.INACCURATE, np.inf, 0, empty
-        iterations = int(self.problem.solver_stats.num_iters or 0)
-        if self.problem.status in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE):
-            return Status.INFEASIBLE, np.inf, iterations, empty
-        if self.problem.status != cp.OPTIMAL:
-            return Status.INACCURATE, np.inf, iterations, empty
-        prices = tuple(np.asarray(rule.dual_value, dtype=np.float64) for rule in self._first)
-        return Status.OK, float(self.problem.value), iterations, (prices[0], prices[1])
-
-    def _solve_piqp(self) -> tuple[Status, float, int, tuple[F64, F64]]:
-        """The compiled data, updated in place, straight to PIQP."""
-        if self._compiled is None:
-            self._compiled = _Compiled(self.problem, self.values, self.max_iterations)
-        compiled = self._compiled
-        status, objective_j, iterations = compiled.solve(self.values)
-        if status is Status.OK:
-            for variable in (self._f, self._lam, self._cap, self._mu, self._rate):
-                variable.save_value(compiled.value(variable))
-        prices = (
-            compiled.first_multipliers(self._d["c_n"]),
-            compiled.first_multipliers(self._d["c_m"]),
-        )
-        return status, objective_j, iterations, prices
+            p[name].value = np.asarray(value, dtype=np.float64)
 
 
-class _Compiled:
-    """CVXPY's canonical form of the parametrised QP, re-evaluated and solved without CVXPY.
-
-    Every entry of the constraint matrices and vectors is a linear map of the parameters, which
-    CVXPY has worked out once. A tick multiplies that map by the new parameters, writes the
-    values into matrices whose pattern never changes, and lets PIQP start from there.
-    """
-
-    def __init__(self, problem: cp.Problem, values: Mapping[int, F64], max_iterations: int) -> None:
-        piqp = import_module("piqp")
-        for parameter in problem.parameters():
-            parameter.value = values[parameter.id]
-        data, _, _ = problem.get_problem_data(cp.PIQP, enforce_dpp=True)
-        program = data["param_prob"]
-        program.reduced_A.cache()
-        n, n_eq = program.x.size, program.cone_dims.zero
-        indices, starts, (n_rows, _) = program.reduced_A.problem_data_index
-        column = np.repeat(np.arange(n + 1), np.diff(starts))
-        indices = np.asarray(indices)
-        matrix = column < n
-        self._map = sparse.csr_matrix(program.reduced_A.reduced_mat)
-        self._cost_map = sparse.csr_matrix(program.q)
-        self._of_equal = np.flatnonzero(matrix & (indices < n_eq))
-        self._of_below = np.flatnonzero(matrix & (indices >= n_eq))
-        self._of_rest = np.flatnonzero(~matrix)
-        self._rest_row = indices[self._of_rest]
-        self._n_eq, self._n_rows, self._n = n_eq, n_rows, n
-        self._equal = _pattern(indices[self._of_equal], column[self._of_equal], (n_eq, n))
-        self._below = _pattern(
-            indices[self._of_below] - n_eq, column[self._of_below], (n_rows - n_eq, n)
-        )
-        self._columns = dict(program.param_id_to_col)
-        self._vector = np.ones(program.total_param_size + 1)
-        self._variables = dict(program.var_id_to_col)
-        self._solver = piqp.SparseSolver()
-        self._solver.settings.max_iter = max_iterations
-        self._solver.settings.eps_abs = 1e-6
-        self._solver.settings.eps_rel = 1e-7
-        self._status = {
-            piqp.PIQP_SOLVED: Status.OK,
-            piqp.PIQP_PRIMAL_INFEASIBLE: Status.INFEASIBLE,
-            piqp.PIQP_MAX_ITER_REACHED: Status.DEADLINE,
-        }
-        cost, b, h = self._evaluate(values)
-        self._offset = 0.0
-        self._solver.setup(
-            sparse.csc_matrix(data["P"]), cost, self._equal, b, self._below, None, h,
-            data["lower_bounds"], data["upper_bounds"],
-        )  # fmt: skip
-        self.multipliers: F64 = np.zeros(n_eq)
-        self._x: F64 = np.zeros(n)
-        self._first_rows: dict[int, I64] = {}
-
-    def _evaluate(self, values: Mapping[int, F64]) -> tuple[F64, F64, F64]:
-        for key, start in self._columns.items():
-            if key in values:
-                value = values[key]
-                self._vector[start : start + value.size] = value.ravel(order="F")
-        entries = self._map @ self._vector
-        self._equal.data[:] = entries[self._of_equal]
-        self._below.data[:] = -entries[self._of_below]
-        rest = np.zeros(self._n_rows)
-        rest[self._rest_row] = entries[self._of_rest]
-        cost = self._cost_map @ self._vector
-        self._offset = float(cost[-1])
-        return cost[:-1], -rest[: self._n_eq], rest[self._n_eq :]
-
-    def solve(self, values: Mapping[int, F64]) -> tuple[Status, float, int]:
-        """Status, objective and iterations at these parameter values."""
-        cost, b, h = self._evaluate(values)
-        self._solver.update(c=cost, A=self._equal, b=b, G=self._below, h_u=h)
-        status = self._status.get(self._solver.solve(), Status.INACCURATE)
-        result = self._solver.result
-        self._x = np.asarray(result.x)
-        self.multipliers = np.asarray(result.y)
-        return status, float(result.info.primal_obj) + self._offset, int(result.info.iter)
-
-    def first_multipliers(self, parameter: cp.Parameter) -> F64:
-        """Per entry, the multiplier of the first equality that has it on its right-hand side."""
-        if parameter.id not in self._first_rows:
-            start = self._columns[parameter.id]
-            block = self._map[self._of_rest][:, start : start + parameter.size].tocoo()
-            rows = np.full(parameter.size, self._n_eq)
-            np.minimum.at(rows, block.col, self._rest_row[block.row])
-            self._first_rows[parameter.id] = rows
-        multipliers: F64 = self.multipliers[self._first_rows[parameter.id]]
-        return multipliers
-
-    def value(self, variable: cp.Variable) -> F64:
-        """What the last solution gives a variable."""
-        start = self._variables[variable.id]
-        return self._x[start : start + variable.size].reshape(variable.shape, order="F")
-
-
-def _pattern(rows: I64, columns: I64, shape: tuple[int, int]) -> Any:
-    """Sparse matrix with these entries, in this order (by column)."""
-    starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=shape[1]))])
-    return sparse.csc_matrix((np.ones(len(rows)), rows, starts), shape=shape)
+def _solved(problem: cp.Problem, limits: dict[str, Any] | None = None) -> PlanStatus:
+    """Solve with HiGHS as SciPy brings it; whether the variables hold a solution."""
+    options: dict[str, Any] = {} if limits is None else {"mip_rel_gap": _GAP_FRAC, **limits}
+    try:
+        problem.solve(solver=cp.SCIPY, enforce_dpp=True, scipy_options=options)
+    except cp.SolverError:
+        return PlanStatus.FAILED
+    if problem.status in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE):
+        return PlanStatus.INFEASIBLE
+    return PlanStatus.OK if problem.status == cp.OPTIMAL else PlanStatus.FAILED

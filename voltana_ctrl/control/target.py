@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool, count, not_negative
-from voltana_ctrl.control.curve import Curve, LeastPower
-from voltana_ctrl.control.groups import Node, equal_groups
+from voltana_ctrl.control.curve import Curve, LeastPower, Target
+from voltana_ctrl.control.groups import Node, equal_groups, everybody_on
 from voltana_ctrl.control.spare import spare_count, with_spare
+from voltana_ctrl.control.supply import FACETS, Supply, drain_time_s, supply_of
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo
 
@@ -30,50 +31,11 @@ _CurveOf = Callable[[F64], Curve]
 #: Part of the power of prefill that a change of its active set must save: mostly it saves launches,
 #: at the price of longer queues.
 _PREFILL_PAYS_FRAC = 0.05
-#: Least share of the load of an instance that stays active.
-_LEAST_FRAC = 1e-3
 #: Beliefs that differ less are planned as one: paces by this factor, margins and delays by these
 #: steps. Else no two instances would be alike.
 _PACE_STEP, _MARGIN_STEP, _DELAY_STEP_S = 1.05, 0.005, 0.005
 #: Settings by belief that are kept.
 _KEPT = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Target:
-    """Where the fleet should settle.
-
-    Parameters
-    ----------
-    active : ndarray of bool, shape (n,)
-        Who takes new work.
-    route_frac : ndarray, shape (n,)
-        Share of the arrivals of its phase.
-    floor_mhz : ndarray, shape (n,)
-        Lowest clock; the clock itself where no governor runs.
-    power_w : ndarray, shape (n,)
-        Predicted mean power.
-    price_j_req : ndarray, shape (n,)
-        Marginal energy of one more request there.
-    feasible : bool
-        Whether the promises can be kept; if not, everybody is active and fast.
-    forgone_j : ndarray, shape (n_phases,)
-        Energy that the active set of each phase has cost more than the best one would have, since
-        the two began to differ; see :meth:`TargetOptimiser.plan`.
-
-    Examples
-    --------
-    >>> Target.__slots__[0]
-    'active'
-    """
-
-    active: Bool
-    route_frac: F64
-    floor_mhz: F64
-    power_w: F64
-    price_j_req: F64
-    feasible: bool
-    forgone_j: F64
 
 
 class TargetOptimiser:
@@ -167,6 +129,7 @@ class TargetOptimiser:
         lasted_s: float = 30.0,
         doubt_frac: float = 0.0,
         present_req: F64 | None = None,
+        fixed: bool = False,
     ) -> Target:
         """Least-power target at this load.
 
@@ -196,6 +159,8 @@ class TargetOptimiser:
         present_req : ndarray, shape (n,), optional
             Requests that wait or run at each instance, which tell how long one stays (Little's
             law); by default as long as is promised.
+        fixed : bool
+            Whether all that are usable stay active: who is on is decided elsewhere.
 
         Returns
         -------
@@ -213,6 +178,7 @@ class TargetOptimiser:
                 lasted_s,
                 doubt_frac,
                 present_req,
+                fixed,
             )
             for phase, groups in enumerate(self._groups)
         ]
@@ -255,6 +221,51 @@ class TargetOptimiser:
         """
         least = self._least_power(self.fleet.instances.index(instance), None)
         return least.at(lengths)(np.ascontiguousarray(loads_req_s, dtype=np.float64))
+
+    @property
+    def phases(self) -> list[list[I64]]:
+        """Groups of equal instances, by phase: prefill and decode, or both at once."""
+        return self._groups
+
+    def supplies(self, lengths: Lengths, belief: Belief | None = None) -> list[Supply] | None:
+        """What one instance of each group carries and draws; None if one can carry nothing.
+
+        In the order of :attr:`phases`; a group is taken for as fast as its slowest.
+
+        Parameters
+        ----------
+        lengths : Lengths
+            Of the requests.
+        belief : Belief, optional
+            What was learnt about the instances.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+        >>> from voltana_ctrl.laws import length_moments
+        >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> supplies = optimiser.supplies(length_moments([240, 240], [200, 200]))
+        >>> [round(each.most_req_s) for each in supplies]
+        [56, 49]
+        """
+        supplies = []
+        more = Load(arrival_req_s=1e4, lengths=lengths)
+        for group in (group for groups in self._groups for group in groups):
+            curves = [
+                self._grid_curve(least.at(lengths), more)
+                for _, least in self._known([group], belief)
+            ]
+            most_req_s = [loads[np.isfinite(power)].max(initial=0.0) for loads, power in curves]
+            slowest = int(np.argmin(most_req_s))
+            if most_req_s[slowest] == 0.0:
+                return None
+            role = self.fleet.instances[int(group[0])].role
+            stays_s = self._stays_s(role, lengths)
+            held_req = most_req_s[slowest] * stays_s if role.decodes else 1.0
+            drain_s = drain_time_s(held_req, stays_s)
+            supplies.append(supply_of(*curves[slowest], facets=FACETS, drain_s=drain_s))
+        return supplies
 
     def overload_frac(self, load: Load, route_frac: F64, belief: Belief | None = None) -> float:
         """ITL margin, on top of the governors' own, that pays where promises cannot be kept.
@@ -331,6 +342,7 @@ class TargetOptimiser:
         lasted_s: float,
         doubt_frac: float,
         present_req: F64 | None,
+        fixed: bool,
     ) -> Target:
         left = [(group[usable[group]], least) for group, least in known]
         # Where nobody is left, the plan is for when they are back.
@@ -339,12 +351,12 @@ class TargetOptimiser:
         members = np.concatenate([group for group, _ in known])
         curve_of = [least.at(load.lengths) for _, least in left]
         curves = [self._grid_curve(curve, load) for curve in curve_of]
-        free_w, free = self._split(load, groups, curves, [True] * len(groups))
+        free_w, free = self._split(load, groups, curves, [not fixed] * len(groups))
         wanted = free > 0.0
-        if self.spare:
+        if self.spare and not fixed:
             speed_req_s = np.zeros(len(self.fleet))
             for group, least in left:
-                speed_req_s[group] = _speed_req_s(least, load.lengths)
+                speed_req_s[group] = least.speed_req_s(load.lengths)
             wanted = with_spare(
                 self.spare,
                 wanted,
@@ -354,7 +366,9 @@ class TargetOptimiser:
             if wanted.sum() > (free > 0.0).sum():
                 free_w, free = self._keeping(load, groups, curves, wanted)
         chosen, now_forgone_j = free, 0.0
-        if active is not None and any(np.any(active[group]) for group in groups):
+        if fixed and np.isfinite(free_w):
+            chosen = everybody_on(free, groups, load.arrival_req_s)
+        elif active is not None and any(np.any(active[group]) for group in groups):
             stay = [group[active[group]] for group in groups]
             stay_w, kept = self._keeping(load, groups, curves, active)
             if self.spare and active[members].sum() < wanted.sum():
@@ -373,11 +387,7 @@ class TargetOptimiser:
             if np.isfinite(stay_w) and now_forgone_j <= self._change_j(
                 changed, stay_w - free_w, role, load, present
             ):
-                # Who stays active gets a share, be it small.
-                chosen = kept
-                for group in stay:
-                    chosen[group] = np.maximum(kept[group], _LEAST_FRAC * load.arrival_req_s)
-                chosen *= load.arrival_req_s / max(chosen.sum(), 1e-300)
+                chosen = everybody_on(kept, stay, load.arrival_req_s)
             else:
                 now_forgone_j = 0.0
         return self._target(load, members, left, curve_of, chosen, now_forgone_j)
@@ -423,13 +433,16 @@ class TargetOptimiser:
         self, changed: I64, saved_w: float, role: Role, load: Load, present_req: float | None
     ) -> float:
         """Energy that a change of the active set costs: wake-ups, and what runs to its end."""
-        stays_s = self.slo.ttft_s
-        if role.decodes:
-            stays_s += max(0.0, load.lengths.output_tok - 1.0) * self.slo.itl_s
+        stays_s = self._stays_s(role, load.lengths)
         if present_req is not None and load.arrival_req_s > 0.0:
             stays_s = min(stays_s, present_req / load.arrival_req_s)
         wake_j = float(np.maximum(self.wake_j, self._wake_j[changed]).sum())
         return wake_j + 0.5 * stays_s * max(0.0, saved_w)
+
+    def _stays_s(self, role: Role, lengths: Lengths) -> float:
+        """Time that a request spends on an instance."""
+        decodes_s = max(0.0, lengths.output_tok - 1.0) * self.slo.itl_s if role.decodes else 0.0
+        return self.slo.ttft_s + decodes_s
 
     def _grid_curve(self, curve: _CurveOf, load: Load) -> tuple[F64, F64]:
         """Least power on a grid that ends where the instance saturates, or at the whole load."""
@@ -521,7 +534,7 @@ class TargetOptimiser:
         if not feasible:
             loads_req_s = np.zeros(n)
             weight = np.concatenate(
-                [np.full(len(group), _speed_req_s(least, load.lengths)) for group, least in known]
+                [np.full(len(group), least.speed_req_s(load.lengths)) for group, least in known]
             )
             loads_req_s[np.concatenate(groups)] = load.arrival_req_s * weight / weight.sum()
         active = loads_req_s > 0.0
@@ -567,16 +580,6 @@ class TargetOptimiser:
             feasible=bool(feasible),
             forgone_j=np.array([forgone_j]),
         )
-
-
-def _speed_req_s(least: LeastPower, lengths: Lengths) -> float:
-    """Requests per second that an instance serves at its highest clock, about."""
-    row = least.rows[-1]
-    if least.instance.role is Role.PREFILL:
-        return float(1.0 / (row["prefill_tok_s"] * lengths.prompt_tok + row["prefill_req_s"]))
-    per_req_s = max(row["decode_req_s"], row["decode_roof_s"])
-    growth_s = per_req_s + row["decode_kv_s"] * lengths.context_tok
-    return float(1.0 / (growth_s * max(1.0, lengths.output_tok - 1.0)))
 
 
 def _served(curve: _CurveOf, load_req_s: float) -> bool:

@@ -2,6 +2,8 @@
 
 ``arrivals``
     Kalman filters of arrival rate and lengths, with forecast and bursts.
+``forecast``
+    What will arrive, with the reserve that its own past errors ask for.
 ``load``
     The load that the target layer plans for, exponentially weighted.
 ``lengths``
@@ -38,6 +40,12 @@ from voltana_ctrl.estimate.attribution import (
     share_iterations,
     split_iterations,
 )
+from voltana_ctrl.estimate.forecast import (
+    Forecaster,
+    ForecastMemory,
+    Outlook,
+    read_forecast,
+)
 from voltana_ctrl.estimate.headroom import HeadroomFilter, HeadroomMemory
 from voltana_ctrl.estimate.learner import Learned, OnlineLearner
 from voltana_ctrl.estimate.lengths import LengthEstimator, LengthState, RequestClasses
@@ -59,6 +67,8 @@ __all__ = [
     "EnergyLedger",
     "FleetTables",
     "Forecast",
+    "ForecastMemory",
+    "Forecaster",
     "HeadroomFilter",
     "HeadroomMemory",
     "InstancePredictor",
@@ -72,6 +82,7 @@ __all__ = [
     "MarginState",
     "MarginTracker",
     "OnlineLearner",
+    "Outlook",
     "PaceFilter",
     "PaceMemory",
     "Prediction",
@@ -83,6 +94,7 @@ __all__ = [
     "kalman_step",
     "predict_decode",
     "predict_prefill",
+    "read_forecast",
     "share_iterations",
     "split_iterations",
 ]

@@ -38,7 +38,7 @@ __all__ = ["SCHEMA", "Comparison", "Run", "compare"]
 SCHEMA = "voltana-ctrl/compare/2"
 
 #: Libraries whose versions may show in the figures.
-_LIBRARIES = ("numpy", "numba", "scipy", "cvxpy", "piqp")
+_LIBRARIES = ("numpy", "numba", "scipy", "cvxpy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -399,7 +399,7 @@ _SHIPPED = (
     ),
     Policy(
         name="mpc",
-        summary="cascade with a model-predictive layer between targets and governors",
+        summary="cascade that looks ahead where waking takes time: forecast, reserve, plan",
         source="this project, see the theory page",
         build=_cascade(mpc=True),
         knows_budget=True,

@@ -44,7 +44,7 @@ def test_measured_calls_are_the_delay_of_the_controller(fake, tmp_path):
     assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [1410, 1410]
     assert all(gpu.unsupported_sets == 0 for gpu in fake.gpus)
     controller = MpcController(fleet(), SLO, governed=False, delay_s=delay_s)
-    assert controller.delay_s == controller._planner.delay_s == controller._target.delay_s
+    assert controller.delay_s == controller._target.delay_s
     governor = IterationGovernor(fleet().instances[0], SLO, delay_s=delay_s)
     assert delay_s in governor.params
     with ControlLoop(backend, controller) as loop:

@@ -70,7 +70,7 @@ def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members
         if view[VIEW_ELIGIBLE, j] > 0.0:
             total += view[VIEW_ROUTE_FRAC, j]
     best = -1
-    best_rank = 3
+    best_rank = 4
     best_load = 0.0
     for j in members:
         if view[VIEW_ELIGIBLE, j] == 0.0:
@@ -85,8 +85,11 @@ def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members
         after_s = view[VIEW_DECODE_PACE_FRAC, j] * decode_s(row, size_req, after_tok)
         rank = 0
         if after_tok > params[KV_FULL_FRAC] * view[VIEW_KV_CAPACITY_TOK, j]:
+            rank = 3
+        elif share <= 0.0:
+            # Without a share it is there but not ready: work would wait for it.
             rank = 2
-        elif share <= 0.0 or after_s > params[ITL_S]:
+        elif after_s > params[ITL_S]:
             rank = 1
         load = after_req / share if share > 0.0 else after_req
         if (
