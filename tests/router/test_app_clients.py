@@ -184,7 +184,7 @@ def test_the_load_generator_of_vllm_finds_no_failure(shape, tmp_path):
     assert "voltana_router_uncounted_total 0.0" in page
 
 
-@pytest.mark.external
+@pytest.mark.slow
 def test_locust_finds_no_failure(root, tmp_path):
     locust = os.environ.get("LOCUST") or shutil.which("locust")
     if locust is None:
