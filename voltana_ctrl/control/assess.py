@@ -139,7 +139,7 @@ class Assessor:
         >>> assessor.thrifty_mhz(FleetState.idle(2), load)
         array([1095., 1095.])
         >>> assessor.thrifty_mhz(FleetState.idle(2), load, drains=True)
-        array([930., 930.])
+        array([210., 930.])
         """
         thrifty_mhz = np.empty(len(state))
         self._kernels.thrifty(
