@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from voltana_ctrl.backends.nvml.process import listeners
 from voltana_ctrl.testing import FakeNvml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ BODIES = {
     "client": 'hold(uuids[2:], setter=folder / "setter.sock")',
     "sweeper": "with end_on_sigterm(), Sweep(folder):\n    time.sleep(1e6)",
 }
-#: Who can be struck; a watchdog is the child of its controller.
+#: Who can be struck; a watchdog reads from a pipe of its controller.
 VICTIMS = ("agent", "agent's watchdog", "setter", "setter's watchdog", "client", "sweeper")
 
 
@@ -106,11 +107,8 @@ class Machine:
         pid = self.processes[name].pid
         if victim == name:
             return pid
-        try:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except OSError:
-            return None
-        return int(children[0]) if children else None
+        found = listeners(pid)
+        return found[0] if found else None
 
     def strike(self, victim: str, number: signal.Signals) -> None:
         """Send one signal."""

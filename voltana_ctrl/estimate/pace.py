@@ -17,8 +17,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, I64, not_negative
 from voltana_ctrl.estimate.predictor import Mixed
 from voltana_ctrl.laws import decode_s, prefill_s
-from voltana_ctrl.types import Belief, Decision, FleetSpec, FleetState, Observation, Role
-from voltana_ctrl.types.ladder import row_nearest
+from voltana_ctrl.types import Belief, Decision, FleetSpec, FleetState, Observation
 from voltana_ctrl.types.packed import instance_types
 
 __all__ = ["PaceFilter", "PaceMemory"]
@@ -115,6 +114,8 @@ class PaceFilter:
         tables, padded, kind = instance_types(fleet)
         self._tables: Any = tables
         self._padded, self._kind = padded, kind
+        self._prefills = np.array([one.role.prefills for one in fleet.instances])
+        self._decodes = np.array([one.role.decodes for one in fleet.instances])
 
     def init(self, learnt: Belief | None = None) -> PaceMemory:
         """Nothing seen: every profile is right, or as it was learnt before.
@@ -212,44 +213,42 @@ class PaceFilter:
         left_tok = finished.prompt_tok + finished.output_tok - 1.0
         here = (finished.decode_instance >= 0) & (finished.decode_instance < len(state))
         np.add.at(gone_tok, finished.decode_instance[here], left_tok[here])
-        for i in np.flatnonzero(~told & state.alive):
-            one = self._fleet.instances[int(i)]
-            rows = one.table
-            row = rows[row_nearest(rows["clock_mhz"], (before.freq_mhz[i] + state.freq_mhz[i]) / 2)]
-            busy = before.queue_tok[i] > 0.0 and state.queue_tok[i] > 0.0
-            prefilled_tok = 0.0
-            grown_tok = state.kv_used_tok[i] - before.kv_used_tok[i] + gone_tok[i]
-            if one.role.prefills:
-                prefilled_tok = state.arrived_tok[i] + before.queue_tok[i] - state.queue_tok[i]
-                grown_tok -= prefilled_tok
-            else:
-                grown_tok += state.queue_tok[i] - before.queue_tok[i] - state.arrived_tok[i]
-                busy = False
-            n_req = (before.running_req[i] + state.running_req[i]) / 2.0
-            decodes = one.role.decodes and min(before.running_req[i], state.running_req[i]) > 0.0
-            if not (busy or decodes):
-                counted_s[i] = 0.0
-                continue
-            counted_s[i, 0] += state.t_s - before.t_s
-            if prefilled_tok > 0.0:
-                per_tok_s = float(
-                    prefill_s(row, prompt_tok) - (row["prefill_base_s"] if decodes else 0.0)
-                )
-                counted_s[i, 1] += prefilled_tok * per_tok_s / prompt_tok
-            if decodes and grown_tok > 0.0:
-                kv_tok = (before.kv_used_tok[i] + state.kv_used_tok[i]) / 2.0
-                size = self._padded[self._kind[i], min(round(n_req), self._padded.shape[1] - 1)]
-                counted_s[i, 2] += grown_tok / n_req * float(decode_s(row, float(size), kv_tok))
-            if counted_s[i, 0] >= _COUNTED_S:
-                expected_s = counted_s[i, 1] + counted_s[i, 2]
-                if expected_s > 0.0:
-                    part = 1.0 if one.role is Role.PREFILL else 0.0
-                    if one.role is Role.COLOCATED:
-                        # Counts do not tell its phases apart: they have one pace.
-                        part = 0.5
-                        known[i, kernels.BOTH_VAR] = known[i, kernels.DECODE_VAR]
-                    kernels.learn_pace(known[i], part, counted_s[i, 0] / expected_s)
-                counted_s[i] = 0.0
+        rows = self._rows_at((before.freq_mhz + state.freq_mhz) / 2.0)
+        queued_tok = state.arrived_tok + before.queue_tok - state.queue_tok
+        prefilled_tok = np.where(self._prefills, queued_tok, 0.0)
+        # What leaves the queue of a decode instance brings its KV tokens along.
+        grown_tok = state.kv_used_tok - before.kv_used_tok + gone_tok - queued_tok
+        busy = self._prefills & (before.queue_tok > 0.0) & (state.queue_tok > 0.0)
+        n_req = (before.running_req + state.running_req) / 2.0
+        decodes = self._decodes & (before.running_req > 0.0) & (state.running_req > 0.0)
+        watched = ~told & state.alive
+        counted_s[watched & ~(busy | decodes)] = 0.0
+        watched &= busy | decodes
+        counted_s[watched, 0] += state.t_s - before.t_s
+        per_tok_s = prefill_s(rows, prompt_tok) - np.where(decodes, rows["prefill_base_s"], 0.0)
+        part = watched & (prefilled_tok > 0.0)
+        counted_s[part, 1] += (prefilled_tok * per_tok_s / prompt_tok)[part]
+        part = watched & decodes & (grown_tok > 0.0)
+        kv_tok = (before.kv_used_tok + state.kv_used_tok) / 2.0
+        most = self._padded.shape[1] - 1
+        size = self._padded[self._kind, np.minimum(np.rint(n_req), most).astype(np.int64)]
+        step_s = decode_s(rows, size.astype(np.float64), kv_tok)
+        counted_s[part, 2] += grown_tok[part] / n_req[part] * step_s[part]
+        for i in np.flatnonzero(watched & (counted_s[:, 0] >= _COUNTED_S)):
+            expected_s = counted_s[i, 1] + counted_s[i, 2]
+            if expected_s > 0.0:
+                weight = 0.0 if self._decodes[i] else 1.0
+                if self._prefills[i] and self._decodes[i]:
+                    # Counts do not tell its phases apart: they have one pace.
+                    weight = 0.5
+                    known[i, kernels.BOTH_VAR] = known[i, kernels.DECODE_VAR]
+                kernels.learn_pace(known[i], weight, counted_s[i, 0] / expected_s)
+            counted_s[i] = 0.0
+
+    def _rows_at(self, clocks_mhz: F64) -> Any:
+        """Coefficients of each instance at the clock nearest to this one, shape (n,)."""
+        away_mhz = np.abs(self._tables["clock_mhz"][self._kind] - clocks_mhz[:, None])
+        return self._tables[self._kind, np.argmin(away_mhz, axis=1)]
 
     def asked(self, memory: PaceMemory, decision: Decision, *, governed: bool) -> PaceMemory:
         """Memory after a decision was made, for instances whose iterations tell no asks.
@@ -273,20 +272,12 @@ class PaceFilter:
         known, asks_s, asks_k, lag_miss_frac = (
             getattr(memory, name).copy() for name in ("known", "asks_s", "asks_k", "lag_miss_frac")
         )
-        delay_s = self.delay_s(memory)
-        no_lag = np.zeros(kernels.N_LAGS)
-        for i in silent:
-            clocks_mhz = self._fleet.instances[int(i)].clocks_mhz
-            at = row_nearest(clocks_mhz, state.freq_mhz[i])
-            if state.alive[i] and state.age_s[i] <= 0.0 and state.freq_mhz[i] > 0.0:
-                kernels.note_reading(
-                    known[i], asks_s[i], asks_k[i], no_lag if governed else lag_miss_frac[i],
-                    delay_s[i], state.t_s, at, clocks_mhz[at], clocks_mhz[-1],
-                )  # fmt: skip
-                if governed:
-                    known[i, kernels.READINGS] = 0.0
-            asked = row_nearest(clocks_mhz, decision.freq_mhz[i])
-            kernels.note_ask(known[i], asks_s[i], asks_k[i], state.t_s, asked)
+        kernels.note_all(
+            self._tables, self._kind, self._n_clocks, silent,
+            state.alive & (state.age_s <= 0.0) & (state.freq_mhz > 0.0),
+            state.t_s, state.freq_mhz, decision.freq_mhz, governed,
+            known, asks_s, asks_k, lag_miss_frac, self.delay_s(memory),
+        )  # fmt: skip
         return PaceMemory(
             known=known, asks_s=asks_s, asks_k=asks_k, lag_miss_frac=lag_miss_frac,
             counted_s=memory.counted_s, told=memory.told, believed_s=memory.believed_s,

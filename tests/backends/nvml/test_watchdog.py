@@ -24,6 +24,7 @@ from tests.helpers.paths import ROOT
 from voltana_ctrl import ActuationDenied, BackendError
 from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
 from voltana_ctrl.backends.nvml.lockfile import LockFile, holder
+from voltana_ctrl.backends.nvml.process import listeners
 from voltana_ctrl.backends.nvml.watchdog import Watchdog
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import Limits
@@ -59,9 +60,10 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def children(pid: int) -> set[int]:
+def descendants(pid: int) -> set[int]:
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return {int(child) for task in tasks for child in task.read_text().split()}
+    found = {int(child) for task in tasks for child in task.read_text().split()}
+    return found.union(*map(descendants, found))
 
 
 # The controller ends
@@ -114,6 +116,16 @@ def test_uncaught_exception(fake, tmp_path):
         host.expect("set")
         assert host.wait() == 1
         seconds_until(lambda: as_found(fake), ACTS_WITHIN_S)
+
+
+def test_who_kills_every_descendant_leaves_the_watchdog(fake, tmp_path):
+    """As engines do with what they have started."""
+    with Host(fake, tmp_path, LOCKED + "time.sleep(60)") as host:
+        watchdog = int(host.expect("set"))
+        assert alive(watchdog)
+        for pid in (*descendants(host.process.pid), host.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
 
 
 @pytest.mark.slow
@@ -195,7 +207,7 @@ def test_watchdog_does_nothing_after_a_clean_close(fake, tmp_path):
     child = backend._lease.watchdog._child
     backend.close()
     assert as_found(fake)
-    assert child.poll() == 0
+    assert not child.alive()
     fake.gpus[0].lock_hi_mhz = 900  # the operator's, later
     time.sleep(0.3)
     assert fake.gpus[0].lock_hi_mhz == 900
@@ -206,7 +218,7 @@ def test_killed_watchdog_is_replaced(fake, tmp_path):
     with Host(fake, tmp_path, LOCKED + "time.sleep(60)") as host:
         first = int(host.expect("set"))
         os.kill(first, signal.SIGKILL)
-        seconds_until(lambda: children(host.process.pid) - {first})
+        seconds_until(lambda: set(listeners(host.process.pid)) - {first})
         time.sleep(1.0)  # for the new one to be told
         assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [705, 900]
         host.send(signal.SIGKILL)
@@ -242,7 +254,7 @@ def test_what_cannot_be_given_back_is_said_and_tried_on(fake, tmp_path):
     fake.gpus[1].lost = 0
     seconds_until(lambda: as_found(fake))
     backend.close()
-    lease.watchdog._child.wait(timeout=20)
+    assert lease.watchdog._child.wait(20.0)
 
 
 # Lock files

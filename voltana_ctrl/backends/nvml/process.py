@@ -1,10 +1,12 @@
-"""What the kernel says of another process: when it started, and whether it can run at all."""
+"""What the kernel says of other processes: when one started, whether it can run, whom it hears."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
-__all__ = ["process_start", "process_state"]
+__all__ = ["listeners", "process_start", "process_state"]
 
 
 def process_start(pid: int) -> str | None:
@@ -51,6 +53,34 @@ def process_state(pid: int) -> str:
     """
     fields = _fields(pid)
     return fields[0] if fields else ""
+
+
+def listeners(pid: int) -> list[int]:
+    """Processes whose standard input is a pipe that this one holds, such as its watchdog.
+
+    What it writes as its own output does not count: whoever reads that was not started by it.
+
+    Parameters
+    ----------
+    pid : int
+        Its number.
+
+    Examples
+    --------
+    >>> import os
+    >>> listeners(os.getpid())
+    []
+    """
+
+    def pipe(of: Path) -> str:
+        with contextlib.suppress(OSError):
+            return os.readlink(of)
+        return ""
+
+    held = {pipe(each) for each in Path(f"/proc/{pid}/fd").glob("*") if int(each.name) > 2}
+    held = {each for each in held if each.startswith("pipe:")}
+    others = (each for each in Path("/proc").glob("[0-9]*") if int(each.name) != pid)
+    return sorted(int(each.name) for each in others if pipe(each / "fd" / "0") in held)
 
 
 def _fields(pid: int) -> list[str]:

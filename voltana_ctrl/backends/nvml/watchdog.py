@@ -9,6 +9,9 @@ start in between.
 
 Guards are watched in turn. A watchdog that does not answer for a second is killed, unless it only
 waits for a CPU, and a new one is started; meanwhile nothing is lowered (:attr:`Watchdog.answers`).
+
+It is nobody's child: engines end by killing every descendant of theirs, and a watchdog among them
+would leave a clock locked.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -28,11 +32,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
 from voltana_ctrl.backends.nvml.lockfile import LockFile, read_record, remove_if_ours
-from voltana_ctrl.backends.nvml.process import process_state
+from voltana_ctrl.backends.nvml.process import process_start, process_state
 from voltana_ctrl.errors import BackendError, ConfigError
 
 __all__ = ["Watchdog"]
@@ -54,6 +58,31 @@ _PROGRAM = (
     "import json, sys; settings = json.loads(sys.argv[1]); sys.path += settings['path'];"
     " from voltana_ctrl.backends.nvml.watchdog import main; main(settings)"
 )
+
+
+class _Orphan:
+    """A process that is no child of this one, known by its number and the time it started."""
+
+    def __init__(self, pid: int, stdin: IO[bytes] | None, stdout: IO[bytes] | None) -> None:
+        self.pid, self.stdin, self.stdout = pid, stdin, stdout
+        self._started = process_start(pid)
+
+    def alive(self) -> bool:
+        return self._started is not None and process_start(self.pid) == self._started
+
+    def kill(self) -> None:
+        if self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, limit_s: float = math.inf) -> bool:
+        """Wait until it has ended; whether it has."""
+        until_s = time.monotonic() + limit_s
+        while self.alive():
+            if time.monotonic() >= until_s:
+                return False
+            time.sleep(0.01)
+        return True
 
 
 class Watchdog:
@@ -109,7 +138,7 @@ class Watchdog:
     @property
     def running(self) -> bool:
         """Whether the watchdog process lives."""
-        return self._child.poll() is None
+        return self._child.alive()
 
     @property
     def answers(self) -> bool:
@@ -122,7 +151,7 @@ class Watchdog:
         """How often it had to be replaced because it was dead or frozen."""
         return self._restarts
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> _Orphan:
         settings = {
             "path": _package_path(),
             "locks": [[lock.fd, str(lock.path)] for lock in self._locks],
@@ -141,14 +170,17 @@ class Watchdog:
             )
         except OSError as error:
             raise BackendError(f"watchdog: cannot be started: {error}") from error
-        if _line(child, _START_LIMIT_S) != "ready":
+        said = _line(child, _START_LIMIT_S).split()
+        if not said or said[0] != "ready":
             child.kill()
-            _reap(child)
+            child.wait()
+            _let_go(child)
             raise BackendError(
                 f"watchdog: {sys.executable} did not start it within {_START_LIMIT_S:g} s;"
                 " without a watchdog nothing is set"
             )
-        return child
+        child.wait()  # it has left the watchdog to itself
+        return _Orphan(int(said[1]), child.stdin, child.stdout)
 
     def arm(self, records: Sequence[FoundGpu | FoundFile]) -> None:
         """Say what is about to be touched; before touching it.
@@ -246,8 +278,6 @@ class Watchdog:
             return []
         if child.stdout is not None:
             child.stdout.close()
-        # Somebody has to collect it when it ends.
-        threading.Thread(target=child.wait, name="voltana-ctrl-reap", daemon=True).start()
         return [said or f"the watchdog (process {child.pid}) is still trying"]
 
     def _leave_in_fork(self) -> None:
@@ -281,14 +311,14 @@ def _package_path() -> list[str]:
     return folders
 
 
-def _write(child: subprocess.Popen[bytes], line: bytes) -> None:
+def _write(child: _Orphan, line: bytes) -> None:
     if child.stdin is None or child.stdin.closed:
         raise BrokenPipeError("its pipe is closed")
     child.stdin.write(line)
     child.stdin.flush()
 
 
-def _line(child: subprocess.Popen[bytes], limit_s: float) -> str:
+def _line(child: subprocess.Popen[bytes] | _Orphan, limit_s: float) -> str:
     """Next line that the watchdog says within the limit; empty if none."""
     stream = child.stdout
     try:
@@ -299,17 +329,18 @@ def _line(child: subprocess.Popen[bytes], limit_s: float) -> str:
         return ""  # closed by another thread: the watchdog was replaced or dismissed
 
 
-def _reap(child: subprocess.Popen[bytes]) -> None:
+def _let_go(child: subprocess.Popen[bytes] | _Orphan) -> None:
     for stream in (child.stdin, child.stdout):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
-    try:
-        child.wait(5.0)
-    except subprocess.TimeoutExpired:
+
+
+def _reap(child: _Orphan) -> None:
+    _let_go(child)
+    if not child.wait(5.0):
         child.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # in the kernel; it runs no more
-            child.wait(5.0)
+        child.wait(5.0)  # if not even then: it is in the kernel, and runs no more
 
 
 # The watchdog process
@@ -317,13 +348,15 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
 
 def main(settings: Mapping[str, Any]) -> None:
     """Watch standard input; act when it ends or falls silent without a farewell."""
+    if os.fork():
+        os._exit(0)  # who started it waits for this; the watchdog is left to itself
     # What ends the controller (Ctrl-C, a service manager) must not end its watchdog.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     os.set_blocking(1, False)  # a controller that does not listen must not hold it up
     plan = [record_from(values) for values in settings["plan"]]
     locks = [(fd, Path(path)) for fd, path in settings["locks"]]
-    _say("ready")
+    _say(f"ready {os.getpid()}")
     if _watch(plan, locks):
         for fd, path in locks:
             remove_if_ours(fd, path)

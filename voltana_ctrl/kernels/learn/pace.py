@@ -13,6 +13,7 @@ asks explain what is read best.
 
 import math
 
+import numpy as np
 from numba import types
 
 from voltana_ctrl.kernels.compiled import njit
@@ -166,6 +167,37 @@ def note_reading(known, asks_s, asks_k, lag_miss, delay_s, t_s, k, mhz, top_mhz)
             break
         miss = 0.0 if asks_k[j % N_ASKS] == k else 1.0
         lag_miss[lag] += LAG_RATE * (miss - lag_miss[lag])
+
+
+@njit(
+    types.void(
+        TABLES, IN_I8_1, IN_I8_1, IN_I8_1, types.Array(types.boolean, 1, "C", readonly=True),
+        F8, IN_F8_1, IN_F8_1, types.boolean, F8_2, F8_2, I8_2, F8_2, IN_F8_1,
+    ),
+)  # fmt: skip
+def note_all(
+    tables, kind, n_clocks, silent, readable, t_s, read_mhz, asked_mhz, governed,
+    known, asks_s, asks_k, lag_miss, delay_s,
+):  # fmt: skip
+    """Learn from the clocks that were read, then remember what is asked for now.
+
+    Where governors may ask for more, a clock below the floor says that it cannot be had, and
+    nothing of its delay.
+    """
+    unused = np.zeros(N_LAGS)
+    for i in silent:
+        rows, last = tables[kind[i]], n_clocks[i] - 1
+        if readable[i]:
+            at = row_nearest(rows, n_clocks[i], read_mhz[i])
+            lags = unused if governed else lag_miss[i]
+            note_reading(
+                known[i], asks_s[i], asks_k[i], lags, delay_s[i], t_s, at,
+                rows[at]["clock_mhz"], rows[last]["clock_mhz"],
+            )  # fmt: skip
+            if governed:
+                known[i, READINGS] = 0.0
+        asked = row_nearest(rows, n_clocks[i], asked_mhz[i])
+        note_ask(known[i], asks_s[i], asks_k[i], t_s, asked)
 
 
 @njit(types.void(IN_F8_2, IN_F8_2, IN_F8_1, F8_1))
