@@ -27,7 +27,7 @@ def figures(name, rate_req_s):
         for policy in POLICIES
     }
     found = {policy: run.simulate() for policy, run in runs.items()}
-    load = runs["mpc"]._requests()
+    load, _ = runs["mpc"]._requests()
     return found, lower_bound_w(fleet, load, 30.0, 150.0, SLO)
 
 

@@ -132,7 +132,7 @@ def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
     """Every scale at which a clock changes, tried one after another."""
     name, state, load, wanted = at
     fleet, assessor = FLEETS[name], ASSESSORS[name]
-    wanted = 200.0 + 1200.0 * wanted
+    wanted = np.round(200.0 + 1200.0 * wanted, 2)  # none all but equal
     worst_w = assessor.worst_power_w(state, load, np.ones(len(fleet), bool))
     ceiling, kept = assessor.ceilings_mhz(worst_w, wanted, budget_w)
 
@@ -161,7 +161,7 @@ def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
 def test_decode_comes_first_under_a_budget(at, budget_w):
     name, state, load, wanted = at
     fleet, assessor = FLEETS[name], ASSESSORS[name]
-    wanted = 200.0 + 1200.0 * wanted
+    wanted = np.round(200.0 + 1200.0 * wanted, 2)  # none all but equal
     worst_w = assessor.worst_power_w(state, load, np.ones(len(fleet), bool))
     ceiling, kept = assessor.decode_first_mhz(worst_w, wanted, budget_w)
     drawn_w = assessor.drawn_w(worst_w, ceiling)

@@ -27,6 +27,10 @@ def _ecofreq(instance: InstanceSpec, slo: Slo, *_: float) -> CompiledGovernor:
     return EcoFreqGovernor(instance, slo, ladder_mhz=DEFAULT_LADDER_MHZ)
 
 
+def _ecofreq_above(instance: InstanceSpec, slo: Slo, *_: float) -> CompiledGovernor:
+    return EcoFreqGovernor(instance, slo, ladder_mhz=DEFAULT_LADDER_MHZ, above_floor=True)
+
+
 def _ecofreq_whole(instance: InstanceSpec, slo: Slo, *_: float) -> CompiledGovernor:
     return EcoFreqGovernor(instance, slo, ladder_mhz=None)
 
@@ -46,9 +50,12 @@ _MAKERS: Mapping[str, _Make] = MappingProxyType(
         "mpc": _iteration,
         "cascade": _iteration,
         "governors": _iteration,
+        "gate": _iteration,
+        "roles": _iteration,
         "voltanallm": _ecofreq,
         "voltanallm-tile": _ecofreq,
         "voltanallm-jsq": _ecofreq,
+        "voltanallm-thresholds": _ecofreq_above,
         "voltanallm-full-ladder": _ecofreq_whole,
         "dualscale": _dualscale,
         "pack": _dualscale,

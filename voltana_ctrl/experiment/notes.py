@@ -32,9 +32,9 @@ def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Itera
     Examples
     --------
     >>> from voltana_ctrl import compare
-    >>> found = compare(rates_req_s=[5.0], duration_s=4.0, warmup_s=30.0, policies=["static-max"])
+    >>> found = compare(rates_req_s=[5.0], duration_s=2.0, warmup_s=30.0, policies=["static-max"])
     >>> found.notes[0].partition(":")[0]
-    'The window of 4 s is shorter than a request takes'
+    'The window of 2 s is shorter than a request takes'
     """
     served = [one for one in figures if one.get("residence_mean_s") is not None]
     if served:

@@ -123,7 +123,7 @@ def test_after_five_idle_seconds_ecofreq_goes_to_the_bottom_of_its_ladder() -> N
     workload = make_workload("fixed", rate_req_s=1e-3, duration_s=100.0, seed=0)
     workload = dataclasses.replace(
         workload, arrival_s=[2.0], prompt_tok=[8000], output_tok=[3], cached_tok=[0],
-        request_class=[0], block_offset=[0, 0],
+        request_class=[0], block_offset=[0, 0], patience_s=None,
     )  # fmt: skip
     plant = Plant(
         FLEET,

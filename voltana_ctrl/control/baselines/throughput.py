@@ -77,7 +77,7 @@ class ThroughputController(Controller):
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> controller = ThroughputController(fleet, Slo(ttft_s=0.6, itl_s=0.06),
     ...                                   ladder_mhz=[1005, 1305, 1410])
-    >>> busy = replace(FleetState.idle(2, t_s=1.0), arrived_tok=np.array([60_000.0, 0.0]))
+    >>> busy = replace(FleetState.idle(2, t_s=1.0), arrived_tok=np.array([150_000.0, 0.0]))
     >>> decision, _ = controller.decide(Observation(state=busy), controller.init())
     >>> decision.freq_mhz
     array([1410.,  210.])
