@@ -413,8 +413,10 @@ class CascadeController(Controller):
         worst_w = assessor.worst_power_w(state, load, active)
         ceiling, _ = assessor.decode_first_mhz(worst_w, wanted, budget_w)
         before = self._max_mhz if memory.ceiling_mhz is None else memory.ceiling_mhz
-        # What may still run: the clock that is seen, and one asked for a moment ago.
-        running = np.maximum(state.freq_mhz, np.where(before > ceiling, 0.0, before))
+        # What may still run: the clock that is seen, and one asked for a moment ago. Of those that
+        # do not prefill it is gone with their next iteration.
+        stays = (before <= ceiling) | (self._prefills & (state.queue_req > 0.0) & self.governed)
+        running = np.maximum(state.freq_mhz, np.where(stays, before, 0.0))
         held = np.maximum(ceiling, running)
         if assessor.drawn_w(worst_w, held) <= budget_w:
             return ceiling
