@@ -81,6 +81,14 @@ def test_enough_holds_the_reserve_and_no_more(reserve, needed):
     assert found.tolist() == needed
 
 
+@pytest.mark.parametrize(
+    ("spare", "needed"), [(0.0, [1, 1]), (1.0, [2, 2]), (2.0, [2, 3]), (0.3, [2, 2])]
+)
+def test_so_many_more_are_on_as_may_be_lost(spare, needed):
+    found = STANDBY.enough(state(), SUPPLIES, lambda lead_s: np.array([40.0, 25.0]), spare)
+    assert found.tolist() == needed
+
+
 @given(
     wanted=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=8),
     data=st.data(),

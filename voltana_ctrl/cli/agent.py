@@ -85,6 +85,9 @@ def agent(
     metrics: Annotated[
         str | None, typer.Option(help="[HOST:]PORT for Prometheus to scrape.")
     ] = None,
+    spare: Annotated[
+        float, typer.Option(help="Instances that each phase may lose and still serve.")
+    ] = 0.0,
     power_budget_w: Annotated[
         str | None, typer.Option(help="W, or steps S:W,S:W, of the fleet.")
     ] = None,
@@ -136,7 +139,7 @@ def agent(
         raise ConfigError("agent: expected --fleet FILE.toml")
     if controller is not None and serve is not None:
         raise ConfigError("agent: expected --controller at a node or --serve, got both")
-    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy)
+    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare)
     above_zero(switchback=switchback, duration=duration)
     check_outputs({"log": log}, suffix=".jsonl")
     if serve is not None:
@@ -201,7 +204,7 @@ def agent(
 
             decides = node_policy(
                 spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
-                delay_s=delay_s, held=backend.held, learnt=learnt,
+                delay_s=delay_s, held=backend.held, learnt=learnt, spare=asked.spare,
             )  # fmt: skip
             if mode == "act":
                 decides = Descent(decides, asked.slo)

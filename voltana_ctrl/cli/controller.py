@@ -61,6 +61,9 @@ def controller(
     metrics: Annotated[
         str | None, typer.Option(help="[HOST:]PORT for Prometheus to scrape.")
     ] = None,
+    spare: Annotated[
+        float, typer.Option(help="Instances that each phase may lose and still serve.")
+    ] = 0.0,
     power_budget_w: Annotated[
         str | None, typer.Option(help="W, or steps S:W,S:W from the start on, of the fleet.")
     ] = None,
@@ -70,7 +73,7 @@ def controller(
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
 ) -> None:
     """Decide for a whole fleet, whose nodes run `agent --controller`, its clients `router`."""
-    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy)
+    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare)
     above_zero(switchback=switchback, duration=duration)
     check_outputs({"log": log}, suffix=".jsonl")
     run_controller(
@@ -121,6 +124,7 @@ def run_controller(
         decides = fleet_policy(
             spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
             measured_delay_s=hub.delay_s, routed=hub.routed, learnt=learnt,
+            spare=asked.spare,
         )  # fmt: skip
         if asked.mode == "act":
             decides = Descent(decides, asked.slo)

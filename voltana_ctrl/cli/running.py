@@ -435,13 +435,15 @@ class Promises:
     slo: Slo
     period_s: float
     budget: PowerBudget | None
+    spare: float
 
 
 def promises(
-    mode: str, slo: str, tick_s: float, power_budget_w: str | None, policy: str
+    mode: str, slo: str, tick_s: float, power_budget_w: str | None, policy: str, spare: float
 ) -> Promises:
     """Mode, promises, period and budget from their options."""
     from voltana_ctrl.cli.options import above_zero, look_here
+    from voltana_ctrl.control.spare import spare_count
     from voltana_ctrl.live.agent import MODES
     from voltana_ctrl.types import PowerBudget, Slo
 
@@ -449,9 +451,11 @@ def promises(
         raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     above_zero(tick_ms=1000.0 * tick_s)
     look_here([policy])
+    spare_count(spare)
     return Promises(
         mode=mode,
         slo=Slo.parse(slo),
         period_s=tick_s,
         budget=None if power_budget_w is None else PowerBudget.parse(power_budget_w),
+        spare=spare,
     )

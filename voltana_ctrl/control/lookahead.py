@@ -247,7 +247,9 @@ class Lookahead:
         reserve = self._reserve(outlook, decode_req_s, residence_s, backlog_req)
         # What must be there at any time until more could be woken.
         highest = np.maximum.accumulate(reserve, axis=1)
-        needed = self._standby.enough(state, supplies, lambda lead_s: highest[:, _second(lead_s)])
+        needed = self._standby.enough(
+            state, supplies, lambda lead_s: highest[:, _second(lead_s)], self._target.spare
+        )
         on = np.array([np.count_nonzero(memory.standby.on[group]) for group in self._groups])
         now_w = budget_w(state.t_s)
         alive = int(np.count_nonzero(state.alive))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool, freeze_fields
+from voltana_ctrl.control.spare import spare_count
 from voltana_ctrl.control.supply import Supply
 from voltana_ctrl.types import FleetSpec, FleetState
 
@@ -151,6 +152,7 @@ class Standby:
         state: FleetState,
         supplies: Sequence[Supply],
         reserve: Callable[[float], F64],
+        spare: float = 0.0,
     ) -> F64:
         """Fewest of each group that hold the reserve, however late one could wake more.
 
@@ -165,6 +167,9 @@ class Standby:
             What one instance of each group carries.
         reserve : callable
             ``reserve(lead_s)`` gives the load of each phase that must be carried then.
+        spare : float
+            How many of each phase may be lost besides, see
+            :func:`voltana_ctrl.control.spare.spare_count`.
 
         Returns
         -------
@@ -190,4 +195,12 @@ class Standby:
                 # Somebody serves, whatever is expected.
                 first = next((g for g in members if len(alive[g])), members[0])
                 needed[first] = 1.0
+            # The fastest may be lost, so that as many of the fastest are added.
+            lost = 0
+            for g in sorted(members, key=lambda g: -supplies[g].most_req_s):
+                while lost < spare_count(spare, int(needed[members].sum())) and (
+                    needed[g] < len(alive[g])
+                ):
+                    needed[g] += 1.0
+                    lost += 1
         return needed

@@ -218,7 +218,7 @@ def node_governors(
 def _parts(
     fleet: FleetSpec, slo: Slo, policy: str, period_s: float, power_budget: PowerBudget | None,
     delay_s: float, learnt: Belief | None,
-    measured_delay_s: Callable[[], Mapping[str, float]] = dict,
+    measured_delay_s: Callable[[], Mapping[str, float]] = dict, spare: float = 0.0,
 ) -> Any:  # fmt: skip
     found = find_policy(policy)
     if found.name == "bound":
@@ -229,7 +229,7 @@ def _parts(
         )
     setup = PolicySetup(
         tick_s=period_s, power_budget=power_budget, delay_s=delay_s,
-        measured_delay_s=measured_delay_s, learnt=learnt,
+        measured_delay_s=measured_delay_s, learnt=learnt, spare=spare,
     )  # fmt: skip
     return found.build(fleet, slo, setup)
 
@@ -245,6 +245,7 @@ def node_policy(
     held: Collection[str] = (),
     routed: Callable[[], bool] = lambda: False,
     learnt: Belief | None = None,
+    spare: float = 0.0,
 ) -> PolicyController:
     """Shipped policy, or one's own, for nodes that are looked after from this process.
 
@@ -267,6 +268,8 @@ def node_policy(
     learnt : Belief, optional
         What an earlier run of the same fleet has learnt, see
         :class:`~voltana_ctrl.live.state.StateFile`.
+    spare : float
+        Room for the loss of instances, as of :class:`voltana_ctrl.policies.PolicySetup`.
 
     Raises
     ------
@@ -280,7 +283,7 @@ def node_policy(
     >>> node_policy(fleet, Slo(ttft_s=0.6, itl_s=0.06), "mpc").period_s
     Fraction(1, 10)
     """
-    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s, learnt)
+    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s, learnt, spare=spare)
     governors = node_governors(fleet, slo, policy, delay_s=delay_s, period_s=period_s)
     return PolicyController(
         fleet,
@@ -307,12 +310,13 @@ def fleet_policy(
     measured_delay_s: Callable[[], Mapping[str, float]] = dict,
     routed: Callable[[], bool] = lambda: False,
     learnt: Belief | None = None,
+    spare: float = 0.0,
 ) -> PolicyController:
     """Policy of a controller whose nodes and engines host the governors.
 
     Parameters
     ----------
-    fleet, slo, policy, period_s, power_budget, delay_s, routed, learnt
+    fleet, slo, policy, period_s, power_budget, delay_s, routed, learnt, spare
         As of :func:`node_policy`.
     measured_delay_s : callable
         Delays that nodes have measured, by the id of the instance.
@@ -331,7 +335,9 @@ def fleet_policy(
     ...
     voltana_ctrl.errors.ConfigError: policy voltanallm-adaptive: its governors learn inside the...
     """
-    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s, learnt, measured_delay_s)
+    parts = _parts(
+        fleet, slo, policy, period_s, power_budget, delay_s, learnt, measured_delay_s, spare
+    )
     has_governors = node_governors(fleet, slo, policy) is not None
     if parts.governors is not None and not has_governors:
         raise ConfigError(
