@@ -39,6 +39,7 @@ def test_one_file_describes_fleet_and_engines(tmp_path):
     [
         ('kind = "vllm"', 'kind = "tgi"', "instance 2: engine: kind"),
         ('url = "http://two:8000"', 'url = "two:8000"', "url: expected http://"),
+        ('url = "http://two:8000"', 'url = "http://::1:8000"', "an IPv6 address in brackets"),
         ('fpm = "tcp://two:20380"', 'fpm = "two"', "fpm: expected tcp://"),
         ('fpm = "tcp://two:20380"', "fpm = 3", "fpm: expected str, got 3"),
         ('fpm = "tcp://two:20380"', 'port = "3"', "unknown key 'port'; known are"),
@@ -56,6 +57,15 @@ def test_a_bad_engine_is_refused_by_name(tmp_path, old, new, words):
         load_endpoints(path)
     assert words in str(refused.value)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("base", ["http://two:8000/v1", "http://two:8000/v1/", "http://two:8000"])
+def test_the_base_url_of_clients_is_that_of_the_engine(tmp_path, base):
+    path = tmp_path / "fleet.toml"
+    path.write_text(GOOD.replace("http://two:8000", base))
+    _, endpoints = load_endpoints(path)
+    assert endpoints[1].url == "http://two:8000"
+    assert endpoints[1].metrics_url == "http://two:8000/metrics"
 
 
 def test_an_instance_without_an_engine_is_refused(tmp_path):

@@ -38,6 +38,10 @@ def value_of(client, name):
         ("completions", {"prompt": [[1, 2], [3, 4]]}),
         ("completions", {"prompt": "one", "n": 2}),
         ("completions", {"prompt": "one", "best_of": 2}),
+        # What an engine takes for a number is one.
+        ("completions", {"prompt": "one", "best_of": "2"}),
+        ("completions", {"prompt": "one", "n": "2"}),
+        ("completions", {"prompt": "one", "n": 2.0}),
         ("completions", {"prompt": "one", "use_beam_search": True}),
         ("completions", {"prompt": "one", "prompt_embeds": ["AA=="]}),
         ("completions", {"prompt": "one", "echo": True, "logprobs": 1}),

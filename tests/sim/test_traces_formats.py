@@ -147,6 +147,39 @@ def test_commas_between_thousands_are_no_columns(tmp_path):
         read_trace(write(tmp_path, bad))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,1,891,251\n",
+        "arrival_s,prompt_tok,output_tok\n0.3,1,100,20\n",
+    ],
+)
+def test_a_row_with_more_cells_than_columns_is_not_shifted(tmp_path, text):
+    with pytest.raises(ConfigError, match="line 2, row: expected 3 cells, as the header has"):
+        read_trace(write(tmp_path, text))
+    # An end mark of a line is no cell.
+    assert len(read_trace(write(tmp_path, "arrival_s,prompt_tok,output_tok,\n0.3,1,100,\n"))) == 1
+
+
+def test_a_unit_that_contradicts_the_name_is_refused(tmp_path):
+    text = "arrival_s,prompt_tok,output_tok\n0,10,5\n100,20,5\n"
+    with pytest.raises(ConfigError, match=r"arrival_s: expected the unit that its name says"):
+        read_trace(write(tmp_path, text), time_unit="ms")
+    assert len(read_trace(write(tmp_path, text), time_unit="s")) == 2
+
+
+def test_microseconds_are_not_taken_for_milliseconds(tmp_path):
+    rows = [
+        json.dumps({"timestamp": 2_000_000 * k + k, "input_length": 100, "output_length": 10,
+                    "hash_ids": [k]})
+        for k in range(40)
+    ]  # fmt: skip
+    path = write(tmp_path, "\n".join(rows))
+    with pytest.raises(ConfigError, match="'us'"):
+        read_trace(path)
+    assert read_trace(path, time_unit="us").rate_req_s == pytest.approx(0.5, rel=0.1)
+
+
 def test_quotes_and_line_ends_of_any_writer(tmp_path):
     text = '"a ""quoted"" name";"TIMESTAMP";ContextTokens;GeneratedTokens\r\n'
     text += '"x; y";"2023-11-16 18:15:46.68";374;44\r\n"";2023-11-16 18:15:47.68;20;4\r\n'

@@ -172,8 +172,15 @@ def _endpoint(instance: str, table: Mapping[str, Any]) -> Endpoint:
 def _http_url(name: str, text: str) -> str:
     try:
         parts = urlsplit(text)
-    except ValueError as error:  # of brackets that hold no address
-        raise ConfigError(f"{name}: expected http://HOST:PORT, got {text!r}: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(f"{name}: expected http://HOST:PORT, got {text!r}")
-    return text.rstrip("/")
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError as error:  # of brackets that hold no address, or of none around one
+        raise ConfigError(
+            f"{name}: expected http://HOST:PORT, an IPv6 address in brackets, got {text!r}: {error}"
+        ) from error
+    if parts.scheme not in ("http", "https") or not named:
+        raise ConfigError(
+            f"{name}: expected http://HOST:PORT, an IPv6 address in brackets, got {text!r}"
+        )
+    url = text.rstrip("/")
+    # What clients call the base URL; paths that begin with it are appended.
+    return url.removesuffix("/v1").rstrip("/") if name == "url" else url

@@ -449,6 +449,8 @@ def read_forecast(path: str | Path) -> OwnForecast:
     rates_req_s: list[float] = []
     for number, row in enumerate(rows, start=2):
         try:
+            if None in row:
+                raise ValueError("more cells than columns")
             t_s, rate_req_s = float(row["t_s"]), float(row["req_s"])
         except (KeyError, TypeError, ValueError):
             raise ConfigError(

@@ -39,6 +39,7 @@ def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Itera
     served = [one for one in figures if one.get("residence_mean_s") is not None]
     if served:
         yield from _on_times(max(served, key=lambda one: one["residence_mean_s"]), runs[0])
+    yield from _on_rows_left_out(runs[0])
     yield from _on_work_left(served)
     yield from _on_seeds(figures, runs)
 
@@ -55,6 +56,14 @@ def _on_times(longest: Mapping[str, Any], run: Run) -> Iterator[str]:
         yield (
             f"The warm-up of {run.warmup_s:g} s is shorter than a request takes: {what}. The"
             " window begins while batches still grow; take a longer warm-up."
+        )
+
+
+def _on_rows_left_out(run: Run) -> Iterator[str]:
+    if not isinstance(run.workload, str) and run.workload.dropped_rows:
+        yield (
+            f"{run.workload.dropped_rows} rows of {run.workload.name} were left out: they failed,"
+            " or cannot be used."
         )
 
 

@@ -71,8 +71,20 @@ def n_sequences(body: dict[str, Any]) -> int:
 
 
 def _samples(body: dict[str, Any], *names: str) -> int:
-    given = [body.get(name) for name in names]
-    return max([1, *(one for one in given if isinstance(one, int) and 0 < one < 1 << 20)])
+    given = [_whole(body.get(name)) for name in names]
+    return max([1, *(one for one in given if 0 < one < 1 << 20)])
+
+
+def _whole(value: object) -> int:
+    """The whole number that an engine may take this for, 0 if for none: 2, 2.0, and "2"."""
+    if isinstance(value, str) and value.strip().isascii() and len(value) < 32:
+        try:
+            value = float(value)
+        except ValueError:
+            return 0
+    if isinstance(value, (int, float)) and abs(value) < 1 << 20 and value == int(value):
+        return int(value)
+    return 0
 
 
 def decodes_alone(body: dict[str, Any]) -> str | None:

@@ -62,6 +62,8 @@ def unit_s_of(source: Source, stamps: Stamps, *, usually_s: bool = False) -> flo
         if span > 0.0 and rate_ms / 1e3 < _RAREST_REQ_S:
             raise _unclear(source, rate_ms)
         return UNITS_S["s"]
+    if span > 0.0 and rate_ms < _RAREST_REQ_S:
+        raise _unclear(source, rate_ms)  # of microseconds, perhaps
     if span == 0.0 or on_quanta(stamps) or rate_ms <= _SURELY_MS_REQ_S:
         return UNITS_S["ms"]
     if rate_ms >= _SURELY_S_REQ_S:
@@ -73,8 +75,8 @@ def _unclear(source: Source, rate_ms_req_s: float) -> ConfigError:
     return source.refuse(
         "",
         f"expected stamps that tell their unit, got {rate_ms_req_s:.3g} req/s if they are"
-        f" milliseconds and {rate_ms_req_s / 1e3:.3g} req/s if seconds; say which: time_unit='ms'"
-        " or 's' (--time-unit)",
+        f" milliseconds and {rate_ms_req_s / 1e3:.3g} req/s if seconds; say which: time_unit='s',"
+        " 'ms', 'us' or 'ns' (--time-unit)",
     )
 
 

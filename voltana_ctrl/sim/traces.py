@@ -186,11 +186,20 @@ def read_trace(
     raise source.refuse("", _advice(sample))
 
 
+#: Key of a line that has more cells than there are columns.
+_MORE = "\0more"
+
+
 def _cells(names: Sequence[str], delimiter: str, line: str) -> Mapping[str, str]:
     try:
-        return dict(zip(names, cells_of(line, delimiter), strict=False))
+        cells = cells_of(line, delimiter)
     except csv.Error:
         return {}
+    row = dict(zip(names, cells, strict=False))
+    if any(cells[len(names) :]):
+        # Such as commas between thousands without quotes: nobody knows which cell is which.
+        row[_MORE] = line
+    return row
 
 
 def _read_table(
@@ -241,6 +250,12 @@ def _timed_rows(
     time = found_name(names, TIME_NAMES)
     kind, patience = found_name(names, CLASS_NAMES), found_name(names, PATIENCE_NAMES)
     named_unit = {"arrival_s": "s", "arrival_ms": "ms"}.get(str(time).lower())
+    if named_unit is not None and source.time_unit not in (None, named_unit):
+        raise source.refuse(
+            "",
+            f"column {time}: expected the unit that its name says, got time_unit="
+            f"{source.time_unit!r}; leave it out (--time-unit), or rename the column",
+        )
     if origin == "BurstGPT":
         named_unit = "s"
     dated = time == _AZURE[0] or any(
@@ -251,6 +266,8 @@ def _timed_rows(
 
     def parse(raw: Any) -> Row | None:
         row: Mapping[Any, Any] = raw if read is None else read(raw)
+        if read is None and _MORE in row:
+            raise RowError("row", f"{len(names)} cells, as the header has", row[_MORE])
         cells = [row.get(name, "" if read is None else None) for name in (prompt, output, time)]
         if read is not None:
             cells = [None if isinstance(cell, str) else cell for cell in cells]
