@@ -313,10 +313,10 @@ def _rows(path: Path) -> Iterator[Any]:
         yield from _parquet_rows(path)
         return
     with path.open(encoding="utf-8") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return  # torn: the host died
-            yield json_value(line, "line", constants=True)
+            yield json_value(line, f"log {path}, line {number}", constants=True)
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
