@@ -24,7 +24,7 @@ from tests.helpers.paths import ROOT
 from voltana_ctrl import ActuationDenied, BackendError
 from voltana_ctrl.backends.nvml.giveback import FoundFile, FoundGpu, give_back, record_from
 from voltana_ctrl.backends.nvml.lockfile import LockFile, holder
-from voltana_ctrl.backends.nvml.process import listeners
+from voltana_ctrl.backends.nvml.process import listeners, process_state
 from voltana_ctrl.backends.nvml.watchdog import Watchdog
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import Limits
@@ -174,10 +174,17 @@ def test_a_forked_child_does_not_keep_a_dead_controllers_clocks(fake, tmp_path):
 
 
 def test_frozen_controller_is_given_back_and_sets_again_when_it_thaws(fake, tmp_path):
-    body = LOCKED + "while True:\n    backend.apply(decision(705, 900))\n    time.sleep(0.05)"
+    # It stops itself between two calls: stopped within one it would hold the fake driver's lock.
+    body = LOCKED + (
+        "for k in range(10**6):\n"
+        "    backend.apply(decision(705, 900))\n"
+        "    time.sleep(0.05)\n"
+        "    if k == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)"
+    )
     with Host(fake, tmp_path, body) as host:
         host.expect("set")
-        host.send(signal.SIGSTOP)
+        seconds_until(lambda: process_state(host.process.pid) == "T")
         assert seconds_until(lambda: as_found(fake)) < ACTS_WITHIN_S
         host.send(signal.SIGCONT)
         seconds_until(lambda: [gpu.lock_hi_mhz for gpu in fake.gpus] == [705, 900])
