@@ -168,8 +168,7 @@ class Standby:
         reserve : callable
             ``reserve(lead_s)`` gives the load of each phase that must be carried then.
         spare : float
-            How many of each phase may be lost besides, see
-            :func:`voltana_ctrl.control.spare.spare_count`.
+            How many of each phase may be lost besides; below 1 a share of those that are on.
 
         Returns
         -------
