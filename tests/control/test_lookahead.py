@@ -103,8 +103,10 @@ def test_a_solver_that_fails_leaves_everybody_awake_in_the_end(monkeypatch):
         raise cp.SolverError("out of luck")
 
     monkeypatch.setattr(cp.Problem, "solve", broken)
-    decisions, memory = driven(MpcController(sleepy(), SLO), 90, 10.0)
+    controller = MpcController(sleepy(), SLO)
+    decisions, memory = driven(controller, 90, 10.0)
     assert memory.ahead.status == "FAILED"
+    assert controller.notes(memory)["plan_failed"] == 1.0
     assert decisions[-1].active.all()
 
 

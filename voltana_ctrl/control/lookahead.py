@@ -8,6 +8,7 @@ those that are not needed may go; it is made every few seconds, beside the tick 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from voltana_ctrl.types import Belief, FleetSpec, FleetState, Load, Slo
 
 if TYPE_CHECKING:
     from voltana_ctrl.control.plan import Plan, Planner, Situation
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["Lookahead", "LookaheadMemory", "takes_time"]
 
@@ -273,6 +276,8 @@ class Lookahead:
     def notes(self, memory: LookaheadMemory) -> dict[str, float]:
         """What observers may want to see: who is on, what is expected, and the plan's prices.
 
+        The status of the last plan is the name of a note that is 1, such as ``plan_rounded``.
+
         Parameters
         ----------
         memory : LookaheadMemory
@@ -284,6 +289,8 @@ class Lookahead:
             "reserve_10s_req_s": float(outlook.reserve_at([10.0])[0]),
             "on": float(np.count_nonzero(memory.standby.on)),
         }
+        if memory.status:
+            noted[f"plan_{memory.status.lower()}"] = 1.0
         if memory.plan is not None:
             noted |= {
                 "price_request_now_j": float(memory.plan.request_j[0]),
@@ -387,7 +394,9 @@ class Lookahead:
             return memory
         future, seen_s = self._pending
         self._pending = None
-        if future.exception() is not None:
+        error = future.exception()
+        if error is not None:
+            _LOG.error("the planner failed; the last plan holds for its horizon", exc_info=error)
             return replace(memory, status="FAILED")
         return self._taken(memory, future.result(), seen_s)
 

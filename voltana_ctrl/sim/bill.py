@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from voltana_ctrl.sim.metrics import snapshot
+from voltana_ctrl.sim.metrics import drawn_j, snapshot
 from voltana_ctrl.types import Steps
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ class Bill:
 
     def take(self) -> None:
         """Read the energy at the next edge."""
-        inst = snapshot(self._plant)
-        parts = ("prefill", "decode", "idle", "transfer")
-        self._energy_j.append(sum(float(inst[f"{part}_j"].sum()) for part in parts))
+        self._energy_j.append(float(drawn_j(snapshot(self._plant)).sum()))
 
     def figures(self) -> dict[str, float | None]:
         """Cost and grams of CO2, as the JSON of ``compare`` names them; None without a price."""

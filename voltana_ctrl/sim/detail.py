@@ -10,7 +10,7 @@ import numpy as np
 from voltana_ctrl.checks import freeze_fields
 from voltana_ctrl.errors import ShapeError
 from voltana_ctrl.moved import forward
-from voltana_ctrl.sim.metrics import judged_latencies, snapshot
+from voltana_ctrl.sim.metrics import drawn_j, judged_latencies, snapshot
 
 if TYPE_CHECKING:
     from voltana_ctrl.sim.plant import Plant
@@ -155,7 +155,7 @@ class DetailSampler:
             name: np.diff([sums[name] for sums in self._sums], axis=0).astype(float)
             for name in names
         }
-        energy_j = sum(gain[f"{part}_j"] for part in ("prefill", "decode", "idle", "transfer"))
+        energy_j = drawn_j(gain)
         ttft_s, itl_s = judged_latencies(self._plant)
         fleet = self._plant.fleet
         return RunDetail(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "at_the_wall",
+    "drawn_j",
     "fill_gap_closed",
     "fill_saving",
     "judged_latencies",
@@ -23,6 +24,9 @@ __all__ = [
     "snapshot",
     "unfinished",
 ]
+
+#: What energy is drawn for.
+_PARTS = ("prefill", "decode", "idle", "transfer")
 
 
 def snapshot(simulated: Plant) -> Any:
@@ -47,6 +51,24 @@ def snapshot(simulated: Plant) -> Any:
 
     advance.settle_accounts(simulated._sim, simulated.instances, simulated._tables)
     return simulated.instances.copy()
+
+
+def drawn_j(sums: Any) -> Any:
+    """Energy that each instance has drawn, shape (n,): that of all its activities.
+
+    Parameters
+    ----------
+    sums : records or mapping of ndarray
+        Of :func:`snapshot`, or what its sums have gained.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> one = np.array([2.0])
+    >>> drawn_j({"prefill_j": one, "decode_j": one, "idle_j": one, "transfer_j": one})
+    array([8.])
+    """
+    return sum(sums[f"{part}_j"] for part in _PARTS)
 
 
 def unfinished(simulated: Plant) -> tuple[int, int]:
@@ -221,10 +243,7 @@ def _gain(before: Any, after: Any, name: str) -> Any:
 
 
 def _energy(before: Any, after: Any) -> dict[str, float]:
-    parts = {
-        f"energy_{part}_j": float(_gain(before, after, f"{part}_j").sum())
-        for part in ("prefill", "decode", "idle", "transfer")
-    }
+    parts = {f"energy_{part}_j": float(_gain(before, after, f"{part}_j").sum()) for part in _PARTS}
     return {"energy_j": sum(parts.values()), **parts}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.sim.metrics import snapshot
+from voltana_ctrl.sim.metrics import drawn_j, snapshot
 from voltana_ctrl.types import FleetSpec, PowerBudget
 
 if TYPE_CHECKING:
@@ -77,13 +77,7 @@ class PowerMeter:
             if edge_s > until_s:
                 break
             self._plant.advance(float(edge_s))
-            inst = snapshot(self._plant)
-            self._energy_j.append(
-                sum(
-                    float(inst[f"{part}_j"].sum())
-                    for part in ("prefill", "decode", "idle", "transfer")
-                )
-            )
+            self._energy_j.append(float(drawn_j(snapshot(self._plant)).sum()))
             if also is not None:
                 also.take()
         self._plant.advance(until_s)
