@@ -86,11 +86,8 @@ ABLATIONS = (
 )
 
 
-def thinned(rate_of, peak_req_s, duration_s, seed):
-    """Poisson arrivals at a rate that changes in time."""
-    load = make_workload("sharegpt", peak_req_s, duration_s, seed)
-    draw = np.random.default_rng(seed + 1000).random(len(load)) * peak_req_s
-    keep = draw < rate_of(load.arrival_s)
+def kept(load, keep):
+    """Some of the requests of a workload."""
     return dataclasses.replace(
         load,
         arrival_s=load.arrival_s[keep],
@@ -98,8 +95,16 @@ def thinned(rate_of, peak_req_s, duration_s, seed):
         output_tok=load.output_tok[keep],
         cached_tok=load.cached_tok[keep],
         request_class=load.request_class[keep],
+        patience_s=load.patience_s[keep],
         block_offset=load.block_offset[: np.count_nonzero(keep) + 1],  # there are no blocks
     )
+
+
+def thinned(rate_of, peak_req_s, duration_s, seed):
+    """Poisson arrivals at a rate that changes in time."""
+    load = make_workload("sharegpt", peak_req_s, duration_s, seed)
+    draw = np.random.default_rng(seed + 1000).random(len(load)) * peak_req_s
+    return kept(load, draw < rate_of(load.arrival_s))
 
 
 def transients(duration_s, seed):
