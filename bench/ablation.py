@@ -1,8 +1,11 @@
 """What each layer of the controller brings: alone, and left out.
 
     python bench/ablation.py [--duration 60] [--seeds 1]
+    python bench/ablation.py --tuning [--duration 60] [--seeds 1]
 
-All figures are simulated, on the reference scenario; prints the tables of docs/ablation.md.
+All figures are simulated, on the reference scenario; prints the tables of docs/ablation.md. With
+`--tuning`: what half and twice of each number of `voltana_ctrl.types.Tuning` does, in steady load,
+in bursts, and where an instance slows down.
 """
 
 import argparse
@@ -12,14 +15,17 @@ import sys
 import numpy as np
 
 from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
-from voltana_ctrl.control import CascadeController, Target
+from voltana_ctrl.control import CascadeController, IterationGovernor, Target
 from voltana_ctrl.experiment import Run
 from voltana_ctrl.policies import Policy, PolicyParts, find_policy
 from voltana_ctrl.routing import PricedRouter
+from voltana_ctrl.sim.faults import Slowdown
+from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.workload import make_workload
-from voltana_ctrl.types import PowerBudget
+from voltana_ctrl.types import PowerBudget, Tuning
 
 FLEET = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+COLOCATED = FleetSpec.parse("4C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 WARMUP_S = 30.0
 LOADS_REQ_S = (20.0, 35.0, 65.0, 80.0)
@@ -86,25 +92,27 @@ ABLATIONS = (
 )
 
 
-def kept(load, keep):
-    """Some of the requests of a workload."""
-    return dataclasses.replace(
-        load,
-        arrival_s=load.arrival_s[keep],
-        prompt_tok=load.prompt_tok[keep],
-        output_tok=load.output_tok[keep],
-        cached_tok=load.cached_tok[keep],
-        request_class=load.request_class[keep],
-        patience_s=load.patience_s[keep],
-        block_offset=load.block_offset[: np.count_nonzero(keep) + 1],  # there are no blocks
-    )
+def tuned(name, tuning):
+    """The cascade with other numbers."""
+
+    def build(fleet, slo, setup):
+        parts = find_policy("cascade").build(fleet, slo, setup)
+        settings = {"delay_s": setup.delay_s, "tuning": tuning}
+        return dataclasses.replace(
+            parts,
+            controller=CascadeController(fleet, slo, period_s=setup.tick_s, **settings),
+            governors=[IterationGovernor(one, slo, **settings) for one in fleet.instances],
+        )
+
+    return Policy(name=name, summary="ablation", source="ours", build=build)
 
 
-def thinned(rate_of, peak_req_s, duration_s, seed):
-    """Poisson arrivals at a rate that changes in time."""
-    load = make_workload("sharegpt", peak_req_s, duration_s, seed)
-    draw = np.random.default_rng(seed + 1000).random(len(load)) * peak_req_s
-    return kept(load, draw < rate_of(load.arrival_s))
+def scaled(tuning, name, factor):
+    """Tuning with one number multiplied."""
+    value = getattr(tuning, name)
+    if isinstance(value, tuple):
+        return dataclasses.replace(tuning, **{name: tuple(factor * one for one in value)})
+    return dataclasses.replace(tuning, **{name: factor * value})
 
 
 def transients(duration_s, seed):
@@ -112,31 +120,31 @@ def transients(duration_s, seed):
     span_s = WARMUP_S + duration_s + 60.0
     cut_s, lift_s = WARMUP_S + duration_s / 6.0, WARMUP_S + duration_s / 2.0
     cut = PowerBudget(steps=((0.0, 5000.0), (cut_s, 526.0), (lift_s, 5000.0)))
+    # A ramp in 24 steps; bursts of 5 s; halves of 20 s.
+    ramp = [(0.0, 20.0)]
+    ramp += [(WARMUP_S + k * duration_s / 24.0, 20.0 + 2.5 * k) for k in range(1, 25)]
+    bursts = [(30.0 * k + t_s, rate) for k in range(40) for t_s, rate in ((0.0, 90.0), (5.0, 30.0))]
+    wakes = [(40.0 * k + t_s, rate) for k in range(30) for t_s, rate in ((0.0, 15.0), (20.0, 60.0))]
 
-    def ramp(t_s):
-        return np.interp(t_s, [WARMUP_S, WARMUP_S + duration_s], [20.0, 80.0])
-
-    def bursts(t_s):
-        return np.where(t_s % 30.0 < 5.0, 90.0, 30.0)
-
-    def wakes(t_s):
-        return np.where(t_s % 40.0 < 20.0, 15.0, 60.0)
+    def stepped(steps):
+        rate_steps = RateSteps(steps=tuple(steps))
+        return make_workload("sharegpt", None, span_s, seed, rate_steps=rate_steps)
 
     return {
-        "ramp 20 to 80 req/s": (thinned(ramp, 80.0, span_s, seed), None),
-        "bursts: 90 req/s for 5 s in 30 s, else 30": (thinned(bursts, 90.0, span_s, seed), None),
-        "wake-ups: 15 and 60 req/s, 20 s each": (thinned(wakes, 60.0, span_s, seed), None),
+        "ramp 20 to 80 req/s": (stepped(ramp), None),
+        "bursts: 90 req/s for 5 s in 30 s, else 30": (stepped(bursts), None),
+        "wake-ups: 15 and 60 req/s, 20 s each": (stepped(wakes), None),
         "35 req/s, budget cut to 526 W": (make_workload("sharegpt", 35.0, span_s, seed), cut),
     }
 
 
-def mean(which, workload, duration_s, seeds, rate_req_s=None, budget=None):
+def mean(which, workload, duration_s, seeds, rate_req_s=None, budget=None, fleet=FLEET, faults=()):
     """Watts, TTFT and ITL attainment in percent, requests finished."""
     runs = [
         Run(
-            policy=which, fleet=FLEET, slo=SLO, rate_req_s=rate_req_s, seed=seed,
+            policy=which, fleet=fleet, slo=SLO, rate_req_s=rate_req_s, seed=seed,
             workload=workload(seed) if callable(workload) else workload,
-            duration_s=duration_s, warmup_s=WARMUP_S, power_budget=budget,
+            duration_s=duration_s, warmup_s=WARMUP_S, power_budget=budget, faults=faults,
         ).simulate()
         for seed in range(seeds)
     ]  # fmt: skip
@@ -144,11 +152,56 @@ def mean(which, workload, duration_s, seeds, rate_req_s=None, budget=None):
     return np.mean([[run[key] for key in keys] for run in runs], axis=0) * (1.0, 100.0, 100.0)
 
 
+def tuning_scenes(duration_s, seed):
+    """Name of each scene, with its load and what goes wrong in it."""
+    slow = Slowdown(instance="decode-0", slow_frac=1.3, from_s=WARMUP_S)
+    bursts = transients(duration_s, seed)["bursts: 90 req/s for 5 s in 30 s, else 30"][0]
+    return {
+        "20 req/s": {"workload": "sharegpt", "rate_req_s": 20.0},
+        "35 req/s": {"workload": "sharegpt", "rate_req_s": 35.0},
+        "65 req/s": {"workload": "sharegpt", "rate_req_s": 65.0},
+        "bursts": {"workload": bursts},
+        "4C, 20 req/s": {"workload": "sharegpt", "rate_req_s": 20.0, "fleet": COLOCATED},
+        "slow, 35": {"workload": "sharegpt", "rate_req_s": 35.0, "faults": (slow,)},
+    }
+
+
+def print_tuning(duration_s, seeds):
+    """What each chosen number does, halved and doubled."""
+    names = list(tuning_scenes(duration_s, 0))
+    print(f"| number | | {' | '.join(names)} |\n|---|---|" + "---|" * len(names), flush=True)
+
+    def row(which):
+        figures = []
+        for name in names:
+            scene = dict(tuning_scenes(duration_s, 0)[name])
+            figures.append(mean(which, scene.pop("workload"), duration_s, seeds, **scene))
+        return np.array(figures)
+
+    usual = row(tuned("as it is", Tuning()))
+    cells = [f"{power_w:.0f}; {ttft:.1f} / {itl:.1f}" for power_w, ttft, itl in usual]
+    print(f"| as it is | | {' | '.join(cells)} |", flush=True)
+    for one in dataclasses.fields(Tuning):
+        for factor in (0.5, 2.0):
+            changed = row(tuned(one.name, scaled(Tuning(), one.name, factor)))
+            more_frac = 100.0 * (changed[:, 0] / usual[:, 0] - 1.0)
+            points = changed[:, 1:] - usual[:, 1:]
+            cells = [
+                f"{more:+.1f} %; {ttft:+.1f} / {itl:+.1f}"
+                for more, (ttft, itl) in zip(more_frac, points, strict=True)
+            ]
+            print(f"| `{one.name}` | x {factor:g} | {' | '.join(cells)} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--duration", type=float, default=60.0)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--tuning", action="store_true", help="each chosen number")
     options = parser.parse_args()
+    if options.tuning:
+        print_tuning(options.duration, options.seeds)
+        return 0
     print("| layers |" + "".join(f" {rate:g} req/s |" for rate in LOADS_REQ_S))
     print("|---|" + "---|" * len(LOADS_REQ_S), flush=True)
     for which in ABLATIONS:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import cvxpy as cp
 import numpy as np
-from ablation import kept
 
 from voltana_ctrl import FleetSpec, Slo
 from voltana_ctrl.control import MpcController, TargetOptimiser
@@ -208,6 +207,14 @@ def _trace(wake_s: float) -> Scene:
 
 CUT_S, LIFT_S = WARMUP_S + 600.0, WARMUP_S + 1500.0
 CUT = {"duration_s": 2400.0, "fleet": "2P2D", "rate": 65.0, "deadline_s": 1800.0}
+
+
+def kept(load: Workload, keep: np.ndarray) -> Workload:
+    """Some of the requests of a workload without blocks."""
+    names = ("arrival_s", "prompt_tok", "output_tok", "cached_tok", "request_class", "patience_s")
+    parts = {name: getattr(load, name)[keep] for name in names}
+    offsets = load.block_offset[: np.count_nonzero(keep) + 1]
+    return dataclasses.replace(load, **parts, block_offset=offsets)
 
 
 def _cut_requests(case: Case, *, all_of_them: bool = True) -> Workload:

@@ -25,13 +25,7 @@ __all__ = [
 
 
 class VoltanaError(Exception):
-    """Base of every error this library raises on purpose.
-
-    Examples
-    --------
-    >>> issubclass(ConfigError, VoltanaError)
-    True
-    """
+    """Base of every error this library raises on purpose."""
 
 
 class ConfigError(VoltanaError, ValueError):
@@ -62,13 +56,7 @@ class ShapeError(VoltanaError, ValueError):
 
 
 class BackendError(VoltanaError):
-    """The plant or the hardware did not do as told.
-
-    Examples
-    --------
-    >>> issubclass(ActuationDenied, BackendError)
-    True
-    """
+    """The plant or the hardware did not do as told."""
 
 
 class ActuationDenied(BackendError):

@@ -105,13 +105,7 @@ class Clock(Protocol):
 
 @runtime_checkable
 class Predictor(Protocol):
-    """Latency and power of one instance at (clock, load); pure.
-
-    Examples
-    --------
-    >>> hasattr(Predictor, "itl_s")
-    True
-    """
+    """Latency and power of one instance at (clock, load); pure."""
 
     def itl_s(self, freq_mhz: float, running_req: float, kv_used_tok: float) -> float:
         """Time of a decode iteration."""

@@ -12,6 +12,7 @@ from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
 from voltana_ctrl.control.governor import IterationGovernor
 from voltana_ctrl.kernels.choose.governor import squared_tok
 from voltana_ctrl.laws import kv_transfer_s, prefill_s
+from voltana_ctrl.types import Tuning
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 FLEET = FleetSpec.parse("1P1D", PROFILE)
@@ -85,7 +86,7 @@ def test_a_colocated_instance_makes_up_for_iterations_that_prompts_stretched():
     mixed = FleetSpec.parse("1C", PROFILE).instances[0]
     steps = {}
     for name, repay_tok in (("patient", 1e9), ("prompt", 32.0)):
-        governor = fresh(mixed, repay_tok=repay_tok, memory_s=1e-3)
+        governor = fresh(mixed, tuning=Tuning(repay_tok=repay_tok), memory_s=1e-3)
         clock_of = [
             # One iteration of 0.3 s among steps of 50 ms.
             governor.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=t_s)

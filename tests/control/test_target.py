@@ -17,7 +17,7 @@ from voltana_ctrl.control.spare import spare_count
 from voltana_ctrl.control.target import TargetOptimiser
 from voltana_ctrl.kernels.choose import target as kernels
 from voltana_ctrl.laws import length_moments
-from voltana_ctrl.types import Load
+from voltana_ctrl.types import Load, Tuning
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 #: Attention makes its long prompts take longer per token.
@@ -301,9 +301,9 @@ def test_large_fleets_keep_their_grid(size):
 def test_active_set_is_kept_unless_a_change_pays():
     load = Load(arrival_req_s=10.0, lengths=LENGTHS)
     everybody = np.ones(4, bool)
-    held = TargetOptimiser(FLEET, SLO, wake_j=1e6).plan(load, active=everybody)
+    held = TargetOptimiser(FLEET, SLO, tuning=Tuning(wake_j=1e6)).plan(load, active=everybody)
     assert held.active.all()
-    moved = TargetOptimiser(FLEET, SLO, wake_j=0.0).plan(load, active=everybody)
+    moved = TargetOptimiser(FLEET, SLO, tuning=Tuning(wake_j=0.0)).plan(load, active=everybody)
     assert moved.active.sum() < 4
 
 

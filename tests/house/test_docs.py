@@ -109,10 +109,31 @@ def test_docstring_names_no_parameter_that_is_gone(path):
     assert gone == set(), f"{path}: documented but not taken: {sorted(gone)}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTED)
+def behaves(value: object) -> bool:
+    """Whether there is something to show: records, errors and protocols only say what they hold."""
+    if not inspect.isclass(value):
+        return True
+    if issubclass(value, BaseException) or getattr(value, "_is_protocol", False):
+        return False
+    own = [name for name, one in vars(value).items() if inspect.isroutine(one) and name[0] != "_"]
+    return bool(own) or not dataclasses.is_dataclass(value)
+
+
+@pytest.mark.parametrize("path", [path for path, value in DOCUMENTED.items() if behaves(value)])
 def test_docstring_runs_an_example(path):
     docstring = inspect.getdoc(DOCUMENTED[path]) or ""
     assert ">>> " in section(docstring, "Examples"), f"{path}: no example"
+
+
+def test_no_example_shows_the_source_in_place_of_behaviour():
+    shows_nothing = re.compile(r">>> .*(__doc__|__slots__|__name__|hasattr\(|issubclass\()")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in sorted(Path(voltana_ctrl.__path__[0]).rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if shows_nothing.search(line)
+    ]
+    assert found == []
 
 
 def test_the_parameter_check_sees_what_is_missing():

@@ -49,11 +49,6 @@ class ActuatorMemory:
         Instances that did not obey a cap; nothing but clock locks for them.
     t_s : float
         Time of the last tick.
-
-    Examples
-    --------
-    >>> ActuatorMemory.__slots__[0]
-    'inner'
     """
 
     inner: Any

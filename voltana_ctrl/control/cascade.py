@@ -31,18 +31,10 @@ from voltana_ctrl.types import (
     Observation,
     Slo,
     Status,
+    Tuning,
 )
 
 __all__ = ["CascadeController", "CascadeMemory", "MpcController"]
-
-#: Standard deviations of the load that a smaller active set must be able to take.
-_DOUBT_SD = 3.0
-#: What must change before another belief is sent out: pace, relative; margin; delay.
-_PACE_NEWS_FRAC, _MARGIN_NEWS_FRAC, _DELAY_NEWS_S = 0.02, 0.003, 0.004
-#: A clamped instance is asked for its highest clock so often, for so long: is it clamped still?
-_PROBE_EVERY_S, _PROBE_S = 10.0, 0.5
-#: Time in which a backlog should be gone.
-_CATCH_UP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,11 +65,6 @@ class CascadeMemory:
         Behind the pace, the delay and the highest clock of every instance.
     belief : Belief
         What governors and routers were told last.
-
-    Examples
-    --------
-    >>> CascadeMemory.__slots__[0]
-    'load'
     """
 
     load: LoadMemory
@@ -111,8 +98,9 @@ class CascadeController(Controller):
         clock, and it answers to queues and batches at every tick.
     delay_s : float
         From asking for a clock until it runs.
-    margin_frac : tuple of float
-        TTFT and ITL margin of the governors; more is added where requests miss.
+    margin_frac : tuple of float, optional
+        TTFT and ITL margin of the governors; more is added where requests miss. Those of the
+        tuning if left out.
     power_budget_w : float or callable, optional
         Power that the fleet may draw, or a function of the time that tells it.
     target : TargetOptimiser, optional
@@ -124,6 +112,8 @@ class CascadeController(Controller):
         `delay_s` from then on.
     learnt : Belief, optional
         What an earlier run of the same fleet has learnt, to begin with; all but the delay.
+    tuning : Tuning, optional
+        What is chosen rather than derived; the defaults if left out.
 
     Raises
     ------
@@ -150,12 +140,13 @@ class CascadeController(Controller):
         target_period_s: float = 1.0,
         governed: bool = True,
         delay_s: float = 0.025,
-        margin_frac: tuple[float, float] = (0.02, 0.035),
+        margin_frac: tuple[float, float] | None = None,
         power_budget_w: float | Callable[[float], float] | None = None,
         target: TargetOptimiser | None = None,
         load: LoadFilter | None = None,
         measured_delay_s: Callable[[], Mapping[str, float]] = dict,
         learnt: Belief | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         super().__init__(fleet, period_s=period_s)
         positive(f"{type(self).__name__}.target_period_s", target_period_s)
@@ -166,16 +157,17 @@ class CascadeController(Controller):
         self.delay_s = delay_s
         self._measured_delay_s = measured_delay_s
         self._learnt = learnt
-        self.margin_frac = margin_frac
+        self._tuning = tuning = tuning or Tuning()
+        self.margin_frac = margin_frac = margin_frac or tuning.margin_frac
         #: May be set while the controller runs.
         self.power_budget_w = power_budget_w
         self._target = target or TargetOptimiser(
-            fleet, slo, margin_frac=margin_frac, delay_s=delay_s, governed=governed
+            fleet, slo, margin_frac=margin_frac, delay_s=delay_s, governed=governed, tuning=tuning
         )
-        self._load = load or LoadFilter(fleet)
+        self._load = load or LoadFilter(fleet, tuning=tuning)
         self._pace = PaceFilter(fleet, delay_s=delay_s)
-        self._regime = RegimeFilter(fleet)
-        self._margin = HeadroomFilter(fleet, slo)
+        self._regime = RegimeFilter(fleet, tuning=tuning)
+        self._margin = HeadroomFilter(fleet, slo, tuning)
         self._idle_w = sum(one.idle_w for one in fleet.instances)
         self._assessor = Assessor(fleet, slo)
         self._prefills = np.array([one.role.prefills for one in fleet.instances])
@@ -278,7 +270,9 @@ class CascadeController(Controller):
         late_req -= load.arrival_req_s * self.slo.ttft_s
         behind_req = max(0.0, late_req) + self._assessor.crowded_req(state, memory.belief)
         if behind_req > 0.0:
-            load = replace(load, arrival_req_s=load.arrival_req_s + behind_req / _CATCH_UP_S)
+            load = replace(
+                load, arrival_req_s=load.arrival_req_s + behind_req / self._tuning.catch_up_s
+            )
         # Everybody is active at first: parking must pay.
         active = np.ones(len(state), bool) if memory.target is None else memory.target.active
         usable, fixed = state.alive, memory.serving is not None
@@ -291,7 +285,7 @@ class CascadeController(Controller):
                 part, active=active, usable=usable, belief=belief, fixed=fixed,
                 forgone_j=(0.0, 0.0) if before is None else before.forgone_j,
                 lasted_s=state.t_s - memory.planned_s,
-                doubt_frac=min(1.0, _DOUBT_SD * self._load.doubt_frac(memory.load)),
+                doubt_frac=min(1.0, self._tuning.doubt_sd * self._load.doubt_frac(memory.load)),
                 present_req=state.running_req + state.queue_req,
             )  # fmt: skip
 
@@ -313,7 +307,7 @@ class CascadeController(Controller):
 
         Governors keep what they believe as long as it is about right, and plans, too.
         """
-        pace = memory.pace
+        pace, tuning = memory.pace, self._tuning
         pace_frac, noise_frac = self._pace.pace_frac(pace), self._pace.noise_frac(pace)
         before = memory.belief
         ttft, itl = before.ttft_margin_frac, before.itl_margin_frac
@@ -339,12 +333,12 @@ class CascadeController(Controller):
 
         other = (
             moved("able_mhz", 0.0)
-            or moved("prefill_pace_frac", _PACE_NEWS_FRAC)
-            or moved("decode_pace_frac", _PACE_NEWS_FRAC)
-            or moved("delay_s", _DELAY_NEWS_S)
+            or moved("prefill_pace_frac", tuning.pace_news_frac)
+            or moved("decode_pace_frac", tuning.pace_news_frac)
+            or moved("delay_s", tuning.delay_news_s)
         )
         told = any(
-            moved(name, _MARGIN_NEWS_FRAC)
+            moved(name, tuning.margin_news_frac)
             for name in ("ttft_margin_frac", "itl_margin_frac", "noise_frac")
         )
         return (replace(memory, belief=belief), other) if other or told else (memory, False)
@@ -390,7 +384,7 @@ class CascadeController(Controller):
 
     def _probed(self, state: FleetState, belief: Belief, floor: F64) -> F64:
         """Floors; at times the highest clock of who is clamped, which tells whether it still is."""
-        if state.t_s % _PROBE_EVERY_S >= _PROBE_S:
+        if state.t_s % self._tuning.probe_every_s >= self._tuning.probe_s:
             return floor
         return np.where(belief.able_mhz < self._max_mhz, self._max_mhz, floor)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool
 from voltana_ctrl.laws import paced
-from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo
+from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo, Tuning
 from voltana_ctrl.types.ladder import row_down
 
 __all__ = ["Curve", "LeastPower", "Target"]
@@ -20,9 +20,8 @@ __all__ = ["Curve", "LeastPower", "Target"]
 #: Prompt lengths, in standard deviations, at which the tail of the prefill wait is averaged.
 _NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
 
-#: ITL margins tried where not all promises can be kept, and power that is not worth a word.
+#: ITL margins tried where not all promises can be kept.
 _EXTRA_FRAC = np.linspace(0.0, 0.4, 17)
-_FREE_FRAC = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,11 +38,6 @@ class Curve:
         Row of the clock (of the floor, where a governor runs above it).
     miss_frac : ndarray, shape (n_loads,)
         Share of requests predicted to miss.
-
-    Examples
-    --------
-    >>> Curve.__slots__[0]
-    'arrival_req_s'
     """
 
     arrival_req_s: F64
@@ -73,11 +67,6 @@ class Target:
     forgone_j : ndarray, shape (n_phases,)
         Energy that the active set of each phase has cost more than the best one would have, since
         the two began to differ; see :meth:`TargetOptimiser.plan`.
-
-    Examples
-    --------
-    >>> Target.__slots__[0]
-    'active'
     """
 
     active: Bool
@@ -102,6 +91,8 @@ class LeastPower:
         Prefill and decode iterations take so many times what the profile says.
     able_mhz : float
         Highest clock that the instance gets.
+    tuning : Tuning, optional
+        What is chosen rather than derived; the defaults if left out.
 
     Examples
     --------
@@ -125,6 +116,7 @@ class LeastPower:
         governed: bool,
         pace_frac: tuple[float, float] = (1.0, 1.0),
         able_mhz: float = math.inf,
+        tuning: Tuning | None = None,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl.kernels.choose import target as kernels
@@ -139,6 +131,7 @@ class LeastPower:
         self._prompt_w = self.rows["prefill_power_w"] + self.rows["prefill_beside_w"]
         self._sizes = np.arange(1, instance.max_batch + 1)
         self._governed = governed
+        self._free_frac = (tuning or Tuning()).free_frac
         self._miss_frac = 1.0 - slo.attainment
         self._ttft_s = slo.ttft_s / (1.0 + margin_frac[0]) - delay_s
         # Slower than what arrives is to postpone work, which only a clock that answers well
@@ -199,9 +192,11 @@ class LeastPower:
     def _limits(self, lengths: Lengths) -> tuple[float, int, float]:
         """Tokens that a request decodes, largest batch, longest iteration."""
         decoded_tok = lengths.output_tok - 1.0
-        # Largest batch whose KV tokens fit but for one time in a hundred.
+        # Largest batch whose KV tokens fit as often as the promises are to be kept.
         kv_tok = self._sizes * lengths.context_tok
-        kv_tok += 2.33 * lengths.context_sd_tok * np.sqrt(self._sizes)
+        kv_tok += (
+            NormalDist().inv_cdf(self._attainment) * lengths.context_sd_tok * np.sqrt(self._sizes)
+        )
         limit_req = int(np.count_nonzero(kv_tok <= 0.99 * self.instance.kv_capacity_tok))
         return decoded_tok, limit_req, self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
 
@@ -240,7 +235,7 @@ class LeastPower:
             )  # fmt: skip
             served_frac[k] = 1.0 - missed_frac
         least = int(np.argmax(served_frac >= self._attainment * served_frac.max()))
-        free = np.flatnonzero(power_w <= (1.0 + _FREE_FRAC) * power_w[least])[-1]
+        free = np.flatnonzero(power_w <= (1.0 + self._free_frac) * power_w[least])[-1]
         return float(_EXTRA_FRAC[max(free, least)])
 
     def speed_req_s(self, lengths: Lengths) -> float:

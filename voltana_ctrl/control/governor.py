@@ -10,16 +10,9 @@ from voltana_ctrl.checks import not_negative, positive
 from voltana_ctrl.control.base import CompiledGovernor
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.laws import kv_transfer_s
-from voltana_ctrl.types import Belief, InstanceSpec, Profile, Role, Slo
+from voltana_ctrl.types import Belief, InstanceSpec, Profile, Role, Slo, Tuning
 
 __all__ = ["IterationGovernor", "thrifty_row"]
-
-
-#: What is predicted late, over what the promise allows: the prediction takes each iteration to run
-#: at the limit, while the ladder is coarse and most leave more.
-_LATE_PART = 1.5
-#: Memory of arrivals in TTFT promises.
-_MEMORY_TTFT = 25.0
 
 
 def thrifty_row(profile_table: np.ndarray) -> int:
@@ -59,20 +52,18 @@ class IterationGovernor(CompiledGovernor):
         Targets.
     profile : Profile, optional
         Tables it predicts with; the instance's own by default.
-    margin_frac : tuple of float
-        TTFT and ITL margin: a prediction times one plus this must be within the target. The
-        default of ITL pays for the gap at the hand-off from prefill, which is up to two
-        iterations long and spread over the tokens of the request.
+    margin_frac : tuple of float, optional
+        TTFT and ITL margin: a prediction times one plus this must be within the target; that of
+        the tuning if left out.
     delay_s : float
         From asking for a clock until it runs: actuation and settling.
     dwell_s : float
         Least time between a change and a lowering.
     memory_s : float, optional
-        Time constant of the arrival estimate behind it; 25 times the TTFT promise if left out, so
-        that what may arrive within one promise is known whatever the promise.
-    repay_tok : float
-        On colocated instances prompts stretch some iterations beyond the ITL target. The running
-        request that is furthest behind is back on target after so many tokens.
+        Time constant of the arrival estimate behind it; `arrivals_ttft` promises of the tuning if
+        left out.
+    tuning : Tuning, optional
+        What is chosen rather than derived; the defaults if left out.
 
     Raises
     ------
@@ -97,20 +88,21 @@ class IterationGovernor(CompiledGovernor):
         slo: Slo,
         profile: Profile | None = None,
         *,
-        margin_frac: tuple[float, float] = (0.02, 0.035),
+        margin_frac: tuple[float, float] | None = None,
         delay_s: float = 0.025,
         dwell_s: float = 0.0,
         memory_s: float | None = None,
-        repay_tok: float = 32.0,
+        tuning: Tuning | None = None,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl.kernels.choose.governor import needed_clock
 
         for name, value in (("delay_s", delay_s), ("dwell_s", dwell_s)):
             not_negative(f"IterationGovernor.{name}", value)
-        memory_s = _MEMORY_TTFT * slo.ttft_s if memory_s is None else memory_s
+        tuning = tuning or Tuning()
+        margin_frac = margin_frac or tuning.margin_frac
+        memory_s = tuning.arrivals_ttft * slo.ttft_s if memory_s is None else memory_s
         positive("IterationGovernor.memory_s", memory_s)
-        positive("IterationGovernor.repay_tok", repay_tok)
         for value in margin_frac:
             if not -1.0 < value < np.inf:
                 raise ConfigError(
@@ -130,11 +122,11 @@ class IterationGovernor(CompiledGovernor):
                 delay_s,
                 dwell_s,
                 thrifty_row(instance.table),
-                _LATE_PART * (1.0 - slo.attainment),
+                tuning.late_part * (1.0 - slo.attainment),
                 0.0,
                 memory_s,
                 float(instance.role.prefills),
-                repay_tok,
+                tuning.repay_tok,
                 1.0,
                 1.0,
             ],

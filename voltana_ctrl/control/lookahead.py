@@ -79,11 +79,6 @@ class LookaheadMemory:
         How that ended, by the name of its status; empty before the first.
     budget_w, alive : float, int
         Budget and instances alive at the last look.
-
-    Examples
-    --------
-    >>> LookaheadMemory.__slots__[0]
-    'forecast'
     """
 
     forecast: ForecastMemory

@@ -278,8 +278,13 @@ def decode_steps(
 
     Examples
     --------
-    >>> decode_steps.__name__
-    'decode_steps'
+    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import length_moments
+    >>> table = load_profile("a100-sxm-80gb/llama-3.1-8b").table
+    >>> a, *_ = decode_steps(table[-1:], table[-1:], np.array([1410.0]), np.array([40.0]),
+    ...                      np.array([2e4]), length_moments([240, 240], [200, 200]))
+    >>> bool(np.all(np.linalg.eigvals(a[0]).real < 0.0))  # a batch settles by itself
+    True
     """
     rows, slopes = decode_tangent(rows, slopes, running_req)
     names = ("decode_base_s", "decode_req_s", "decode_kv_s")

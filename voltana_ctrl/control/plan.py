@@ -89,11 +89,6 @@ class Situation:
         Power that the fleet may draw; infinite without a budget.
     price_frac : ndarray, shape (n_steps,), optional
         Weight of energy, such as what it costs; 1 by default.
-
-    Examples
-    --------
-    >>> Situation.__slots__[0]
-    'supplies'
     """
 
     supplies: Sequence[Supply]
@@ -130,11 +125,6 @@ class Plan:
         Price of one more request that arrives in that step.
     watt_frac : ndarray, shape (n_steps,)
         What one watt more of budget would save, in watts.
-
-    Examples
-    --------
-    >>> Plan.__slots__[0]
-    'status'
     """
 
     status: PlanStatus

@@ -22,15 +22,12 @@ from voltana_ctrl.control.groups import Node, equal_groups, everybody_on
 from voltana_ctrl.control.spare import spare_count, with_spare
 from voltana_ctrl.control.supply import FACETS, Supply, drain_time_s, supply_of
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo
+from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo, Tuning
 
 __all__ = ["Curve", "Target", "TargetOptimiser"]
 
 _CurveOf = Callable[[F64], Curve]
 
-#: Part of the power of prefill that a change of its active set must save: mostly it saves launches,
-#: at the price of longer queues.
-_PREFILL_PAYS_FRAC = 0.05
 #: Beliefs that differ less are planned as one: paces by this factor, margins and delays by these
 #: steps. Else no two instances would be alike.
 _PACE_STEP, _MARGIN_STEP, _DELAY_STEP_S = 1.05, 0.005, 0.005
@@ -47,7 +44,7 @@ class TargetOptimiser:
         The fleet, as believed.
     slo : Slo
         Promises; as many misses as `attainment` allows are planned for.
-    margin_frac : tuple of float
+    margin_frac : tuple of float, optional
         TTFT and ITL margin, as of :class:`voltana_ctrl.control.IterationGovernor`.
     delay_s : float
         From asking for a clock until it runs.
@@ -55,8 +52,8 @@ class TargetOptimiser:
         Whether governors run: the floor may then lie below what bursts need.
     grid : int
         Loads per instance and group at which power is evaluated.
-    wake_j : float
-        Energy that waking up an instance costs, if its own is not more.
+    tuning : Tuning, optional
+        What is chosen rather than derived; the defaults if left out.
     spare : float
         Instances that each phase may lose and still keep the promises on those that stay active:
         a whole number, or below 1 a share of the active ones, rounded up. Where the fleet has not
@@ -84,20 +81,21 @@ class TargetOptimiser:
         fleet: FleetSpec,
         slo: Slo,
         *,
-        margin_frac: tuple[float, float] = (0.02, 0.035),
+        margin_frac: tuple[float, float] | None = None,
         delay_s: float = 0.025,
         governed: bool = True,
         grid: int = 128,
-        wake_j: float = 100.0,
+        tuning: Tuning | None = None,
         spare: float = 0.0,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl.kernels.choose import target as kernels
 
         count("TargetOptimiser.grid", grid, minimum=8)
-        not_negative("TargetOptimiser.wake_j", wake_j)
         not_negative("TargetOptimiser.delay_s", delay_s)
         spare_count(spare)
+        self.tuning = tuning or Tuning()
+        margin_frac = margin_frac or self.tuning.margin_frac
         if not min(margin_frac) > -1.0:
             raise ConfigError(
                 f"TargetOptimiser.margin_frac: expected numbers > -1, got {margin_frac}"
@@ -108,7 +106,6 @@ class TargetOptimiser:
         self.delay_s = delay_s
         self.governed = governed
         self.grid = grid
-        self.wake_j = wake_j
         self.spare = spare
         self._kernels = kernels
         self._parked_w = np.array([one.parked_w for one in fleet.instances], dtype=np.float64)
@@ -328,7 +325,9 @@ class TargetOptimiser:
                 "margin_frac": (_MARGIN_STEP * ttft, _MARGIN_STEP * itl),
                 "delay_s": _DELAY_STEP_S * delay,
             }
-        return LeastPower(instance, self.slo, governed=self.governed, **believed)
+        return LeastPower(
+            instance, self.slo, governed=self.governed, tuning=self.tuning, **believed
+        )
 
     # From one instance to the fleet
 
@@ -377,7 +376,7 @@ class TargetOptimiser:
             role = self.fleet.instances[int(members[0])].role
             saved_w = stay_w - free_w
             if not role.decodes:
-                saved_w -= _PREFILL_PAYS_FRAC * stay_w
+                saved_w -= self.tuning.prefill_pays_frac * stay_w
             shrinks = bool(np.any(active[members] & (free <= 0.0)[members]))
             if shrinks and not self._serves(load, groups, curve_of, free, 1.0 + doubt_frac):
                 saved_w = 0.0
@@ -436,7 +435,7 @@ class TargetOptimiser:
         stays_s = self._stays_s(role, load.lengths)
         if present_req is not None and load.arrival_req_s > 0.0:
             stays_s = min(stays_s, present_req / load.arrival_req_s)
-        wake_j = float(np.maximum(self.wake_j, self._wake_j[changed]).sum())
+        wake_j = float(np.maximum(self.tuning.wake_j, self._wake_j[changed]).sum())
         return wake_j + 0.5 * stays_s * max(0.0, saved_w)
 
     def _stays_s(self, role: Role, lengths: Lengths) -> float:

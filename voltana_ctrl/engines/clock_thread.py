@@ -29,14 +29,7 @@ _SETS_KEPT = 64
 
 
 class SetsOneClock(Protocol):
-    """What a clock thread needs of a backend.
-
-    Examples
-    --------
-    >>> from voltana_ctrl.backends import NvmlBackend
-    >>> hasattr(NvmlBackend, "set_clock")
-    True
-    """
+    """What a clock thread needs of a backend."""
 
     def set_clock(self, instance: int, freq_mhz: float) -> None:
         """Set the clock of one instance."""

@@ -87,8 +87,9 @@ def governor_of_policy(
     >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> slo = Slo(ttft_s=0.6, itl_s=0.06)
-    >>> type(governor_of_policy("mpc+jsq", fleet.instances[1], slo, delay_s=0.02)).__name__
-    'IterationGovernor'
+    >>> governor = governor_of_policy("mpc+jsq", fleet.instances[1], slo, delay_s=0.02)
+    >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)  # for 80 running requests
+    300.0
     >>> governor_of_policy("static-1005", fleet.instances[1], slo, delay_s=0.02) is None
     True
     """

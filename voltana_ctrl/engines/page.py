@@ -19,13 +19,7 @@ _OWN_RANKS = ("dp_rank", "attn_dp_rank")
 
 
 class BadPage(BackendError):
-    """Text that is no page of metrics, or holds none that is known.
-
-    Examples
-    --------
-    >>> issubclass(BadPage, BackendError)
-    True
-    """
+    """Text that is no page of metrics, or holds none that is known."""
 
 
 def read_engine_page(kind: str, text: str, *, worker_id: int | None = None) -> dict[str, float]:

@@ -26,7 +26,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, freeze_fields
 from voltana_ctrl.estimate.margin import MarginState, MarginTracker
-from voltana_ctrl.types import FleetSpec, RequestBatch, Slo
+from voltana_ctrl.types import FleetSpec, RequestBatch, Slo, Tuning
 
 __all__ = ["HeadroomFilter", "HeadroomMemory"]
 
@@ -36,15 +36,6 @@ _LONG_TOK = 64
 #: those that finish first are the short ones.
 _MEMORY_REQ = 2000.0
 _PRIOR_REQ = 200.0
-#: Outcomes come as many requests late as are running; larger steps would swing.
-_STEP_FRAC = 0.004
-#: Part of the misses that the promise allows at which the margins stand still.
-_SET_POINT = 0.8
-#: How far the ITL margin may fall below what the hand-off asks for: the closed form takes every
-#: iteration to run at the limit, while the ladder is coarse. TTFT has no such room: where queues
-#: are short for long nobody misses whatever the margin, and the next burst would find it low.
-_HAND_OFF_SPARE_FRAC = 0.02
-_MAX_FRAC = 0.5
 
 _LENGTHS = np.arange(1.0, _LONG_TOK + 1.0)
 #: Largest margin that the hand-off may ask for, and how exactly it is found.
@@ -85,6 +76,8 @@ class HeadroomFilter:
         The fleet; a colocated one hands nothing off.
     slo : Slo
         Promises.
+    tuning : Tuning, optional
+        Step, set point and range of the margins; the defaults if left out.
 
     Examples
     --------
@@ -95,14 +88,15 @@ class HeadroomFilter:
     array([0.02 , 0.035])
     """
 
-    def __init__(self, fleet: FleetSpec, slo: Slo) -> None:
+    def __init__(self, fleet: FleetSpec, slo: Slo, tuning: Tuning | None = None) -> None:
+        self._tuning = tuning = tuning or Tuning()
         self._hands_off = not fleet.colocated
         self._miss_frac = 1.0 - slo.attainment
         # The governors hold the promise in the mean, so nothing is added until it is missed.
         self._tracker = MarginTracker(
-            slo=slo, eta_frac=_STEP_FRAC, min_frac=-_HAND_OFF_SPARE_FRAC, max_frac=_MAX_FRAC,
-            start_frac=0.0,
-            set_point_frac=1.0 - _SET_POINT * self._miss_frac,
+            slo=slo, eta_frac=tuning.miss_step_frac, min_frac=-tuning.hand_off_spare_frac,
+            max_frac=tuning.max_margin_frac, start_frac=0.0,
+            set_point_frac=1.0 - tuning.miss_part * self._miss_frac,
         )  # fmt: skip
 
     def init(self, added_frac: tuple[float, float] = (0.0, 0.0)) -> HeadroomMemory:
@@ -115,7 +109,7 @@ class HeadroomFilter:
         """
         short_req = np.zeros(_LONG_TOK)
         short_req[-1] = _PRIOR_REQ
-        tracked = MarginState(raw_frac=np.clip(added_frac, 0.0, _MAX_FRAC))
+        tracked = MarginState(raw_frac=np.clip(added_frac, 0.0, self._tuning.max_margin_frac))
         return HeadroomMemory(tracked=tracked, short_req=short_req)
 
     def update(
@@ -149,7 +143,8 @@ class HeadroomFilter:
             tracked = self._tracker.update(tracked, finished)
             # As high as it can get where the largest margin is enough (see the proof in
             # `voltana_ctrl.estimate.margin`); beyond it would only remember an overload.
-            most = _MAX_FRAC + _STEP_FRAC * (running_req + 1.0)
+            tuning = self._tuning
+            most = tuning.max_margin_frac + tuning.miss_step_frac * (running_req + 1.0)
             tracked = MarginState(
                 raw_frac=np.minimum(tracked.raw_frac, most),
                 finished_req=tracked.finished_req,
@@ -184,7 +179,7 @@ class HeadroomFilter:
         low, high = 0.0, _MOST_FRAC
         while high - low > _EXACT_FRAC:
             middle = (low + high) / 2.0
-            if missing_frac(middle) > _SET_POINT * self._miss_frac:
+            if missing_frac(middle) > self._tuning.miss_part * self._miss_frac:
                 low = middle
             else:
                 high = middle
@@ -206,6 +201,8 @@ class HeadroomFilter:
         """
         ttft, itl = self._tracker.applied_frac(memory.tracked)
         hand_off = self.hand_off_frac(memory, noise_frac)
+        # The margin of TTFT never falls below its least: where queues are short for long nobody
+        # misses whatever the margin, and the next burst would find it low.
         itl_frac = max(least_frac[1] + max(0.0, float(itl)), hand_off + float(itl))
         return np.array([least_frac[0] + max(0.0, float(ttft)), itl_frac])
 

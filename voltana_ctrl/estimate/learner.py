@@ -32,11 +32,6 @@ class Learned:
         Candidate staircase that predicts best; 0 is the profile's own.
     counts : ndarray, shape (n, 4)
         Records learned, unused and refused, and the clock of the latest one.
-
-    Examples
-    --------
-    >>> Learned.__slots__
-    ('terms_frac', 'covariance', 'notes', 'tile', 'counts')
     """
 
     terms_frac: F64

@@ -12,14 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, freeze_fields, positive
-from voltana_ctrl.types import FleetSpec, Lengths, Load, Observation
+from voltana_ctrl.checks import F64, freeze_fields
+from voltana_ctrl.types import FleetSpec, Lengths, Load, Observation, Tuning
 
 __all__ = ["LoadFilter", "LoadMemory"]
-
-#: Standard deviations by which the shorter memory may lie above and below the longer one by chance:
-#: that more comes is believed sooner than that less does.
-_RISEN_SD, _FALLEN_SD = 2.5, 3.0
 
 #: Moments kept per request of l prompt and d decoded tokens:
 #: 1, l, l^2, d, d (l + d/2), d (l^2 + l d + d^2/3).
@@ -75,16 +71,10 @@ class LoadFilter:
     ----------
     fleet : FleetSpec
         The fleet; arrivals are counted where requests start.
-    rate_memory_s : float
-        Time constant of the arrival rate.
-    steady_memory_s : float
-        Time constant of the rate as long as it does not change, see :meth:`load`.
-    length_memory_req : float
-        Finished requests that the lengths remember.
+    tuning : Tuning, optional
+        Time constants, and when the rate has changed; the defaults if left out.
     prior_tok : tuple of float
         Prompt and output lengths believed before any request finished.
-    prior_req : float
-        How many requests that belief counts for.
 
     Examples
     --------
@@ -100,22 +90,15 @@ class LoadFilter:
         self,
         fleet: FleetSpec,
         *,
-        rate_memory_s: float = 10.0,
-        steady_memory_s: float = 120.0,
-        length_memory_req: float = 2000.0,
+        tuning: Tuning | None = None,
         prior_tok: tuple[float, float] = (256.0, 256.0),
-        prior_req: float = 20.0,
     ) -> None:
-        positive("LoadFilter.rate_memory_s", rate_memory_s)
-        positive("LoadFilter.steady_memory_s", steady_memory_s)
-        positive("LoadFilter.length_memory_req", length_memory_req)
-        positive("LoadFilter.prior_req", prior_req)
+        self._tuning = tuning = tuning or Tuning()
         self._start = np.array(fleet.prefill)
         self._decode = np.array(fleet.decode)
-        self._rate_memory_s = rate_memory_s
-        self._steady_memory_s = steady_memory_s
-        self._length_memory_req = length_memory_req
-        self._prior = prior_req * _moments(np.array([prior_tok[0]]), np.array([prior_tok[1]]))
+        prompt_tok, output_tok = prior_tok
+        prior = _moments(np.array([prompt_tok]), np.array([output_tok]))
+        self._prior = tuning.length_prior_req * prior
 
     def init(self) -> LoadMemory:
         """Nothing seen yet."""
@@ -144,23 +127,24 @@ class LoadFilter:
         surprise_req2 = memory.surprise_req2
         if memory.t_s >= 0.0 and state.t_s > memory.t_s:
             dt_s = state.t_s - memory.t_s
-            keep = float(np.exp(-dt_s / self._rate_memory_s))
+            keep = float(np.exp(-dt_s / self._tuning.rate_memory_s))
             came_req = float(state.arrived_req[self._start].sum())
             expected_req = dt_s * arrived_req / span_s if span_s > 0.0 else came_req
             surprise_req2 = keep * surprise_req2 + (came_req - expected_req) ** 2
             span_s = keep * span_s + dt_s
             arrived_req = keep * arrived_req + came_req
-            keep = float(np.exp(-dt_s / self._steady_memory_s))
+            keep = float(np.exp(-dt_s / self._tuning.steady_memory_s))
             steady_span_s = keep * steady_span_s + dt_s
             steady_req = keep * steady_req + came_req
             rate_req_s = arrived_req / span_s
             risen_req_s = rate_req_s - steady_req / steady_span_s
             sd_req_s = self._sd_req_s(rate_req_s, arrived_req, surprise_req2, span_s)
-            if not -_FALLEN_SD * sd_req_s <= risen_req_s <= _RISEN_SD * sd_req_s:
+            fallen_sd, risen_sd = self._tuning.fallen_sd, self._tuning.risen_sd
+            if not -fallen_sd * sd_req_s <= risen_req_s <= risen_sd * sd_req_s:
                 # Not by chance: what was steady counts no more.
                 steady_span_s, steady_req = span_s, arrived_req
         moments = _moments(finished.prompt_tok, finished.output_tok)
-        keep = float(np.exp(-len(finished) / self._length_memory_req))
+        keep = float(np.exp(-len(finished) / self._tuning.length_memory_req))
         decode = self._decode
         held_tok = float(state.kv_used_tok[decode].sum() + state.queue_tok[decode].sum())
         unfinished_tok = 0.0
@@ -187,7 +171,7 @@ class LoadFilter:
         ``sqrt(rate I / min(2 T, span))``, time constant ``T``, index of dispersion ``I``.
         """
         dispersion = _dispersion(surprise_req2, arrived_req)
-        counted_s = max(min(2.0 * self._rate_memory_s, span_s), 1e-9)
+        counted_s = max(min(2.0 * self._tuning.rate_memory_s, span_s), 1e-9)
         return float(np.sqrt(max(rate_req_s, 1.0 / counted_s) * dispersion / counted_s))
 
     def doubt_frac(self, memory: LoadMemory) -> float:
@@ -202,7 +186,9 @@ class LoadFilter:
             return float("inf")
         dispersion = _dispersion(memory.surprise_req2, memory.arrived_req)
         # Of exponential weights with time constant T, those of 2 T count.
-        counted = memory.steady_req * min(1.0, 2.0 * self._steady_memory_s / memory.steady_span_s)
+        counted = memory.steady_req * min(
+            1.0, 2.0 * self._tuning.steady_memory_s / memory.steady_span_s
+        )
         return float(np.sqrt(dispersion / counted))
 
     def load(self, memory: LoadMemory) -> Load:

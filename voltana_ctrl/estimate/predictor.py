@@ -122,11 +122,6 @@ class Prediction:
         Length of the iteration: the ITL where it decodes.
     energy_j, power_w : ndarray
         Energy of the iteration and mean power during it.
-
-    Examples
-    --------
-    >>> Prediction.__slots__
-    ('time_s', 'energy_j', 'power_w')
     """
 
     time_s: F64

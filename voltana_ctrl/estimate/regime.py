@@ -8,7 +8,7 @@ from enum import Enum
 import numpy as np
 
 from voltana_ctrl.checks import positive
-from voltana_ctrl.types import FleetSpec, Observation
+from voltana_ctrl.types import FleetSpec, Observation, Tuning
 
 __all__ = ["Regime", "RegimeFilter", "RegimeMemory"]
 
@@ -66,8 +66,8 @@ class RegimeFilter:
     ----------
     fleet : FleetSpec
         The fleet.
-    memory_s : float
-        Time constant.
+    tuning : Tuning, optional
+        The time constant; the default if left out.
     closed_frac : float
         Below this ratio of squared difference to sum the loop is closed.
 
@@ -80,14 +80,13 @@ class RegimeFilter:
     """
 
     def __init__(
-        self, fleet: FleetSpec, *, memory_s: float = 20.0, closed_frac: float = 0.2
+        self, fleet: FleetSpec, *, tuning: Tuning | None = None, closed_frac: float = 0.2
     ) -> None:
-        positive("RegimeFilter.memory_s", memory_s)
         positive("RegimeFilter.closed_frac", closed_frac)
         self._start = np.array(fleet.prefill)
         self._decode = np.array(fleet.decode)
         self._max_batch = np.array([one.max_batch for one in fleet.instances])[self._decode]
-        self._memory_s = memory_s
+        self._memory_s = (tuning or Tuning()).regime_memory_s
         self._closed_frac = closed_frac
 
     def update(self, observation: Observation, memory: RegimeMemory) -> RegimeMemory:

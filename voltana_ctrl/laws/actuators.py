@@ -39,8 +39,13 @@ class ActuatorTable:
 
     Examples
     --------
-    >>> ActuatorTable.__slots__[0]
-    'settings'
+    Measured with 8 and with 32 requests: it speaks for 20 requests, not for 40.
+
+    >>> loads = (("decode", 8, 512), ("decode", 32, 512))
+    >>> table = ActuatorTable(settings=(), loads=loads, clocks_mhz=np.array([705.0]),
+    ...                       saving_w=np.empty((2, 0, 1)), inert=np.empty((2, 0), bool))
+    >>> table.around("decode", 20.0, 512.0), table.around("decode", 40.0, 512.0)
+    ([0, 1], [])
     """
 
     settings: tuple[ActuatorSetting, ...]

@@ -73,11 +73,6 @@ class DescentMemory:
         How often it returned to the highest clock.
     t_s : float
         Of the last decision.
-
-    Examples
-    --------
-    >>> DescentMemory.__slots__[1]
-    'lid_mhz'
     """
 
     inner: Any

@@ -51,13 +51,7 @@ _Batch = TypeVar("_Batch", IterationBatch, RequestBatch)
 
 
 class MessageRefused(VoltanaError, ValueError):
-    """A message that is not of the protocol, or not for this fleet.
-
-    Examples
-    --------
-    >>> issubclass(MessageRefused, VoltanaError)
-    True
-    """
+    """A message that is not of the protocol, or not for this fleet."""
 
 
 def fleet_digest(fleet: FleetSpec) -> str:

@@ -88,8 +88,10 @@ class Advice:
 
     Examples
     --------
-    >>> Advice.__doc__.splitlines()[0]
-    'Observer that says what a policy would do, and what it expects that to save.'
+    >>> from voltana_ctrl import ControlLoop, FleetSpec, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> loop = ControlLoop(backend, controller, guard,
+    ...                    observers=[Advice(fleet, print)])  # doctest: +SKIP
     """
 
     def __init__(

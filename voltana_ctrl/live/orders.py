@@ -15,7 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from voltana_ctrl.types import Belief, Decision, FleetSpec, FleetState, Observation, Order, Role
+from voltana_ctrl.types import (
+    Belief,
+    Decision,
+    FleetSpec,
+    FleetState,
+    Observation,
+    Order,
+    Role,
+    Tuning,
+)
 
 __all__ = ["Orders", "Report", "SenderKind", "decision_of", "new_start", "orders_of"]
 
@@ -183,7 +192,7 @@ def decision_of(orders: Mapping[str, Order], fleet: FleetSpec, *, t_s: float = 0
         "active": np.array(highest.active),
         "price_j_req": np.zeros(len(fleet)),
     }
-    profiles = Belief.of_profiles(fleet, margin_frac=(0.02, 0.035), delay_s=0.025)
+    profiles = Belief.of_profiles(fleet, margin_frac=Tuning().margin_frac, delay_s=0.025)
     believed = {name: np.array(getattr(profiles, name)) for name in (*_BELIEVED, "delay_s")}
     has_belief = False
     times_s = sorted({after_s for one in orders.values() for after_s, _ in one.announced})

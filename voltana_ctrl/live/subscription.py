@@ -152,8 +152,8 @@ class Subscription:
 
     Examples
     --------
-    >>> Subscription.__doc__.splitlines()[0][:40]
-    'The line of a router to its controller: '
+    >>> line = Subscription(link, routers, counts, traffic)  # doctest: +SKIP
+    >>> line.state.age_s  # how old is what the controller told  # doctest: +SKIP
     """
 
     def __init__(

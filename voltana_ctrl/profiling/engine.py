@@ -13,13 +13,7 @@ __all__ = ["Engine", "ProfileAborted", "ProfileRun"]
 
 
 class ProfileAborted(BackendError):
-    """A limit was passed; the rows so far are in the table.
-
-    Examples
-    --------
-    >>> issubclass(ProfileAborted, BackendError)
-    True
-    """
+    """A limit was passed; the rows so far are in the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,13 +64,7 @@ class UpstreamFailed(BackendError):
 
 
 class RefusedAltered(UpstreamFailed):
-    """An engine refused a request that the router had altered: it is sent as the client sent it.
-
-    Examples
-    --------
-    >>> issubclass(RefusedAltered, UpstreamFailed)
-    True
-    """
+    """An engine refused a request that the router had altered: it is sent as the client sent it."""
 
 
 async def _say_nothing(headers: Headers, comment: bytes) -> None:

@@ -22,14 +22,7 @@ _NONE: Set[int] = frozenset()
 
 @runtime_checkable
 class StateSource(Protocol):
-    """Anything that knows how the fleet is doing: telemetry, or a running control loop.
-
-    Examples
-    --------
-    >>> from voltana_ctrl.loop import ControlLoop
-    >>> hasattr(ControlLoop, "state")
-    True
-    """
+    """Anything that knows how the fleet is doing: telemetry, or a running control loop."""
 
     @property
     def state(self) -> FleetState:

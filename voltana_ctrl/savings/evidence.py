@@ -102,8 +102,12 @@ class Savings:
 
     Examples
     --------
-    >>> Savings.__slots__[0]
-    'pairs'
+    >>> known, none = Interval(value=0.2, low=0.15, high=0.25), Interval(value=0, low=-1, high=1)
+    >>> found = Savings(pairs=12, left_out=1, block_s=600.0, washout_s=30.0, saving_frac=known,
+    ...                 policy_j_tok=0.4, highest_j_tok=0.5, policy_w=400.0, highest_w=500.0,
+    ...                 load_gap_frac=none, saved_kwh=known, saved_kwh_day=known)
+    >>> print(found.text().splitlines()[0])
+    saving 20.0 % of joules per output token, 95 % interval 15.0 to 25.0 %
     """
 
     pairs: int

@@ -72,11 +72,6 @@ class Subject:
         Another fleet that it can be made for; may be the same.
     examples : int
         Inputs drawn per law.
-
-    Examples
-    --------
-    >>> Subject.__slots__[:2]
-    ('make', 'fleet')
     """
 
     make: Callable[[FleetSpec, Slo], Any]

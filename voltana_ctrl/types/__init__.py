@@ -31,6 +31,7 @@ from voltana_ctrl.types.order import Order
 from voltana_ctrl.types.profile import Band, Profile
 from voltana_ctrl.types.rest import DEPTHS, Depth, Rest
 from voltana_ctrl.types.steps import Steps
+from voltana_ctrl.types.tuning import Tuning
 
 __all__ = [
     "DEPTHS",
@@ -63,6 +64,7 @@ __all__ = [
     "Status",
     "Steps",
     "TickRecord",
+    "Tuning",
     "joined",
     "limits_of",
 ]

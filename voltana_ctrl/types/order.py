@@ -14,6 +14,7 @@ from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types.belief import Belief
 from voltana_ctrl.types.instance import Role
 from voltana_ctrl.types.rest import DEPTHS, Depth
+from voltana_ctrl.types.tuning import Tuning
 
 _MOST_MHZ = 1e5
 #: What may be told to be believed, with the range of it.
@@ -134,7 +135,9 @@ class Order:
         told = {name: getattr(self, name) for name in _BELIEVED}
         if all(value is None for value in told.values()):
             return None
-        assumed = {"ttft_margin_frac": 0.02, "itl_margin_frac": 0.035, "able_mhz": self.ceiling_mhz}
+        ttft_frac, itl_frac = Tuning().margin_frac
+        assumed = {"ttft_margin_frac": ttft_frac, "itl_margin_frac": itl_frac}
+        assumed |= {"able_mhz": self.ceiling_mhz}
         assumed |= {"prefill_pace_frac": 1.0, "decode_pace_frac": 1.0, "delay_s": delay_s}
         return Belief(
             **{

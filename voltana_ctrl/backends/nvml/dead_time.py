@@ -16,13 +16,7 @@ __all__ = ["DeadTime", "SetsClocks", "measure_dead_time"]
 
 
 class SetsClocks(Protocol):
-    """What is measured: a backend such as NvmlBackend.
-
-    Examples
-    --------
-    >>> hasattr(SetsClocks, "set_clock")
-    True
-    """
+    """What is measured: a backend such as NvmlBackend."""
 
     @property
     def spec(self) -> FleetSpec:

@@ -23,13 +23,7 @@ _CALLS_KEPT = 256
 
 
 class ClockSetter(Protocol):
-    """Whoever carries out a clock set: the driver itself, or the privileged setter.
-
-    Examples
-    --------
-    >>> hasattr(Gpu, "lock_clock") and hasattr(Gpu, "reset_clock")
-    True
-    """
+    """Whoever carries out a clock set: the driver itself, or the privileged setter."""
 
     def lock_clock(self, lo_mhz: int, hi_mhz: int) -> None:
         """Hold the SM clock between two supported clocks."""
@@ -93,11 +87,6 @@ class HeldGpu:
         For reading, and for memory clock and power cap.
     sets : ClockSetter
         For setting the SM clock.
-
-    Examples
-    --------
-    >>> HeldGpu.forget_sets.__doc__
-    'What was set may be gone; the next apply sets it again.'
     """
 
     def __init__(self, gpu: Gpu, sets: ClockSetter) -> None:

@@ -67,9 +67,11 @@ def listeners(pid: int) -> list[int]:
 
     Examples
     --------
-    >>> import os
-    >>> listeners(os.getpid())
-    []
+    >>> import os, subprocess
+    >>> with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as reader:
+    ...     found = listeners(os.getpid())
+    >>> reader.pid in found
+    True
     """
 
     def pipe(of: Path) -> str:

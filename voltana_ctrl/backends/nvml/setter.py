@@ -261,8 +261,7 @@ class Setter:
 
     Examples
     --------
-    >>> Setter.serve.__doc__.splitlines()[0]
-    'Answer peers until `stop` says so.'
+    >>> Setter(policy, gpus, lease).serve()  # doctest: +SKIP
     """
 
     def __init__(

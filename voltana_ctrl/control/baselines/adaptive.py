@@ -42,11 +42,6 @@ class AdaptiveMemory:
         Margins of TTFT and ITL.
     prompts : LengthState
         Prompt lengths seen.
-
-    Examples
-    --------
-    >>> AdaptiveMemory.__slots__
-    ('learned', 'margins', 'prompts')
     """
 
     learned: Learned

@@ -60,8 +60,8 @@ class EngineApp:
 
     Examples
     --------
-    >>> EngineApp.__doc__.splitlines()[0]
-    'ASGI application of an emulated engine.'
+    >>> import uvicorn
+    >>> uvicorn.run(EngineApp(engine), port=8000)  # doctest: +SKIP
     """
 
     def __init__(self, engine: EmulatedEngine, *, model: str = "emulated") -> None:

@@ -40,8 +40,11 @@ class FakeCard:
 
     Examples
     --------
-    >>> FakeCard.__doc__.splitlines()[0]
-    'Fake GPUs of one instance as an emulated engine sees them.'
+    >>> class Gpu:
+    ...     def __init__(self, clock_mhz): self.clock_mhz, self.power_w = clock_mhz, 0.0
+    ...     def set(self, *, power_w): self.power_w = power_w
+    >>> FakeCard([Gpu(1410.0), Gpu(1005.0)]).clock_mhz
+    1005.0
     """
 
     def __init__(self, gpus: list[FakeGpu]) -> None:
@@ -104,8 +107,7 @@ def run_engine(text: str) -> None:
 
     Examples
     --------
-    >>> run_engine.__name__
-    'run_engine'
+    >>> run_engine(json.dumps(asdict(settings)))  # doctest: +SKIP
     """
     told: dict[str, Any] = json.loads(text)
     settings = EmulatedSettings(**{**told, "gpus": tuple(told["gpus"])})
@@ -168,8 +170,8 @@ class EmulatedFleet:
 
     Examples
     --------
-    >>> EmulatedFleet.__doc__.splitlines()[0][:30]
-    'Processes of a fleet of emulat'
+    >>> with EmulatedFleet("2P2D", dilation=10.0) as fleet:  # doctest: +SKIP
+    ...     print(fleet.urls)
     """
 
     def __init__(

@@ -38,23 +38,11 @@ _MAX_ID = 200
 
 
 class BadMessage(BackendError):
-    """Bytes that are no forward-pass message.
-
-    Examples
-    --------
-    >>> issubclass(BadMessage, BackendError)
-    True
-    """
+    """Bytes that are no forward-pass message."""
 
 
 class OtherVersion(BadMessage):
-    """A forward-pass message of a version that is not known here.
-
-    Examples
-    --------
-    >>> issubclass(OtherVersion, BadMessage)
-    True
-    """
+    """A forward-pass message of a version that is not known here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
