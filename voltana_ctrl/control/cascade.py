@@ -279,13 +279,15 @@ class CascadeController(Controller):
         if memory.serving is not None:
             active, usable = memory.serving, memory.serving
 
+        doubt_frac = self._tuning.doubt_sd_frac * self._load.doubt_frac(memory.load)
+
         def plan(part: Load) -> Target:
             before = memory.target
             return self._target.plan(
                 part, active=active, usable=usable, belief=belief, fixed=fixed,
                 forgone_j=(0.0, 0.0) if before is None else before.forgone_j,
                 lasted_s=state.t_s - memory.planned_s,
-                doubt_frac=min(1.0, self._tuning.doubt_sd * self._load.doubt_frac(memory.load)),
+                doubt_frac=min(1.0, doubt_frac),
                 present_req=state.running_req + state.queue_req,
             )  # fmt: skip
 

@@ -60,8 +60,8 @@ class IterationGovernor(CompiledGovernor):
     dwell_s : float
         Least time between a change and a lowering.
     memory_s : float, optional
-        Time constant of the arrival estimate behind it; `arrivals_ttft` promises of the tuning if
-        left out.
+        Time constant of the arrival estimate behind it; `arrivals_ttft_frac` of the tuning, in
+        promises, if left out.
     tuning : Tuning, optional
         What is chosen rather than derived; the defaults if left out.
 
@@ -101,7 +101,7 @@ class IterationGovernor(CompiledGovernor):
             not_negative(f"IterationGovernor.{name}", value)
         tuning = tuning or Tuning()
         margin_frac = margin_frac or tuning.margin_frac
-        memory_s = tuning.arrivals_ttft * slo.ttft_s if memory_s is None else memory_s
+        memory_s = tuning.arrivals_ttft_frac * slo.ttft_s if memory_s is None else memory_s
         positive("IterationGovernor.memory_s", memory_s)
         for value in margin_frac:
             if not -1.0 < value < np.inf:
@@ -122,7 +122,7 @@ class IterationGovernor(CompiledGovernor):
                 delay_s,
                 dwell_s,
                 thrifty_row(instance.table),
-                tuning.late_part * (1.0 - slo.attainment),
+                tuning.late_frac * (1.0 - slo.attainment),
                 0.0,
                 memory_s,
                 float(instance.role.prefills),

@@ -96,7 +96,7 @@ class HeadroomFilter:
         self._tracker = MarginTracker(
             slo=slo, eta_frac=tuning.miss_step_frac, min_frac=-tuning.hand_off_spare_frac,
             max_frac=tuning.max_margin_frac, start_frac=0.0,
-            set_point_frac=1.0 - tuning.miss_part * self._miss_frac,
+            set_point_frac=1.0 - tuning.miss_frac * self._miss_frac,
         )  # fmt: skip
 
     def init(self, added_frac: tuple[float, float] = (0.0, 0.0)) -> HeadroomMemory:
@@ -179,7 +179,7 @@ class HeadroomFilter:
         low, high = 0.0, _MOST_FRAC
         while high - low > _EXACT_FRAC:
             middle = (low + high) / 2.0
-            if missing_frac(middle) > self._tuning.miss_part * self._miss_frac:
+            if missing_frac(middle) > self._tuning.miss_frac * self._miss_frac:
                 low = middle
             else:
                 high = middle

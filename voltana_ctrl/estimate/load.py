@@ -139,8 +139,8 @@ class LoadFilter:
             rate_req_s = arrived_req / span_s
             risen_req_s = rate_req_s - steady_req / steady_span_s
             sd_req_s = self._sd_req_s(rate_req_s, arrived_req, surprise_req2, span_s)
-            fallen_sd, risen_sd = self._tuning.fallen_sd, self._tuning.risen_sd
-            if not -fallen_sd * sd_req_s <= risen_req_s <= risen_sd * sd_req_s:
+            fallen_sd_frac, risen_sd_frac = self._tuning.fallen_sd_frac, self._tuning.risen_sd_frac
+            if not -fallen_sd_frac * sd_req_s <= risen_req_s <= risen_sd_frac * sd_req_s:
                 # Not by chance: what was steady counts no more.
                 steady_span_s, steady_req = span_s, arrived_req
         moments = _moments(finished.prompt_tok, finished.output_tok)

@@ -11,7 +11,7 @@ from voltana_ctrl.errors import ConfigError
 __all__ = ["Tuning"]
 
 #: What zero leaves out; all other numbers are positive.
-_MAY_BE_ZERO = ("prefill_pays_frac", "hand_off_spare_frac", "free_frac", "doubt_sd", "wake_j")
+_MAY_BE_ZERO = ("prefill_pays_frac", "hand_off_spare_frac", "free_frac", "doubt_sd_frac", "wake_j")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +29,18 @@ class Tuning:
         TTFT and ITL margin of the governors before any request has finished: a prediction times
         one plus this must lie within the target. The ITL margin pays for the wait at the hand-off
         from prefill, which is spread over the tokens of an answer of usual length.
-    late_part : float
+    late_frac : float
         Late requests that a governor may predict, over those that the promise allows. It takes
         each iteration to run at its limit, while the ladder of clocks is coarse and most
         iterations leave more, so that fewer are late than predicted.
-    arrivals_ttft : float
+    arrivals_ttft_frac : float
         Time constant of a governor's estimate of arrivals, in TTFT promises: what may arrive
         within one promise is then known to about a fifth.
     repay_tok : float
         Decoded tokens within which a request that prompts on a colocated instance have delayed is
         back at its ITL target. Shorter reacts to every prompt, longer is too late for short
         answers.
-    doubt_sd : float
+    doubt_sd_frac : float
         Standard deviations of the estimated load that a smaller active set must be able to serve
         besides, since it would have to grow again at once.
     catch_up_s : float
@@ -63,7 +63,7 @@ class Tuning:
     rate_memory_s, steady_memory_s : float
         Time constants of the arrival rate: of the one that notices a change, and of the one that
         counts as long as there is none.
-    risen_sd, fallen_sd : float
+    risen_sd_frac, fallen_sd_frac : float
         Standard deviations by which the shorter memory may lie above and below the longer one by
         chance. That more comes is believed sooner than that less does.
     length_memory_req : float
@@ -75,7 +75,7 @@ class Tuning:
     miss_step_frac : float
         Step of a margin for each missed request. Outcomes come as many requests late as are
         running; larger steps would swing.
-    miss_part : float
+    miss_frac : float
         Part of the allowed misses at which the margins stand still.
     hand_off_spare_frac : float
         How far the ITL margin may fall below what the hand-off asks for: the closed form takes
@@ -101,10 +101,10 @@ class Tuning:
     """
 
     margin_frac: tuple[float, float] = (0.02, 0.035)
-    late_part: float = 1.5
-    arrivals_ttft: float = 25.0
+    late_frac: float = 1.5
+    arrivals_ttft_frac: float = 25.0
     repay_tok: float = 32.0
-    doubt_sd: float = 3.0
+    doubt_sd_frac: float = 3.0
     catch_up_s: float = 5.0
     prefill_pays_frac: float = 0.05
     wake_j: float = 100.0
@@ -116,13 +116,13 @@ class Tuning:
     free_frac: float = 0.002
     rate_memory_s: float = 10.0
     steady_memory_s: float = 120.0
-    risen_sd: float = 2.5
-    fallen_sd: float = 3.0
+    risen_sd_frac: float = 2.5
+    fallen_sd_frac: float = 3.0
     length_memory_req: float = 2000.0
     length_prior_req: float = 20.0
     regime_memory_s: float = 20.0
     miss_step_frac: float = 0.004
-    miss_part: float = 0.8
+    miss_frac: float = 0.8
     hand_off_spare_frac: float = 0.02
     max_margin_frac: float = 0.5
 
