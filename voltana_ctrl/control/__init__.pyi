@@ -3,6 +3,8 @@ from voltana_ctrl.control.actuators import ActuatorMemory as ActuatorMemory
 from voltana_ctrl.control.base import CompiledGovernor as CompiledGovernor
 from voltana_ctrl.control.base import Controller as Controller
 from voltana_ctrl.control.baselines.adaptive import AdaptiveController as AdaptiveController
+from voltana_ctrl.control.baselines.autoscaler import AutoscalerController as AutoscalerController
+from voltana_ctrl.control.baselines.autoscaler import AutoscalerMemory as AutoscalerMemory
 from voltana_ctrl.control.baselines.dualscale import DualScaleGovernor as DualScaleGovernor
 from voltana_ctrl.control.baselines.ecofreq import EcoFreqGovernor as EcoFreqGovernor
 from voltana_ctrl.control.baselines.gate import SaturationGate as SaturationGate

@@ -217,6 +217,16 @@ def _gate(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     )
 
 
+def _autoscaler(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
+    return replace(
+        balanced(
+            fleet, (), controller=control.AutoscalerController(fleet, slo, period_s=setup.tick_s)
+        ),
+        first=Decision.highest(fleet),
+        governors=None,
+    )
+
+
 def _roles(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     return balanced(
         fleet,
@@ -383,6 +393,12 @@ _SHIPPED = (
         summary="governors, and work that may wait is let in while the queues have room",
         source="saturation gate in the manner of llm-d, queue 5 and KV 80 % as its defaults",
         build=_gate,
+    ),
+    Policy(
+        name="autoscaler",
+        summary="as many engines as the load needs, at the highest clock; no word on energy",
+        source="in the manner of NVIDIA Dynamo's planner, loops of 180 s and 5 s as in its guide",
+        build=_autoscaler,
     ),
     Policy(
         name="roles",
