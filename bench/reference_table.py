@@ -1,6 +1,6 @@
 """The controller beside VoltanaLLM's rules on the reference scenario, three unseen seeds.
 
-    python bench/reference_table.py [--rates 10,20,35] [--seeds 301,302,303]
+    python bench/reference_table.py [--rates 10,20,35] [--seeds 301,302,303] [--profile NAME]
 
 All figures are simulated; prints the table of docs/layers.md. Every run judges at least 10,000
 requests. Takes about a quarter of an hour of one core.
@@ -18,9 +18,10 @@ OURS = ("cascade", "mpc")
 JUDGED_REQ = 10_000
 
 
-def means(rate_req_s, seeds):
+def means(rate_req_s, seeds, profile):
     """Watts, TTFT and ITL attainment, and share of the gap closed, by policy."""
     runs = compare(
+        profile=profile,
         rates_req_s=[rate_req_s],
         seeds=seeds,
         duration_s=max(150.0, 1.04 * JUDGED_REQ / rate_req_s),
@@ -39,12 +40,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rates", default="10,20,35,50,65,80,90,100")
     parser.add_argument("--seeds", default="301,302,303")
+    parser.add_argument("--profile", default="a100-sxm-80gb/llama-3.1-8b")
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     print("| req/s | best of voltanallm, -tile, -jsq | cascade | mpc | mpc / best | gap closed |")
     print("|---|---|---|---|---|---|", flush=True)
     for rate_req_s in map(float, options.rates.split(",")):
-        found = means(rate_req_s, seeds)
+        found = means(rate_req_s, seeds, options.profile)
         best = min((found[rule] for rule in RULES), key=lambda each: each[0])
         told = [
             f"{power_w:.0f}; {100 * ttft:.2f} / {100 * itl:.2f}"

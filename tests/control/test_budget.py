@@ -17,7 +17,7 @@ from voltana_ctrl.sim.power import PowerMeter
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import PowerBudget
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 FLEET = FleetSpec.parse("2P2D", PROFILE)
 STEPS = PowerBudget.parse("0:1200,60:840,90:1000")
 

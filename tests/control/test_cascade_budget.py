@@ -9,7 +9,7 @@ from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import PowerBudget
 
-FLEET = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+FLEET = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11"))
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 CUT_S, LIFT_S, END_S = 40.0, 80.0, 170.0
 ACTUATION_S = 0.025

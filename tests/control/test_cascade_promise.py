@@ -19,7 +19,7 @@ from voltana_ctrl.sim.faults import ClockClamp, Failure, Slowdown
 from voltana_ctrl.sim.plant import PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
 

@@ -12,7 +12,7 @@ from voltana_ctrl.experiment import Run
 from voltana_ctrl.sim.arrivals import Diurnal
 from voltana_ctrl.sim.faults import Failure
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
 

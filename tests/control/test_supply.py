@@ -12,7 +12,7 @@ from voltana_ctrl.control.supply import FACETS, drain_time_s, lower_hull, supply
 from voltana_ctrl.control.target import TargetOptimiser
 from voltana_ctrl.laws import length_moments
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 LENGTHS = length_moments([100, 300, 320], [101, 301, 200])
 

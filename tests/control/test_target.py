@@ -19,7 +19,7 @@ from voltana_ctrl.kernels.choose import target as kernels
 from voltana_ctrl.laws import length_moments
 from voltana_ctrl.types import Load, Tuning
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 #: Attention makes its long prompts take longer per token.
 BENT = load_profile("a100-sxm-80gb/llama-3-70b-tp4")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
@@ -381,7 +381,7 @@ def test_without_a_governor_the_clock_holds_the_tail(rate):
 @pytest.mark.parametrize("fleet", ["2P2D", "4P4D", "6C"])
 @pytest.mark.parametrize("spare", [1.0, 2.0, 0.3])
 def test_who_stays_active_can_lose_so_many_and_still_serve(fleet, spare):
-    spec = FleetSpec.parse(fleet, load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    spec = FleetSpec.parse(fleet, load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11"))
     load = Load(arrival_req_s=20.0, lengths=length_moments([240, 240], [200, 200]))
     least, roomy = (
         TargetOptimiser(spec, Slo(ttft_s=0.6, itl_s=0.06), spare=s) for s in (0.0, spare)

@@ -27,7 +27,7 @@ from voltana_ctrl.routing import fadr_router, least_queue_router
 from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 
-A100 = load_profile("a100-sxm-80gb/llama-3.1-8b")
+A100 = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 H100 = load_profile("h100-sxm-80gb/llama-3.1-8b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 FLEET = FleetSpec.parse("2P2D", A100)

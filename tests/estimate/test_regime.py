@@ -11,7 +11,7 @@ from voltana_ctrl.experiment import Run
 from voltana_ctrl.laws import decode_j, decode_s
 from voltana_ctrl.policies import PolicyParts, find_policy
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 FLEET = FleetSpec.parse("2P2D", PROFILE)
 SMALL = FleetSpec(tuple(dataclasses.replace(one, max_batch=16) for one in FLEET.instances))
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

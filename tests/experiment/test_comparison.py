@@ -240,7 +240,7 @@ def test_heterogeneous_fleet_from_toml(tmp_path):
     path = tmp_path / "mixed.toml"
     path.write_text(
         '[[instance]]\nrole = "prefill"\nprofile = "h100-sxm-80gb/llama-3.1-8b"\n'
-        '[[instance]]\nrole = "decode"\nprofile = "a100-sxm-80gb/llama-3.1-8b"\n'
+        '[[instance]]\nrole = "decode"\nprofile = "a100-sxm-80gb/llama-3.1-8b-2026-11"\n'
         '[[instance]]\nrole = "decode"\nprofile = "h100-sxm-80gb/llama-3.1-8b"\n'
     )
     result = compare(
@@ -249,7 +249,7 @@ def test_heterogeneous_fleet_from_toml(tmp_path):
     )  # fmt: skip
     static, volta, bound = (run["mean_power_w"] for run in result.runs)
     assert bound < volta < static
-    assert result.profile == "h100-sxm-80gb/llama-3.1-8b, a100-sxm-80gb/llama-3.1-8b"
+    assert result.profile == "h100-sxm-80gb/llama-3.1-8b, a100-sxm-80gb/llama-3.1-8b-2026-11"
 
 
 #: Fleet watts of an independent simulation of the reference scenario (2P2D, A100,
@@ -313,7 +313,7 @@ def test_reference_scenario_agrees_with_an_independent_simulation(delayed):
 def test_slo_given_is_slo_reported():
     slo = Slo(ttft_s=1.0, itl_s=0.1, attainment=0.9)
     result = compare(
-        fleet=FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b")),
+        fleet=FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")),
         rates_req_s=[5.0], policies=["static-max"], slo=slo, **SHORT,
     )  # fmt: skip
     assert result.to_dict()["slo"] == {"ttft_s": 1.0, "itl_s": 0.1, "attainment": 0.9}

@@ -33,7 +33,7 @@ from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import Load
 
-FLEET = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+FLEET = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11"))
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 # Each is gone for a while, never two of a phase at once.
 BOTH = (

@@ -25,7 +25,7 @@ from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import Admission, PowerBudget, Rest, Steps
 
-A100 = load_profile("a100-sxm-80gb/llama-3.1-8b")
+A100 = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 FLEET = FleetSpec.parse("1P2D", A100)
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 TIMING = ("sim_wall_s", "decide_p50_s", "decide_p99_s")

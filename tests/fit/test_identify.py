@@ -25,7 +25,7 @@ from voltana_ctrl.fit.staircase import pad
 from voltana_ctrl.laws.iteration import at_clock, decode_j, decode_s, prefill_j, prefill_s
 from voltana_ctrl.profiles.format import profile_from_laws
 
-REFERENCE = "a100-sxm-80gb/llama-3.1-8b"
+REFERENCE = "a100-sxm-80gb/llama-3.1-8b-2026-11"
 EAGER = "a800-sxm-80gb/qwen3-32b"
 CLOCKS_MHZ = (210.0, 450.0, 690.0, 930.0, 1170.0, 1290.0, 1410.0)
 PAIRS = [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 120, 121, 128]

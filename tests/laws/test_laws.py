@@ -33,7 +33,7 @@ from voltana_ctrl.laws import (
 )
 from voltana_ctrl.profiles import list_profiles, load_profile
 
-REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 A800 = load_profile("a800-sxm-80gb/qwen3-32b")
 OUTPUT_TOK, CONTEXT_TOK = 203.0, 434.0
 

@@ -15,7 +15,7 @@ from voltana_ctrl.policies.static_best import static_best
 from voltana_ctrl.sim.faults import ClockClamp
 from voltana_ctrl.types import Load
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
 

@@ -9,7 +9,7 @@ import pytest
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.profiles import list_profiles, load_profile
 
-REFERENCE = "a100-sxm-80gb/llama-3.1-8b"
+REFERENCE = "a100-sxm-80gb/llama-3.1-8b-2026-11"
 NAMES = list_profiles()
 
 
@@ -18,40 +18,53 @@ def reference_text() -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_reference_is_the_published_scenario() -> None:
-    profile = load_profile(REFERENCE)
+REFITTED = {
+    "slope": 1.50, "knee": 1.142, "host_s": 1e-3, "idle_w": 70.0, "decode_w": (71.2, 34.0),
+    "batch_j": (1.18, 0.00796, 1.23e-5), "prefill_w": (59.9, 197.0),
+}  # fmt: skip
+FIRST_SHIPPED = {
+    "slope": 0.71, "knee": 1.106, "host_s": 0.0, "idle_w": 60.0, "decode_w": (78.0, 57.0),
+    "batch_j": (0.76, 0.0078, 1.24e-5), "prefill_w": (59.3, 197.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "law"), [("a100-sxm-80gb/llama-3.1-8b", REFITTED), (REFERENCE, FIRST_SHIPPED)]
+)
+def test_reference_is_the_published_scenario(name, law) -> None:
+    profile = load_profile(name)
     table = profile.table
     f = np.arange(210.0, 1411.0, 15.0)
     g = f / 1e3
-    v2 = (1 + 0.71 * np.maximum(0.0, g - 1.106)) ** 2
+    v2 = (1 + law["slope"] * np.maximum(0.0, g - law["knee"])) ** 2
     points = [210, 450, 690, 930, 1170, 1410]
     phi = np.interp(f, points, [3.33, 2.0, 1.66, 1.16, 1.02, 1.0])
     phi_kv = np.interp(f, points, [3.19, 1.87, 1.43, 1.08, 1.06, 1.0])
     expected = {
         "clock_mhz": f,
-        "idle_w": 60.0 + 0.0 * f,
-        "decode_host_s": 0.0 * f,
-        "decode_base_s": 1e-3 * (9.9 + 1.0) * phi,
+        "idle_w": law["idle_w"] + 0.0 * f,
+        "decode_host_s": law["host_s"] + 0.0 * f,
+        "decode_base_s": (10.9e-3 - law["host_s"]) * phi,
         "decode_req_s": 1e-3 * 0.052 * 1410 / f,
         "decode_kv_s": 1e-3 * 7.7e-5 * phi_kv,
         "decode_floor_s": 0.0 * f,
         "decode_roof_s": 0.0 * f,
         "decode_roof_base_s": 0.0 * f,
-        "decode_power_w": 78 + 57 * g * v2,
-        "decode_iter_j": 0.76 + 0.0 * f,
-        "decode_req_j": 0.0078 * v2,
-        "decode_kv_j": 1.24e-5 * v2,
+        "decode_power_w": law["decode_w"][0] + law["decode_w"][1] * g * v2,
+        "decode_iter_j": law["batch_j"][0] + 0.0 * f,
+        "decode_req_j": law["batch_j"][1] * v2,
+        "decode_kv_j": law["batch_j"][2] * v2,
         "prefill_req_s": 0.0 * f,
         "prefill_base_s": 8.5e-3 + 0.0 * f,
         "prefill_tok_s": 1e-3 * 0.067 * (1310 / np.minimum(f, 1310)) ** 0.97,
         "prefill_tok2_s": 0.0 * f,
-        "prefill_power_w": np.minimum(400.0, 59.3 + 197.3 * g * v2),
+        "prefill_power_w": np.minimum(400.0, law["prefill_w"][0] + law["prefill_w"][1] * g * v2),
         "prefill_beside_w": 0.0 * f,
     }
     assert set(expected) == set(table.dtype.names)
     for column, values in expected.items():
         np.testing.assert_allclose(table[column], values, rtol=1e-12, err_msg=column)
-    assert (profile.gpus, profile.idle_w, profile.power_cap_w) == (1, 60.0, 400.0)
+    assert (profile.gpus, profile.idle_w, profile.power_cap_w) == (1, law["idle_w"], 400.0)
     assert (profile.kv_capacity_tok, profile.max_batch) == (450_000, 1024)
     assert profile.prefill_budget_tok == 8192
     assert (profile.kv_bytes_per_tok, profile.link_bytes_s) == (131072.0, 230e9)
@@ -123,8 +136,8 @@ def test_every_group_says_where_it_comes_from(name: str) -> None:
 def test_seven_profiles_ship() -> None:
     assert (
         "a100-sxm-80gb/llama-3-70b-tp4",
+        "a100-sxm-80gb/llama-3.1-8b",
         REFERENCE,
-        f"{REFERENCE}-refit",
         "a800-sxm-80gb/qwen3-32b",
         "h100-sxm-80gb/llama-3.1-70b-tp4",
         "h100-sxm-80gb/llama-3.1-8b",

@@ -22,7 +22,7 @@ from voltana_ctrl.profiling.sweep import Sweep, plan_profile, spread_clocks
 
 pytest.importorskip("httpx", reason="needs the server extra")
 
-REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 CLOCKS_MHZ = (705, 1410)
 QUICK = Sweep(
     clocks_mhz=CLOCKS_MHZ,

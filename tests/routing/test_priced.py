@@ -15,7 +15,7 @@ from voltana_ctrl import Decision, FleetSpec, FleetState, Request, ShapeError, S
 from voltana_ctrl.kernels import layout
 from voltana_ctrl.routing.priced import PricedRouter
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 FLEET = FleetSpec.parse("2P4D", PROFILE)
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 ASK = Request(prompt_tok=100)

@@ -14,7 +14,7 @@ from voltana_ctrl.laws import decode_equilibrium, length_moments
 from voltana_ctrl.sim.bound import FluidLoad, fluid_bound_w, fluid_load
 from voltana_ctrl.sim.workload import Workload, make_workload
 
-REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 H100 = load_profile("h100-sxm-80gb/llama-3.1-8b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 

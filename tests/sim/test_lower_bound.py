@@ -15,7 +15,7 @@ POLICIES = (
     "static-max", "static-", "voltanallm", "voltanallm-jsq", "dualscale", "threshold", "pack",
     "cascade", "mpc",
 )  # fmt: skip
-PROFILES = ("a100-sxm-80gb/llama-3.1-8b", "h100-sxm-80gb/llama-3.1-8b", "l20/qwen2.5-7b")
+PROFILES = ("a100-sxm-80gb/llama-3.1-8b-2026-11", "h100-sxm-80gb/llama-3.1-8b", "l20/qwen2.5-7b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
 

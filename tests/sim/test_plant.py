@@ -24,7 +24,7 @@ from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop, make_workload
 from voltana_ctrl.types import InstanceSpec, Limits, Role
 
-REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 PARTS = ("prefill", "decode", "idle", "transfer")
 

@@ -11,7 +11,7 @@ from voltana_ctrl.sim.plant import Plant
 from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import Workload
 
-REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 LARGE = load_profile("a100-sxm-80gb/llama-3-70b-tp4")
 PARTS = ("prefill", "decode", "idle", "transfer")
 

@@ -17,7 +17,7 @@ from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop
 from voltana_ctrl.types import InstanceSpec, Role
 
-REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 
 
 def poisson(rate_req_s, prompt, output, seed) -> Workload:

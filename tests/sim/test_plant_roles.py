@@ -18,7 +18,7 @@ from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
 from voltana_ctrl.types import FleetState, Role
 
-A100 = load_profile("a100-sxm-80gb/llama-3.1-8b")
+A100 = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 P, D = Role.PREFILL, Role.DECODE
 AT_ONCE = PlantSettings(actuation_s=0.0, settle_s=0.0)

@@ -13,7 +13,7 @@ from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
 from voltana_ctrl.types import DEPTHS, Rest
 
-A100 = load_profile("a100-sxm-80gb/llama-3.1-8b")
+A100 = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 #: What-if values, all different.
 LADDER = {
     "deep_parked": Rest(power_w=40.0, wake_s=0.5, wake_j=7.0),

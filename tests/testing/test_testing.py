@@ -48,7 +48,7 @@ from voltana_ctrl.testing import (
     check_router,
 )
 
-FLEET = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+FLEET = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11"))
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
 
@@ -691,7 +691,7 @@ def test_a_policy_may_refuse_a_fleet_but_not_every_one():
             if fleet.colocated:
                 raise ConfigError("Only.fleet: expected prefill and decode apart")
 
-    colocated = FleetSpec.parse("2C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    colocated = FleetSpec.parse("2C", load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11"))
     check_controller(Only, fleets=[colocated, FLEET], examples=1)
     with pytest.raises(LawBroken, match="every fleet was refused; the last refusal: Only"):
         check_controller(Only, fleets=[colocated], examples=1)

@@ -15,16 +15,16 @@ from voltana_ctrl.profiles import dilated
 from voltana_ctrl.profiles.draws import draw_fleet
 from voltana_ctrl.types import DEPTHS, Admission, Rest, Role
 
-A100 = load_profile("a100-sxm-80gb/llama-3.1-8b")
+A100 = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 OFF = Rest(power_w=54.0, wake_s=40.0, wake_j=100.0, enter_s=5.0)
 FLEET = """
 [[instance]]
 role = "prefill"
-profile = "a100-sxm-80gb/llama-3.1-8b"
+profile = "a100-sxm-80gb/llama-3.1-8b-2026-11"
 
 [[instance]]
 role = "decode"
-profile = "a100-sxm-80gb/llama-3.1-8b"
+profile = "a100-sxm-80gb/llama-3.1-8b-2026-11"
 idle_w = 80.0
 """
 

@@ -137,7 +137,7 @@ class Assessor:
         >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
         >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
         >>> assessor.thrifty_mhz(FleetState.idle(2), load)
-        array([1095., 1095.])
+        array([1140., 1140.])
         >>> assessor.thrifty_mhz(FleetState.idle(2), load, drains=True)
         array([210., 930.])
         """
@@ -208,7 +208,7 @@ class Assessor:
         >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
         >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
         >>> assessor.worst_power_w(FleetState.idle(2), load, np.array([True, False]))[:, -1]
-        array([400.,  60.])
+        array([400.,  70.])
         """
         power_w = np.empty((len(state), self._tables.shape[1]))
         self._kernels.worst_power(
@@ -317,7 +317,7 @@ class Assessor:
         >>> worst_w = np.array([one.table["prefill_power_w"] for one in fleet.instances])
         >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
         >>> assessor.decode_first_mhz(worst_w, np.array([1000.0, 500.0]), 400.0)
-        (array([915., 510.]), True)
+        (array([900., 510.]), True)
         """
         decodes = self._decodes > 0
         lowest_mhz = np.where(decodes, wanted_mhz, self._min_mhz)

@@ -41,7 +41,7 @@ def highest_power_w(instance: InstanceSpec) -> F64:
     >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> highest_power_w(fleet.instances[0])[[0, -1]].round(1)
-    array([100.7, 400. ])
+    array([101.3, 400. ])
     """
     rows = instance.table[:, None]
     worst = np.full(len(rows), instance.idle_w)
@@ -74,7 +74,7 @@ class UniformCeiling:
     >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> UniformCeiling(fleet).under(1200.0)
-    array([1155., 1155., 1155., 1155.])
+    array([1185., 1185., 1185., 1185.])
     """
 
     def __init__(self, fleet: FleetSpec) -> None:

@@ -103,7 +103,7 @@ class LeastPower:
     ...                    delay_s=0.025, governed=True)
     >>> curve = least.at(length_moments([240, 240], [200, 200]))
     >>> curve(np.array([5.0, 80.0])).power_w.round(1)
-    array([117.2,   inf])
+    array([111.8,   inf])
     """
 
     def __init__(

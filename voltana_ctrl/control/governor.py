@@ -32,7 +32,7 @@ def thrifty_row(profile_table: np.ndarray) -> int:
     >>> from voltana_ctrl import load_profile
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> float(profile.clocks_mhz[thrifty_row(profile.table)])
-    1095.0
+    1140.0
     """
     per_tok_j = profile_table["prefill_power_w"] * profile_table["prefill_tok_s"]
     return int(np.argmin(per_tok_j))
@@ -77,7 +77,7 @@ class IterationGovernor(CompiledGovernor):
     >>> decode = FleetSpec.parse("1P1D", profile).instances[1]
     >>> governor = IterationGovernor(decode, Slo(ttft_s=0.6, itl_s=0.06))
     >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)
-    300.0
+    285.0
     >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 240.0)  # the ceiling comes first
     240.0
     """
@@ -187,7 +187,7 @@ class IterationGovernor(CompiledGovernor):
         >>> fleet = FleetSpec.parse("1P1D", profile)
         >>> governor = IterationGovernor(fleet.instances[1], Slo(ttft_s=0.6, itl_s=0.06))
         >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)
-        300.0
+        285.0
         >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.035), delay_s=0.025)
         >>> governor.believe(replace(belief, decode_pace_frac=[1.0, 1.5]), 1)  # two thirds as fast
         >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)

@@ -214,7 +214,7 @@ class TargetOptimiser:
         >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
         >>> lengths = length_moments([240, 240], [200, 200])
         >>> optimiser.curve(fleet.instances[1], np.array([5.0, 80.0]), lengths).power_w.round(1)
-        array([117.2,   inf])
+        array([111.8,   inf])
         """
         least = self._least_power(self.fleet.instances.index(instance), None)
         return least.at(lengths)(np.ascontiguousarray(loads_req_s, dtype=np.float64))

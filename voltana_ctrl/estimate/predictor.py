@@ -165,7 +165,7 @@ def predict_decode(
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> answer = predict_decode(FleetTables.of(fleet), 1, [705.0, 1410.0], 64, 25_000)
     >>> answer.time_s.round(4), answer.power_w.round(0)
-    (array([0.0271, 0.0162]), array([176., 318.]))
+    (array([0.0265, 0.0162]), array([170., 332.]))
     """
     from voltana_ctrl.kernels.learn.predictor import decode_many
 

@@ -84,7 +84,7 @@ def decode_equilibrium(
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> at = decode_equilibrium(profile.table[[16, -1]], 10.0, 203.0, 434.0)
     >>> at.step_s.round(4), at.running_req.round(1), at.power_w.round(1)
-    (array([0.04  , 0.0132]), array([80.9, 26.6]), array([149.3, 293.9]))
+    (array([0.0382, 0.0132]), array([77.1, 26.6]), array([143.8, 300.6]))
     """
     rate_tok_s, context = _rate(arrival_req_s, output_tok, context_tok)
     base_s = rows["decode_base_s"] + rows["decode_host_s"]
@@ -189,7 +189,7 @@ def prefill_equilibrium(
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> at = prefill_equilibrium(profile.table[[16, -1]], 10.0, 240.0, profile.idle_w)
     >>> at.rho_frac.round(3), at.power_w.round(1)
-    (array([0.538, 0.246]), array([107.4, 143.6]))
+    (array([0.538, 0.246]), array([112.3, 151.1]))
     """
     tok = np.asarray(prompt_tok, dtype=np.float64)
     square = tok**2 + np.asarray(prompt_sd_tok, dtype=np.float64) ** 2

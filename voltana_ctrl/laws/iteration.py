@@ -37,7 +37,7 @@ def at_clock(profile: Profile, freq_mhz: ArrayLike) -> Any:
     >>> from voltana_ctrl import load_profile
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> float(at_clock(profile, 217.5)["decode_base_s"].round(5))
-    0.03584
+    0.03256
     """
     freq = np.asarray(freq_mhz, dtype=np.float64)
     ladder = profile.clocks_mhz
@@ -111,7 +111,7 @@ def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, An
     >>> rows["decode_roof_s"] = 1e-4
     >>> line, _ = decode_tangent(rows, rows, [300])
     >>> line["decode_base_s"].item(), line["decode_req_s"].item()
-    (0.0, 0.0001)
+    (0.001, 0.0001)
     """
     size = np.asarray(size_req, dtype=np.float64)
     lower_s = rows["decode_base_s"] - rows["decode_roof_base_s"]
@@ -143,7 +143,7 @@ def decode_j(
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> power_w = decode_j(profile.table, 60, 26040) / decode_s(profile.table, 60, 26040)
     >>> power_w[[0, -1]].round(1)
-    array([114.3, 317.2])
+    array([110.5, 331. ])
     """
     held_j = decode_s(rows, running_req, kv_tok, padded_req) * rows["decode_power_w"]
     energy_j: F64 = held_j + batch_j(rows, running_req, kv_tok)
@@ -169,7 +169,7 @@ def batch_j(rows: Any, running_req: ArrayLike, kv_tok: ArrayLike) -> F64:
     >>> row = load_profile("a100-sxm-80gb/llama-3.1-8b").table[-1]
     >>> power_w = row["decode_power_w"] + batch_j(row, 60, 26040) / decode_s(row, 60, 26040)
     >>> float(power_w.round(1))
-    317.2
+    331.0
     """
     energy_j: F64 = (
         rows["decode_iter_j"]

@@ -114,7 +114,7 @@ def fluid_bound_w(fleet: FleetSpec, load: FluidLoad, slo: Slo) -> float:
     >>> load = FluidLoad(prefill_tok_s=2400.0, prefill_tok2_s=0.0, decode_tok_s=2020.0,
     ...                  context_tok=434.0)
     >>> round(fluid_bound_w(fleet, load, Slo(ttft_s=0.6, itl_s=0.06)))
-    358
+    372
     """
     share = np.linspace(0.0, 1.0, GRID + 1)
     if fleet.colocated:

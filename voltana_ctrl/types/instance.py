@@ -203,7 +203,7 @@ class InstanceSpec:
         >>> one = InstanceSpec(id="d0", role=Role.DECODE, off=Rest(power_w=20.0, wake_s=40.0),
         ...                    profile=load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> one.rest("asleep").power_w, one.rest("off").power_w
-        (60.0, 20.0)
+        (70.0, 20.0)
         """
         for name in DEPTHS[DEPTHS.index(depth) : 0 : -1]:
             found: Rest | None = getattr(self, name) or getattr(self.profile, name)

@@ -14,7 +14,7 @@ from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import IterationBatch, RequestBatch
 
-A100 = load_profile("a100-sxm-80gb/llama-3.1-8b")
+A100 = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 FLEET = FleetSpec.parse("2P2D", A100)
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 WARMUP_S = 30.0

@@ -17,7 +17,7 @@ from voltana_ctrl.kernels.choose.base import hold_floor
 from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 
-REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 FLEET = FleetSpec.parse("1P1D", REFERENCE)
 DECODE = FLEET.instances[1]
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

@@ -100,8 +100,8 @@ class StaticBudgetController(Controller):
     >>> for t_s in (0.0, 59.9):
     ...     at_t = Observation(state=FleetState.idle(4, t_s=t_s))
     ...     float(controller.decide(at_t, None)[0].freq_mhz[0])
-    1155.0
-    720.0
+    1185.0
+    765.0
     """
 
     def __init__(
