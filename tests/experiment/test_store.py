@@ -85,33 +85,50 @@ def test_details_are_not_kept_and_that_is_said(tmp_path):
 
 
 SWEEP = """
-import os, sys
-from distributed import Client, LocalCluster
+import os, runpy, sys, tempfile
+from contextlib import contextmanager
 from voltana_ctrl import compare
 from voltana_ctrl.experiment import ResultStore
 
-if __name__ == "__main__":
-    told = lambda done, total: print(done, flush=True)
+@contextmanager
+def on_dask():
+    from distributed import Client, LocalCluster
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None,
                       worker_dashboard_address=None) as cluster, Client(cluster) as client:
-        print("pids", *client.run(os.getpid).values(), flush=True)
-        with ResultStore(sys.argv[1], every_s=0.5) as store:
-            found = compare(rates_req_s=[4.0], duration_s=2.0, warmup_s=0.0, seeds=200,
-                            policies=["static-max", "static-1005"],
-                            executor=client.get_executor(), store=store, on_progress=told)
+        yield client.get_executor(), list(client.run(os.getpid).values())
+
+@contextmanager
+def on_ray():
+    import ray
+    example = runpy.run_path(sys.argv[3])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    executor = example["RayExecutor"](ray)
+    yield executor, [executor.submit(os.getpid).result()]
+    ray.shutdown()
+
+if __name__ == "__main__":
+    told = lambda done, total: print(done, flush=True)
+    cluster = {"dask": on_dask, "ray": on_ray}[sys.argv[1]]
+    with cluster() as (executor, pids), ResultStore(sys.argv[2], every_s=0.5) as store:
+        print("pids", *pids, flush=True)
+        found = compare(rates_req_s=[4.0], duration_s=2.0, warmup_s=0.0, seeds=500,
+                        policies=["static-max", "static-1005"],
+                        executor=executor, store=store, on_progress=told)
         print("runs", len(found.runs), found.complete, flush=True)
 """
 
 
 @pytest.mark.slow
-def test_hundreds_of_runs_survive_a_worker_that_is_killed(tmp_path, root):
-    """One worker of a Dask cluster is killed; the sweep completes, none is lost or doubled."""
-    pytest.importorskip("distributed", reason="needs the dask extra")
+@pytest.mark.parametrize(("cluster", "module"), [("dask", "distributed"), ("ray", "ray")])
+def test_a_thousand_runs_survive_a_worker_that_is_killed(tmp_path, root, cluster, module):
+    """One worker of the cluster is killed; the sweep completes, none is lost or doubled."""
+    pytest.importorskip(module, reason=f"needs {cluster}")
     script = tmp_path / "sweep.py"
     script.write_text(SWEEP)
     process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "store")], cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE,
+        [sys.executable, str(script), cluster, str(tmp_path / "store"),
+         str(root / "examples" / "sweep_on_ray.py")],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     pids, killed, last = [], False, ""
@@ -121,13 +138,14 @@ def test_hundreds_of_runs_survive_a_worker_that_is_killed(tmp_path, root):
             assert time.monotonic() < end_s
             if line.startswith("pids"):
                 pids = [int(pid) for pid in line.split()[1:]]
-            elif line.strip().isdigit() and int(line) >= 100 and not killed:
-                killed = True
+            elif line.strip().isdigit() and int(line) >= 200 and not killed:
                 os.kill(pids[0], 9)
-            last = line
+                killed = True
+            if line.startswith("runs"):
+                last = line
     assert process.returncode == 0
     assert killed
-    assert last.split() == ["runs", "400", "True"]
+    assert last.split() == ["runs", "1000", "True"]
     rows = kept(tmp_path / "store")
-    assert len({row["run_key"] for row in rows}) == len(rows) == 400
-    assert len({(row["policy"], row["seed"]) for row in rows}) == 400
+    assert len({row["run_key"] for row in rows}) == len(rows) == 1000
+    assert len({(row["policy"], row["seed"]) for row in rows}) == 1000

@@ -1,81 +1,19 @@
 """Where nothing can be written, every command still works: a private cache or none, said once."""
 
 import os
-import shutil
-import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.bare_user import NOBODY, needs_bare_user, read_only_copy, run_as_bare_user
 from voltana_ctrl.kernels import compiled
 
-SHORT = ["--rate", "5", "--duration", "5", "--warmup", "0", "--policies", "static-max,cascade"]
-#: A user id that owns nothing here.
-NOBODY = 54321
-
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("setpriv") is None,
-    reason="needs root, to run as somebody without a home",
-)
+pytestmark = needs_bare_user
 
 
 @pytest.fixture(scope="module")
 def installed(root, tmp_path_factory):
-    """A copy of the package without compiled code, which nobody but root can write to."""
-    folder = tmp_path_factory.mktemp("installed")
-    shutil.copytree(
-        root / "voltana_ctrl", folder / "voltana_ctrl", ignore=shutil.ignore_patterns("*.nb?")
-    )
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    return folder
-
-
-@pytest.fixture
-def as_nobody(installed):
-    def run(*arguments, tmp, **environment):
-        """Run a command as a user without a home; what root may read, it may read."""
-        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-        return subprocess.run(
-            ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
-             "--bounding-set=-all,+dac_read_search", "--inh-caps=-all,+dac_read_search",
-             "--ambient-caps=-all,+dac_read_search",
-             sys.executable, "-B", "-m", "voltana_ctrl.cli", *arguments],
-            env=kept | {"HOME": "/nonexistent", "PYTHONPATH": str(installed), "TMPDIR": str(tmp),
-                        "COLUMNS": "80"} | environment,
-            capture_output=True, text=True, cwd="/", timeout=300, check=False,
-        )  # fmt: skip
-
-    return run
-
-
-@pytest.fixture
-def open_tmp(tmp_path):
-    """A folder for temporary files as /tmp is: anybody may make one, nobody another's."""
-    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    folder.chmod(0o1777)
-    return folder
-
-
-@pytest.mark.slow
-def test_compiled_code_is_kept_in_a_private_folder_and_found_again(as_nobody, open_tmp):
-    first = as_nobody("compare", *SHORT, tmp=open_tmp)
-    assert first.returncode == 0, first.stderr
-    assert "Traceback" not in first.stderr
-    folder = open_tmp / f"voltana-ctrl-{NOBODY}"
-    assert first.stderr.count(str(folder)) == 1
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    kept = sorted(folder.rglob("*.nbc"))
-    assert len(kept) > 30
-    second = as_nobody("compare", *SHORT, tmp=open_tmp)
-    assert second.returncode == 0, second.stderr
-    assert sorted(folder.rglob("*.nbc")) == kept
-    assert "compiling" not in second.stderr
+    return read_only_copy(root, tmp_path_factory.mktemp("installed"))
 
 
 @pytest.mark.parametrize(
@@ -89,10 +27,12 @@ def test_compiled_code_is_kept_in_a_private_folder_and_found_again(as_nobody, op
     ],
     ids=lambda command: command[0],
 )
-def test_other_commands_say_what_they_do_where_nothing_can_be_written(as_nobody, command, tmp_path):
-    done = as_nobody(*command, tmp=tmp_path / "nowhere")
+def test_other_commands_say_what_they_do_where_nothing_can_be_written(installed, command, tmp_path):
+    done = run_as_bare_user(installed, *command, tmp=tmp_path / "nowhere")
     assert "Traceback" not in done.stderr
-    assert done.returncode == (2 if "ten" in command else 0), done.stderr
+    # Bad input is 2; 1 is a meter that found nothing to measure.
+    expected = {2} if "ten" in command else {0, 1} if command[0] == "meter" else {0}
+    assert done.returncode in expected, done.stderr
     if command == ["doctor"]:
         assert "compiled code" in done.stdout
 

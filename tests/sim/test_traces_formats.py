@@ -316,3 +316,11 @@ def test_any_table_comes_back(tmp_path, rows, delimiter, grouped, encoding, orde
     assert w.output_tok.tolist() == [row[2] for row in rows]
     expected_s = [(row[0] - rows[0][0]) / 1e3 for row in rows]
     np.testing.assert_allclose(w.arrival_s, expected_s, atol=1e-9)
+
+
+@pytest.mark.parametrize(("told", "given"), [(16, 512), (512, 16), (16, 17), (128, 50)])
+def test_a_block_size_that_the_prompts_contradict_is_refused(tmp_path, told, given):
+    path = write(tmp_path, keyed(block_tok=told))
+    assert read_trace(path, block_tok=told).block_tok == told
+    with pytest.raises(ConfigError, match=rf"of {told} tokens, got {given}; leave it out"):
+        read_trace(path, block_tok=given)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -33,6 +37,28 @@ def meter(
     from voltana_ctrl.machine import find_engines, measure
 
     errors = Console(stderr=True)
-    with errors.status(f"measuring for {duration:g} s"):
-        use = measure(find_engines(url or ()), duration_s=duration)
+    engines = find_engines(url or ())
+    with _told_to_end() as told:
+        errors.print(f"measuring for {duration:g} s, or until Ctrl-C", highlight=False)
+        use = measure(engines, duration_s=duration, stop=told.is_set)
     typer.echo(use.json() if as_json else use.text(price_kwh))
+    if use.is_empty:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _told_to_end() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM end the measurement, and what was measured is told."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = {
+        number: signal.signal(number, lambda *_: told.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

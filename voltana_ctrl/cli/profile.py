@@ -87,6 +87,9 @@ def profile(
     model: Annotated[str | None, typer.Option(help="Name at the engine. [default: ask]")] = None,
     words: Annotated[bool, typer.Option("--words", help="Prompts as words.")] = False,
     setter: Annotated[Path | None, typer.Option(help="Socket of the privileged setter.")] = None,
+    lock_dir: Annotated[
+        Path | None, typer.Option(help="Of lock files, the same for all of a machine.")
+    ] = None,
     restore_lock: Annotated[
         str | None, typer.Option(help="LO,HI in MHz: clock lock to leave behind.")
     ] = None,
@@ -98,6 +101,7 @@ def profile(
     from rich.console import Console
 
     from voltana_ctrl.backends.nvml.lease import end_on_sigterm
+    from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
     from voltana_ctrl.profiling.engine import Engine
     from voltana_ctrl.profiling.profiler import profile_engine
     from voltana_ctrl.profiling.sweep import Sweep, plan_profile, spread_clocks
@@ -152,6 +156,7 @@ def profile(
             sweep,
             out,
             setter=setter,
+            lock_dir=lock_dir or LOCK_DIR,
             restore_lock_mhz=(lock[0], lock[1]) if lock else None,
             on_progress=lambda done, total, _what: on_progress(done, total),
         )

@@ -81,6 +81,10 @@ def router(
     tls_ca: Annotated[
         Path | None, typer.Option(help="Authorities that sign those of engines and controller.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of a page that may call from a browser, or *; repeatable."),
+    ] = None,
     trust_clients: Annotated[
         bool,
         typer.Option(
@@ -160,6 +164,7 @@ def router(
         engine_api_key=secret_of(engine_api_key_env),
         engine_tls_ca=tls_ca,
         trusts_clients=trust_clients,
+        allow_origins=allow_origin or (),
     )
     server = proxy_server(proxy, host=host, port=port or 0, tls_cert=tls_cert, tls_key=tls_key)
     listening = listen(host, _PORT if port is None else port, what="router")

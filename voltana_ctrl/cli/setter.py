@@ -21,11 +21,15 @@ def setter(
     low_mhz: Annotated[int, typer.Option(help="Lowest clock it sets.")] = 0,
     high_mhz: Annotated[int, typer.Option(help="Highest clock it sets.")] = 100_000,
     max_sets_s: Annotated[float, typer.Option(help="Sets per second and GPU.")] = 50.0,
+    lock_dir: Annotated[
+        Path | None, typer.Option(help="Of lock files, the same for all of a machine.")
+    ] = None,
 ) -> None:
     """Run the privileged setter of this node: the one process that needs root."""
     for name, given in (("gpu UUID", gpu), ("uid NUMBER", uid)):
         if not given:
             raise ConfigError(f"setter: expected at least one --{name}, got none")
+    from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
     from voltana_ctrl.backends.nvml.setter import run_setter
     from voltana_ctrl.backends.nvml.setter_client import SETTER_SOCKET
 
@@ -36,4 +40,5 @@ def setter(
         lo_mhz=low_mhz,
         hi_mhz=high_mhz,
         max_sets_s=max_sets_s,
+        lock_dir=lock_dir or LOCK_DIR,
     )

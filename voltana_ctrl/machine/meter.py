@@ -135,16 +135,25 @@ class MachineUse:
 
     Examples
     --------
-    >>> print(MachineUse(duration_s=1.0, gpus=(), engines=(), problems=("no driver",)).text())
+    >>> use = MachineUse(duration_s=1.0, gpus=(), engines=(), problems=("no driver",))
+    >>> use.is_empty
+    True
+    >>> print(use.text())
     no GPU was read
-    no engine was found
+    no engine was found: start one here, or give its address with --url http://HOST:PORT
     not read: no driver
+    next: voltana-ctrl doctor says what this machine can do; voltana-ctrl demo needs no GPU
     """
 
     duration_s: float
     gpus: tuple[GpuUse, ...]
     engines: tuple[EngineUse, ...]
     problems: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was nothing to measure."""
+        return not self.gpus and not self.engines
 
     def json(self) -> str:
         """As one line of JSON."""
@@ -187,11 +196,19 @@ class MachineUse:
             for hint in gpu.hints:
                 yield f"  hint: {hint}"
         if not self.engines:
-            yield "no engine was found"
+            yield (
+                "no engine was found: start one here, or give its address with"
+                " --url http://HOST:PORT"
+            )
         for engine in self.engines:
             yield from _engine_lines(engine)
         for problem in self.problems:
             yield f"not read: {problem}"
+        if self.is_empty:
+            yield (
+                "next: voltana-ctrl doctor says what this machine can do; voltana-ctrl demo needs"
+                " no GPU"
+            )
 
 
 def _engine_lines(engine: EngineUse) -> Iterator[str]:
@@ -218,6 +235,7 @@ def measure(
     library: Path | None = None,
     sleep: Callable[[float], None] = time.sleep,
     now_s: Callable[[], float] = time.monotonic,
+    stop: Callable[[], bool] = lambda: False,
 ) -> MachineUse:
     """Measure for a while; sets nothing.
 
@@ -231,6 +249,8 @@ def measure(
         The driver library, where it is not the system's.
     sleep, now_s : callable
         How time passes.
+    stop : callable
+        Asked after each sleep whether to end with what is measured so far.
 
     Raises
     ------
@@ -252,14 +272,15 @@ def measure(
             gpus = [_Gpu(nvml.reader(one.uuid)) for one in nvml.gpus()]
         except BackendError as error:
             problems.append(str(error))
-        begin_s = now_s()
+        begin_s, stopped = now_s(), False
         while True:
             for gpu in gpus:
                 gpu.sample(now_s())
             left_s = begin_s + duration_s - now_s()
-            if left_s <= 0.0:
+            if left_s <= 0.0 or stopped:
                 break
             sleep(min(_PERIOD_S, left_s))
+            stopped = stop()
         took_s = now_s() - begin_s
         after: list[FoundEngine | None] = []
         for engine in engines:

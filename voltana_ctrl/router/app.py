@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -81,6 +82,9 @@ class Proxy:
         Bearer token shown to engines.
     engine_tls_ca : Path, optional
         Certificates that those of engines must be signed by, in place of the system's.
+    allow_origins : sequence of str
+        Origins of pages that may call from a browser, such as ``https://chat.example``; ``*`` is
+        every one.
     trusts_clients : bool
         Whether clients may say what otherwise only a router does: where a KV cache lies, which
         rank or worker computes, and how engines name a request.
@@ -115,6 +119,7 @@ class Proxy:
         engine_api_key: str | None = None,
         engine_tls_ca: Path | None = None,
         trusts_clients: bool = False,
+        allow_origins: Sequence[str] = (),
     ) -> None:
         if [endpoint.instance for endpoint in endpoints] != list(fleet.ids):
             raise ConfigError(
@@ -149,7 +154,7 @@ class Proxy:
             bodies=BodyReader(),
             budget=ByteBudget(self.limits.held_bytes),
         )
-        self._app = self._routes()
+        self._app = self._routes(allow_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan, as ASGI says."""
@@ -165,10 +170,12 @@ class Proxy:
         """
         self.counts.source = self.energy.source = source
 
-    def _routes(self) -> Any:
+    def _routes(self, allow_origins: Sequence[str]) -> Any:
         try:
             from starlette.applications import Starlette
             from starlette.exceptions import HTTPException
+            from starlette.middleware import Middleware
+            from starlette.middleware.cors import CORSMiddleware
             from starlette.responses import Response
             from starlette.routing import Route
         except ImportError as error:
@@ -211,12 +218,21 @@ class Proxy:
             ("GET", "/health", self._health),
             ("GET", "/metrics", self._metrics),
         )
+        # Before a page calls with JSON, its browser asks whether it may, without the key.
+        browsers = Middleware(
+            CORSMiddleware,
+            allow_origins=list(allow_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-voltana-energy"],
+        )
         app = Starlette(
             routes=[
                 Route(path, JsonErrors(handle, partial(self._tell, path)), methods=[method])
                 for method, path, handle in pages
             ],
             lifespan=lifespan,
+            middleware=[browsers] if allow_origins else [],
             exception_handlers={HTTPException: say, Exception: say},
         )
         app.router.redirect_slashes = False
@@ -273,9 +289,17 @@ class Proxy:
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
-        down = [i for i in range(len(self.fleet)) if self.counts.is_down(i)]
-        lost = any(set(phase) <= set(down) for phase in (self.fleet.prefill, self.fleet.decode))
-        status = "draining" if self.is_draining else "unavailable" if lost else "ok"
+        counts, every = self.counts, range(len(self.fleet))
+        down = [i for i in every if counts.is_down(i)]
+        unheard = {i for i in every if counts.heard_s(i) == -math.inf}
+        phases = [set(phase.tolist()) for phase in (self.fleet.prefill, self.fleet.decode)]
+        status = "ok"
+        if self.is_draining:
+            status = "draining"
+        elif any(phase <= set(down) for phase in phases):
+            status = "unavailable"
+        elif any(phase <= unheard.union(down) for phase in phases):
+            status = "starting"
         told = {"status": status, "down": [self.fleet.ids[i] for i in down]}
         await respond(send, 200 if status == "ok" else 503, JSON, json.dumps(told).encode())
 

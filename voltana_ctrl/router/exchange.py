@@ -313,7 +313,7 @@ class Exchange:
             raise Refused(504, "server_error", text) from None
         if failure is not None and failure.answer is not None:
             return failure.answer
-        if failure is not None and not failure.down:
+        if failure is not None and not failure.is_absent:
             raise Refused(502, "server_error", "no engine gives a whole answer")
         raise Refused(503, "server_error", "no engine answers; come again", RETRY_AFTER)
 

@@ -40,6 +40,8 @@ class UpstreamFailed(BackendError):
         What they said.
     is_late : bool
         Whether they said nothing in time.
+    is_absent : bool
+        Whether nobody was there to take the request.
 
     Examples
     --------
@@ -55,12 +57,14 @@ class UpstreamFailed(BackendError):
         down: bool = False,
         answer: Answer | None = None,
         is_late: bool = False,
+        is_absent: bool = False,
     ) -> None:
         super().__init__(message)
         self.instances = instances
         self.down = down
         self.answer = answer
         self.is_late = is_late
+        self.is_absent = is_absent
 
 
 class RefusedAltered(UpstreamFailed):

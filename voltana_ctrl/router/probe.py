@@ -19,7 +19,7 @@ _AFTER_FAILURE_S = 1.0
 
 
 class Prober:
-    """Asks each engine for ``/health``: slowly while it lives, quicker after a failure.
+    """Asks each engine for ``/health``: at the start, then slowly, quicker after a failure.
 
     Any answer but 5xx is life, since not every engine has the page. An engine that does not
     answer in time is taken for gone only if no token of it came meanwhile, either.
@@ -62,9 +62,9 @@ class Prober:
     async def _watch(self, instances: list[int]) -> None:
         """Ask one address, behind which there may be several workers."""
         while True:
+            await self._ask(instances)
             failing = any(self._counts.failures(i) for i in instances)
             await asyncio.sleep(min(self._every_s, _AFTER_FAILURE_S) if failing else self._every_s)
-            await self._ask(instances)
 
     async def _ask(self, instances: list[int]) -> None:
         begin_s = self._counts.clock()

@@ -474,8 +474,15 @@ class Upstream:
         return answer
 
     def _silence(self, instance: int, error: Exception) -> UpstreamFailed:
+        import aiohttp
+
+        # Without a connection nothing was sent; otherwise it broke off at this request.
+        nobody = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
         return UpstreamFailed(
-            f"{self._name(instance)}: no answer ({type(error).__name__})", (instance,), down=True
+            f"{self._name(instance)}: no answer ({type(error).__name__})",
+            (instance,),
+            down=True,
+            is_absent=isinstance(error, nobody),
         )
 
     def _name(self, instance: int) -> str:

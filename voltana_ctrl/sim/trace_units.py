@@ -89,14 +89,14 @@ def block_tok_of(source: Source, prompt_tok: I64, blocks: I64) -> int:
     Parameters
     ----------
     source : Source
-        Its `block_tok` comes first.
+        Its `block_tok` is taken where the prompts do not tell another.
     prompt_tok, blocks : ndarray of int
         Lengths, and how many blocks each has.
 
     Raises
     ------
     ConfigError
-        If no size fits.
+        If no size fits, or another one than the source says.
 
     Examples
     --------
@@ -104,19 +104,30 @@ def block_tok_of(source: Source, prompt_tok: I64, blocks: I64) -> int:
     >>> block_tok_of(Source("trace"), lengths, -(-lengths // 16))
     16
     """
-    if source.block_tok is not None:
-        return source.block_tok
     told = blocks > 0
     if not told.any():
-        return NO_BLOCKS_TOK
+        return source.block_tok or NO_BLOCKS_TOK
     tok, n = prompt_tok[told], blocks[told]
-    for size_tok in _BLOCKS_TOK:
-        for fitting in (-(-tok // size_tok) == n, np.maximum(tok // size_tok, 1) == n):
-            if fitting.mean() >= _FITTING_FRAC:
-                return size_tok
+    found_tok = next((one for one in _BLOCKS_TOK if _fits(one, tok, n)), None)
+    if source.block_tok is not None:
+        if found_tok is not None and not _fits(source.block_tok, tok, n):
+            raise source.refuse(
+                "",
+                f"block_tok: the prompts have as many blocks as there are of {found_tok} tokens,"
+                f" got {source.block_tok}; leave it out (--block-tok)",
+            )
+        return source.block_tok
+    if found_tok is not None:
+        return found_tok
     each_tok = float(np.median(tok / n))
     raise source.refuse(
         "",
         "hash_ids: expected blocks of one size, of which the prompts tell how many there are, got"
         f" about {each_tok:.3g} tokens a block; say the size: block_tok=... (--block-tok)",
     )
+
+
+def _fits(size_tok: int, prompt_tok: I64, blocks: I64) -> bool:
+    """Whether prompts of these lengths have so many blocks of a size, rounded up or down."""
+    up, down = -(-prompt_tok // size_tok), np.maximum(prompt_tok // size_tok, 1)
+    return any(float((blocks == one).mean()) >= _FITTING_FRAC for one in (up, down))

@@ -211,6 +211,10 @@ class MachineReport:
         yield f"compiled code: {kept}"
         for mend in self.mends:
             yield f"mend: {mend}"
+        if self.gpus:
+            yield "next: voltana-ctrl meter measures what these GPUs draw, and sets nothing"
+        else:
+            yield "next: voltana-ctrl compare simulates, voltana-ctrl demo rehearses without a GPU"
 
     def _permission(self) -> str:
         if self.privileged:
