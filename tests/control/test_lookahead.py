@@ -110,6 +110,22 @@ def test_a_solver_that_fails_leaves_everybody_awake_in_the_end(monkeypatch):
     assert decisions[-1].active.all()
 
 
+@pytest.mark.parametrize("on", [np.nan, np.inf])
+def test_a_solver_that_returns_no_numbers_has_failed(on, monkeypatch):
+    from voltana_ctrl.control.plan import Planner
+
+    real = Planner.plan
+
+    def garbage(self, situation):
+        plan = real(self, situation)
+        return dataclasses.replace(plan, on=np.full(plan.on.shape, on))
+
+    monkeypatch.setattr(Planner, "plan", garbage)
+    decisions, memory = driven(MpcController(sleepy(), SLO), 90, 10.0)
+    assert memory.ahead.status == "FAILED"
+    assert decisions[-1].active.all()
+
+
 def test_a_budget_below_idle_power_is_said_to_be_impossible():
     from voltana_ctrl.types import Status
 

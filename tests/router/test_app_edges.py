@@ -1,5 +1,6 @@
 """Requests and engines as people meet them: each kind of surprise, several members of it."""
 
+import errno
 import json
 import re
 import socket
@@ -15,6 +16,7 @@ from voltana_ctrl.engines.endpoints import Endpoint
 from voltana_ctrl.router.body import read_request
 from voltana_ctrl.router.dialects import sglang_meeting
 from voltana_ctrl.router.limits import ProxyLimits
+from voltana_ctrl.router.messages import UpstreamFailed
 
 USAGE = {**STREAM, "stream_options": {"include_usage": True}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
@@ -489,6 +491,74 @@ def test_an_engine_that_hangs_is_noticed_unless_its_tokens_come(monkeypatch):
         assert down == []
         wait_for(lambda: client.get("/health").json()["down"] == ["colocated-0"], 10.0)
         engines[0].health = 200
+
+
+def out_of_reach(proxy, lost):
+    """No packet comes back from an engine's machine any more; what is open stays open."""
+    reached = proxy._upstream.get
+
+    async def get(instance, path, headers=(), **limits):
+        if instance == lost:
+            raise UpstreamFailed("no packet", (lost,), down=True, is_unreachable=True)
+        return await reached(instance, path, headers, **limits)
+
+    proxy._upstream.get = get
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM])
+@pytest.mark.parametrize(("shape", "lost"), [("2C", 0), ("2P1D", 0), ("1P2D", 1)])
+def test_what_waits_at_a_machine_out_of_reach_is_had_elsewhere(shape, lost, body, monkeypatch):
+    monkeypatch.setattr("voltana_ctrl.router.probe._AFTER_FAILURE_S", 0.05)
+    with router(shape, probe_s=0.05) as (client, engines, proxy):
+        engines[lost].fail = ["wait"]
+        got = []
+        asking = threading.Thread(
+            target=lambda: got.append(client.post("/v1/completions", json=body))
+        )
+        asking.start()
+        wait_for(lambda: engines[lost].seen)
+        time.sleep(0.3)
+        assert not got  # while its machine answers it is waited for
+        out_of_reach(proxy, lost)
+        asking.join(10.0)
+        assert got[0].status_code == 200
+        assert sum(len(engine.seen) for engine in engines if engine is not engines[lost]) >= 1
+        assert value_of(client, "retries_total") == 1
+
+
+def test_what_has_its_first_token_is_never_sent_again(monkeypatch):
+    monkeypatch.setattr("voltana_ctrl.router.probe._AFTER_FAILURE_S", 0.05)
+    with router("2C", policy="static-max", probe_s=0.05) as (client, engines, proxy):
+        engines[0].tokens, engines[0].gap_s = 10, 0.1
+        got = []
+        body = {**STREAM, "max_tokens": 10}
+        asking = threading.Thread(
+            target=lambda: got.append(client.post("/v1/completions", json=body))
+        )
+        asking.start()
+        wait_for(lambda: proxy.metrics._told["output_tokens"].total() or engines[0].streaming)
+        time.sleep(0.15)
+        out_of_reach(proxy, 0)
+        asking.join(10.0)
+        assert got[0].text.rstrip().endswith("[DONE]")
+        assert engines[1].seen == []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_unreachable"),
+    [
+        ("ConnectionTimeoutError", True),
+        (OSError(errno.EHOSTUNREACH, "no route"), True),
+        # The machine answers: a dead engine's connections were reset, a live one's go on.
+        (OSError(errno.ECONNREFUSED, "refused"), False),
+        ("ServerDisconnectedError", False),
+    ],
+)
+def test_only_what_no_packet_answers_is_out_of_reach(error, is_unreachable):
+    if isinstance(error, str):
+        error = getattr(pytest.importorskip("aiohttp"), error)()
+    with router("1C") as (_, _, proxy):
+        assert proxy._upstream._silence(0, error).is_unreachable is is_unreachable
 
 
 # Other paths

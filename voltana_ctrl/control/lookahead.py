@@ -397,6 +397,9 @@ class Lookahead:
 
     def _taken(self, memory: LookaheadMemory, plan: Plan, seen_s: float) -> LookaheadMemory:
         """A plan that may not be applied leaves the last one, which holds for its horizon."""
+        if plan.status.usable and not np.all(np.isfinite(plan.on)):
+            _LOG.error("the planner returned no numbers; the last plan holds for its horizon")
+            return replace(memory, status="FAILED")
         memory = replace(memory, status=plan.status.name)
         return replace(memory, plan=plan, plan_s=seen_s) if plan.status.usable else memory
 

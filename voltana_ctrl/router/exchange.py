@@ -329,6 +329,28 @@ class Exchange:
         )
 
     async def _attempt(self, call: Call, tried: set[int]) -> Answer:
+        """Send it once; it is not waited for where its engine turns out to be gone."""
+        gone: list[int] = []
+        try:
+            async with asyncio.timeout(None) as patience:
+
+                def give_up(instance: int) -> None:
+                    gone.append(instance)
+                    patience.reschedule(asyncio.get_running_loop().time())
+
+                self._flight.give_up = give_up
+                return await self._sent(call, tried)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            name = self._services.counts.fleet.ids[gone[0]]
+            raise UpstreamFailed(
+                f"{name}: gone while it was waited for", tuple(gone), down=True
+            ) from None
+        finally:
+            self._flight.give_up = None
+
+    async def _sent(self, call: Call, tried: set[int]) -> Answer:
         services, counts = self._services, self._services.counts
         request = Request(prompt_tok=self._flight.prompt_tok)
         routers, upstream, state = services.routers, services.upstream, counts.state()

@@ -49,6 +49,8 @@ class Flight:
         Mean load of the decode instance meanwhile, once it has ended.
     idle_j : float
         Its share of the power of instances that had nothing to do meanwhile, once it has ended.
+    give_up : callable, optional
+        Called with an instance that is gone: it is sent to another, while it has no token.
 
     Examples
     --------
@@ -68,6 +70,7 @@ class Flight:
     batch_req: float = 1.0
     kv_tok: float = 0.0
     idle_j: float = 0.0
+    give_up: Callable[[int], None] | None = None
     _idle_mark_j: float = field(default=0.0, init=False)
     _held_tok: int = field(default=0, init=False)
     _queued_tok: int = field(default=0, init=False)
@@ -129,6 +132,7 @@ class InFlight:
         self._told, self._told_s = self._unknown, clock()
         self._queue_req, self._queue_tok = [0] * n, [0] * n
         self._running_req, self._kv_tok = [0] * n, [0] * n
+        self._flights: set[Flight] = set()
         self._waiting: list[OrderedDict[int, float]] = [OrderedDict() for _ in range(n)]
         self._down_until_s, self._failures = [0.0] * n, [0] * n
         self._heard_s = [-math.inf] * n
@@ -154,6 +158,7 @@ class InFlight:
         self.total_req += 1
         flight = Flight(id=request_id, prompt_tok=max(1, prompt_tok), begin_s=self.clock())
         flight._idle_mark_j = self._idle_share_j
+        self._flights.add(flight)
         return flight
 
     def enter_prefill(self, flight: Flight, instance: int) -> None:
@@ -248,6 +253,7 @@ class InFlight:
         self._share_idle()
         flight.idle_j = self._idle_share_j - flight._idle_mark_j
         self.total_req -= 1
+        self._flights.discard(flight)
 
     def ended_well(self, flight: Flight) -> None:
         """Tell telemetry of a request that was answered to its end."""
@@ -282,6 +288,20 @@ class InFlight:
         doublings = min(self._failures[instance] - 1, 10)
         rest_s = max(min(_FIRST_REST_S * 2.0**doublings, _LONGEST_REST_S), at_least_s)
         self._down_until_s[instance] = self.clock() + rest_s
+
+    def abandon(self, instance: int) -> None:
+        """Have what waits there for its first token sent to another.
+
+        Parameters
+        ----------
+        instance : int
+            One that is gone without a word: nothing else ends the waiting.
+        """
+        for flight in tuple(self._flights):
+            waits = id(flight) in self._waiting[instance]
+            waits = waits or (flight.decode == instance and flight._held_tok > 0)
+            if waits and flight.give_up is not None:
+                flight.give_up(instance)
 
     def succeeded(self, instance: int) -> None:
         """Trust an instance again."""

@@ -42,6 +42,8 @@ class UpstreamFailed(BackendError):
         Whether they said nothing in time.
     is_absent : bool
         Whether nobody was there to take the request.
+    is_unreachable : bool
+        Whether no packet came back from where they are: their machine, or the way to it, is gone.
 
     Examples
     --------
@@ -58,6 +60,7 @@ class UpstreamFailed(BackendError):
         answer: Answer | None = None,
         is_late: bool = False,
         is_absent: bool = False,
+        is_unreachable: bool = False,
     ) -> None:
         super().__init__(message)
         self.instances = instances
@@ -65,6 +68,7 @@ class UpstreamFailed(BackendError):
         self.answer = answer
         self.is_late = is_late
         self.is_absent = is_absent
+        self.is_unreachable = is_unreachable
 
 
 class RefusedAltered(UpstreamFailed):

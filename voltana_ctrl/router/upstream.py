@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import ssl
 from collections.abc import Callable, Sequence
@@ -50,6 +51,8 @@ _OTHERS_WORD_S = 2.0
 _PAGE_S = 10.0
 # Of a stream that its client does not read, so much stays in several places on its way.
 _READ_BYTES = 1 << 14
+# What connecting says where no packet comes back.
+_NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN)
 # Refusals that have nothing to do with what a request says.
 _NOT_OF_THE_BODY = (401, 403, 408, 413, 429)
 
@@ -478,11 +481,16 @@ class Upstream:
 
         # Without a connection nothing was sent; otherwise it broke off at this request.
         nobody = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+        # A machine that refuses is there, and would reset the connections of a dead engine.
+        is_unreachable = isinstance(error, aiohttp.ConnectionTimeoutError) or (
+            isinstance(error, OSError) and error.errno in _NO_WAY
+        )
         return UpstreamFailed(
             f"{self._name(instance)}: no answer ({type(error).__name__})",
             (instance,),
             down=True,
             is_absent=isinstance(error, nobody),
+            is_unreachable=is_unreachable,
         )
 
     def _name(self, instance: int) -> str:
