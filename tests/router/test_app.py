@@ -381,7 +381,7 @@ def test_engines_killed_one_after_the_other_lose_no_request_that_had_not_begun()
                 one.result()
         begun = [one for one in results if b'"error"' in one[2]]
         whole = [one for one in results if b'"error"' not in one[2]]
-        assert len(whole) > 50
+        assert len(whole) > 10
         assert all(status == 200 and text == " 0 1 2 3" for status, text, _ in whole)
         # Broken off after their first token, told so, and never begun anew.
         assert all(" 0 1 2 3".startswith(text) and text for _, text, _ in begun)
