@@ -345,7 +345,9 @@ def campaign(events: int, seed: int, report=print) -> Told:
                 # Ended by SIGTERM: what it has begun comes to its end first.
                 for one, what in said.items():
                     if what == "SIGTERM" and "watchdog" not in one:
-                        until(lambda one=one: not stack.runs(one), 20.0)
+                        took_s = until(lambda one=one: not stack.runs(one), 90.0)
+                        if took_s is None or took_s > 30.0:
+                            report(f"event {number}: {said}: {one} took {took_s} s to end")
                 stack.recover()
                 struck.append((begin_s, time.monotonic(), said))
                 told.events += 1
@@ -372,7 +374,7 @@ def _judge(told: Told, asked: dict[int, Asked], struck, notes: str, report) -> N
         near = [said for from_s, to_s, said in struck if one.sent_s <= to_s and one.end_s >= from_s]
         router = {said.get("router") for said in near}
         # What one that ends has begun, it ends; one that is frozen goes on.
-        untaken = one.how in ("not taken", "ClientOSError")
+        untaken = one.how in ("not taken", "ClientOSError", "status 503")
         if "SIGKILL" in router or ("SIGTERM" in router and untaken):
             told.by_router += 1
         elif one.tokens:
