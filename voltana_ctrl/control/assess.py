@@ -139,7 +139,7 @@ class Assessor:
         >>> assessor.thrifty_mhz(FleetState.idle(2), load)
         array([1140., 1140.])
         >>> assessor.thrifty_mhz(FleetState.idle(2), load, drains=True)
-        array([210., 930.])
+        array([210., 210.])
         """
         thrifty_mhz = np.empty(len(state))
         self._kernels.thrifty(

@@ -191,7 +191,7 @@ class IterationGovernor(CompiledGovernor):
         >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.035), delay_s=0.025)
         >>> governor.believe(replace(belief, decode_pace_frac=[1.0, 1.5]), 1)  # two thirds as fast
         >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)
-        480.0
+        465.0
         """
         from voltana_ctrl.kernels.choose import governor as kernel  # loads Numba
 
