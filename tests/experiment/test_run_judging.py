@@ -79,6 +79,17 @@ def test_short_windows_and_work_left_are_said():
     assert usual.notes == ()
 
 
+def test_what_a_profile_takes_from_another_model_is_repeated():
+    memory = "memory: 450000 KV tokens are of llama-3.1-8b, not of own; max_batch: 128, the largest"
+    fitted = dataclasses.replace(
+        PROFILE, name="gpu/own", sources={"memory": {"error": f"not measured here; {memory}"}}
+    )
+    usual = {"rates_req_s": [2.0], "duration_s": 30.0, "warmup_s": 30.0, "policies": ["static-max"]}
+    said = compare(fleet=FleetSpec.parse("1P1D", fitted), **usual).notes
+    assert said == (f"Profile gpu/own: {memory}.",)
+    assert compare(fleet=FleetSpec.parse("1P1D", PROFILE), **usual).notes == ()
+
+
 def test_seeds_take_other_windows_of_a_trace():
     trace = make_workload("azure-conv", 5.0, 1000.0, seed=3)
     asked = {"fleet": "1P1D", "workload": trace, "duration_s": 100.0, "warmup_s": 20.0,

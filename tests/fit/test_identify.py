@@ -41,8 +41,8 @@ def simulate(profile, batches, noise_frac=0.0, seed=0, clocks=CLOCKS_MHZ, contex
     freq_p, which = (a.ravel() for a in np.meshgrid(clocks, np.arange(len(PROMPTS))))
     tok, prompts = np.array(PROMPTS, dtype=float)[which.astype(int)].T
     rows_p, square = at_clock(profile, freq_p), tok**2 / prompts
-    wall_s = np.append(decode_s(rows, size, kv, padded), prefill_s(rows_p, tok, square))
-    energy_j = np.append(decode_j(rows, size, kv, padded), prefill_j(rows_p, tok, square))
+    wall_s = np.append(decode_s(rows, size, kv, padded), prefill_s(rows_p, tok, square, prompts))
+    energy_j = np.append(decode_j(rows, size, kv, padded), prefill_j(rows_p, tok, square, prompts))
     none, none_p = np.zeros(len(freq)), np.zeros(len(freq_p))
     return IterationTable(
         phase=("decode",) * len(freq) + ("prefill",) * len(freq_p),
@@ -391,7 +391,7 @@ def test_idle_rows_give_the_idle_power():
             "wall_s": 2.0, "energy_j": 124.0,
         }.items()
     }  # fmt: skip
-    result = fit_table(replace(table, phase=(*table.phase, "idle"), **idle))
+    result = fit_table(replace(table, phase=(*table.phase, "idle"), host_s=None, **idle))
     assert result.idle_w == 62.0
     found = result.profile("own/model", load_profile(REFERENCE))
     assert found.idle_w == 62.0
@@ -416,3 +416,63 @@ def test_the_band_widens_between_clocks_and_enters_the_profile(noisy, tmp_path):
     draw_diagnostics(result, figure)
     figure.savefig(tmp_path / "diagnostics.png")
     assert (tmp_path / "diagnostics.png").stat().st_size > 10_000
+
+
+def with_idle(table, idle_w, host_s=None):
+    """The table with one idle row, and what the GPU waited in the others."""
+    more = {name: np.append(getattr(table, name), value) for name, value in {
+        "freq_mhz": 1410.0, "batch_req": 0.0, "kv_tok": 0.0, "prefill_tok": 0.0,
+        "square_tok2": 0.0, "wall_s": 1.0, "energy_j": idle_w,
+    }.items()}  # fmt: skip
+    waited = None if host_s is None else np.append(host_s, 0.0)
+    return replace(table, phase=(*table.phase, "idle"), host_s=waited, **more)
+
+
+def test_time_of_the_host_returns_with_its_energy_where_it_is_measured():
+    """Times alone leave open which part of the base no clock scales; a measured wait tells."""
+    serving = with_quadratic(load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    assert serving.table["decode_host_s"][0] == 1e-3
+    # At 1290 MHz the cap of this profile binds before its time stops falling.
+    table = simulate(serving, PAIRS, clocks=(210.0, 450.0, 690.0, 930.0, 1170.0, 1230.0, 1410.0))
+    decode = np.array([phase == "decode" for phase in table.phase])
+    waited = np.where(decode, 1e-3 * np.random.default_rng(0).normal(1.0, 0.1, len(decode)), 0.0)
+    found = fit_table(with_idle(table, 70.0, waited))
+    law = found.laws.decode
+    assert abs(law.host_s - 1e-3) < 4.0 * law.host_sd_s < 1e-4
+    assert "decode_host_s 0.001" in found.summary()
+    assert found.laws.power.decode_static_w == pytest.approx(71.2, rel=0.01)
+    again = found.profile("gpu/model", serving)
+    for name in ("decode_base_s", "decode_host_s", "decode_power_w"):
+        np.testing.assert_allclose(
+            again.table[name], at_clock(serving, again.clocks_mhz)[name], rtol=0.03, err_msg=name
+        )
+    blind = fit_table(table)
+    assert blind.laws.decode.host_s == 0.0
+    assert any(note.startswith("decode_host_s: not identified") for note in blind.notes)
+    with pytest.raises(ConfigError, match="host_s: no idle row"):
+        fit_table(replace(table, host_s=waited))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_time_per_prompt_is_found(measured):
+    """13 ms of the host for each prompt, from times alone and from measured waits."""
+    profile = with_quadratic(load_profile(REFERENCE))
+    rows = profile.table.copy()
+    rows["prefill_req_s"] = 0.013
+    profile = replace(profile, table=rows)
+    table = simulate(profile, PAIRS, noise_frac=0.005)
+    prefill = np.array([phase == "prefill" for phase in table.phase])
+    waited = np.where(prefill, 0.013 * table.batch_req, 0.0) if measured else None
+    law = fit_table(with_idle(table, 60.0, waited)).laws
+    assert abs(law.prefill.req_s - 0.013) <= max(5.0 * law.prefill.req_sd_s, 1e-6)
+    assert law.prefill.req_sd_s < 0.002
+    assert law.power.prefill_static_w == pytest.approx(59.3, rel=0.1)
+    if not measured:
+        unknown = fit_table(table)
+        assert unknown.laws.prefill.req_s == 0.0
+        assert any("no idle row" in note for note in unknown.notes)
+
+
+def test_no_time_per_prompt_is_made_up(noisy):
+    table = noisy[1]
+    assert fit_table(with_idle(table, 60.0)).laws.prefill.req_s == 0.0

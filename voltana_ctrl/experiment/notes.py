@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from voltana_ctrl.experiment.run import Run
+from voltana_ctrl.fit.profile_file import NOT_MEASURED
 
 __all__ = ["notes_on"]
 
@@ -15,7 +16,7 @@ _PUSHED_FRAC = 0.05
 
 
 def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
-    """Say where figures may mislead: short windows, work left for later, seeds that share requests.
+    """Say where figures may mislead: short windows, work left for later, profiles, shared requests.
 
     Parameters
     ----------
@@ -42,6 +43,7 @@ def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Itera
     yield from _on_rows_left_out(runs[0])
     yield from _on_work_left(served)
     yield from _on_seeds(figures, runs)
+    yield from _on_profiles(runs[0])
 
 
 def _on_times(longest: Mapping[str, Any], run: Run) -> Iterator[str]:
@@ -65,6 +67,15 @@ def _on_rows_left_out(run: Run) -> Iterator[str]:
             f"{run.workload.dropped_rows} rows of {run.workload.name} were left out: they failed,"
             " or cannot be used."
         )
+
+
+def _on_profiles(run: Run) -> Iterator[str]:
+    """Repeat what a fit said of its own profile: memory of another model, the batches measured."""
+    for profile in {one.profile.name: one.profile for one in run.fleet.instances}.values():
+        error = profile.sources.get("memory", {}).get("error", "")
+        said = error.partition(f"{NOT_MEASURED}; ")[2]
+        if said:
+            yield f"Profile {profile.name}: {said}."
 
 
 def _on_work_left(served: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -5,6 +5,9 @@ The *roofline* bends it: once computing takes longer than streaming weights, it 
 
     T = max(floor, max(base + req n, G n / f) + kv K).
 
+What the host does between two iterations no clock scales. It is claimed only where the table
+measures it (`host_s`): times at any number of clocks leave open which part of the base it is.
+
 Coefficients are non-negative and fall with the clock by construction: each is a sum of
 non-negative increments from the highest clock down. Between clocks they are linear in ``1/f``.
 """
@@ -18,7 +21,7 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, Bool
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.fit.robust import Estimate, estimate, falling, linear
+from voltana_ctrl.fit.robust import Estimate, estimate, falling, host_time, linear
 from voltana_ctrl.fit.staircase import pad
 from voltana_ctrl.fit.tables import IterationTable
 
@@ -47,6 +50,8 @@ class DecodeTime:
         Least time of an iteration, where the host launches slower than the GPU computes.
     compute_s, compute_sd_s : float
         Computing time of one request at 1 MHz; 0 in the line.
+    host_s, host_sd_s : float
+        Time of the host per iteration, at every clock, on top of the rest.
 
     Examples
     --------
@@ -70,6 +75,8 @@ class DecodeTime:
     floor_sd_s: float = 0.0
     compute_s: float = 0.0
     compute_sd_s: float = 0.0
+    host_s: float = 0.0
+    host_sd_s: float = 0.0
 
     def at(self, freq_mhz: object) -> tuple[F64, F64, F64]:
         """Base, request and KV coefficients at any clock: linear in ``1/f``, level outside.
@@ -116,7 +123,7 @@ class DecodeTime:
         base, req, kv = self.at(freq)
         bent = np.maximum(base + req * size, self.compute_s * size / freq)
         time_s: F64 = np.maximum(self.floor_s, bent + kv * np.asarray(kv_tok, dtype=np.float64))
-        return time_s
+        return time_s + self.host_s
 
 
 def fit_decode_time(
@@ -169,6 +176,9 @@ def fit_decode_time(
     rows = table.of("decode")
     if len(rows) == 0:
         raise ConfigError("decode_time: the table has no decode rows; measure decode iterations")
+    host_s, host_sd_s = host_time(rows.waited_s)
+    if host_s > 0.0:
+        rows = replace(rows, wall_s=np.maximum(rows.wall_s - host_s, 1e-9), host_s=None)
     problem = _Problem(rows, form, batch_steps, kv_s)
     if near is None:
         _check_supported(rows, known_kv=kv_s is not None)
@@ -177,7 +187,7 @@ def fit_decode_time(
         # The line has one optimum; what bends may have several.
         starts = [problem.start_at(near), *(problem.starts()[:1] if form != "line" else ())]
     found = estimate(problem.residual, problem.jacobian, starts, problem.lower, problem.upper)
-    return problem.law(found)
+    return replace(problem.law(found), host_s=host_s, host_sd_s=host_sd_s)
 
 
 def _check_supported(rows: IterationTable, *, known_kv: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,7 +18,7 @@ from voltana_ctrl.fit.robust import folds
 from voltana_ctrl.fit.staircase import pad
 from voltana_ctrl.fit.tables import IterationTable
 
-__all__ = ["FIXABLE", "HeldOut", "Laws", "fit_laws", "hold_out"]
+__all__ = ["FIXABLE", "HeldOut", "Laws", "fit_laws", "hold_out", "idle_power_w"]
 
 #: Coefficients that may be given where a table cannot tell them, and their units.
 FIXABLE = {
@@ -48,6 +48,8 @@ class Laws:
         Power and energy.
     batch_steps : tuple of (upto_req, step_req)
         Padding of the decode batch.
+    idle_w : float
+        Power while the GPU waits for the host.
 
     Examples
     --------
@@ -59,6 +61,31 @@ class Laws:
     prefill: PrefillTime | None
     power: PowerLaw | None
     batch_steps: tuple[tuple[int, int], ...] = ()
+    idle_w: float = 0.0
+
+    def waited_s(self, table: IterationTable) -> F64:
+        """Predicted part of the time in which the GPU waits for the host.
+
+        Parameters
+        ----------
+        table : IterationTable
+            Loads and clocks.
+
+        Examples
+        --------
+        >>> table = IterationTable(
+        ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
+        ...     square_tok2=[0], wall_s=[1.0], energy_j=[60.0])
+        >>> Laws(decode=None, prefill=None, power=None).waited_s(table)
+        array([0.])
+        """
+        waited_s = np.zeros(len(table))
+        if self.decode is not None:
+            waited_s[_is(table, "decode")] = self.decode.host_s
+        if self.prefill is not None:
+            prefill = _is(table, "prefill")
+            waited_s[prefill] = self.prefill.req_s * table.batch_req[prefill]
+        return waited_s
 
     def time_s(self, table: IterationTable) -> F64:
         """Predicted time of each row; NaN where there is no law.
@@ -84,7 +111,9 @@ class Laws:
             time_s[decode] = self.decode.time_s(rows.freq_mhz, size, rows.kv_tok)
         if self.prefill is not None:
             rows = table.rows(prefill)
-            time_s[prefill] = self.prefill.time_s(rows.freq_mhz, rows.prefill_tok, rows.square_tok2)
+            time_s[prefill] = self.prefill.time_s(
+                rows.freq_mhz, rows.prefill_tok, rows.square_tok2, rows.batch_req
+            )
         return time_s
 
     def energy_j(self, table: IterationTable) -> F64:
@@ -106,13 +135,14 @@ class Laws:
         energy_j = np.full(len(table), np.nan)
         if self.power is None:
             return energy_j
-        time_s, decode = self.time_s(table), _is(table, "decode")
+        waited_s, decode = self.waited_s(table), _is(table, "decode")
+        time_s = self.time_s(table) - waited_s
         energy_j[:] = time_s * self.power.prefill_w(table.freq_mhz)
         rows = table.rows(decode)
         energy_j[decode] = self.power.decode_j(
             rows.freq_mhz, time_s[decode], rows.batch_req, rows.kv_tok
         )
-        return energy_j
+        return energy_j + waited_s * self.idle_w
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +207,7 @@ def fit_laws(
     form: Form = "line",
     batch_steps: tuple[tuple[int, int], ...] = (),
     fixed: Mapping[str, float] | None = None,
+    per_prompt: bool = False,
     near: Laws | None = None,
 ) -> Laws:
     """Fit all laws that the table has rows for.
@@ -191,6 +222,8 @@ def fit_laws(
         Padding of the decode batch.
     fixed : mapping of str to float, optional
         Known coefficients, see `FIXABLE`.
+    per_prompt : bool
+        Let each prompt take time of the host.
     near : Laws, optional
         Fit of a larger table of which this one is a fold.
 
@@ -223,18 +256,49 @@ def fit_laws(
             near=near.decode if near else None,
         )
     if np.any(_is(table, "prefill")):
-        prefill = fit_prefill_time(table, tok2_s=fixed.get("prefill_tok2_s"), fold=near is not None)
-    laws = Laws(decode=decode, prefill=prefill, power=None, batch_steps=batch_steps)
+        prefill = fit_prefill_time(
+            table,
+            tok2_s=fixed.get("prefill_tok2_s"),
+            per_prompt=per_prompt,
+            fold=near is not None,
+        )
+    idle_w = idle_power_w(table) or 0.0
+    laws = Laws(
+        decode=decode, prefill=prefill, power=None, batch_steps=batch_steps, idle_w=idle_w
+    )  # fmt: skip
     busy = table.rows(~_is(table, "idle"))
     if not np.all(np.isnan(busy.energy_j)):
+        waited_s = laws.waited_s(busy)
+        if np.any(waited_s):
+            busy = replace(busy, energy_j=busy.energy_j - waited_s * idle_w)
         power = fit_power(
             busy,
-            laws.time_s(busy),
+            laws.time_s(busy) - waited_s,
             rise_frac=fixed.get("voltage_rise_frac"),
             knee_mhz=fixed.get("voltage_knee_mhz"),
             near=near.power if near else None,
         )
-    return Laws(decode=decode, prefill=prefill, power=power, batch_steps=batch_steps)
+    return replace(laws, power=power)
+
+
+def idle_power_w(table: IterationTable) -> float | None:
+    """Median power of the idle rows, None if there are none.
+
+    Parameters
+    ----------
+    table : IterationTable
+        Measured iterations.
+
+    Examples
+    --------
+    >>> table = IterationTable(
+    ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
+    ...     square_tok2=[0], wall_s=[2.0], energy_j=[120.0])
+    >>> idle_power_w(table)
+    60.0
+    """
+    idle = table.of("idle")
+    return float(np.median(idle.energy_j / idle.wall_s)) if len(idle) else None
 
 
 def hold_out(
@@ -294,10 +358,16 @@ def hold_out(
     candidates = of_phase & np.isin(key, inner)
     time_s, energy_j = np.full((2, len(table)), np.nan)
     form: Form = laws.decode.form if laws.decode is not None else "line"
+    per_prompt = laws.prefill is not None and laws.prefill.req_s > 0.0
     for held, _ in folds(key[candidates]):
         out = candidates & np.isin(key, held)
         part = fit_laws(
-            table.rows(~out), form=form, batch_steps=laws.batch_steps, fixed=fixed, near=laws
+            table.rows(~out),
+            form=form,
+            batch_steps=laws.batch_steps,
+            fixed=fixed,
+            per_prompt=per_prompt,
+            near=laws,
         )
         time_s[out] = part.time_s(table.rows(out))
         energy_j[out] = part.energy_j(table.rows(out))

@@ -11,7 +11,8 @@ import numpy as np
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.fit.actuators import read_actuators
 from voltana_ctrl.fit.decode import FORMS, Form, fit_decode_time
-from voltana_ctrl.fit.heldout import HeldOut, Laws, fit_laws, hold_out
+from voltana_ctrl.fit.heldout import HeldOut, Laws, fit_laws, hold_out, idle_power_w
+from voltana_ctrl.fit.prefill import prompts_take_time
 from voltana_ctrl.fit.result import FitResult
 from voltana_ctrl.fit.staircase import detect_batch_steps
 from voltana_ctrl.fit.tables import IterationTable, read_table
@@ -85,6 +86,13 @@ def fit_table(
         raise ConfigError("table.phase: no decode and no prefill rows; measure at least one")
     for phase in phases:
         _check_clocks(table.of(phase), phase)
+    if np.any(table.waited_s > 0.0) and idle_power_w(table) is None:
+        busy = table.rows(np.array([phase != "idle" for phase in table.phase]))
+        if not np.all(np.isnan(busy.energy_j)):
+            raise ConfigError(
+                "table.host_s: no idle row tells what the GPU draws while it waits for the host;"
+                " measure idle, with the model loaded"
+            )
     notes = []
     if batch_steps is None and "decode" in phases:
         batch_steps = detect_batch_steps(table.of("decode"))
@@ -93,9 +101,18 @@ def fit_table(
                 "batch_steps: not identified, none claimed; measure batch sizes n and n + 1"
                 " where the engine may pad, or give batch_steps"
             )
+    per_prompt = _prompts(table, fixed, notes) if "prefill" in phases else False
     steps = batch_steps or ()
     by_form = _held_by_form(table, steps, fixed)
-    laws = fit_laws(table, form=_simplest(by_form), batch_steps=steps, fixed=fixed)
+    laws = fit_laws(
+        table, form=_simplest(by_form), batch_steps=steps, fixed=fixed, per_prompt=per_prompt
+    )
+    if laws.decode is not None and laws.decode.host_s == 0.0:
+        notes.append(
+            "decode_host_s: not identified, 0 taken; by these rows it may be anything up to"
+            f" {1e3 * laws.decode.base_s[-1]:.1f} ms, the base at the highest clock: measure"
+            " host_s, the part of wall_s in which the GPU waits"
+        )
     held: list[HeldOut] = []
     for phase in phases:
         for split in ("batch", "clock"):
@@ -104,16 +121,34 @@ def fit_table(
         notes.append("energy_j: no energy measured, times only")
     elif laws.power.rise_frac == 0.0:
         notes.append("voltage: no knee found, power is a straight line in the clock")
-    idle = table.of("idle")
-    idle_w = float(np.median(idle.energy_j / idle.wall_s)) if len(idle) else None
     return FitResult(
         table=table,
         laws=laws,
         held_out=tuple(held),
-        idle_w=idle_w,
+        idle_w=idle_power_w(table),
         actuators=actuators,
         notes=tuple(notes),
     )
+
+
+def _prompts(table: IterationTable, fixed: Mapping[str, float] | None, notes: list[str]) -> bool:
+    """Whether prompts are let take time of the host; what is not claimed is noted, and why."""
+    if np.any(table.of("prefill").waited_s > 0.0):
+        return False  # measured, nothing to find
+    found = prompts_take_time(table, tok2_s=(fixed or {}).get("prefill_tok2_s"))
+    if found is None:
+        notes.append(
+            "prefill_req_s: not identified, 0 taken; measure the same tokens as one prompt and as"
+            " several, at two numbers of tokens or more, or host_s"
+        )
+    with_energy = not np.all(np.isnan(table.of("prefill").energy_j))
+    if found and with_energy and idle_power_w(table) is None:
+        notes.append(
+            "prefill_req_s: prompts take time besides their tokens, which is not claimed: no idle"
+            " row tells what the GPU draws meanwhile; measure idle"
+        )
+        return False
+    return bool(found)
 
 
 def _check_clocks(rows: IterationTable, phase: str) -> None:

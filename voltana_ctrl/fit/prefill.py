@@ -4,26 +4,30 @@
 ``end^2 - start^2`` over the prompts. Linear layers and attention both compute, so they share
 ``tok(f)``, which falls with the clock by construction and is linear in ``1/f`` between clocks;
 launching does not hang on the clock and reading the weights does, hence ``base = b0 + b1/f``.
+Each prompt may also take time of the host, ``req m``, at every clock: where the table measures it
+(`host_s`), or where it is asked for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.fit.robust import estimate, falling, linear
+from voltana_ctrl.fit.robust import SCALE_FRAC, estimate, falling, host_time, linear
 from voltana_ctrl.fit.tables import IterationTable
 
-__all__ = ["PrefillTime", "capped_from_mhz", "fit_prefill_time"]
+__all__ = ["PrefillTime", "capped_from_mhz", "fit_prefill_time", "prompts_take_time"]
 
 # A clock that shortens saturated prefill by less than this part of what clocks below it do is
 # not reached: the card is held by its power cap.
 CAPPED_GAIN_FRAC = 2.0 / 3.0
 # ... and its power is level with the highest clock's within this.
 CAPPED_POWER_FRAC = 0.03
+# What the criterion must gain before prompts are said to take time of their own, as for padding.
+_CLAIMED = 10.0
 # Iterations of this part of the largest and more compute all the time.
 SATURATED_FRAC = 0.25
 
@@ -40,6 +44,8 @@ class PrefillTime:
         Per iteration, per prompt token, per square token.
     base_sd_s, tok_sd_s, tok2_sd_s : ndarray, shape (m,)
         Their standard deviations.
+    req_s, req_sd_s : float
+        Time of the host per prompt, at every clock.
 
     Examples
     --------
@@ -59,6 +65,8 @@ class PrefillTime:
     base_sd_s: F64
     tok_sd_s: F64
     tok2_sd_s: F64
+    req_s: float = 0.0
+    req_sd_s: float = 0.0
 
     def at(self, freq_mhz: object) -> tuple[F64, F64, F64]:
         """Coefficients at any clock: linear in ``1/f``, level outside.
@@ -84,13 +92,19 @@ class PrefillTime:
         )
         return base, tok, tok2
 
-    def time_s(self, freq_mhz: object, prefill_tok: object, square_tok2: object) -> F64:
+    def time_s(
+        self,
+        freq_mhz: object,
+        prefill_tok: object,
+        square_tok2: object,
+        prompts_req: object = 1.0,
+    ) -> F64:
         """Time of an iteration.
 
         Parameters
         ----------
-        freq_mhz, prefill_tok, square_tok2 : array_like
-            Clock, prompt tokens, sum of ``end^2 - start^2``.
+        freq_mhz, prefill_tok, square_tok2, prompts_req : array_like
+            Clock, prompt tokens, sum of ``end^2 - start^2``, prompts.
 
         Examples
         --------
@@ -106,11 +120,15 @@ class PrefillTime:
             + tok * np.asarray(prefill_tok, dtype=np.float64)
             + tok2 * np.asarray(square_tok2, dtype=np.float64)
         )
-        return time_s
+        return time_s + self.req_s * np.asarray(prompts_req, dtype=np.float64)
 
 
 def fit_prefill_time(
-    table: IterationTable, *, tok2_s: float | None = None, fold: bool = False
+    table: IterationTable,
+    *,
+    tok2_s: float | None = None,
+    per_prompt: bool = False,
+    fold: bool = False,
 ) -> PrefillTime:
     """Robust regression on relative errors.
 
@@ -120,6 +138,8 @@ def fit_prefill_time(
         Its prefill rows count.
     tok2_s : float, optional
         Known time per square token at every clock, where the table cannot tell it.
+    per_prompt : bool
+        Let each prompt take time of the host.
     fold : bool
         True for a fold of a cross-validation: what it cannot support is not refused.
 
@@ -151,17 +171,72 @@ def fit_prefill_time(
         raise ConfigError("prefill_time: the table has no prefill rows; measure prefill iterations")
     if not fold:
         _check_supported(rows, known_tok2=tok2_s is not None)
-    return _Problem(rows, tok2_s).law()
+    req_s, req_sd_s = host_time(rows.waited_s / rows.batch_req)
+    if req_s == 0.0:
+        return _Problem(rows, tok2_s, per_prompt).law()
+    left_s = np.maximum(rows.wall_s - req_s * rows.batch_req, 1e-9)
+    law = _Problem(replace(rows, wall_s=left_s, host_s=None), tok2_s, per_prompt=False).law()
+    return replace(law, req_s=req_s, req_sd_s=req_sd_s)
+
+
+def prompts_take_time(table: IterationTable, *, tok2_s: float | None = None) -> bool | None:
+    """Whether prompts take time besides their tokens, by the Bayesian information criterion.
+
+    Parameters
+    ----------
+    table : IterationTable
+        Its prefill rows count.
+    tok2_s : float, optional
+        Known time per square token.
+
+    Returns
+    -------
+    bool or None
+        None if the table cannot tell: prompts follow their tokens and squares.
+
+    Examples
+    --------
+    >>> tok = np.array([512.0, 2048, 8192, 2048, 2048, 8192, 8192])
+    >>> prompts = np.array([1.0, 1, 1, 4, 16, 4, 64])
+    >>> zero, square = 0 * tok, tok**2 / prompts
+    >>> table = IterationTable(
+    ...     phase=("prefill",) * 7, freq_mhz=1410 + zero, batch_req=prompts, kv_tok=zero,
+    ...     prefill_tok=tok, square_tok2=square, energy_j=zero + np.nan,
+    ...     wall_s=0.01 + 7e-5 * tok + 1e-9 * square + 0.013 * prompts)
+    >>> prompts_take_time(table)
+    True
+    """
+    rows = table.of("prefill")
+    clocks = np.unique(rows.freq_mhz)
+    columns = [np.ones(len(rows)), rows.square_tok2]
+    columns += [rows.prefill_tok * (rows.freq_mhz == clock) for clock in clocks]
+    columns += [clocks[0] / rows.freq_mhz] if len(clocks) > 1 else []
+    design = np.stack([*columns, rows.batch_req], axis=1) / rows.wall_s[:, None]
+    design /= np.maximum(np.linalg.norm(design, axis=0), 1e-300)
+    basis, _ = np.linalg.qr(design[:, :-1])
+    left = design[:, -1] - basis @ (basis.T @ design[:, -1])
+    if len(rows) <= design.shape[1] or not np.linalg.norm(left) > 0.05:
+        return None
+
+    def error(per_prompt: bool) -> float:
+        law = _Problem(rows, tok2_s, per_prompt).law()
+        time_s = law.time_s(rows.freq_mhz, rows.prefill_tok, rows.square_tok2, rows.batch_req)
+        # An outlier counts as three times the usual scatter at most.
+        part = np.minimum(np.abs(time_s / rows.wall_s - 1.0), 3.0 * SCALE_FRAC)
+        return float(part @ part)
+
+    ratio = max(error(False), 1e-12) / max(error(True), 1e-12)
+    return bool(len(rows) * np.log(ratio) - np.log(len(rows)) > _CLAIMED)
 
 
 class _Problem:
-    """Parameters: base, base over the relative clock, increments of tok per clock, square.
+    """Parameters: base, base over the relative clock, prompts, increments of tok per clock, square.
 
-    The first ones are times of an iteration of the largest measured number of tokens. The
-    square is a ratio to the tokens' time, or known in seconds.
+    The first ones are times of an iteration of the largest measured number of tokens or prompts.
+    The square is a ratio to the tokens' time, or known in seconds.
     """
 
-    def __init__(self, rows: IterationTable, tok2_s: float | None) -> None:
+    def __init__(self, rows: IterationTable, tok2_s: float | None, per_prompt: bool) -> None:
         self.wall_s = rows.wall_s
         self.clocks, index = np.unique(rows.freq_mhz, return_inverse=True)
         self.m = len(self.clocks)
@@ -175,14 +250,17 @@ class _Problem:
         self.above = index[:, None] <= np.arange(self.m)[None, :]
         # One clock does not tell the two parts of the base apart: the level one is enough.
         period = self.clocks[0] / rows.freq_mhz * (self.m > 1)
-        self.base = np.stack([np.ones(len(rows)), period], axis=1)
+        self.per_prompt = per_prompt
+        self.req_ref = float(rows.batch_req.max())
+        prompts = rows.batch_req / self.req_ref * per_prompt
+        self.base = np.stack([np.ones(len(rows)), period, prompts], axis=1)
 
     def _load(self, p: F64) -> F64:
         load: F64 = self.tok + p[-1] * self.square
         return load
 
     def _time_s(self, p: F64) -> F64:
-        time_s = self.base @ p[:2] + (self.above @ p[2:-1]) * self._load(p) + self.known
+        time_s = self.base @ p[:3] + (self.above @ p[3:-1]) * self._load(p) + self.known
         return np.maximum(time_s, 1e-12)
 
     def residual(self, p: F64) -> F64:
@@ -190,7 +268,7 @@ class _Problem:
 
     def jacobian(self, p: F64) -> F64:
         by_tok = self.above * self._load(p)[:, None]
-        by_square = (self.above @ p[2:-1]) * self.square
+        by_square = (self.above @ p[3:-1]) * self.square
         jac = np.concatenate([self.base, by_tok, by_square[:, None]], axis=1)
         jac /= self._time_s(p)[:, None]
         return jac
@@ -198,21 +276,23 @@ class _Problem:
     def law(self) -> PrefillTime:
         design = np.concatenate([self.base, self.above * self.tok[:, None]], axis=1)
         start = np.append(np.maximum(linear(design, self.wall_s), 1e-4 * self.wall_s.min()), 0.01)
-        lower, upper = np.zeros(self.m + 3), np.full(self.m + 3, np.inf)
+        lower, upper = np.zeros(self.m + 4), np.full(self.m + 4, np.inf)
         if self.m == 1:
             upper[1] = 0.0
+        if not self.per_prompt:
+            upper[2] = 0.0
         if not self.free:
             upper[-1] = 0.0
         found = estimate(self.residual, self.jacobian, [start], lower, upper)
         p, covariance = found.values, found.covariance
         period = self.clocks[0] / self.clocks * (self.m > 1)
-        tok = falling(p[2:-1])
+        tok = falling(p[3:-1])
         total = np.triu(np.ones((self.m, self.m)))
-        # Gradients of base, tok and tok2 at each clock, shape (m, m + 3).
-        by_base = np.zeros((self.m, self.m + 3))
+        # Gradients of base, tok and tok2 at each clock, shape (m, m + 4).
+        by_base = np.zeros((self.m, self.m + 4))
         by_base[:, 0], by_base[:, 1] = 1.0, period
-        by_tok = np.zeros((self.m, self.m + 3))
-        by_tok[:, 2:-1] = total
+        by_tok = np.zeros((self.m, self.m + 4))
+        by_tok[:, 3:-1] = total
         by_tok2 = p[-1] * by_tok
         by_tok2[:, -1] = tok
 
@@ -231,6 +311,8 @@ class _Problem:
             base_sd_s=sd(by_base),
             tok_sd_s=sd(by_tok) / self.tok_ref,
             tok2_sd_s=sd(by_tok2) * square_unit,
+            req_s=float(p[2] / self.req_ref),
+            req_sd_s=float(np.sqrt(max(covariance[2, 2], 0.0)) / self.req_ref),
         )
 
 

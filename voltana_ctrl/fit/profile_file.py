@@ -16,7 +16,10 @@ from voltana_ctrl.types import Profile
 if TYPE_CHECKING:
     from voltana_ctrl.fit.result import FitResult
 
-__all__ = ["profile_text"]
+__all__ = ["NOT_MEASURED", "profile_text"]
+
+#: How a profile begins the error of what it takes from another.
+NOT_MEASURED = "not measured here"
 
 
 def profile_text(
@@ -88,7 +91,7 @@ def profile_text(
     def provenance(phase: str, quantity: str) -> dict[str, Any]:
         return {"status": "fitted", "source": source, "error": _error(result, phase, quantity)}
 
-    taken = {"status": "scaled", "source": f"as {like.name}", "error": "not measured here"}
+    taken = {"status": "scaled", "source": f"as {like.name}", "error": NOT_MEASURED}
     file = {
         "name": name,
         "summary": f"fitted to {len(result.table)} measured iterations",
@@ -101,6 +104,7 @@ def profile_text(
             "req_s": [{"value": 1.0, "shape": "decode_req"}],
             "kv_s": [{"value": 1.0, "shape": "decode_kv"}],
             "floor_s": decode.floor_s,
+            "host_s": decode.host_s,
             "roof_s": [{"value": decode.compute_s, "shape": "decode_roof"}],
         },
         "decode_energy": {
@@ -118,6 +122,7 @@ def profile_text(
             "base_s": [{"value": 1.0, "shape": "prefill_base"}],
             "tok_s": [{"value": 1.0, "shape": "prefill_tok"}],
             "tok2_s": [{"value": 1.0, "shape": "prefill_tok2"}],
+            "req_s": prefill.req_s,
         },
         "prefill_power": {
             **provenance("prefill", "energy"),
@@ -133,7 +138,7 @@ def profile_text(
         },
         "memory": {
             **taken,
-            "error": "; ".join(["not measured here", *foreign_lines(result, name, like)]),
+            "error": "; ".join([NOT_MEASURED, *foreign_lines(result, name, like)]),
             "kv_capacity_tok": like.kv_capacity_tok,
             "max_batch": max(1, min(like.max_batch, largest_req)),
             "prefill_budget_tok": like.prefill_budget_tok,

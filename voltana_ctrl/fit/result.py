@@ -289,6 +289,13 @@ def _coefficient_lines(laws: Laws, wider: Mapping[str, float]) -> list[str]:
             f"decode_roof_s {roof.compute_s / clock:.4g} +- {roof.compute_sd_s / clock:.2g}"
             f" at {clock:g} MHz, as 1/f"
         )
+    if laws.decode is not None and laws.decode.host_s > 0.0:
+        lines.append(f"decode_host_s {laws.decode.host_s:.4g} +- {laws.decode.host_sd_s:.2g}")
+    if laws.prefill is not None and laws.prefill.req_s > 0.0:
+        lines.append(
+            f"prefill_req_s {laws.prefill.req_s:.4g}"
+            f" +- {wider['prefill'] * laws.prefill.req_sd_s:.2g}"
+        )
     if laws.power is not None:
         power = laws.power
         for name, sd in power.sd.items():

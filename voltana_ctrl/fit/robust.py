@@ -91,6 +91,17 @@ def _covariance(jac: F64, error: F64, n_free: int) -> F64:
     return covariance
 
 
+def host_time(waited_s: F64) -> tuple[float, float]:
+    """Median of the measured times, and its standard error; zeros where none was measured."""
+    known = waited_s[~np.isnan(waited_s)]
+    if len(known) == 0:
+        return 0.0, 0.0
+    middle = float(np.median(known))
+    # The median of a normal sample scatters by sqrt(pi / 2) times what its mean does.
+    scatter = 1.4826 * float(np.median(np.abs(known - middle)))
+    return middle, float(np.sqrt(np.pi / 2.0 / len(known)) * scatter)
+
+
 def linear(design: F64, measured: F64) -> F64:
     """Non-negative coefficients of ``design @ x = measured`` by relative least squares."""
     from scipy.optimize import nnls

@@ -37,6 +37,7 @@ _COLUMNS: dict[str, dict[str, float]] = {
         "wall_ms": 1e-3,
         "latency_ms": 1e-3,
     },
+    "host_s": {"host_s": 1.0, "host_ms": 1e-3},
     "energy_j": {"energy_j": 1.0, "energy_mj": 1e-3},
     "power_w": {"power_w": 1.0, "power_mw": 1e-3},
 }
@@ -71,6 +72,9 @@ class IterationTable:
         GPUs of the instance.
     source : str
         Where the rows come from.
+    host_s : ndarray, shape (n,)
+        Part of `wall_s` in which the GPU waits for the host; NaN where it was not measured, which
+        is everywhere if it is left out.
 
     Raises
     ------
@@ -99,8 +103,11 @@ class IterationTable:
     energy_j: F64
     gpus: int = 1
     source: str = "measured"
+    host_s: F64 | None = None
 
     def __post_init__(self) -> None:
+        if self.host_s is None:
+            object.__setattr__(self, "host_s", np.full(len(self.phase), np.nan))
         fields = [*self._arrays()]
         freeze_fields(self, fields, (len(self.phase),))
         count("table.gpus", self.gpus)
@@ -117,6 +124,8 @@ class IterationTable:
         within = (self.freq_mhz >= low) & (self.freq_mhz <= high)
         self._check("freq_mhz", within, f"{low:g}..{high:g} MHz")
         self._check("wall_s", (self.wall_s > 0.0) & (self.wall_s < 3600.0), "seconds > 0")
+        waits = np.isnan(self.waited_s) | ((self.waited_s >= 0.0) & (self.waited_s < self.wall_s))
+        self._check("host_s", waits, "seconds >= 0 and below wall_s")
         self._check("batch_req", (self.batch_req >= 1.0) | ~busy, "at least one request")
         self._check("kv_tok", self.kv_tok >= 0.0, "tokens >= 0")
         self._check("kv_tok", (self.kv_tok < np.inf) | ~decode, "finite tokens")
@@ -145,7 +154,14 @@ class IterationTable:
             "square_tok2",
             "wall_s",
             "energy_j",
+            "host_s",
         )
+
+    @property
+    def waited_s(self) -> F64:
+        """The column `host_s`, which is always an array once the table is made."""
+        assert self.host_s is not None  # noqa: S101
+        return self.host_s
 
     def _check(self, column: str, good: Bool, expected: str) -> None:
         if not np.all(good):
@@ -327,6 +343,7 @@ def _own_columns(rows: list[dict[str, str]], label: str, freq_mhz: float | None)
         data["energy_j"] = data.pop("power_w") * data["wall_s"]
     zero = np.zeros(len(rows))
     data.setdefault("energy_j", np.full(len(rows), np.nan))
+    data.setdefault("host_s", np.full(len(rows), np.nan))
     decode = np.array([each == "decode" for each in phase])
     prefill = np.array([each == "prefill" for each in phase])
     data["batch_req"] = data.get("batch_req", zero)
