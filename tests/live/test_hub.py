@@ -22,8 +22,10 @@ pytest.importorskip("starlette", reason="needs the server extra")
 pytest.importorskip("uvicorn", reason="needs the server extra")
 
 from voltana_ctrl import BackendError, ConfigError, ControlLoop, Decision, FleetState, Observation
+from voltana_ctrl.backends.nvml.meters import GpuMeters
 from voltana_ctrl.control import StaticController
 from voltana_ctrl.control.budget import highest_power_w
+from voltana_ctrl.engines.limits import read_limits
 from voltana_ctrl.live.agent import Agent, AgentSettings
 from voltana_ctrl.live.governed import PolicyController, fleet_policy
 from voltana_ctrl.live.hub import HubBackend
@@ -599,6 +601,37 @@ def test_ceilings_of_the_last_orders_and_those_announced_outlive_the_controller(
         decision, memory = controller.decide(seen, memory)
         assert decision.freq_mhz.tolist() == [1410.0, clock_mhz]
         assert controller.notes(memory) == {"controller_gone": 1.0}
+
+
+def test_a_policy_s_own_ceiling_ends_with_its_controller_and_a_budget_s_does_not():
+    wish = Decision.highest(fleet(), floor_mhz=np.full(2, 705.0), ceiling_mhz=np.full(2, 705.0))
+    seen = Observation(state=FleetState.idle(2))
+    for budgeted, clock_mhz in ((False, 1410.0), (True, 705.0)):
+        hub = HubBackend(fleet(), budgeted=budgeted)
+        hub.apply(wish)
+        told = []
+        line = Line(hub.take(report()))
+        controller = RemoteController(fleet(), line, on_budget=told.append)
+        decision, memory = controller.decide(seen, controller.init())
+        assert decision.freq_max_mhz[1] == 705.0
+        line.held_s = 1.1
+        decision, _ = controller.decide(seen, memory)
+        assert decision.freq_mhz[1] == decision.freq_max_mhz[1] == clock_mhz
+        assert told == [budgeted, budgeted]
+
+
+@pytest.mark.parametrize("budgeted", [False, True])
+def test_what_an_engine_was_told_last_ends_likewise(tmp_path, budgeted):
+    path = tmp_path / "d0.json"
+    with NodeBackend(GpuMeters(fleet(), {}), hands={"decode-0": path}) as node:
+        node.budgeted = budgeted
+        node.apply(
+            Decision.highest(fleet(), floor_mhz=np.full(2, 705.0), ceiling_mhz=np.full(2, 705.0))
+        )
+        handed = read_limits(path)
+        assert handed.now(handed.since_s + 0.5).ceiling_mhz == 705.0
+        alone = handed.now(handed.since_s + 2.0)
+        assert alone.floor_mhz == alone.ceiling_mhz == (705.0 if budgeted else 1410.0)
 
 
 def test_a_policy_is_told_on_and_a_step_that_is_due_holds_at_once():

@@ -192,11 +192,13 @@ def agent(
             actuators=actuators, park_memory=park_memory,
         )  # fmt: skip
         ending.callback(backend.close)
+        limited = bool(limits_w)
+        backend.budgeted = limited or asked.budget is not None
         decides: Controller | None = None
         if mode != "observe" and controller is not None:
             decides = _remote(
                 ending, spec, backend, controller, token, node, [one.instance for one in own],
-                asked.slo, asked.period_s, delay_s, tls_ca,
+                asked.slo, asked.period_s, delay_s, tls_ca, limited,
             )  # fmt: skip
         elif mode != "observe":
             from voltana_ctrl.live.descent import Descent
@@ -229,6 +231,7 @@ def _remote(
     period_s: float,
     delay_s: float,
     tls_ca: Path | None,
+    limited: bool,
 ) -> PolicyController:
     """Controller of a node that does what another says, with governors where engines have none."""
     from voltana_ctrl.live.governed import PolicyController, node_governors
@@ -250,10 +253,16 @@ def _remote(
                 fleet, slo, policy, delay_s=delay_s, period_s=period_s
             )
 
+    def take_budget(budgeted: bool) -> None:
+        # A limit of this node's own holds whatever the controller has.
+        backend.budgeted = budgeted or limited
+
     taken: list[str] = []
     governed = PolicyController(
         fleet,
-        inner=RemoteController(fleet, link, period_s=period_s, on_policy=take_policy),
+        inner=RemoteController(
+            fleet, link, period_s=period_s, on_policy=take_policy, on_budget=take_budget
+        ),
         held=backend.held,
         # Who is parked is the routers' to know; here it only changes what clock it needs.
         routed=lambda: True,

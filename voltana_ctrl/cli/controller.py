@@ -117,7 +117,7 @@ def run_controller(
     spec, _ = load_endpoints(fleet)
     host, port = address("serve", listen_at)
     token = token_of(token_file)
-    hub = HubBackend(spec, policy=policy, now_s=since_start())
+    hub = HubBackend(spec, policy=policy, budgeted=asked.budget is not None, now_s=since_start())
     kept, learnt = state_of(state, spec)
     decides: Controller | None = None
     if asked.mode != "observe":

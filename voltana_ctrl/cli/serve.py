@@ -158,6 +158,7 @@ def serve(
             actuators=actuators, park_memory=park_memory,
         )  # fmt: skip
         ending.callback(backend.close)
+        backend.budgeted = bool(limits_w) or asked.budget is not None
         decides: Controller | None = None
         if mode != "observe":
             decides = node_policy(

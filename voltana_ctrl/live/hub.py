@@ -65,6 +65,9 @@ class HubBackend:
         reported for so long is gone: another start of it may take its place.
     valid_s : float
         How long an order holds without a newer one.
+    budgeted : bool
+        Whether ceilings are those of a power budget, see
+        :func:`~voltana_ctrl.live.orders.orders_of`.
     now_s : callable
         Time that never goes back.
 
@@ -92,12 +95,14 @@ class HubBackend:
         policy: str = "mpc",
         silent_s: float = 2.0,
         valid_s: float = 1.0,
+        budgeted: bool = True,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         positive("HubBackend.silent_s", silent_s)
         positive("HubBackend.valid_s", valid_s)
         self._fleet, self._policy = fleet, policy
         self._silent_s, self._valid_s, self._now_s = silent_s, valid_s, now_s
+        self._budgeted = budgeted
         n = len(fleet)
         self._lock = threading.Lock()
         self._columns = {name: np.zeros(n) for name in _STATE}
@@ -254,7 +259,7 @@ class HubBackend:
         left_s = self._valid_s - held_s
         if self._decision is None or self._released or left_s <= 0.0:
             raise BackendError("the controller has decided nothing, or nothing any more")
-        orders = orders_of(self._decision, self._fleet, held_s=held_s)
+        orders = orders_of(self._decision, self._fleet, held_s=held_s, budgeted=self._budgeted)
         return Orders(
             start=self._start,
             number=self._number,

@@ -229,6 +229,8 @@ class NodeBackend:
         self._sets, self._hands = sets, dict(hands or {})
         #: Whose governor chooses clocks in engines; may be changed while it runs.
         self.policy = policy
+        #: Whether ceilings are those of a power budget, which outlive this process; likewise.
+        self.budgeted = True
         self._valid_s = valid_s
         self._released = False
         self._handing = threading.Lock()
@@ -315,7 +317,7 @@ class NodeBackend:
             If an order cannot be written.
         """
         if self._hands:
-            self._hand(orders_of(decision, self.spec))
+            self._hand(orders_of(decision, self.spec, budgeted=self.budgeted))
         if self._sets is None:
             return
         chosen = self._chosen

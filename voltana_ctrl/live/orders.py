@@ -126,7 +126,9 @@ class Orders:
     state: FleetState | None = None
 
 
-def orders_of(decision: Decision, fleet: FleetSpec, *, held_s: float = 0.0) -> dict[str, Order]:
+def orders_of(
+    decision: Decision, fleet: FleetSpec, *, held_s: float = 0.0, budgeted: bool = True
+) -> dict[str, Order]:
     """A decision as orders, one an instance.
 
     Parameters
@@ -137,6 +139,9 @@ def orders_of(decision: Decision, fleet: FleetSpec, *, held_s: float = 0.0) -> d
         The fleet.
     held_s : float
         How long ago it was made: ceilings announced with it are so much nearer.
+    budgeted : bool
+        Whether its ceilings are those of a power budget, which hold on when nobody decides any
+        more. Those of a policy end with it: then an instance may go up to its highest clock.
 
     Examples
     --------
@@ -145,7 +150,7 @@ def orders_of(decision: Decision, fleet: FleetSpec, *, held_s: float = 0.0) -> d
     >>> orders_of(Decision.highest(fleet), fleet)["decode-0"].floor_mhz
     1410.0
     """
-    belief, made = decision.belief, {}
+    belief, made, most_mhz = decision.belief, {}, fleet.max_mhz
     for i, name in enumerate(fleet.ids):
         believed: dict[str, Any] = {}
         if belief is not None:
@@ -154,6 +159,7 @@ def orders_of(decision: Decision, fleet: FleetSpec, *, held_s: float = 0.0) -> d
             floor_mhz=float(decision.freq_mhz[i]),
             ceiling_mhz=float(decision.freq_max_mhz[i]),
             announced=tuple((after_s, float(mhz[i])) for after_s, mhz in decision.announced),
+            alone_mhz=None if budgeted else float(max(most_mhz[i], decision.freq_max_mhz[i])),
             active=bool(decision.active[i]),
             route_frac=float(decision.route_frac[i]),
             price_j_req=float(decision.price_j_req[i]),

@@ -36,7 +36,8 @@ class RemoteController(Controller):
     """Does what a controller elsewhere says; without it, the highest clock under its ceilings.
 
     The ceilings are those of the last orders that held, and those that they announced for later:
-    a power budget that begins after the controller's death is kept.
+    a power budget that begins after the controller's death is kept. Where there is no budget, a
+    ceiling of the policy ends with the orders.
 
     Parameters
     ----------
@@ -48,6 +49,8 @@ class RemoteController(Controller):
         Time between decisions.
     on_policy : callable, optional
         Told the name of the policy whose governors are to choose clocks, when it changes.
+    on_budget : callable, optional
+        Told whether the ceilings hold on when nobody decides, at every tick with orders.
 
     Raises
     ------
@@ -75,6 +78,7 @@ class RemoteController(Controller):
         *,
         period_s: float = 0.1,
         on_policy: Callable[[str], None] = lambda _: None,
+        on_budget: Callable[[bool], None] = lambda _: None,
     ) -> None:
         super().__init__(fleet, period_s=period_s)
         if period_s > 0.5:
@@ -82,7 +86,7 @@ class RemoteController(Controller):
                 f"RemoteController.period_s: expected at most 0.5 s, got {period_s:g}; a node"
                 " must notice within 2 s that its controller is gone"
             )
-        self._link, self._on_policy = link, on_policy
+        self._link, self._on_policy, self._on_budget = link, on_policy, on_budget
 
     def init(self) -> RemoteMemory:
         """No order yet."""
@@ -108,6 +112,7 @@ class RemoteController(Controller):
             return Decision.highest(self.fleet, t_s=t_s), memory
         orders, held_s = last
         self._on_policy(orders.policy)
+        self._on_budget(all(one.alone_mhz is None for one in orders.orders.values()))
         told = {
             name: order.alone(held_s) if memory.gone else order.after(held_s)
             for name, order in orders.orders.items()

@@ -433,8 +433,15 @@ class Exchange:
         strips_usage = call.asked.options is not None and not call.plain
         seen = 0
         rest = b""
+        gone: list[int] = []
         try:
-            async with asyncio.timeout_at(deadline_s):
+            async with asyncio.timeout_at(deadline_s) as limit:
+
+                def give_up(instance: int) -> None:
+                    gone.append(instance)
+                    limit.reschedule(asyncio.get_running_loop().time())
+
+                flight.give_up = give_up
                 async for events in answer.events():
                     counts.token(flight, reader.tokens - seen)
                     seen = reader.tokens
@@ -454,7 +461,12 @@ class Exchange:
             # Half an event would spoil the error.
             rest = b"data: " + error_json(502, "server_error", str(failed)) + b"\n\n"
         except TimeoutError:
-            rest = b"data: " + error_json(504, "server_error", "it took too long") + b"\n\n"
+            status, text = (502, "its engine is gone") if gone else (504, "it took too long")
+            rest = b"data: " + error_json(status, "server_error", text) + b"\n\n"
+            if gone:
+                self._broke(answer)
+        finally:
+            flight.give_up = None
         if reader.has_failed:
             _LOG.warning("request %s: the engine failed in the stream", flight.id)
             self._broke(answer)

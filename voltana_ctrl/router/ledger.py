@@ -50,7 +50,8 @@ class Flight:
     idle_j : float
         Its share of the power of instances that had nothing to do meanwhile, once it has ended.
     give_up : callable, optional
-        Called with an instance that is gone: it is sent to another, while it has no token.
+        Called with an instance that is gone: it is sent to another while it has no token, and
+        ended otherwise.
 
     Examples
     --------
@@ -290,7 +291,7 @@ class InFlight:
         self._down_until_s[instance] = self.clock() + rest_s
 
     def abandon(self, instance: int) -> None:
-        """Have what waits there for its first token sent to another.
+        """Have what waits there for its first token sent to another, and what has one ended.
 
         Parameters
         ----------
@@ -298,9 +299,9 @@ class InFlight:
             One that is gone without a word: nothing else ends the waiting.
         """
         for flight in tuple(self._flights):
-            waits = id(flight) in self._waiting[instance]
-            waits = waits or (flight.decode == instance and flight._held_tok > 0)
-            if waits and flight.give_up is not None:
+            is_there = id(flight) in self._waiting[instance]
+            is_there = is_there or (flight.decode == instance and flight._held_tok > 0)
+            if is_there and flight.give_up is not None:
                 flight.give_up(instance)
 
     def succeeded(self, instance: int) -> None:

@@ -42,6 +42,9 @@ class Order:
     announced : tuple of (after_s, ceiling_mhz)
         Ceilings that follow by themselves, so many seconds after the order was asked for: a power
         budget that is known ahead is kept by a node whose controller has died.
+    alone_mhz : float, optional
+        Ceiling once the order has lapsed. Left out it is that of the order, as under a power
+        budget, which holds when nobody decides any more; a policy's own ceiling ends with it.
     ttft_margin_frac, itl_margin_frac : float, optional
     prefill_pace_frac, decode_pace_frac, able_mhz : float, optional
         What is to be believed of the instance, see :class:`~voltana_ctrl.types.Belief`; what was
@@ -71,11 +74,14 @@ class Order:
     (1410.0, 900.0)
     >>> order.alone(30.0).floor_mhz  # without a controller: the highest clock that is allowed
     900.0
+    >>> Order(floor_mhz=705.0, ceiling_mhz=705.0, alone_mhz=1410.0).alone(2.0).floor_mhz
+    1410.0
     """
 
     floor_mhz: float
     ceiling_mhz: float
     announced: tuple[tuple[float, float], ...] = ()
+    alone_mhz: float | None = None
     ttft_margin_frac: float | None = None
     itl_margin_frac: float | None = None
     prefill_pace_frac: float | None = None
@@ -97,6 +103,8 @@ class Order:
                 f"Order: expected floor <= ceiling <= {_MOST_MHZ:g} MHz, got {self.floor_mhz:g} and"
                 f" {self.ceiling_mhz:g}"
             )
+        if self.alone_mhz is not None:
+            _between("Order.alone_mhz", self.alone_mhz, self.ceiling_mhz, _MOST_MHZ)
         for name, (least, most) in _BELIEVED.items():
             if getattr(self, name) is not None:
                 _between(f"Order.{name}", getattr(self, name), least, most)
@@ -177,8 +185,8 @@ class Order:
     def alone(self, held_s: float) -> Order:
         """What holds when the order has lapsed and no other has come: fail toward latency.
 
-        The highest clock under the ceiling, and everybody takes work; what was learnt of the
-        engine and what was announced stay.
+        The highest clock under the ceiling, or that of `alone_mhz`, and everybody takes work; what
+        was learnt of the engine and what was announced stay.
 
         Parameters
         ----------
@@ -186,9 +194,11 @@ class Order:
             Since it was asked for.
         """
         now = self.after(held_s)
+        ceiling_mhz = now.ceiling_mhz if now.alone_mhz is None else now.alone_mhz
         return replace(
             now,
-            floor_mhz=now.ceiling_mhz,
+            floor_mhz=ceiling_mhz,
+            ceiling_mhz=ceiling_mhz,
             active=True,
             price_j_req=0.0,
             admits=None,
