@@ -82,7 +82,7 @@ def test_the_role_of_an_engine_is_what_it_says_of_itself():
         from voltana_ctrl.machine.engines import _role
 
         process = Process(pid=1, command=command, environment={})
-        assert _role("http://127.0.0.1:9", "vllm", process) == role
+        assert _role("vllm", process, {}) == role
 
 
 @needs_compiler

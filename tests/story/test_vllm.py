@@ -8,7 +8,9 @@ under ours, and its messages are read, too.
 
 import asyncio
 import contextlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -53,6 +55,21 @@ def site(venv, tmp_path_factory):
     run = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*run, "--target", folder, tree], check=True, timeout=300)
     return folder
+
+
+def test_installed_as_the_page_says_no_pin_of_vllm_moves(venv, tmp_path):
+    """What pip would install, held to what is there: nothing that is there is among it."""
+    pip = [venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+    frozen = subprocess.run([*pip, "freeze"], check=True, capture_output=True, text=True).stdout
+    (tmp_path / "pins.txt").write_text(frozen)
+    planned = [*pip, "install", "--quiet", "--dry-run", "--report", tmp_path / "report.json"]
+    subprocess.run([*planned, "-c", tmp_path / "pins.txt", f"{ROOT}[nvml]"], check=True)
+    report = json.loads((tmp_path / "report.json").read_text())
+    added = {re.sub(r"[-_.]+", "-", one["metadata"]["name"]).lower() for one in report["install"]}
+    there = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in frozen.split()}
+    assert "voltana-ctrl" in added
+    assert "numba" in there
+    assert not added & there
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from voltana_ctrl.engines.endpoints import ENGINES
+from voltana_ctrl.engines.fpm.reader import dynamo_fpm_addresses
 from voltana_ctrl.engines.names import PAGES
 from voltana_ctrl.engines.page import BadPage, read_engine_page
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.machine.pods import pod_gpus
 from voltana_ctrl.machine.processes import Process, family, listeners
 from voltana_ctrl.textfile import json_value
 
@@ -44,8 +46,16 @@ class FoundEngine:
         As its command line or its server's information has it; None where neither tells.
     worker_id : int, optional
         Of a Dynamo worker; another one at every start.
+    fpm : str, optional
+        Address of its forward-pass metrics, as its variables and Dynamo's discovery tell.
+    bootstrap_port : int, optional
+        Where an SGLang prefill engine meets its decode engine.
+    limits : str, optional
+        File with the orders of the governor inside it, where it has one that acts.
+    given : tuple of str
+        UUIDs of the GPUs that the kubelet gave its pod.
     process : Process, optional
-        Who listens, where this user may know.
+        Who listens, where this user or Kubernetes tells.
 
     Examples
     --------
@@ -59,20 +69,25 @@ class FoundEngine:
     model: str | None = None
     role: str | None = None
     worker_id: int | None = None
+    fpm: str | None = None
+    bootstrap_port: int | None = None
+    limits: str | None = None
+    given: tuple[str, ...] = ()
     process: Process | None = field(default=None, repr=False)
 
     def gpus(self, held: Mapping[int, Iterable[str]]) -> tuple[str, ...]:
-        """UUIDs of the GPUs that its processes compute on.
+        """UUIDs of the GPUs that its processes compute on, or else that its pod was given.
 
         Parameters
         ----------
         held : mapping of int to iterable of str
             UUIDs by the number of the process that computes on them, as the driver tells.
         """
-        if self.process is None:
-            return ()
+        if self.process is None or self.process.pid is None:
+            return self.given
         mine = family(self.process.pid)
-        return tuple(dict.fromkeys(uuid for pid in held if pid in mine for uuid in held[pid]))
+        found = dict.fromkeys(uuid for pid in held if pid in mine for uuid in held[pid])
+        return tuple(found) or self.given
 
     def read(self) -> FoundEngine:
         """Read its page anew.
@@ -89,7 +104,9 @@ class FoundEngine:
         return replace(self, told=told)
 
 
-def find_engines(urls: Iterable[str] = ()) -> list[FoundEngine]:
+def find_engines(
+    urls: Iterable[str] = (), *, pods: Mapping[str, Process] | None = None
+) -> list[FoundEngine]:
     """Ask those who may be engines for their page of metrics.
 
     Only ports are asked that a process listens at whose command line names an engine, and those
@@ -99,6 +116,8 @@ def find_engines(urls: Iterable[str] = ()) -> list[FoundEngine]:
     ----------
     urls : iterable of str
         Addresses to ask instead; one that does not answer is refused.
+    pods : mapping of str to Process, optional
+        Addresses in pods to ask besides, see :func:`~voltana_ctrl.machine.pods.read_pods`.
 
     Raises
     ------
@@ -121,11 +140,15 @@ def find_engines(urls: Iterable[str] = ()) -> list[FoundEngine]:
         for port, process in sorted(here.items())
         if port in _USUAL_PORTS or (process is not None and process.serves)
     ]
-    asked = given or [f"http://127.0.0.1:{port}" for port in ports]
+    behind = {url: _behind(url, here) for url in given}
+    if not given:
+        behind = {f"http://127.0.0.1:{port}": here[port] for port in ports}
+    behind |= {url: process for url, process in (pods or {}).items() if behind.get(url) is None}
+    gpus = pod_gpus()
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda url: _ask(url, here), asked))
-    for url, engine in zip(asked, found, strict=True):
-        if given and engine is None:
+        found = list(pool.map(lambda url: _ask(url, behind[url], gpus), behind))
+    for url, engine in zip(behind, found, strict=True):
+        if url in given and engine is None:
             raise ConfigError(
                 f"url {url}: no page of {', '.join(ENGINES[:-1])} or {ENGINES[-1]} there; is it"
                 " the engine's own address, and are its metrics on?"
@@ -133,7 +156,15 @@ def find_engines(urls: Iterable[str] = ()) -> list[FoundEngine]:
     return [engine for engine in found if engine is not None]
 
 
-def _ask(url: str, here: Mapping[int, Process | None]) -> FoundEngine | None:
+def _behind(url: str, here: Mapping[int, Process | None]) -> Process | None:
+    """Who listens at an address of this machine."""
+    local = re.fullmatch(r"https?://(?:127\.[\d.]+|localhost|\[::1\]):(\d+)", url)
+    return here.get(int(local[1])) if local else None
+
+
+def _ask(
+    url: str, process: Process | None, gpus: Mapping[str, tuple[str, ...]]
+) -> FoundEngine | None:
     for page in ("/metrics", PAGES["trtllm"]):
         text = _get(url + page)
         # A Dynamo worker shows its engine's metrics beside its own.
@@ -143,17 +174,20 @@ def _ask(url: str, here: Mapping[int, Process | None]) -> FoundEngine | None:
                 told = read_engine_page(kind, text or "")
             except BadPage:
                 continue
-            port = re.search(r":(\d+)$", url)
-            local = re.match(r"https?://(127\.|localhost|\[::1\])", url)
-            process = here.get(int(port[1])) if port and local else None
             worker = re.search(r'worker_id="(\d+)"', text or "") if kind == "dynamo" else None
+            info = _server_info(url) if kind == "sglang" else {}
+            role = _role(kind, process, info)
             return FoundEngine(
                 url=url,
                 kind=kind,
                 told=told,
                 model=_model(url, text or ""),
-                role=_role(url, kind, process),
+                role=role,
                 worker_id=None if worker is None else int(worker[1]),
+                fpm=None if process is None else _fpm(url, kind, process),
+                bootstrap_port=_bootstrap(process, info) if role == "prefill" else None,
+                limits=None if process is None else _limits(process),
+                given=gpus.get(process.pod, ()) if process and process.pod else (),
                 process=process,
             )
     return None
@@ -167,14 +201,22 @@ def _model(url: str, page: str) -> str | None:
         return None if named is None else named[1]
 
 
-def _role(url: str, kind: str, process: Process | None) -> str | None:
+def _server_info(url: str) -> dict[str, Any]:
+    """What SGLang's server says of itself; empty where it does not."""
+    try:
+        told = json_value(_get(url + "/get_server_info") or "", url)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _role(kind: str, process: Process | None, info: Mapping[str, Any]) -> str | None:
     """Prefill, decode or colocated; None where nobody tells."""
     roles = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "colocated"}
     if kind == "sglang":
-        try:
-            mode = json_value(_get(url + "/get_server_info") or "", url)["disaggregation_mode"]
-        except (ValueError, LookupError, TypeError):
-            mode = process.option("--disaggregation-mode") if process else None
+        mode = info.get("disaggregation_mode")
+        if mode is None and process:
+            mode = process.option("--disaggregation-mode")
         return {"prefill": "prefill", "decode": "decode", "null": "colocated"}.get(str(mode))
     if process is None or not process.command:
         return None
@@ -183,6 +225,35 @@ def _role(url: str, kind: str, process: Process | None) -> str | None:
         mode = process.option("--disaggregation-mode") or ""
         return mode if mode in ("prefill", "decode") else "colocated"
     return next((role for word, role in roles.items() if word in transfer), None)
+
+
+def _bootstrap(process: Process | None, info: Mapping[str, Any]) -> int | None:
+    """Port where an SGLang prefill engine meets its decode engine."""
+    told = info.get("disaggregation_bootstrap_port")
+    if told is None and process is not None:
+        told = process.option("--disaggregation-bootstrap-port")
+    return int(str(told)) if str(told).isdigit() else None
+
+
+def _limits(process: Process) -> str | None:
+    """File with the orders of our plugin inside an engine, where it acts."""
+    told = process.environment
+    return told.get("VOLTANA_CTRL_LIMITS") if told.get("VOLTANA_CTRL_MODE") == "act" else None
+
+
+def _fpm(url: str, kind: str, process: Process) -> str | None:
+    """Where an engine publishes forward-pass metrics; several addresses with commas."""
+    told = process.environment
+    if kind == "dynamo":
+        # Of all workers: messages are told apart by the id of the worker.
+        return ",".join(dynamo_fpm_addresses(told.get("DYN_FILE_KV", "no-such-folder"))) or None
+    address = told.get("VOLTANA_CTRL_FPM")
+    if address is None and "InstrumentedScheduler" in (process.option("--scheduler-cls") or ""):
+        address = f"tcp://*:{told.get('DYN_FORWARDPASS_METRIC_PORT', '20380')}"
+    if address is None:
+        return None
+    host = re.sub(r"^https?://|:\d+$", "", url)
+    return re.sub(r"^tcp://(\*|0\.0\.0\.0|\[::\])(?=:)", lambda _: f"tcp://{host}", address)
 
 
 def _get(url: str) -> str | None:

@@ -89,22 +89,33 @@ def draft_fleet(
             gpus = tuple(gpu_names)
             said.append("its GPUs could not be told; as the only engine it is given all of them")
         elif not gpus:
-            said.append("its GPUs could not be told: fill in their UUIDs (nvidia-smi -L)")
+            said.append(_gpus_unknown(engine))
         boards = {gpu_names[one] for one in gpus if one in gpu_names}
         profile, doubt = _profile(engine.model, boards, len(gpus))
         if doubt:
             said.append(doubt)
         if engine.kind == "dynamo":
             said.append(
-                "a Dynamo worker has another id and FPM address at every start: run init again"
+                "a Dynamo worker has another id and FPM address at every start: run init again,"
+                " or with --keep-fresh"
                 if engine.worker_id is not None
                 else "its worker id could not be told"
             )
         doubts += [f"{name}: {one}" for one in said]
-        tables.append(_table(name, role, node, profile, engine, gpus, said))
+        at = engine.process.node if engine.process and engine.process.node else node
+        tables.append(_table(name, role, at, profile, engine, gpus, said))
     head = [f"#:schema {schema}"] if schema else []
     head += ["# Written by voltana-ctrl init; look through it before anything acts on it."]
     return FleetDraft(text="\n".join([*head, "", *tables]), doubts=tuple(doubts))
+
+
+def _gpus_unknown(engine: FoundEngine) -> str:
+    if engine.process is None or engine.process.pod is None:
+        return "its GPUs could not be told: fill in their UUIDs (nvidia-smi -L)"
+    return (
+        "the GPUs of its pod could not be told: run this on its node, with"
+        " /var/lib/kubelet/device-plugins mounted read-only, or fill in their UUIDs"
+    )
 
 
 def _table(
@@ -121,9 +132,16 @@ def _table(
         parts.append(f"gpus = [{', '.join(map(_quoted, gpus))}]")
     if engine.worker_id is not None:
         parts.append(f"worker_id = {engine.worker_id}")
+    if engine.bootstrap_port is not None:
+        parts.append(f"bootstrap_port = {engine.bootstrap_port}")
+    if engine.fpm is not None:
+        parts.append(f"fpm = {_quoted(engine.fpm)}")
+    if engine.limits is not None:
+        parts.append(f"limits = {_quoted(engine.limits)}")
+    pod = engine.process.pod_name if engine.process else None
     return "\n".join(
         [
-            *(f"# {one}" for one in said),
+            *(f"# {one}" for one in [*said, *([f"pod {pod}"] if pod else [])]),
             "[[instance]]",
             f"id = {_quoted(name)}",
             f"role = {_quoted(role)}",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Process", "listeners"]
+__all__ = ["Process", "family", "listeners", "names_engine"]
 
 _PROC = Path("/proc")
 _LISTENS = "0A"
@@ -23,14 +23,16 @@ class Process:
 
     Parameters
     ----------
-    pid : int
-        Its number.
+    pid : int or None
+        Its number; None of one that only its pod tells of.
     command : tuple of str
         Its command line.
     environment : mapping of str to str
         What it was started with; empty where that is not told.
     pod : str, optional
         UID of its Kubernetes pod, as its control group names it.
+    pod_name, node : str, optional
+        Namespace and name of that pod, and its node, where Kubernetes tells.
 
     Examples
     --------
@@ -39,10 +41,12 @@ class Process:
     True
     """
 
-    pid: int
+    pid: int | None
     command: tuple[str, ...] = ()
     environment: dict[str, str]
     pod: str | None = None
+    pod_name: str | None = None
+    node: str | None = None
 
     @classmethod
     def of(cls, pid: int) -> Process:
@@ -60,7 +64,7 @@ class Process:
     @property
     def serves(self) -> bool:
         """Whether its command line names a serving engine."""
-        return any(_ENGINES.search(word) for word in self.command)
+        return names_engine(self.command)
 
     def option(self, name: str) -> str | None:
         """Value of an option that it was started with; empty for a switch, None without it."""
@@ -71,6 +75,22 @@ class Process:
             if word.startswith(f"{name}="):
                 return word.partition("=")[2]
         return None
+
+
+def names_engine(words: Iterable[str]) -> bool:
+    """Whether the words of a command line, or the name of an image, are those of an engine.
+
+    Parameters
+    ----------
+    words : iterable of str
+        The words.
+
+    Examples
+    --------
+    >>> names_engine(["python", "-m", "sglang.launch_server"]), names_engine(["nginx"])
+    (True, False)
+    """
+    return any(_ENGINES.search(word) for word in words)
 
 
 def listeners() -> dict[int, Process | None]:
