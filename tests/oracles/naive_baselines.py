@@ -5,8 +5,9 @@ import itertools
 
 def decode_s(row, padded_req, kv_tok):
     line = row["decode_base_s"] + row["decode_req_s"] * padded_req
-    linear = max(line, row["decode_roof_s"] * padded_req) + row["decode_kv_s"] * kv_tok
-    return max(linear, row["decode_floor_s"])
+    roof = row["decode_roof_base_s"] + row["decode_roof_s"] * padded_req
+    linear = max(line, roof) + row["decode_kv_s"] * kv_tok
+    return max(linear, row["decode_floor_s"]) + row["decode_host_s"]
 
 
 def prefill_s(row, tok):

@@ -576,7 +576,7 @@ def test_routers_see_a_state_of_the_age_that_is_set() -> None:
         router = CompiledRouter(fleet, "prefill", note)
         plant = Plant(fleet, workload, PlantSettings(view_age_s=age_s), prefill_router=router)
         plant.advance(0.2)
-        memory = plant._arrays[-3]
+        memory = plant._believed.prefill_memory
         np.testing.assert_array_equal(memory[:3], noted)
 
 

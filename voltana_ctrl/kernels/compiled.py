@@ -18,6 +18,7 @@ from typing import Any
 
 import numba
 from numba import config
+from numba.core.cpu import CPUTargetOptions
 
 __all__ = ["cache_folder", "njit"]
 
@@ -27,7 +28,7 @@ _log = logging.getLogger("voltana_ctrl")
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def njit(*signature: Any, cache: bool = True) -> Callable[[Any], Any]:
+def njit(*signature: Any, cache: bool = True, allocates: bool = False) -> Callable[[Any], Any]:
     """``numba.njit`` that is cached where compiled code can be kept.
 
     Parameters
@@ -36,6 +37,10 @@ def njit(*signature: Any, cache: bool = True) -> Callable[[Any], Any]:
         As Numba takes it.
     cache : bool
         Whether to keep the compiled code at all.
+    allocates : bool
+        Whether it makes arrays of its own. Where none is made Numba need not count who refers to
+        those that are handed on, which takes the simulator twice as long as all else it does. A
+        function that makes some without saying so does not compile ("NRT required").
 
     Examples
     --------
@@ -45,7 +50,10 @@ def njit(*signature: Any, cache: bool = True) -> Callable[[Any], Any]:
     >>> half(3.0)
     1.5
     """
-    decorated: Callable[[Any], Any] = numba.njit(*signature, cache=cache and _KEPT)
+    options: dict[str, Any] = {"cache": cache and _KEPT}
+    if not allocates and hasattr(CPUTargetOptions, "_nrt"):
+        options["_nrt"] = False  # nothing is counted; to allocate would not compile
+    decorated: Callable[[Any], Any] = numba.njit(*signature, **options)
     return decorated
 
 

@@ -49,7 +49,7 @@ def snapshot(simulated: Plant) -> Any:
     """
     from voltana_ctrl.kernels.plant import advance  # loads Numba
 
-    advance.settle_accounts(simulated._sim, simulated.instances, simulated._tables)
+    advance.settle_accounts(simulated._arrays)
     return simulated.instances.copy()
 
 

@@ -22,6 +22,7 @@ from voltana_ctrl.kernels.plant.functions import resolved
 from voltana_ctrl.kernels.plant.late import order_admission
 from voltana_ctrl.kernels.plant.rest import order_rest
 from voltana_ctrl.kernels.plant.roles import order_role
+from voltana_ctrl.kernels.plant.state import Believed, Fleet
 from voltana_ctrl.kernels.route.base import ROUTER_SIGNATURE, by_share
 from voltana_ctrl.ports import Governor, Router, believe_of
 from voltana_ctrl.routing.base import CompiledRouter
@@ -48,8 +49,6 @@ from voltana_ctrl.types.packed import instance_types
 
 __all__ = ["Plant", "PlantSettings"]
 
-# Where they stand among the arrays of the kernel.
-_TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED, _PARAMS = 3, 4, 19, 20, 21
 
 _ROLES = (Role.PREFILL, Role.DECODE)
 
@@ -131,10 +130,9 @@ class Plant:
         self._tree = np.full(2 * leaves, NEVER)
         nodes = {node: k for k, node in enumerate(dict.fromkeys(i.node for i in fleet.instances))}
         self.instances["node"] = [nodes[i.node] for i in fleet.instances]
-        self._node_free_s = np.zeros(len(nodes))
         self._pending_s = np.zeros((n, layout.PENDING))
-        self._seen = np.zeros((n, layout.SEEN), dtype=layout.SEEN_DTYPE)
-        self._seen["freq_mhz"] = fleet.max_mhz[:, None]
+        seen = np.zeros((n, layout.SEEN), dtype=layout.SEEN_DTYPE)
+        seen["freq_mhz"] = fleet.max_mhz[:, None]
         self._done = np.zeros(requests, dtype=np.int64)
         self._log = np.zeros(self.settings.log_iterations, dtype=layout.ITERATION_DTYPE)
         self._governors = governors
@@ -149,32 +147,36 @@ class Plant:
             for name, router in (("prefill", prefill_router), ("decode", decode_router))
         )
         believed_tables, believed_padded, _ = instance_types(believed or fleet)
-        self._arrays = (
-            self._sim,
-            self.instances,
-            self.requests,
-            self._tables,
-            self._padded,
-            np.full((n, ring), -1, dtype=np.int64),
-            self._pending_s,
-            np.zeros((n, layout.PENDING), dtype=np.int64),
-            self._node_free_s,
-            self._tree,
-            np.zeros(requests),
-            np.zeros(requests, dtype=np.int64),
-            self._seen,
-            np.zeros((layout.N_VIEW, n)),
-            np.array(fleet.may_prefill),
-            np.array(fleet.may_decode),
-            np.zeros(n + 1, dtype=np.int64),
-            self._done,
-            self._log,
-            believed_tables,
-            believed_padded,
-            params,
-            memory,
-            *prefill[1:],
-            *decode[1:],
+        self._arrays = Fleet(
+            sims=self._sim,
+            inst=self.instances,
+            req=self.requests,
+            tables=self._tables,
+            padded=self._padded,
+            finish=np.full((n, ring), -1, dtype=np.int64),
+            pending_s=self._pending_s,
+            pending_k=np.zeros((n, layout.PENDING), dtype=np.int64),
+            node_free_s=np.zeros(len(nodes)),
+            tree=self._tree,
+            moving_s=np.zeros(requests),
+            moving_r=np.zeros(requests, dtype=np.int64),
+            seen=seen,
+            shown=np.zeros((layout.N_VIEW, n)),
+            prefill=np.array(fleet.may_prefill),
+            decode=np.array(fleet.may_decode),
+            starts=np.zeros(n + 1, dtype=np.int64),
+            done=self._done,
+            log=self._log,
+        )
+        self._believed = Believed(
+            tables=believed_tables,
+            padded=believed_padded,
+            governor_params=params,
+            governor_memory=memory,
+            prefill_params=prefill[1],
+            prefill_memory=prefill[2],
+            decode_params=decode[1],
+            decode_memory=decode[2],
         )
         kernels = (governor, prefill[0], decode[0])
         self._answers_itself = kernels == (hold_floor, by_share, by_share)
@@ -254,7 +256,7 @@ class Plant:
             ]
             for i, (new, old) in enumerate(before):
                 if new[2] is not old[2]:
-                    self._arrays[_PARAMS][i, : new[2].size] = new[2]
+                    self._believed.governor_params[i, : new[2].size] = new[2]
         else:
             tables = [instance.table for instance in self.fleet.instances]
             changed = [i for i, one in enumerate(now) if not np.array_equal(one[0], tables[i])]
@@ -265,12 +267,12 @@ class Plant:
         if not np.array_equal(kind, np.arange(len(kind))):
             # From here on every instance is of a type of its own.
             self.instances["type"] = np.arange(len(kind))
-            arrays = list(self._arrays)
-            for position in (_TABLES, _PADDED, _BELIEVED, _BELIEVED_PADDED):
-                arrays[position] = arrays[position][kind]
-            self._arrays = tuple(arrays)
-            self._tables, self._padded = arrays[_TABLES], arrays[_PADDED]
-        believed, sizes = (self._arrays[position] for position in (_BELIEVED, _BELIEVED_PADDED))
+            self._tables, self._padded = self._tables[kind], self._padded[kind]
+            self._arrays = self._arrays._replace(tables=self._tables, padded=self._padded)
+            self._believed = self._believed._replace(
+                tables=self._believed.tables[kind], padded=self._believed.padded[kind]
+            )
+        believed, sizes = self._believed.tables, self._believed.padded
         for i in changed:
             rows, padded, _ = now[i]
             believed[i, : len(rows)] = rows
@@ -330,22 +332,22 @@ class Plant:
         """Bring every instance into the state that the next edge of the faults leaves it in."""
         alive, slow_frac, clamp_k = self._faults.at(self._faults.edges_s[self._struck])
         self._struck += 1
-        inst, state = self.instances, self._arrays[: len(advance.STATE)]
+        inst, state = self.instances, self._arrays
         for i in np.flatnonzero((inst["alive"] == 1) & ~alive):
-            fault_kernels.fail(*state, i)
+            fault_kernels.fail(state, i)
         for i in np.flatnonzero((inst["alive"] == 0) & alive):
-            fault_kernels.recover(*state, i)
+            fault_kernels.recover(state, i)
         for i in np.flatnonzero((inst["slow_frac"] != slow_frac) | (inst["clamp_k"] != clamp_k)):
-            fault_kernels.hinder(*state, i, slow_frac[i], clamp_k[i])
+            fault_kernels.hinder(state, i, slow_frac[i], clamp_k[i])
 
     def _run(self, until_s: float) -> int:
         """Run the kernel until `until_s`, and answer what it asks."""
         if not self._hosted:
-            return int(advance.advance(*self._arrays, *self._functions, until_s))
+            return int(advance.advance(self._arrays, self._believed, *self._functions, until_s))
         run = self._hosted_kernel()
-        arrays, sim, governors = self._arrays, self._sim[0], self._governors
+        sim, governors = self._sim[0], self._governors
         functions = () if run is not advance.advance else self._functions
-        while (code := run(*arrays, *functions, until_s)) > layout.JUDGED:
+        while (code := run(self._arrays, self._believed, *functions, until_s)) > layout.JUDGED:
             asked = int(sim["ask_index"])
             if code == layout.ASK_GOVERNOR and governors is not None:
                 sim["answer_mhz"] = self._ask_governor(governors[asked], asked)
@@ -419,20 +421,17 @@ class Plant:
         self._order_roles(decision)
         self._tell(decision.belief)
         self._take_beliefs()
-        advance.settle_accounts(self._sim, inst, self._tables)
+        advance.settle_accounts(self._arrays)
         inst["floor_mhz"] = decision.freq_mhz
         inst["ceiling_mhz"] = decision.freq_max_mhz
         inst["route_frac"] = decision.route_frac
         inst["active"] = decision.active
-        clocks = (
-            self._sim, inst, self._tables, self._padded, self._pending_s, self._tree, self._seen,
-        )  # fmt: skip
         limits = decision.limits
         caps_w = None if limits is None else limits.power_cap_w
         # Without a cap it is as found, which the profile holds already.
         caps_w = np.full(len(inst), np.inf) if caps_w is None else caps_w
         for capped in np.flatnonzero(inst["power_cap_w"] != caps_w):
-            advance.order_cap(*clocks, int(capped), float(caps_w[capped]))
+            advance.order_cap(self._arrays, int(capped), float(caps_w[capped]))
         self._admit(decision.admission or Admission())
         self._tell_depths(decision)
         for sleeper in np.flatnonzero(inst["sleeps"] | inst["asleep"]):
@@ -442,7 +441,7 @@ class Plant:
         if self._governors is not None:
             return
         for i, freq_mhz in enumerate(decision.freq_mhz):
-            advance.order_clock(*clocks, self._node_free_s, i, float(freq_mhz))
+            advance.order_clock(self._arrays, i, float(freq_mhz))
 
     def _admit(self, admission: Admission) -> None:
         if admission != self._admission:
@@ -486,7 +485,7 @@ class Plant:
 
     def state(self) -> FleetState:
         """State of every instance now; counts of arrivals since the last :meth:`read`."""
-        advance.settle_accounts(self._sim, self.instances, self._tables)
+        advance.settle_accounts(self._arrays)
         inst, now_s = self.instances, self.now_s
         head = np.where(inst["prefill_head"] >= 0, inst["prefill_head"], inst["wait_head"])
         waits = head >= 0

@@ -307,7 +307,9 @@ def _learn_mixed(
     types.void(
         TABLES, IN_I8_1, IN_I8_2, IN_I8_1, *(IN_F8_1,) * 6,
         F8_3, F8_4, F8_3, I8_1, F8_2, F8,
-    ))  # fmt: skip
+    ),
+    allocates=True,
+)  # fmt: skip
 def learn(
     table, n_clocks, padded, instance, wall_s, freq_mhz, batch_req, prefill_tok, kv_tok, energy_j,
     theta, cov, notes, chosen, counts, forget,
@@ -400,7 +402,7 @@ def _scaled(table, i, k, column, theta, part, tilt, out):
     out[i, k, column] = table[i, k, column] * scale
 
 
-@njit(types.void(IN_F8_3, IN_I8_1, IN_F8_3, IN_I8_1, F8_3))
+@njit(types.void(IN_F8_3, IN_I8_1, IN_F8_3, IN_I8_1, F8_3), allocates=True)
 def learned_table(table, n_clocks, theta, chosen, out):
     """Coefficients as learned. Times never rise with the clock, powers never fall."""
     for i in range(len(n_clocks)):

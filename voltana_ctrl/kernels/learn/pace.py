@@ -174,6 +174,7 @@ def note_reading(known, asks_s, asks_k, lag_miss, delay_s, t_s, k, mhz, top_mhz)
         TABLES, IN_I8_1, IN_I8_1, IN_I8_1, types.Array(types.boolean, 1, "C", readonly=True),
         F8, IN_F8_1, IN_F8_1, types.boolean, F8_2, F8_2, I8_2, F8_2, IN_F8_1,
     ),
+    allocates=True,
 )  # fmt: skip
 def note_all(
     tables, kind, n_clocks, silent, readable, t_s, read_mhz, asked_mhz, governed,

@@ -72,7 +72,7 @@ def keep_physical(theta):
         theta[a + 1] = min(max(theta[a + 1], -STEEPEST * scale), STEEPEST * scale)
 
 
-@njit(F8(F8_1, F8_2, F8_1, F8, F8, F8))
+@njit(F8(F8_1, F8_2, F8_1, F8, F8, F8), allocates=True)
 def rls_step(theta, cov, phi, target, forget, limit):
     """One update in place; returns the error before it.
 

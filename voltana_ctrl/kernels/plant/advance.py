@@ -8,7 +8,7 @@ Order at equal times: instances by index, KV arrivals, request arrivals, request
 import math
 
 import numpy as np
-from numba import from_dtype, types
+from numba import types
 
 from voltana_ctrl.kernels.choose.base import GOVERNOR
 from voltana_ctrl.kernels.compiled import njit
@@ -19,7 +19,6 @@ from voltana_ctrl.kernels.layout import (
     ASK_PREFILL,
     DROPPED,
     HANDOFF,
-    ITERATION_DTYPE,
     JUDGED,
     MOVING,
     REACHED,
@@ -40,7 +39,6 @@ from voltana_ctrl.kernels.layout import (
 )
 from voltana_ctrl.kernels.plant.actuation import (
     F8,
-    F8_1,
     F8_2,
     I8,
     I8_1,
@@ -69,7 +67,6 @@ from voltana_ctrl.kernels.plant.batching import (
 )
 from voltana_ctrl.kernels.plant.events import (
     SEENS,
-    SIMS,
     first,
     pop_moving,
     push_moving,
@@ -82,9 +79,13 @@ from voltana_ctrl.kernels.plant.events import (
 from voltana_ctrl.kernels.plant.late import keep_late, let_in, next_let_in_s
 from voltana_ctrl.kernels.plant.rest import awake, doze, rouse
 from voltana_ctrl.kernels.plant.roles import send_elsewhere, take_role, turn
+from voltana_ctrl.kernels.plant.state import BELIEVED, FLEET, note
 from voltana_ctrl.kernels.route.base import ROUTER
 
-LOG = types.Array(from_dtype(ITERATION_DTYPE), 1, "C")
+#: What may happen next.
+INSTANCE, KV_ARRIVAL, REQUEST_ARRIVAL, LETTING_IN = range(4)
+#: No Python governor or router has to be asked.
+NOTHING_ASKED = -1
 
 
 @njit(F8(SIM))
@@ -181,17 +182,18 @@ def _hold(sim, req, r):
     sim["held_tail"] = r
 
 
-@njit(types.void(SIM, INSTS, TABLES, SEENS, REQS, F8_1, I8_1, I8_1, I8))
-def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
+@njit(types.void(FLEET, I8))
+def _send(fleet, r):
     """Carry out a routing choice: into the prefill queue, or on the way to decode."""
+    sim, inst, req = fleet.sims[0], fleet.inst, fleet.req
     q = req[r]
     if q["state"] == ROUTING:
         one = inst[q["prefill_at"]]
         one["arrived_req"] += 1
         one["arrived_tok"] += q["prompt_tok"]
         enqueue_prefill(one, req, r)
-        remember(inst, tables, seen, q["prefill_at"], sim["now_s"])
-        push_start(sim, inst, starts, q["prefill_at"])
+        remember(inst, fleet.tables, fleet.seen, q["prefill_at"], sim["now_s"])
+        push_start(sim, inst, fleet.starts, q["prefill_at"])
     else:
         source = inst[q["prefill_at"]]
         inst[q["decode_at"]]["arrived_req"] += 1
@@ -201,12 +203,13 @@ def _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r):
         arrives_s = (
             sim["now_s"] + source["transfer_latency_s"] + q["prompt_tok"] * source["transfer_tok_s"]
         )
-        push_moving(sim, moving_s, moving_r, arrives_s, r)
+        push_moving(sim, fleet.moving_s, fleet.moving_r, arrives_s, r)
 
 
-@njit(types.void(SIM, INSTS, REQS, I8_2, I8_1, I8_1, I8))
-def _end_chunks(sim, inst, req, finish, done, starts, i):
+@njit(types.void(FLEET, I8))
+def _end_chunks(fleet, i):
     """Prompt chunks of the iteration are done; whole prompts move on."""
+    sim, inst, req, finish = fleet.sims[0], fleet.inst, fleet.req, fleet.finish
     one = inst[i]
     for _ in range(one["chunk_req"]):
         r = one["prefill_head"]
@@ -233,7 +236,7 @@ def _end_chunks(sim, inst, req, finish, done, starts, i):
             q["first_s"] = sim["now_s"]
         if q["output_tok"] == 1:
             one["kv_tok"] -= q["context_tok"]
-            complete(sim, req, done, r, sim["now_s"])
+            complete(sim, req, fleet.done, r, sim["now_s"])
         elif stays:
             q["decode_at"] = i
             q["context_tok"] += 1
@@ -274,8 +277,11 @@ def _drop(sim, req, r):
         _release(sim, req, 1)
 
 
-@njit(types.void(SIM, INSTS, TABLES, REQS, I8_2, I8_1, I8_1, LOG, I8))
-def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
+@njit(types.void(FLEET, I8))
+def _end_iteration(fleet, i):
+    """Instance i has ended its iteration: it is logged, and its requests go on."""
+    sim, inst, req = fleet.sims[0], fleet.inst, fleet.req
+    tables, log = fleet.tables, fleet.log
     one = inst[i]
     accrue(one, tables[one["type"]], sim["now_s"])
     one["iterating"] = 0
@@ -295,16 +301,18 @@ def _end_iteration(sim, inst, tables, req, finish, done, starts, log, i):
         sim["n_logged"] += 1
     before = sim["n_done"]
     if one["batch_req"] > 0:
-        finish_step(sim, one, req, finish, done, i, sim["now_s"])
+        finish_step(sim, one, req, fleet.finish, fleet.done, i, sim["now_s"])
     if one["chunk_req"] > 0:
-        _end_chunks(sim, inst, req, finish, done, starts, i)
+        _end_chunks(fleet, i)
     if sim["closed_loop"] != 0:
         _release(sim, req, sim["n_done"] - before)
-    push_start(sim, inst, starts, i)
+    push_start(sim, inst, fleet.starts, i)
 
 
-@njit(F8(SIM, INST, REQS, TABLES, I8_2, F8_1, F8_1, GOVERNOR))
-def _needed_mhz(sim, one, req, tables, padded, params, memory, governor):
+@njit(F8(FLEET, BELIEVED, GOVERNOR, I8))
+def _needed_mhz(fleet, believed, governor, i):
+    """Clock that the governor of instance i asks for."""
+    sim, one, req = fleet.sims[0], fleet.inst[i], fleet.req
     oldest_s = 0.0
     if one["prefill_head"] >= 0:
         oldest_s = sim["now_s"] - req[one["prefill_head"]]["sent_s"]
@@ -312,7 +320,8 @@ def _needed_mhz(sim, one, req, tables, padded, params, memory, governor):
         oldest_s = sim["now_s"] - req[one["wait_head"]]["sent_s"]
     kind = one["type"]
     return governor(
-        tables[kind], padded[kind], params, memory, sim["now_s"],
+        believed.tables[kind], believed.padded[kind], believed.governor_params[i],
+        believed.governor_memory[i], sim["now_s"],
         float(one["batch_req"]), float(one["kv_tok"]),
         float(one["prefill_tok"] + one["wait_tok"]), float(one["chunk_tok"]), oldest_s,
         one["floor_mhz"], one["ceiling_mhz"],
@@ -333,219 +342,243 @@ def _launch(sim, one, tables, padded):
     proceed(one, tables, sim["now_s"], one["iter_wall_s"])
 
 
-@njit(types.void(SIMS, INSTS, TABLES))
-def settle_accounts(sims, inst, tables):
+@njit(types.void(FLEET, INST, F8))
+def _set_clock(fleet, one, freq_mhz):
+    """Ask for the lowest supported clock that is no lower, but for the ceiling."""
+    sim = fleet.sims[0]
+    wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
+    k = row_up(fleet.tables[one["type"]], one["n_clocks"], wanted_mhz)
+    request_clock(sim, one, fleet.tables, fleet.padded, fleet.node_free_s, k, sim["now_s"])
+
+
+@njit(I8(SIM, I8, I8))
+def _ask(sim, what, index):
+    """Python has to be asked: leave the loop, to come back with the answer."""
+    sim["ask"] = what
+    sim["ask_index"] = index
+    return what
+
+
+@njit(types.void(FLEET))
+def settle_accounts(fleet):
     """Bring energy and time sums of all instances up to now."""
+    inst = fleet.inst
     for i in range(len(inst)):
-        accrue(inst[i], tables[inst[i]["type"]], sims[0]["now_s"])
+        accrue(inst[i], fleet.tables[inst[i]["type"]], fleet.sims[0]["now_s"])
 
 
-@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, F8_1, I8, F8))
-def order_clock(sims, inst, tables, padded, pending_s, tree, seen, node_free_s, i, freq_mhz):
+@njit(types.void(FLEET, I8, F8))
+def order_clock(fleet, i, freq_mhz):
     """The loop sets a clock (no governor runs on this instance)."""
-    one = inst[i]
-    k = row_up(tables[one["type"]], one["n_clocks"], freq_mhz)
-    request_clock(sims[0], one, tables, padded, node_free_s, k, sims[0]["now_s"])
-    remember(inst, tables, seen, i, sims[0]["now_s"])
-    touch(inst, pending_s, tree, i)
+    sim, one = fleet.sims[0], fleet.inst[i]
+    k = row_up(fleet.tables[one["type"]], one["n_clocks"], freq_mhz)
+    request_clock(sim, one, fleet.tables, fleet.padded, fleet.node_free_s, k, sim["now_s"])
+    note(fleet, i)
 
 
-@njit(types.void(SIMS, INSTS, TABLES, I8_2, F8_2, F8_1, SEENS, I8, F8))
-def order_cap(sims, inst, tables, padded, pending_s, tree, seen, i, cap_w):
+@njit(types.void(FLEET, I8, F8))
+def order_cap(fleet, i, cap_w):
     """The loop sets a power cap, which takes effect at once."""
-    one = inst[i]
-    set_pace(one, tables, padded, one["clock_k"], cap_w, sims[0]["now_s"])
-    remember(inst, tables, seen, i, sims[0]["now_s"])
-    touch(inst, pending_s, tree, i)
+    one = fleet.inst[i]
+    set_pace(one, fleet.tables, fleet.padded, one["clock_k"], cap_w, fleet.sims[0]["now_s"])
+    note(fleet, i)
 
 
-STATE = (
-    SIMS, INSTS, REQS, TABLES, I8_2, I8_2, F8_2, I8_2, F8_1, F8_1, F8_1, I8_1, SEENS, F8_2,
-    I8_1, I8_1, I8_1, I8_1, LOG,
-)  # fmt: skip
-BELIEFS = (TABLES, I8_2, F8_2, F8_2, F8_1, F8_1, F8_1, F8_1)
-
-
-@njit(I8(*STATE, *BELIEFS, GOVERNOR, ROUTER, ROUTER, F8))
-def advance(
-    sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
-    moving_s, moving_r, seen, view, prefill, decode, starts, done, log,
-    believed, believed_padded, governor_params, governor_memory,
-    prefill_params, prefill_memory, decode_params, decode_memory,
-    governor, prefill_router, decode_router, until_s,
-):  # fmt: skip
-    """Run the fleet until `until_s`; see the module for when it returns earlier."""
-    sim = sims[0]
-    while True:
-        if sim["route_head"] >= 0:
-            r = sim["route_head"]
-            q = req[r]
-            need_tok = q["prompt_tok"] + q["output_tok"]
-            apart = sim["apart"] != 0
-            early = sim["decode_at_arrival"] != 0
-            prefill_need_tok = q["prompt_tok"] if apart else need_tok
-            can_prefill = _who_can_hold(inst, prefill, prefill_need_tok, 0)
-            can_decode = _who_can_hold(inst, decode, need_tok, 1)
-            # Refused before any work is spent on it.
-            able = can_prefill > 0 and can_decode > 0
-            to_prefill = able and q["state"] == ROUTING and q["prefill_at"] < 0
-            to_decode = able and apart and q["decode_at"] < 0 and (q["state"] == HANDOFF or early)
-            if (to_prefill and can_prefill == 1) or (to_decode and can_decode == 1):
-                _leave_route(sim, req)
-                _hold(sim, req, r)
-                continue
-            if to_prefill:
-                _look(sim, inst, seen, view, prefill, prefill_need_tok, 0)
-                if sim["hosted_prefill"] == 0:
-                    q["prefill_at"] = prefill_router(
-                        believed, believed_padded, prefill_params, prefill_memory,
-                        _uniform(sim), float(q["prompt_tok"]), view, prefill,
-                    )  # fmt: skip
-                elif sim["answered"] != 0:
-                    q["prefill_at"] = sim["answer_instance"]
-                    sim["answered"] = 0
-                else:
-                    sim["ask"] = ASK_PREFILL
-                    sim["ask_index"] = r
-                    return ASK_PREFILL
-            if to_decode:
-                _look(sim, inst, seen, view, decode, need_tok, 1)
-                if sim["hosted_decode"] == 0:
-                    q["decode_at"] = decode_router(
-                        believed, believed_padded, decode_params, decode_memory,
-                        _uniform(sim), float(q["prompt_tok"]), view, decode,
-                    )  # fmt: skip
-                elif sim["answered"] != 0:
-                    q["decode_at"] = sim["answer_instance"]
-                    sim["answered"] = 0
-                else:
-                    sim["ask"] = ASK_DECODE
-                    sim["ask_index"] = r
-                    return ASK_DECODE
-            _leave_route(sim, req)
-            if not able:
-                _drop(sim, req, r)
-            else:
-                _send(sim, inst, tables, seen, req, moving_s, moving_r, starts, r)
-            continue
-        if sim["n_start"] > 0:
-            i = starts[sim["n_start"] - 1]
-            one = inst[i]
-            if one["prepared"] == 0:
-                # form_batch may append to the list, so this instance leaves it first.
-                sim["n_start"] -= 1
-                one["listed"] = 0
-                if one["alive"] == 0:
-                    continue
-                if one["asleep"] != 0 and one["prefill_req"] + one["wait_req"] > 0:
-                    rouse(one, tables[one["type"]], sim["now_s"])
-                    remember(inst, tables, seen, i, sim["now_s"])
-                    touch(inst, pending_s, tree, i)
-                if one["wake_end_s"] < NEVER:
-                    continue
-                accrue(one, tables[one["type"]], sim["now_s"])
-                if form_batch(sim, inst, req, finish, starts, i) == 0:
-                    one["idle_since_s"] = sim["now_s"]
-                    if turn(one, tables[one["type"]], sim["now_s"]) != 0:
-                        release_held(sim, req)
-                    doze(one, tables[one["type"]], sim["now_s"])
-                    remember(inst, tables, seen, i, sim["now_s"])
-                    touch(inst, pending_s, tree, i)
-                    continue
-                one["prepared"] = 1
-                one["listed"] = 1
-                starts[sim["n_start"]] = i
-                sim["n_start"] += 1
-            if one["governed"] == 2 and sim["answered"] == 0:
-                sim["ask"] = ASK_GOVERNOR
-                sim["ask_index"] = i
-                return ASK_GOVERNOR
-            if one["governed"] != 0:
-                if one["governed"] == 2:
-                    freq_mhz = sim["answer_mhz"]
-                    sim["answered"] = 0
-                else:
-                    freq_mhz = _needed_mhz(
-                        sim, one, req, believed, believed_padded, governor_params[i],
-                        governor_memory[i], governor,
-                    )  # fmt: skip
-                wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
-                k = row_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
-                request_clock(sim, one, tables, padded, node_free_s, k, sim["now_s"])
-            one["prepared"] = 0
-            one["listed"] = 0
-            sim["n_start"] -= 1
-            _launch(sim, one, tables, padded)
-            remember(inst, tables, seen, i, sim["now_s"])
-            touch(inst, pending_s, tree, i)
-            continue
-        if sim["stop_when_judged"] != 0 and sim["n_judged_left"] == 0:
-            return JUDGED
-        t_s = tree[1]
-        kind = 0
-        if sim["n_moving"] > 0 and moving_s[0] < t_s:
-            t_s = moving_s[0]
-            kind = 1
-        if sim["next_arrival"] < sim["n_arrivals"]:
-            arrival_s = req[sim["next_arrival"]]["arrival_s"]
-            if arrival_s < t_s:
-                t_s = arrival_s
-                kind = 2
-        if sim["late_head"] >= 0:
-            let_in_s = next_let_in_s(sim, req)
-            if let_in_s < t_s:
-                t_s = let_in_s
-                kind = 3
-        if t_s > until_s:
-            sim["now_s"] = until_s
-            return REACHED
-        sim["now_s"] = t_s
-        if kind == 1:
-            r = pop_moving(sim, moving_s, moving_r)
-            i = req[r]["decode_at"]
-            if inst[i]["decodes"] == 0:
-                send_elsewhere(sim, req, r)
-            else:
-                enqueue_wait(inst[i], req, r)
-                remember(inst, tables, seen, i, t_s)
-                push_start(sim, inst, starts, i)
-        elif kind == 2:
-            r = sim["next_arrival"]
-            sim["next_arrival"] += 1
-            if req[r]["deadline_s"] < NEVER:
-                keep_late(sim, req, r)
-            else:
-                req[r]["state"] = ROUTING
-                req[r]["sent_s"] = t_s
-                push_route(sim, req, r)
-        elif kind == 3:
-            let_in(sim, req)
+@njit(I8(FLEET, BELIEVED, ROUTER, ROUTER))
+def _route(fleet, believed, prefill_router, decode_router):
+    """Route the first request of the list; what has to be asked, if a Python router has to be."""
+    sim, inst, req, view = fleet.sims[0], fleet.inst, fleet.req, fleet.shown
+    r = sim["route_head"]
+    q = req[r]
+    need_tok = q["prompt_tok"] + q["output_tok"]
+    apart = sim["apart"] != 0
+    early = sim["decode_at_arrival"] != 0
+    prefill_need_tok = q["prompt_tok"] if apart else need_tok
+    can_prefill = _who_can_hold(inst, fleet.prefill, prefill_need_tok, 0)
+    can_decode = _who_can_hold(inst, fleet.decode, need_tok, 1)
+    # Refused before any work is spent on it.
+    able = can_prefill > 0 and can_decode > 0
+    to_prefill = able and q["state"] == ROUTING and q["prefill_at"] < 0
+    to_decode = able and apart and q["decode_at"] < 0 and (q["state"] == HANDOFF or early)
+    if (to_prefill and can_prefill == 1) or (to_decode and can_decode == 1):
+        _leave_route(sim, req)
+        _hold(sim, req, r)
+        return NOTHING_ASKED
+    if to_prefill:
+        _look(sim, inst, fleet.seen, view, fleet.prefill, prefill_need_tok, 0)
+        if sim["hosted_prefill"] == 0:
+            q["prefill_at"] = prefill_router(
+                believed.tables, believed.padded, believed.prefill_params,
+                believed.prefill_memory, _uniform(sim), float(q["prompt_tok"]), view,
+                fleet.prefill,
+            )  # fmt: skip
+        elif sim["answered"] != 0:
+            q["prefill_at"] = sim["answer_instance"]
+            sim["answered"] = 0
         else:
-            i = first(tree)
-            one = inst[i]
-            ended = False
-            if one["call_end_s"] <= t_s:
-                call_returned(sim, inst, tables, padded, node_free_s, pending_s, pending_k, i, t_s)
-            elif one["pending"] > 0 and pending_s[i, 0] <= t_s:
-                clock_settled(inst, tables, padded, pending_s, pending_k, i, t_s)
-            elif one["wake_end_s"] <= t_s:
-                awake(one, tables[one["type"]], t_s)
-                if one["turning"] != 0:
-                    take_role(one, one["role"])
-                    release_held(sim, req)
-                push_start(sim, inst, starts, i)
-            elif one["iterating"] != 0:
-                _end_iteration(sim, inst, tables, req, finish, done, starts, log, i)
-                ended = True  # what it starts next is what routers see
+            return _ask(sim, ASK_PREFILL, r)
+    if to_decode:
+        _look(sim, inst, fleet.seen, view, fleet.decode, need_tok, 1)
+        if sim["hosted_decode"] == 0:
+            q["decode_at"] = decode_router(
+                believed.tables, believed.padded, believed.decode_params,
+                believed.decode_memory, _uniform(sim), float(q["prompt_tok"]), view,
+                fleet.decode,
+            )  # fmt: skip
+        elif sim["answered"] != 0:
+            q["decode_at"] = sim["answer_instance"]
+            sim["answered"] = 0
+        else:
+            return _ask(sim, ASK_DECODE, r)
+    _leave_route(sim, req)
+    if able:
+        _send(fleet, r)
+    else:
+        _drop(sim, req, r)
+    return NOTHING_ASKED
+
+
+@njit(I8(FLEET, BELIEVED, GOVERNOR))
+def _start(fleet, believed, governor):
+    """Let the last instance of the list begin an iteration, or rest; what has to be asked."""
+    sim, inst, req, tables = fleet.sims[0], fleet.inst, fleet.req, fleet.tables
+    now_s = sim["now_s"]
+    i = fleet.starts[sim["n_start"] - 1]
+    one = inst[i]
+    if one["prepared"] == 0:
+        # form_batch may append to the list, so this instance leaves it first.
+        sim["n_start"] -= 1
+        one["listed"] = 0
+        if one["alive"] == 0:
+            return NOTHING_ASKED
+        if one["asleep"] != 0 and one["prefill_req"] + one["wait_req"] > 0:
+            rouse(one, tables[one["type"]], now_s)
+            note(fleet, i)
+        if one["wake_end_s"] < NEVER:
+            return NOTHING_ASKED
+        accrue(one, tables[one["type"]], now_s)
+        if form_batch(sim, inst, req, fleet.finish, fleet.starts, i) == 0:
+            one["idle_since_s"] = now_s
+            if turn(one, tables[one["type"]], now_s) != 0:
+                release_held(sim, req)
+            doze(one, tables[one["type"]], now_s)
+            note(fleet, i)
+            return NOTHING_ASKED
+        one["prepared"] = 1
+        one["listed"] = 1
+        fleet.starts[sim["n_start"]] = i
+        sim["n_start"] += 1
+    if one["governed"] == 2:
+        if sim["answered"] == 0:
+            return _ask(sim, ASK_GOVERNOR, i)
+        sim["answered"] = 0
+        _set_clock(fleet, one, sim["answer_mhz"])
+    elif one["governed"] != 0:
+        _set_clock(fleet, one, _needed_mhz(fleet, believed, governor, i))
+    one["prepared"] = 0
+    one["listed"] = 0
+    sim["n_start"] -= 1
+    _launch(sim, one, tables, fleet.padded)
+    note(fleet, i)
+    return NOTHING_ASKED
+
+
+@njit(types.void(FLEET))
+def _arrive(fleet):
+    """The next request comes in; one that may wait is kept until it is let in."""
+    sim, req = fleet.sims[0], fleet.req
+    r = sim["next_arrival"]
+    sim["next_arrival"] += 1
+    if req[r]["deadline_s"] < NEVER:
+        keep_late(sim, req, r)
+    else:
+        req[r]["state"] = ROUTING
+        req[r]["sent_s"] = sim["now_s"]
+        push_route(sim, req, r)
+
+
+@njit(types.void(FLEET))
+def _receive(fleet):
+    """The KV cache that was first on its way has arrived at its decode instance."""
+    sim, inst, req = fleet.sims[0], fleet.inst, fleet.req
+    r = pop_moving(sim, fleet.moving_s, fleet.moving_r)
+    i = req[r]["decode_at"]
+    if inst[i]["decodes"] == 0:
+        send_elsewhere(sim, req, r)
+        return
+    enqueue_wait(inst[i], req, r)
+    remember(inst, fleet.tables, fleet.seen, i, sim["now_s"])
+    push_start(sim, inst, fleet.starts, i)
+
+
+@njit(types.void(FLEET, BELIEVED, GOVERNOR, I8))
+def _attend(fleet, believed, governor, i):
+    """What is due at instance i: a clock, the end of waking or of an iteration, an idle look."""
+    sim, inst = fleet.sims[0], fleet.inst
+    pending_s, pending_k = fleet.pending_s, fleet.pending_k
+    now_s = sim["now_s"]
+    one = inst[i]
+    ended = False
+    if one["call_end_s"] <= now_s:
+        call_returned(
+            sim, inst, fleet.tables, fleet.padded, fleet.node_free_s, pending_s, pending_k, i, now_s
+        )
+    elif one["pending"] > 0 and pending_s[i, 0] <= now_s:
+        clock_settled(inst, fleet.tables, fleet.padded, pending_s, pending_k, i, now_s)
+    elif one["wake_end_s"] <= now_s:
+        awake(one, fleet.tables[one["type"]], now_s)
+        if one["turning"] != 0:
+            take_role(one, one["role"])
+            release_held(sim, fleet.req)
+        push_start(sim, inst, fleet.starts, i)
+    elif one["iterating"] != 0:
+        _end_iteration(fleet, i)
+        ended = True  # what it starts next is what routers see
+    else:
+        one["idle_since_s"] = NEVER
+        _set_clock(fleet, one, _needed_mhz(fleet, believed, governor, i))
+    if not ended:
+        remember(inst, fleet.tables, fleet.seen, i, now_s)
+    touch(inst, pending_s, fleet.tree, i)
+
+
+@njit(I8(FLEET, BELIEVED, GOVERNOR, ROUTER, ROUTER, F8))
+def advance(fleet, believed, governor, prefill_router, decode_router, until_s):
+    """Run the fleet until `until_s`; see the module for when it returns earlier."""
+    sim, req = fleet.sims[0], fleet.req
+    while True:
+        # What happens now comes before what happens next.
+        asked = NOTHING_ASKED
+        if sim["route_head"] >= 0:
+            asked = _route(fleet, believed, prefill_router, decode_router)
+        elif sim["n_start"] > 0:
+            asked = _start(fleet, believed, governor)
+        else:
+            if sim["stop_when_judged"] != 0 and sim["n_judged_left"] == 0:
+                return JUDGED
+            event = INSTANCE
+            t_s = fleet.tree[1]
+            if sim["n_moving"] > 0 and fleet.moving_s[0] < t_s:
+                event, t_s = KV_ARRIVAL, fleet.moving_s[0]
+            if sim["next_arrival"] < sim["n_arrivals"]:
+                arrival_s = req[sim["next_arrival"]]["arrival_s"]
+                if arrival_s < t_s:
+                    event, t_s = REQUEST_ARRIVAL, arrival_s
+            if sim["late_head"] >= 0:
+                let_in_s = next_let_in_s(sim, req)
+                if let_in_s < t_s:
+                    event, t_s = LETTING_IN, let_in_s
+            if t_s > until_s:
+                sim["now_s"] = until_s
+                return REACHED
+            sim["now_s"] = t_s
+            if event == KV_ARRIVAL:
+                _receive(fleet)
+            elif event == REQUEST_ARRIVAL:
+                _arrive(fleet)
+            elif event == LETTING_IN:
+                let_in(sim, req)
             else:
-                one["idle_since_s"] = NEVER
-                freq_mhz = _needed_mhz(
-                    sim, one, req, believed, believed_padded, governor_params[i],
-                    governor_memory[i], governor,
-                )  # fmt: skip
-                wanted_mhz = min(freq_mhz, one["ceiling_mhz"])
-                k = row_up(tables[one["type"]], one["n_clocks"], wanted_mhz)
-                request_clock(sim, one, tables, padded, node_free_s, k, t_s)
-            if not ended:
-                remember(inst, tables, seen, i, t_s)
-            touch(inst, pending_s, tree, i)
+                _attend(fleet, believed, governor, first(fleet.tree))
+        if asked != NOTHING_ASKED:
+            return asked

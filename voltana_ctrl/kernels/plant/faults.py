@@ -20,7 +20,6 @@ from voltana_ctrl.kernels.plant.actuation import (
     accrue,
     repace,
 )
-from voltana_ctrl.kernels.plant.advance import STATE
 from voltana_ctrl.kernels.plant.batching import REQS, enqueue_wait
 from voltana_ctrl.kernels.plant.events import (
     push_moving,
@@ -28,9 +27,9 @@ from voltana_ctrl.kernels.plant.events import (
     push_start,
     release_held,
     remember,
-    touch,
 )
 from voltana_ctrl.kernels.plant.roles import take_role
+from voltana_ctrl.kernels.plant.state import FLEET, note
 
 
 @njit(types.void(INST, REQS, I8))
@@ -105,21 +104,18 @@ def _send_on(sim, one, req, r, i):
         push_route(sim, req, r)
 
 
-@njit(types.void(*STATE, I8))
-def fail(
-    sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
-    moving_s, moving_r, seen, view, prefill, decode, starts, done, log, i,
-):  # fmt: skip
+@njit(types.void(FLEET, I8))
+def fail(fleet, i):
     """Instance i is gone, with all that it held; it draws nothing."""
-    sim = sims[0]
+    sim, inst, req, tables = fleet.sims[0], fleet.inst, fleet.req, fleet.tables
     one = inst[i]
     accrue(one, tables[one["type"]], sim["now_s"])
     release_held(sim, req)
     for d in range(len(inst)):
         if inst[d]["wait_head"] >= 0:
             _forget_waiting(inst, req, d, i)
-            remember(inst, tables, seen, d, sim["now_s"])
-    _forget_moving(sim, req, moving_s, moving_r, i)
+            remember(inst, tables, fleet.seen, d, sim["now_s"])
+    _forget_moving(sim, req, fleet.moving_s, fleet.moving_r, i)
     for r in range(len(req)):
         _send_on(sim, one, req, r, i)
     one["alive"] = 0
@@ -134,38 +130,30 @@ def fail(
     one["running_req"] = one["kv_tok"] = 0
     one["prefill_req"] = one["prefill_tok"] = one["prefilling_req"] = one["prefill_late"] = 0
     one["last_admitted"] = one["prefill_head"] = one["prefill_tail"] = -1
-    finish[i, :] = -1
-    remember(inst, tables, seen, i, sim["now_s"])
-    touch(inst, pending_s, tree, i)
+    fleet.finish[i, :] = -1
+    note(fleet, i)
 
 
-@njit(types.void(*STATE, I8))
-def recover(
-    sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
-    moving_s, moving_r, seen, view, prefill, decode, starts, done, log, i,
-):  # fmt: skip
+@njit(types.void(FLEET, I8))
+def recover(fleet, i):
     """Instance i is back, empty and with the clock it was last set to."""
-    sim = sims[0]
+    sim, inst = fleet.sims[0], fleet.inst
     one = inst[i]
-    accrue(one, tables[one["type"]], sim["now_s"])
+    accrue(one, fleet.tables[one["type"]], sim["now_s"])
     one["alive"] = 1
     one["rest_w"] = one["idle_w"]
-    release_held(sim, req)
-    push_start(sim, inst, starts, i)
-    remember(inst, tables, seen, i, sim["now_s"])
+    release_held(sim, fleet.req)
+    push_start(sim, inst, fleet.starts, i)
+    remember(inst, fleet.tables, fleet.seen, i, sim["now_s"])
 
 
-@njit(types.void(*STATE, I8, F8, I8))
-def hinder(
-    sims, inst, req, tables, padded, finish, pending_s, pending_k, node_free_s, tree,
-    moving_s, moving_r, seen, view, prefill, decode, starts, done, log, i, slow_frac, clamp_k,
-):  # fmt: skip
+@njit(types.void(FLEET, I8, F8, I8))
+def hinder(fleet, i, slow_frac, clamp_k):
     """Instance i takes `slow_frac` times as long from now on, and runs no faster than its clamp."""
-    now_s = sims[0]["now_s"]
-    one = inst[i]
-    accrue(one, tables[one["type"]], now_s)
+    now_s = fleet.sims[0]["now_s"]
+    one = fleet.inst[i]
+    accrue(one, fleet.tables[one["type"]], now_s)
     one["slow_frac"] = slow_frac
     one["clamp_k"] = clamp_k
-    repace(one, tables, padded, now_s)
-    remember(inst, tables, seen, i, now_s)
-    touch(inst, pending_s, tree, i)
+    repace(one, fleet.tables, fleet.padded, now_s)
+    note(fleet, i)
