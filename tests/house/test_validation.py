@@ -64,6 +64,16 @@ def test_points(page, root):
 
 
 @pytest.mark.slow
+def test_sources(page, root, shared_data):
+    """Every public table: held-out errors, coverage, and what no profile was made from."""
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    sources = page("sources")
+    assert shared_data == sources.DATA
+    compare(page, root, "sources", sources.tables())
+
+
+@pytest.mark.slow
 def test_refit(page, root):
     compare(page, root, "refit", page("refit").tables())
 

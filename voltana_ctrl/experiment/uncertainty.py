@@ -40,12 +40,14 @@ def refuse_unknown(grid: Grid, draws: int) -> None:
 
     Examples
     --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> from voltana_ctrl.experiment.grid import plan_runs
-    >>> refuse_unknown(plan_runs(profile="h100-sxm-80gb/llama-3.1-70b-tp4"), 10)
+    >>> own = replace(load_profile("a100-sxm-80gb/llama-3.1-8b"), name="gpu/own", band=None)
+    >>> refuse_unknown(plan_runs(fleet=FleetSpec.parse("1P1D", own)), 10)
     Traceback (most recent call last):
     ...
-    voltana_ctrl.errors.ConfigError: profile h100-sxm-80gb/llama-3.1-70b-tp4: has no section [band],
-    so nothing is known of how far it may be from the truth; add one, or fit it anew
+    voltana_ctrl.errors.ConfigError: profile gpu/own: has no section [band], so nothing is known of
+    how far it may be from the truth; add one, or fit it anew
     """
     count("uncertainty", draws)
     draw_fleet(grid.spec, np.random.default_rng(0))
