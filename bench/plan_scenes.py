@@ -7,6 +7,7 @@ bear the name of the machine.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -358,15 +359,40 @@ MIX_WINDOW_S = 3.0 * MIX_HOLD_S
 SPLITS = ("2P6D", "3P5D", "4P4D", "5P3D", "6P2D", "7P1D")
 
 
+def _of_mix(mix: tuple[int, int], rate_req_s: float, from_s: float, until_s: float, rng) -> tuple:
+    """Arrivals and lengths of a mix between two times."""
+    n = rng.poisson(rate_req_s * (until_s - from_s))
+    return np.sort(rng.uniform(from_s, until_s, n)), np.full(n, mix[0]), np.full(n, mix[1])
+
+
+def _mixed(parts: list[tuple], total_s: float) -> Workload:
+    arrival_s, prompt_tok, output_tok = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Workload(name="mixes", arrival_s=arrival_s, prompt_tok=prompt_tok,
+                    output_tok=output_tok, duration_s=total_s)  # fmt: skip
+
+
+@lru_cache
 def mix_knees_req_s(profile: object) -> np.ndarray:
-    """Largest load of each mix on each split of eight, by the model, shape (2, 7)."""
-    knees = []
-    for prompt_tok, answer_tok in MIXES:
-        lengths = length_moments([prompt_tok] * 2, [answer_tok] * 2)
-        optimiser = TargetOptimiser(FleetSpec.parse("1P1D", profile), SLO)
-        most = [each.most_req_s for each in optimiser.supplies(lengths)]
-        knees.append([min(p * most[0], (8 - p) * most[1]) for p in range(1, 8)])
-    return np.array(knees)
+    """Largest load of each mix at which static-max holds on each split of eight, shape (2, 7)."""
+
+    def carried(split, mix, rate_req_s):
+        total_s = 30.0 + 300.0 + GRACE_S
+        drawn = _of_mix(mix, rate_req_s, 0.0, total_s, np.random.default_rng(3))
+        return holds(Run(
+            policy="static-max", fleet=FleetSpec.parse(split, profile), slo=SLO,
+            workload=_mixed([drawn], total_s), duration_s=300.0, warmup_s=30.0,
+        ).simulate())  # fmt: skip
+
+    knees = np.zeros((2, 7))
+    for which, mix in enumerate(MIXES):
+        for p in range(1, 8):
+            low, high = 1.0, 200.0
+            while high > 1.02 * low:
+                middle = float(np.sqrt(low * high))
+                able = carried(f"{p}P{8 - p}D", mix, middle)
+                low, high = (middle, high) if able else (low, middle)
+            knees[which, p - 1] = low
+    return knees
 
 
 def _mix_requests(case: Case, *, one_load: bool) -> Workload:
@@ -376,15 +402,13 @@ def _mix_requests(case: Case, *, one_load: bool) -> Workload:
     rng = np.random.default_rng([case.seed, 11])
     total_s = WARMUP_S + MIX_WINDOW_S + GRACE_S
     edges_s = [0.0, *(WARMUP_S + MIX_HOLD_S * k for k in (1, 2, 3)), total_s]
-    parts = []
-    for k, (from_s, until_s) in enumerate(pairwise(edges_s)):
-        came = rng.poisson(0.7 * most[k % 2] * (until_s - from_s))
-        parts.append((np.sort(rng.uniform(from_s, until_s, came)), *MIXES[k % 2]))
-    return Workload(
-        name="mixes", duration_s=total_s, arrival_s=np.concatenate([part[0] for part in parts]),
-        prompt_tok=np.concatenate([np.full(len(part[0]), part[1]) for part in parts]),
-        output_tok=np.concatenate([np.full(len(part[0]), part[2]) for part in parts]),
-    )  # fmt: skip
+    return _mixed(
+        [
+            _of_mix(MIXES[k % 2], 0.7 * most[k % 2], from_s, until_s, rng)
+            for k, (from_s, until_s) in enumerate(pairwise(edges_s))
+        ],
+        total_s,
+    )
 
 
 def _roles(*, one_load: bool = False) -> Scene:
@@ -437,8 +461,7 @@ def _steady() -> Scene:
 
 def holds(figures: Figures, slo: Slo = SLO) -> bool:
     """Whether promises, deadlines and the budget were kept."""
-    over = figures.get("over_budget_frac", np.nan)
-    missed = figures.get("deadline_missed", np.nan)
+    over, missed = (figures.get(key) or 0.0 for key in ("over_budget_frac", "deadline_missed"))
     kept_it = min(figures["ttft_attainment"], figures["itl_attainment"]) >= slo.attainment
     return kept_it and not missed > 0.0 and not over > OVER_FRAC
 

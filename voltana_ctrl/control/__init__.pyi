@@ -21,6 +21,9 @@ from voltana_ctrl.control.budget import highest_power_w as highest_power_w
 from voltana_ctrl.control.cascade import CascadeController as CascadeController
 from voltana_ctrl.control.cascade import CascadeMemory as CascadeMemory
 from voltana_ctrl.control.cascade import MpcController as MpcController
+from voltana_ctrl.control.flexible import FlexibleController as FlexibleController
+from voltana_ctrl.control.flexible import FlexibleMemory as FlexibleMemory
+from voltana_ctrl.control.flexible import Split as Split
 from voltana_ctrl.control.governor import IterationGovernor as IterationGovernor
 from voltana_ctrl.control.governor import thrifty_row as thrifty_row
 from voltana_ctrl.control.target import Curve as Curve

@@ -194,6 +194,29 @@ class CascadeController(Controller):
             belief=belief,
         )
 
+    def estimate(self, memory: CascadeMemory) -> tuple[Load, float, bool]:
+        """What arrives, the standard deviation of its rate, relative, and whether lengths change.
+
+        Parameters
+        ----------
+        memory : CascadeMemory
+            Of the last tick.
+        """
+        known = self._load
+        return known.load(memory.load), known.doubt_frac(memory.load), known.changes(memory.load)
+
+    def taken_over(self, memory: CascadeMemory) -> CascadeMemory:
+        """Memory to go on with, of a controller of the same machines in other roles.
+
+        What was learnt stays; what was planned is planned anew.
+
+        Parameters
+        ----------
+        memory : CascadeMemory
+            Of that controller's last tick.
+        """
+        return replace(memory, target=None, serving=None, overload_frac=0.0)
+
     def regime(self, memory: CascadeMemory) -> Regime:
         """Regime that the fleet is in, as far as is known.
 
@@ -507,6 +530,20 @@ class MpcController(CascadeController):
         """Nothing seen, nothing planned; everybody on."""
         memory = super().init()
         return memory if self._ahead is None else replace(memory, ahead=self._ahead.init())
+
+    def taken_over(self, memory: CascadeMemory) -> CascadeMemory:
+        """Memory to go on with, of a controller of the same machines in other roles.
+
+        Parameters
+        ----------
+        memory : CascadeMemory
+            Of that controller's last tick.
+        """
+        memory = super().taken_over(memory)
+        if memory.ahead is None:
+            return memory
+        ahead = replace(memory.ahead, plan=None, plan_s=-np.inf, tried_s=-np.inf)
+        return replace(memory, ahead=ahead)
 
     def notes(self, memory: CascadeMemory) -> dict[str, float]:
         """What observers of the loop may want to see; forecast, reserve and prices, too.

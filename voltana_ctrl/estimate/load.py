@@ -8,7 +8,7 @@ exponential lifetimes, and without bias in steady state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from voltana_ctrl.checks import F64, freeze_fields
 from voltana_ctrl.types import FleetSpec, Lengths, Load, Observation, Tuning
 
 __all__ = ["LoadFilter", "LoadMemory"]
+
+#: Prompts of arrivals are others than those that finished if the two means differ by more than so
+#: many standard deviations and by this share, of so many that arrived and so many that finished.
+_OTHER_SD, _OTHER_FRAC, _TELLING_REQ, _KNOWN_REQ = 5.0, 0.25, 50.0, 200.0
 
 #: Moments kept per request of l prompt and d decoded tokens:
 #: 1, l, l^2, d, d (l + d/2), d (l^2 + l d + d^2/3).
@@ -42,6 +46,8 @@ class LoadMemory:
         As `span_s` and `arrived_req`, of the longer memory.
     surprise_req2 : float
         Squared surprise of the arrivals, weighted as `arrived_req`.
+    arrived_tok : float
+        Prompt tokens that arrived, weighted as `arrived_req`.
 
     Examples
     --------
@@ -59,6 +65,7 @@ class LoadMemory:
     steady_span_s: float = 0.0
     steady_req: float = 0.0
     surprise_req2: float = 0.0
+    arrived_tok: float = 0.0
 
     def __post_init__(self) -> None:
         freeze_fields(self, ("moments",), (_N_MOMENTS,))
@@ -96,6 +103,7 @@ class LoadFilter:
         self._tuning = tuning = tuning or Tuning()
         self._start = np.array(fleet.prefill)
         self._decode = np.array(fleet.decode)
+        self._decodes = np.array([one.role.decodes for one in fleet.instances])
         prompt_tok, output_tok = prior_tok
         prior = _moments(np.array([prompt_tok]), np.array([output_tok]))
         self._prior = tuning.length_prior_req * prior
@@ -124,7 +132,7 @@ class LoadFilter:
         state, finished = observation.state, observation.finished
         span_s, arrived_req = memory.span_s, memory.arrived_req
         steady_span_s, steady_req = memory.steady_span_s, memory.steady_req
-        surprise_req2 = memory.surprise_req2
+        surprise_req2, arrived_tok = memory.surprise_req2, memory.arrived_tok
         if memory.t_s >= 0.0 and state.t_s > memory.t_s:
             dt_s = state.t_s - memory.t_s
             keep = float(np.exp(-dt_s / self._tuning.rate_memory_s))
@@ -133,6 +141,7 @@ class LoadFilter:
             surprise_req2 = keep * surprise_req2 + (came_req - expected_req) ** 2
             span_s = keep * span_s + dt_s
             arrived_req = keep * arrived_req + came_req
+            arrived_tok = keep * arrived_tok + float(state.arrived_tok[self._start].sum())
             keep = float(np.exp(-dt_s / self._tuning.steady_memory_s))
             steady_span_s = keep * steady_span_s + dt_s
             steady_req = keep * steady_req + came_req
@@ -146,12 +155,14 @@ class LoadFilter:
         moments = _moments(finished.prompt_tok, finished.output_tok)
         keep = float(np.exp(-len(finished) / self._tuning.length_memory_req))
         decode = self._decode
-        held_tok = float(state.kv_used_tok[decode].sum() + state.queue_tok[decode].sum())
+        # Who is about to prefill has its last answers still.
+        holds = self._decodes | (state.running_req > 0.0)
+        held_tok = float(state.kv_used_tok[holds].sum() + state.queue_tok[decode].sum())
         unfinished_tok = 0.0
         if memory.t_s >= 0.0:
             grown_tok = held_tok - memory.held_tok - float(state.arrived_tok[decode].sum())
             unfinished_tok = keep * memory.unfinished_tok + grown_tok + float(moments[1])
-        return LoadMemory(
+        memory = LoadMemory(
             t_s=state.t_s,
             span_s=span_s,
             arrived_req=arrived_req,
@@ -161,7 +172,33 @@ class LoadFilter:
             steady_span_s=steady_span_s,
             steady_req=steady_req,
             surprise_req2=surprise_req2,
+            arrived_tok=arrived_tok,
         )
+        if not self.changes(memory) or memory.moments[0] <= arrived_req:
+            return memory
+        # What finished before counts no more than what has arrived since.
+        weight = arrived_req / float(memory.moments[0])
+        return replace(
+            memory, moments=weight * memory.moments, unfinished_tok=weight * unfinished_tok
+        )
+
+    def changes(self, memory: LoadMemory) -> bool:
+        """Whether those that arrive have other prompts than those that finished, beyond chance.
+
+        Nobody knows yet how long their answers are.
+
+        Parameters
+        ----------
+        memory : LoadMemory
+            Of :meth:`update`.
+        """
+        count, prompt, prompt2 = memory.moments[:3]
+        if count < _KNOWN_REQ or memory.arrived_req < _TELLING_REQ:
+            return False
+        mean = prompt / count
+        sd = np.sqrt(max(0.0, prompt2 / count - mean**2) / memory.arrived_req)
+        off = abs(memory.arrived_tok / memory.arrived_req - mean)
+        return bool(off > max(_OTHER_SD * sd, _OTHER_FRAC * mean))
 
     def _sd_req_s(
         self, rate_req_s: float, arrived_req: float, surprise_req2: float, span_s: float
@@ -195,7 +232,8 @@ class LoadFilter:
         """Estimate that the memory holds.
 
         The arrival rate is that of the longer memory, which starts anew when the shorter one
-        deviates from it by more than chance explains.
+        deviates from it by more than chance explains. Prompts are those that finished, or those
+        that arrive where these are others beyond chance.
 
         Parameters
         ----------
@@ -203,10 +241,14 @@ class LoadFilter:
             Of :meth:`update`.
         """
         count, prompt, prompt2, decoded, context, context2 = memory.moments + self._prior
-        mean = prompt / count
+        mean = finished_tok = prompt / count
+        sd = float(np.sqrt(max(0.0, prompt2 / count - mean**2)))
+        if self.changes(memory):
+            mean = memory.arrived_tok / memory.arrived_req
+            sd = min(sd, mean)  # that of both kinds together is neither's
         # Never below what the finished requests say: a fall of the backlog is no shorter output.
         longer = 1.0 + max(0.0, memory.unfinished_tok) / decoded
-        context_tok = mean + longer * (context / decoded - mean)
+        context_tok = mean + longer * (context / decoded - finished_tok)
         square = longer**2 * (context2 / decoded - (context / decoded) ** 2)
         return Load(
             arrival_req_s=(
@@ -214,7 +256,7 @@ class LoadFilter:
             ),
             lengths=Lengths(
                 prompt_tok=mean,
-                prompt_sd_tok=float(np.sqrt(max(0.0, prompt2 / count - mean**2))),
+                prompt_sd_tok=sd,
                 output_tok=1.0 + longer * decoded / count,
                 context_tok=max(context_tok, mean),
                 context_sd_tok=float(np.sqrt(max(0.0, square))),

@@ -15,7 +15,6 @@ from voltana_ctrl.guard import Guard
 from voltana_ctrl.laws import length_moments
 from voltana_ctrl.loop import ControlLoop
 from voltana_ctrl.policies import Policy, PolicyParts, PolicySetup, find_policy
-from voltana_ctrl.policies.static_best import with_roles
 from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.bill import Bill
 from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
@@ -259,7 +258,7 @@ class Run:
         # Machines that the policy arranges anew are what they are, not what is believed of them.
         fleet = self.fleet
         if parts.fleet is not None:
-            fleet = with_roles(fleet, [one.role for one in parts.fleet.instances])
+            fleet = fleet.in_roles([one.role for one in parts.fleet.instances])
         believed = parts.fleet or self.believed or fleet
         from_s, until_s = self._window_s
         backend = SimBackend(

@@ -17,7 +17,7 @@ import numpy as np
 from voltana_ctrl import control, routing
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.policies.parts import Policy, PolicyParts, PolicySetup, Trials, balanced
-from voltana_ctrl.policies.static_best import static_best, with_roles
+from voltana_ctrl.policies.static_best import static_best
 from voltana_ctrl.ports import Governor, phase_of
 from voltana_ctrl.routing.base import Phase
 from voltana_ctrl.types import (
@@ -151,7 +151,7 @@ def _voltanallm_thresholds(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> Po
 
 def _ecoserve(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     del setup
-    mixed = with_roles(fleet, [Role.COLOCATED] * len(fleet))
+    mixed = fleet.in_roles([Role.COLOCATED] * len(fleet))
     # A turn that ends within half of the promise leaves the other half to wait for it.
     turn_tok = 0.5 * slo.ttft_s / float(mixed.instances[0].table["prefill_tok_s"][-1])
     return PolicyParts(
@@ -273,22 +273,25 @@ def _adaptive(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
 
 def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
-        target = control.TargetOptimiser(
-            fleet, slo, delay_s=setup.delay_s, governed=setup.governed, spare=setup.spare
-        )
-        controller = (control.MpcController if mpc else control.CascadeController)(
-            fleet,
-            slo,
-            target=target,
-            period_s=setup.tick_s,
-            governed=setup.governed,
-            delay_s=setup.delay_s,
-            measured_delay_s=setup.measured_delay_s,
-            learnt=setup.learnt,
-            power_budget_w=None if setup.power_budget is None else setup.limit_w,
-        )
+        def make(fixed: FleetSpec) -> control.CascadeController:
+            target = control.TargetOptimiser(
+                fixed, slo, delay_s=setup.delay_s, governed=setup.governed, spare=setup.spare
+            )
+            return (control.MpcController if mpc else control.CascadeController)(
+                fixed,
+                slo,
+                target=target,
+                period_s=setup.tick_s,
+                governed=setup.governed,
+                delay_s=setup.delay_s,
+                measured_delay_s=setup.measured_delay_s,
+                learnt=setup.learnt,
+                power_budget_w=None if setup.power_budget is None else setup.limit_w,
+            )
+
+        turns = mpc and any(one.roles for one in fleet.instances)
         return PolicyParts(
-            controller=controller,
+            controller=control.FlexibleController(fleet, slo, make) if turns else make(fleet),
             governors=_own_governors(fleet, slo, setup) if setup.governed else None,
             prefill_router=routing.PricedRouter(fleet, slo, "prefill"),
             decode_router=routing.PricedRouter(fleet, slo),

@@ -20,7 +20,7 @@ from voltana_ctrl.policies.parts import Policy, PolicyParts, PolicySetup, Trials
 from voltana_ctrl.types import Decision, FleetSpec, Load, Role, Slo
 from voltana_ctrl.types.ladder import row_up
 
-__all__ = ["static_best", "with_roles"]
+__all__ = ["static_best"]
 
 #: Settings that are tried, at most.
 _MOST_TRIALS = 20
@@ -110,28 +110,6 @@ class _Setting:
             f"{len(phase.members)} {name} at {phase.freq_mhz:g} MHz"
             for name, phase in zip(names, self.phases, strict=True)
         )
-
-
-def with_roles(fleet: FleetSpec, roles: Sequence[Role]) -> FleetSpec:
-    """The same machines in other roles; they keep their names.
-
-    Parameters
-    ----------
-    fleet : FleetSpec
-        The machines.
-    roles : sequence of Role
-        One per instance.
-
-    Examples
-    --------
-    >>> from voltana_ctrl import load_profile
-    >>> fleet = FleetSpec.parse("2P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    >>> with_roles(fleet, [Role.COLOCATED] * 3).colocated
-    True
-    """
-    return FleetSpec(
-        tuple(replace(one, role=role) for one, role in zip(fleet.instances, roles, strict=True))
-    )
 
 
 def static_best(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
@@ -275,7 +253,7 @@ def _arrangements(fleet: FleetSpec) -> Iterator[FleetSpec]:
             else [Role.COLOCATED] * n
         )
         if prefill != len(fleet.prefill) or fleet.colocated != (prefill == 0):
-            yield with_roles(fleet, roles)
+            yield fleet.in_roles(roles)
 
 
 def _phases(fleet: FleetSpec, members: I64, load: Load, slo: Slo) -> Iterator[_Phase]:

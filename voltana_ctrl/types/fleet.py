@@ -120,6 +120,25 @@ class FleetSpec:
         both = (Role.PREFILL, Role.DECODE)
         return FleetSpec(tuple(replace(one, roles=both) for one in self.instances))
 
+    def in_roles(self, roles: Sequence[Role]) -> FleetSpec:
+        """The same machines in other roles; they keep their names.
+
+        Parameters
+        ----------
+        roles : sequence of Role
+            One per instance.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import load_profile
+        >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
+        >>> FleetSpec.parse("2P1D", profile).in_roles([Role.COLOCATED] * 3).colocated
+        True
+        """
+        return FleetSpec(
+            tuple(replace(one, role=role) for one, role in zip(self.instances, roles, strict=True))
+        )
+
     def check_roles(self, roles: Sequence[Role]) -> None:
         """Refuse roles that its instances cannot have, or that leave a phase to nobody.
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, I64, fraction, positive
+from voltana_ctrl.checks import I64, fraction, positive
 from voltana_ctrl.control.base import Controller
+from voltana_ctrl.control.batches import Batches
 from voltana_ctrl.laws import decode_s, prefill_s
 from voltana_ctrl.types import DEPTHS, Decision, FleetSpec, FleetState, Observation, Slo
 
@@ -115,7 +116,7 @@ class AutoscalerController(Controller):
         self._look_s = look_s
         self._down_frac = down_frac
         self._top = [one.table[-1] for one in fleet.instances]
-        self._padded = [one.profile.padded_batch(one.max_batch) for one in fleet.instances]
+        self._batches = Batches(fleet, slo.itl_s)
         self._depth = (DEPTHS[-1],) * len(fleet)
 
     def init(self) -> AutoscalerMemory:
@@ -164,9 +165,12 @@ class AutoscalerController(Controller):
         # Time that an engine takes for the load of a second, by phase.
         prefill = np.array([float(prefill_s(row, prompt_tok)) / prompt_tok for row in self._top])
         context_tok = prompt_tok + 0.5 * answer_tok
-        decode = np.array(
-            [1.0 / self._decodes_tok_s(i, context_tok) for i in range(len(self.fleet))]
-        )
+        held_req = self._batches.holds_req(self.fleet.max_mhz, context_tok)
+        steps_s = [
+            float(decode_s(row, held, held * context_tok))
+            for row, held in zip(self._top, held_req, strict=True)
+        ]
+        decode = np.array(steps_s) / np.maximum(held_req, 1e-9)
         prefill *= memory.came_tok / span_s
         decode *= memory.came_req * answer_tok / span_s
         loads = [prefill + decode] if self.fleet.colocated else [prefill, decode]
@@ -175,17 +179,6 @@ class AutoscalerController(Controller):
             enough = np.cumsum(1.0 / np.maximum(load[members], 1e-9)) >= 1.0
             needed.append(int(np.argmax(enough)) + 1 if enough.any() else len(members))
         return tuple(needed)
-
-    def _decodes_tok_s(self, i: int, context_tok: float) -> float:
-        """Most tokens per second of one engine within ITL and its KV cache."""
-        one = self.fleet.instances[i]
-        sizes = np.arange(1.0, one.max_batch + 1.0)
-        step_s = decode_s(self._top[i], sizes, context_tok * sizes, self._padded[i][1:])
-        inside = (step_s <= self.slo.itl_s) & (
-            context_tok * sizes <= _KV_FRAC * one.kv_capacity_tok
-        )
-        rates: F64 = np.where(inside, sizes / step_s, 0.0)
-        return max(float(rates.max()), 1e-9)
 
     def _adjusted(self, state: FleetState, memory: AutoscalerMemory) -> tuple[int, ...]:
         """One engine more or less of each phase, by what its engines would promise now."""

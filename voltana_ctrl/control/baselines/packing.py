@@ -8,9 +8,9 @@ import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool, not_negative, positive
 from voltana_ctrl.control.base import Controller
+from voltana_ctrl.control.batches import CONTEXT_TOK, Batches, context_tok
 from voltana_ctrl.control.budget import UniformCeiling
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.laws import decode_s
 from voltana_ctrl.types import (
     Decision,
     Depth,
@@ -20,14 +20,8 @@ from voltana_ctrl.types import (
     PowerBudget,
     Slo,
 )
-from voltana_ctrl.types.ladder import row_up
 
 __all__ = ["PackingController", "PackingMemory"]
-
-#: KV utilisation that packing plans up to.
-_KV_FRAC = 0.9
-#: Context assumed while nothing runs, and where instances are put in order.
-_CONTEXT_TOK = 512.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +125,9 @@ class PackingController(Controller):
         self._park_after_s = park_after_s
         self._lead_s = lead_s
         self._uniform = UniformCeiling(fleet)
-        self._padded = [one.profile.padded_batch(one.max_batch) for one in fleet.instances]
-        self._tables = [one.table for one in fleet.instances]
+        self._batches = Batches(fleet, slo.itl_s)
         # Those that carry most per watt of idle power come first; equals in fleet order.
-        held = self._holds_req(fleet.max_mhz, _CONTEXT_TOK)
+        held = self._batches.holds_req(fleet.max_mhz, CONTEXT_TOK)
         idle_w = np.array([max(one.idle_w, 1.0) for one in fleet.instances])
         self._order = fleet.decode[np.argsort(-(held / idle_w)[fleet.decode], kind="stable")]
 
@@ -154,7 +147,7 @@ class PackingController(Controller):
             memory = self._count(state, order, memory)
         active = self._active(order, memory.n_active)
         ceiling_mhz = self._ceiling_mhz(state, active)
-        held_req = self._holds_req(ceiling_mhz, _context_tok(state, order))
+        held_req = self._batches.holds_req(ceiling_mhz, context_tok(state, order))
         route_frac = np.where(active, 1.0, 0.0)
         route_frac[self.fleet.decode] *= np.maximum(held_req, 1.0)[self.fleet.decode]
         for members in (self.fleet.prefill, self.fleet.decode):
@@ -171,12 +164,14 @@ class PackingController(Controller):
 
     def _count(self, state: FleetState, order: I64, memory: PackingMemory) -> PackingMemory:
         """How many to keep active: up at once, down after a while."""
-        wanted_req = (1.0 + self._headroom_frac) * self._batch_at_target_req(state)
-        context_tok = _context_tok(state, order)
+        wanted_req = (1.0 + self._headroom_frac) * float(
+            self._batches.at_target_req(state)[self.fleet.decode].sum()
+        )
+        mean_tok = context_tok(state, order)
         needed = len(order)
         for n_active in range(1, len(order)):
             ceiling_mhz = self._ceiling_mhz(state, self._active(order, n_active))
-            held_req = self._holds_req(np.minimum(self._plan_mhz, ceiling_mhz), context_tok)
+            held_req = self._batches.holds_req(np.minimum(self._plan_mhz, ceiling_mhz), mean_tok)
             if held_req[order[:n_active]].sum() >= wanted_req:
                 needed = n_active
                 break
@@ -199,46 +194,3 @@ class PackingController(Controller):
         until_s = state.t_s + float(self.period_s) + self._lead_s
         busy = active | (state.running_req + state.queue_req > 0.0)
         return self._uniform.under(self._budget.least_w(state.t_s, until_s), busy)
-
-    def _batch_at_target_req(self, state: FleetState) -> float:
-        """Batch over all decode instances if every iteration took as long as the ITL target."""
-        total_req = 0.0
-        for i in self.fleet.decode:
-            running_req = float(state.running_req[i])
-            if running_req > 0.0:
-                row = self._row(i, float(state.freq_mhz[i]))
-                padded = self._padded[i]
-                size = float(padded[min(int(running_req), len(padded) - 1)])
-                step_s = float(decode_s(row, running_req, float(state.kv_used_tok[i]), size))
-                total_req += running_req * max(1.0, self.slo.itl_s / step_s)
-            total_req += float(state.queue_req[i])
-        return total_req
-
-    def _holds_req(self, freq_mhz: F64, context_tok: float) -> F64:
-        """Largest batch of each instance within ITL, KV and batch limit at these clocks."""
-        held = np.zeros(len(self.fleet))
-        known: dict[tuple[int, float, int, int], float] = {}
-        for i, one in enumerate(self.fleet.instances):
-            key = (id(one.profile), float(freq_mhz[i]), one.max_batch, one.kv_capacity_tok)
-            if key not in known:
-                sizes = np.arange(1.0, one.max_batch + 1.0)
-                row = self._row(i, float(freq_mhz[i]))
-                step_s = decode_s(row, sizes, context_tok * sizes, self._padded[i][1:])
-                inside = (step_s <= self.slo.itl_s) & (
-                    context_tok * sizes <= _KV_FRAC * one.kv_capacity_tok
-                )
-                known[key] = float(np.count_nonzero(inside))
-            held[i] = known[key]
-        return held
-
-    def _row(self, i: int, freq_mhz: float) -> np.ndarray:
-        table = self._tables[i]
-        row: np.ndarray = table[row_up(table["clock_mhz"], freq_mhz)]
-        return row
-
-
-def _context_tok(state: FleetState, members: I64) -> float:
-    running_req = float(state.running_req[members].sum())
-    if running_req == 0.0:
-        return _CONTEXT_TOK
-    return max(1.0, float(state.kv_used_tok[members].sum()) / running_req)
