@@ -22,7 +22,7 @@ from plan_scenes import SCENES, Case, Scene, holds
 from voltana_ctrl import load_profile
 from voltana_ctrl.errors import ConfigError
 
-PROFILE = "a100-sxm-80gb/llama-3.1-8b"
+PROFILE = "a100-sxm-80gb/llama-3.1-8b-2026-11"
 SEEDS = 2
 KEYS = {
     "requests": "requests_arrived", "power_w": "mean_power_w",

@@ -15,7 +15,7 @@ from voltana_ctrl.sim.workload import Workload
 from voltana_ctrl.testing import check_controller
 from voltana_ctrl.types import Load, Role
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 P, D = Role.PREFILL, Role.DECODE
 FLEET = FleetSpec.parse("4P4D", PROFILE).flexible()

@@ -32,7 +32,7 @@ class Batches:
     >>> from voltana_ctrl import load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> Batches(fleet, 0.06).holds_req(fleet.max_mhz, context_tok=400.0)
-    array([512., 512.])
+    array([576., 576.])
     """
 
     def __init__(self, fleet: FleetSpec, itl_s: float) -> None:

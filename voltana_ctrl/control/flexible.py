@@ -58,6 +58,8 @@ class Split:
         The fleet, as believed; who may change its role says so.
     slo : Slo
         Promises.
+    tuning : Tuning, optional
+        Of the controllers; the default if left out.
 
     Examples
     --------
@@ -67,10 +69,10 @@ class Split:
     >>> split = Split(FleetSpec.parse("2P2D", profile).flexible(), Slo(ttft_s=0.6, itl_s=0.06))
     >>> heavy = Load(arrival_req_s=60.0, lengths=length_moments([200], [400]))
     >>> roles = (Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE)
-    >>> busy = replace(FleetState.idle(4), running_req=[0.0, 0.0, 600.0, 600.0])
+    >>> busy = replace(FleetState.idle(4), running_req=[0.0, 0.0, 900.0, 900.0])
     >>> better, _ = split.better(roles, busy, heavy)
-    >>> [role.value for role in better]
-    ['prefill', 'decode', 'decode', 'decode']
+    >>> sum(role is Role.DECODE for role in better)
+    3
     """
 
     def __init__(self, fleet: FleetSpec, slo: Slo, *, tuning: Tuning | None = None) -> None:
