@@ -50,7 +50,7 @@ class Split:
     draws while it drains and turns. An arrangement that carries the load is left when it has cost
     as much more than the best one as the change to that costs: whatever comes afterwards, no more
     than twice the least is spent (the rule of ski rental, Karlin et al. 1988), as in
-    :meth:`TargetOptimiser.plan`. One that does not carry it is left at once.
+    :meth:`voltana_ctrl.control.TargetOptimiser.plan`. One that does not carry it is left at once.
 
     Parameters
     ----------
@@ -282,7 +282,7 @@ class FlexibleController(Controller):
     Parameters
     ----------
     fleet : FleetSpec
-        The fleet, as believed; see :meth:`FleetSpec.flexible`.
+        The fleet, as believed; see ``FleetSpec.flexible``.
     slo : Slo
         Promises.
     make : callable (fleet) -> CascadeController
