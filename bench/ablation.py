@@ -14,12 +14,12 @@ import sys
 
 import numpy as np
 
-from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
+from voltana_ctrl import ConfigError, Decision, FleetSpec, Slo, load_profile
 from voltana_ctrl.control import CascadeController, IterationGovernor, Target
 from voltana_ctrl.experiment import Run
 from voltana_ctrl.policies import Policy, PolicyParts, find_policy
 from voltana_ctrl.routing import PricedRouter
-from voltana_ctrl.sim.faults import Slowdown
+from voltana_ctrl.sim.faults import ClockClamp, Slowdown
 from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import PowerBudget, Tuning
@@ -155,21 +155,23 @@ def mean(which, workload, duration_s, seeds, rate_req_s=None, budget=None, fleet
 def tuning_scenes(duration_s, seed):
     """Name of each scene, with its load and what goes wrong in it."""
     slow = Slowdown(instance="decode-0", slow_frac=1.3, from_s=WARMUP_S)
+    clamped = ClockClamp(instance="prefill-0", clamp_mhz=900.0, from_s=WARMUP_S)
     bursts = transients(duration_s, seed)["bursts: 90 req/s for 5 s in 30 s, else 30"][0]
     return {
         "20 req/s": {"workload": "sharegpt", "rate_req_s": 20.0},
         "35 req/s": {"workload": "sharegpt", "rate_req_s": 35.0},
         "65 req/s": {"workload": "sharegpt", "rate_req_s": 65.0},
+        "overload": {"workload": "sharegpt", "rate_req_s": 105.0},
         "bursts": {"workload": bursts},
-        "4C, 20 req/s": {"workload": "sharegpt", "rate_req_s": 20.0, "fleet": COLOCATED},
-        "slow, 35": {"workload": "sharegpt", "rate_req_s": 35.0, "faults": (slow,)},
+        "colocated": {"workload": "sharegpt", "rate_req_s": 20.0, "fleet": COLOCATED},
+        "slow": {"workload": "sharegpt", "rate_req_s": 35.0, "faults": (slow,)},
+        "clamped": {"workload": "sharegpt", "rate_req_s": 35.0, "faults": (clamped,)},
     }
 
 
 def print_tuning(duration_s, seeds):
-    """What each chosen number does, halved and doubled."""
+    """What each chosen number does, halved and doubled: in the scene where it does most."""
     names = list(tuning_scenes(duration_s, 0))
-    print(f"| number | | {' | '.join(names)} |\n|---|---|" + "---|" * len(names), flush=True)
 
     def row(which):
         figures = []
@@ -179,18 +181,25 @@ def print_tuning(duration_s, seeds):
         return np.array(figures)
 
     usual = row(tuned("as it is", Tuning()))
+    print(f"| | {' | '.join(names)} |\n|---|" + "---|" * len(names))
     cells = [f"{power_w:.0f}; {ttft:.1f} / {itl:.1f}" for power_w, ttft, itl in usual]
-    print(f"| as it is | | {' | '.join(cells)} |", flush=True)
+    print(f"| as it is | {' | '.join(cells)} |\n")
+    print("| number | half: watts | points | twice: watts | points |\n|---|---|---|---|---|")
     for one in dataclasses.fields(Tuning):
+        cells = []
         for factor in (0.5, 2.0):
-            changed = row(tuned(one.name, scaled(Tuning(), one.name, factor)))
-            more_frac = 100.0 * (changed[:, 0] / usual[:, 0] - 1.0)
-            points = changed[:, 1:] - usual[:, 1:]
-            cells = [
-                f"{more:+.1f} %; {ttft:+.1f} / {itl:+.1f}"
-                for more, (ttft, itl) in zip(more_frac, points, strict=True)
-            ]
-            print(f"| `{one.name}` | x {factor:g} | {' | '.join(cells)} |", flush=True)
+            try:
+                tuning = scaled(Tuning(), one.name, factor)
+                changed = row(tuned(one.name, tuning))
+            except ConfigError:  # twice as many misses as are promised
+                cells += ["refused", ""]
+                continue
+            more = 100.0 * (changed[:, 0] / usual[:, 0] - 1.0)
+            points = (changed[:, 1:] - usual[:, 1:]).min(axis=1)
+            at, worst = int(np.argmax(np.abs(more))), int(np.argmin(points))
+            cells.append(f"{more[at]:+.1f} % ({names[at]})" if abs(more[at]) >= 0.05 else "0")
+            cells.append(f"{points[worst]:+.1f} ({names[worst]})" if points[worst] < -0.05 else "0")
+        print(f"| `{one.name}` | {' | '.join(cells)} |", flush=True)
 
 
 def main():

@@ -5,10 +5,11 @@ arrive, so that it needs nothing from the slower layers but a floor and a ceilin
 """
 
 import math
+from typing import Any, NamedTuple
 
 from numba import types
 
-from voltana_ctrl.kernels.choose.base import F8, GOVERNOR_SIGNATURE
+from voltana_ctrl.kernels.choose.base import F8, GOVERNOR_SIGNATURE, I8, ROWS
 from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
 
@@ -166,6 +167,120 @@ def _next_late_frac(
     return late_frac(params[TTFT_S] - done_s - next_s, sd_s, done_s, skew_frac)
 
 
+class Waiting(NamedTuple):
+    """What waits to be prefilled, and what arrives.
+
+    A squared length is the coefficient of the quadratic time of attention, see
+    :func:`squared_tok`.
+    """
+
+    oldest_s: Any  # how long the oldest prompt has waited
+    batch_tok: Any  # in this iteration
+    batch_tok2: Any
+    head_tok: Any  # until the oldest prompt is done
+    head_tok2: Any
+    left_tok: Any  # behind this iteration
+    left_tok2: Any
+    after_tok: Any  # behind the oldest prompt
+    typical_tok: Any  # length of a prompt as arriving tokens meet it
+    rate_tok_s: Any  # arrivals
+    spread_tok2_s: Any  # their variance, per second
+
+
+F8_1 = types.Array(F8, 1, "C")
+WAITING = types.NamedUniTuple(F8, 11, Waiting)
+
+
+@njit(WAITING(F8_1, F8, F8, F8))
+def _what_waits(memory, waiting_tok, batch_tok, oldest_s):
+    """Sort what waits into this iteration, the rest of the oldest prompt, and all behind it."""
+    rate_tok_s = 0.0
+    spread_tok2_s = 0.0
+    typical_tok = batch_tok
+    if memory[SPAN_S] > 0.0:
+        rate_tok_s = memory[ARRIVED_TOK] / memory[SPAN_S]
+        spread_tok2_s = memory[SPREAD_TOK2] / memory[SPAN_S]
+        if rate_tok_s > 0.0:
+            # Of a compound Poisson stream this is E[l^2] / E[l].
+            typical_tok = spread_tok2_s / rate_tok_s
+    # Of a prompt longer than an iteration only a part is in this one, and the last parts take
+    # longest.
+    long_tok, ahead_tok = memory[LONG_TOK], memory[AHEAD_TOK] + batch_tok
+    left_tok2 = squared_tok(waiting_tok - batch_tok, ahead_tok - batch_tok, long_tok, typical_tok)
+    waiting_tok2 = squared_tok(waiting_tok, ahead_tok, long_tok, typical_tok)
+    head_tok = min(waiting_tok, max(batch_tok, typical_tok))
+    if ahead_tok <= long_tok:
+        head_tok = min(waiting_tok, max(head_tok, ahead_tok))
+    after_tok2 = squared_tok(waiting_tok - head_tok, ahead_tok - head_tok, long_tok, typical_tok)
+    return Waiting(
+        oldest_s, batch_tok, waiting_tok2 - left_tok2, head_tok, waiting_tok2 - after_tok2,
+        waiting_tok - batch_tok, left_tok2, waiting_tok - head_tok, typical_tok, rate_tok_s,
+        spread_tok2_s,
+    )  # fmt: skip
+
+
+@njit(types.boolean(F8_1, F8_1, ROW, WAITING))
+def _doomed(params, memory, top_row, waiting):
+    """Whether the oldest prompt is one that no clock serves in time any more.
+
+    It is then served at least energy per token, unless what arrives behind it needs more. Fewer
+    parts than are asked for here may be a burst of short prompts, some of them in time.
+    """
+    long_tok, ahead_tok = memory[LONG_TOK], memory[AHEAD_TOK] + waiting.batch_tok
+    if not 0.0 < ahead_tok <= long_tok or long_tok <= _SURELY_ONE * waiting.batch_tok:
+        return False
+    rest_s = prefill_s(top_row, waiting.head_tok, waiting.head_tok2)
+    return waiting.oldest_s + params[PREFILL_PACE_FRAC] * rest_s > params[TTFT_S]
+
+
+@njit(types.boolean(ROWS, F8_1, WAITING, I8, I8, I8, ROW, F8, types.boolean))
+def _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed):
+    """Whether prefill at clock `k` is late no more often than the promise allows.
+
+    Three kinds of requests are asked about: the oldest that waits and what waits behind it; what
+    arrives during this iteration and is served in the next, at the highest clock; and, up to
+    the thrifty clock, what arrives until the oldest prompt is done, served at the thrifty clock.
+    """
+    row = rows[k]
+    pace_frac, noise_frac = params[PREFILL_PACE_FRAC], params[NOISE_FRAC]
+    miss_frac = params[MISS_FRAC]
+    done_s = step_s + until_done_s(
+        pace_frac * prefill_s(present, waiting.batch_tok, waiting.batch_tok2),
+        pace_frac * prefill_s(row, waiting.batch_tok, waiting.batch_tok2),
+        params[DELAY_S],
+    )
+    head_s = step_s + until_done_s(
+        pace_frac * prefill_s(present, waiting.head_tok, waiting.head_tok2),
+        pace_frac * prefill_s(row, waiting.head_tok, waiting.head_tok2),
+        params[DELAY_S],
+    )
+    if not doomed:
+        left_s = params[TTFT_S] - waiting.oldest_s
+        if late_frac(left_s - head_s, noise_frac * head_s, head_s, 0.0) > miss_frac:
+            return False
+        if waiting.left_tok > 0.0:
+            # What is behind this iteration may have waited as long.
+            all_s = done_s + pace_frac * prefill_s(
+                rows[max(k, thrifty)], waiting.left_tok, waiting.left_tok2
+            )
+            if late_frac(left_s - all_s, noise_frac * all_s, all_s, 0.0) > miss_frac:
+                return False
+    late = _next_late_frac(
+        params, row, rows[top], done_s, waiting.left_tok, waiting.rate_tok_s,
+        waiting.spread_tok2_s, waiting.typical_tok,
+    )  # fmt: skip
+    if late > miss_frac:
+        return False
+    if k >= thrifty:
+        return True
+    # Nearly free, so it is kept for all that arrives until the head is done.
+    late = _next_late_frac(
+        params, row, rows[thrifty], head_s, waiting.after_tok, waiting.rate_tok_s,
+        waiting.spread_tok2_s, waiting.typical_tok,
+    )  # fmt: skip
+    return late <= _NEARLY_NONE * miss_frac
+
+
 @njit([GOVERNOR_SIGNATURE])
 def needed_clock(
     rows,
@@ -200,38 +315,12 @@ def needed_clock(
         k += 1
     asked = int(memory[ASKED_K]) - 1
     present = rows[asked if asked >= 0 else len(rows) - 1]
-    rate_tok_s = 0.0
-    spread_tok2_s = 0.0
-    typical_tok = batch_tok
-    if memory[SPAN_S] > 0.0:
-        rate_tok_s = memory[ARRIVED_TOK] / memory[SPAN_S]
-        spread_tok2_s = memory[SPREAD_TOK2] / memory[SPAN_S]
-        if rate_tok_s > 0.0:
-            # Of a compound Poisson stream this is E[l^2] / E[l].
-            typical_tok = spread_tok2_s / rate_tok_s
-    # Of a prompt longer than an iteration only a part is in this one, and the last parts take
-    # longest.
-    long_tok, ahead_tok = memory[LONG_TOK], memory[AHEAD_TOK] + batch_tok
-    left_tok2 = squared_tok(waiting_tok - batch_tok, ahead_tok - batch_tok, long_tok, typical_tok)
-    waiting_tok2 = squared_tok(waiting_tok, ahead_tok, long_tok, typical_tok)
-    head_tok = min(waiting_tok, max(batch_tok, typical_tok))
-    if ahead_tok <= long_tok:
-        head_tok = min(waiting_tok, max(head_tok, ahead_tok))
-    head_tok2 = waiting_tok2
-    head_tok2 -= squared_tok(waiting_tok - head_tok, ahead_tok - head_tok, long_tok, typical_tok)
-    batch_tok2 = waiting_tok2 - left_tok2
     thrifty = min(int(params[THRIFTY_K]), top)
     size_req = float(padded[int(running_req)])
-    # One that no clock serves in time any more is served at least energy per token, unless what
-    # arrives behind it needs more. Fewer parts may be a burst of short prompts, some in time.
-    doomed = False
-    if 0.0 < ahead_tok <= long_tok and long_tok > _SURELY_ONE * batch_tok:
-        rest_s = params[PREFILL_PACE_FRAC] * prefill_s(rows[top], head_tok, head_tok2)
-        doomed = oldest_wait_s + rest_s > params[TTFT_S]
+    waiting = _what_waits(memory, waiting_tok, batch_tok, oldest_wait_s)
+    doomed = _doomed(params, memory, rows[top], waiting)
     if doomed:
         k = max(k, thrifty)
-    delay_s = params[DELAY_S]
-    pace_frac, noise = params[PREFILL_PACE_FRAC], params[NOISE_FRAC]
     while k < top:
         row = rows[k]
         enough = True
@@ -239,42 +328,11 @@ def needed_clock(
         if running_req > 0.0:
             step_s = params[DECODE_PACE_FRAC] * decode_s(row, size_req, kv_tok)
             # Prompts of a colocated instance take their share of the time between tokens.
-            own_frac = 1.0 - params[PREFILLS] * rate_tok_s * pace_frac * row["prefill_tok_s"]
+            prompts_frac = waiting.rate_tok_s * params[PREFILL_PACE_FRAC] * row["prefill_tok_s"]
+            own_frac = 1.0 - params[PREFILLS] * prompts_frac
             enough = step_s + behind_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
-            done_s = step_s + until_done_s(
-                pace_frac * prefill_s(present, batch_tok, batch_tok2),
-                pace_frac * prefill_s(row, batch_tok, batch_tok2),
-                delay_s,
-            )
-            head_s = step_s + until_done_s(
-                pace_frac * prefill_s(present, head_tok, head_tok2),
-                pace_frac * prefill_s(row, head_tok, head_tok2),
-                delay_s,
-            )
-            left_s = params[TTFT_S] - oldest_wait_s
-            late = late_frac(left_s - head_s, noise * head_s, head_s, 0.0)
-            enough = doomed or late <= params[MISS_FRAC]
-            if enough and not doomed and waiting_tok > batch_tok:
-                # What is behind this iteration may have waited as long.
-                all_s = done_s + pace_frac * prefill_s(
-                    rows[max(k, thrifty)], waiting_tok - batch_tok, left_tok2
-                )
-                late = late_frac(left_s - all_s, noise * all_s, all_s, 0.0)
-                enough = late <= params[MISS_FRAC]
-            if enough:
-                late = _next_late_frac(
-                    params, row, rows[top], done_s, waiting_tok - batch_tok,
-                    rate_tok_s, spread_tok2_s, typical_tok,
-                )  # fmt: skip
-                enough = late <= params[MISS_FRAC]
-            if enough and k < thrifty:
-                # Nearly free, so it is kept for all that arrives until the head is done.
-                late = _next_late_frac(
-                    params, row, rows[thrifty], head_s, waiting_tok - head_tok,
-                    rate_tok_s, spread_tok2_s, typical_tok,
-                )  # fmt: skip
-                enough = late <= _NEARLY_NONE * params[MISS_FRAC]
+            enough = _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed)
         if enough:
             break
         k += 1
