@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop, make_workload
 from voltana_ctrl.types import Decision, FleetSpec, Load, PowerBudget, Slo, Steps
+
+if TYPE_CHECKING:
+    from voltana_ctrl.backends import SimBackend
 
 __all__ = ["BELIEF_DELAY_S", "GRACE_S", "TRIAL_SEEDS", "Run"]
 
@@ -240,7 +243,8 @@ class Run:
             "regime": "open_loop",
         }
 
-    def _simulate(self, workload: Workload) -> dict[str, Any]:
+    def _built(self, workload: Workload) -> tuple[PolicyParts, SimBackend]:
+        """The policy, and the plant that it is to run, with its first decision applied."""
         from voltana_ctrl.backends.sim import SimBackend  # loads Numba
 
         setup = PolicySetup(
@@ -260,7 +264,6 @@ class Run:
         if parts.fleet is not None:
             fleet = fleet.in_roles([one.role for one in parts.fleet.instances])
         believed = parts.fleet or self.believed or fleet
-        from_s, until_s = self._window_s
         backend = SimBackend(
             fleet,
             workload=workload,
@@ -270,40 +273,36 @@ class Run:
             prefill_router=parts.prefill_router,
             decode_router=parts.decode_router,
             believed=believed,
-            judged_s=(from_s, until_s),
+            judged_s=self._window_s,
             faults=self.faults,
         )
-        plant = backend.plant
-        plant.apply(parts.first or Decision.highest(fleet))
-        times_s: list[float] = []
-        sampler = DetailSampler(plant, from_s, until_s) if self.detail else None
+        backend.plant.apply(parts.first or Decision.highest(fleet))
+        return parts, backend
+
+    def _simulate(self, workload: Workload) -> dict[str, Any]:
+        parts, backend = self._built(workload)
+        plant, (from_s, until_s) = backend.plant, self._window_s
+        # Each stops on its way what stands behind it: loop or sampler, meter, plant.
         budget = self.power_budget
         meter = None if budget is None else PowerMeter(plant, budget, from_s, until_s)
+        sampler = DetailSampler(plant, from_s, until_s, meter) if self.detail else None
+        times_s: list[float] = []
         loop = None
         if parts.controller is not None:
             loop = ControlLoop(
                 backend,
                 parts.controller,
-                Guard(fleet),
+                Guard(backend.spec),
                 clock=SimClock(meter or plant),
                 observers=[_Stopwatch(times_s), *([sampler] if sampler else [])],
             )
 
-        def go(to_s: float, *, stop_when_judged: bool = False) -> None:
-            if loop is None:
-                plant.advance(to_s, stop_when_judged=stop_when_judged)
-                return
-            loop.run(to_s)
-
+        go = loop.run if loop is not None else (sampler or meter or plant).advance
         go(from_s)
         before = snapshot(plant)
         _, carried_in_tok = unfinished(plant)
         bill = Bill(plant, self.price, self.co2, from_s, until_s)
         for edge_s in bill.edges_s[1:]:
-            if meter is not None and loop is None:
-                meter.advance(edge_s, sampler)
-            elif sampler is not None and loop is None:
-                sampler.advance(edge_s)
             go(edge_s)
             bill.take()
         if sampler is not None:
@@ -312,7 +311,7 @@ class Run:
         past_req, past_tok = unfinished(plant)
         end_s = until_s + self.grace_s(workload)
         if loop is None:
-            go(end_s, stop_when_judged=True)
+            plant.advance(end_s, stop_when_judged=True)
         while plant.judged[1] > 0 and plant.now_s < end_s:
             go(min(plant.now_s + 1.0, end_s))
         kept = {} if sampler is None else {"detail": sampler.detail()}

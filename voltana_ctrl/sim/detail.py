@@ -14,6 +14,7 @@ from voltana_ctrl.sim.metrics import drawn_j, judged_latencies, snapshot
 
 if TYPE_CHECKING:
     from voltana_ctrl.sim.plant import Plant
+    from voltana_ctrl.sim.power import PowerMeter
 
 __all__ = ["DetailSampler", "RunDetail"]
 
@@ -98,6 +99,8 @@ class DetailSampler:
         What is sampled.
     from_s, until_s : float
         Edges of the window.
+    meter : PowerMeter, optional
+        What stands before the plant and is advanced in its place.
 
     Examples
     --------
@@ -112,8 +115,11 @@ class DetailSampler:
     (120, 2)
     """
 
-    def __init__(self, plant: Plant, from_s: float, until_s: float) -> None:
+    def __init__(
+        self, plant: Plant, from_s: float, until_s: float, meter: PowerMeter | None = None
+    ) -> None:
         self._plant = plant
+        self._advanced = meter or plant
         self._due_s = np.linspace(from_s, until_s, INTERVALS + 1)
         self._next = 0
         self._edge_s: list[float] = []
@@ -122,9 +128,9 @@ class DetailSampler:
     def advance(self, to_s: float) -> None:
         """Run the plant until `to_s`, with a stop at every sample on the way."""
         while self._next < len(self._due_s) and self._due_s[self._next] <= to_s:
-            self._plant.advance(float(self._due_s[self._next]))
+            self._advanced.advance(float(self._due_s[self._next]))
             self.take()
-        self._plant.advance(to_s)
+        self._advanced.advance(to_s)
 
     def on_tick(self, record: object) -> None:  # noqa: ARG002  the observer's signature
         """Sample if one is due."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +17,6 @@ __all__ = ["PowerMeter", "refuse_below_idle"]
 
 #: Mean power is compared with the budget over samples of this length.
 SAMPLE_S = 0.1
-
-
-class _Samples(Protocol):
-    def take(self) -> None: ...
 
 
 class PowerMeter:
@@ -63,23 +59,19 @@ class PowerMeter:
         """Simulated time."""
         return self._plant.now_s
 
-    def advance(self, until_s: float, also: _Samples | None = None) -> None:
+    def advance(self, until_s: float) -> None:
         """Run the plant until `until_s`.
 
         Parameters
         ----------
         until_s : float
             Simulated time.
-        also : object with take(), optional
-            Told at every stop.
         """
         for edge_s in self._edge_s[len(self._energy_j) :]:
             if edge_s > until_s:
                 break
             self._plant.advance(float(edge_s))
             self._energy_j.append(float(drawn_j(snapshot(self._plant)).sum()))
-            if also is not None:
-                also.take()
         self._plant.advance(until_s)
 
     def over_budget_frac(self) -> float:
