@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from voltana_ctrl.errors import ConfigError
 
-__all__ = ["check_ours", "own_folder", "read_ours", "replace_file"]
+__all__ = ["check_ours", "own_folder", "read_ours", "replace_file", "whole_file"]
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -154,6 +154,51 @@ def read_ours(
     if len(data) > most_bytes:
         raise ConfigError(f"{label}: expected at most {most_bytes} bytes")
     return data
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Let somebody else's code write a file that appears as a whole, or not at all.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; a pipe or ``/dev/stdout``, which cannot be replaced, is written as it is.
+
+    Yields
+    ------
+    Path
+        Where to write: hidden, in the same folder, with the same suffix.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written; then the old one is as it was, and nothing lies beside it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with whole_file(Path(folder, "out.csv")) as beside:
+    ...         _ = beside.write_text("policy")
+    ...     [one.name for one in Path(folder).iterdir()]
+    ['out.csv']
+    """
+    path = Path(path)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        try:
+            yield beside
+            beside.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink()
+            raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def replace_file(

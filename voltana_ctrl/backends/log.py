@@ -151,7 +151,8 @@ class LogFile:
     Raises
     ------
     OSError
-        If it cannot be written; what was torn stays at its end.
+        If it cannot be written; what was torn stays at its end. One that does not even take the
+        header is removed.
 
     Examples
     --------
@@ -172,6 +173,8 @@ class LogFile:
         except OSError:
             with suppress(OSError):  # what a full disk would not take is refused once more
                 self.close()
+            with suppress(OSError):
+                Path(path).unlink()  # there is nothing in it
             raise
 
     def append(self, line: bytes) -> None:

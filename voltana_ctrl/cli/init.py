@@ -12,6 +12,7 @@ import typer
 
 from voltana_ctrl.cli.options import above_zero, check_outputs
 from voltana_ctrl.errors import BackendError, ConfigError, VoltanaError
+from voltana_ctrl.files import whole_file
 
 if TYPE_CHECKING:
     from voltana_ctrl.machine import FoundEngine
@@ -128,9 +129,5 @@ def _draft(engines: list[FoundEngine], node: str) -> tuple[str, tuple[str, ...]]
 
 def _write(out: Path, text: str) -> None:
     """Write it whole: an agent that reads it meanwhile finds the old file or the new one."""
-    beside = out.with_name(f".{out.name}.new")
-    try:
+    with whole_file(out) as beside:
         beside.write_text(text, encoding="utf-8")
-        beside.replace(out)
-    except OSError as error:
-        raise ConfigError(f"out: {out} cannot be written: {error.strerror}") from error

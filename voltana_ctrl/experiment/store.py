@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -20,6 +19,7 @@ from voltana_ctrl import __version__
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.experiment.run import Run
 from voltana_ctrl.experiment.tables import arrow_table, load_pyarrow
+from voltana_ctrl.files import whole_file
 
 __all__ = ["ResultStore"]
 
@@ -70,7 +70,10 @@ class ResultStore:
         self._new: list[dict[str, Any]] = []
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            files = sorted(self._folder.glob("*.parquet"))
+            # What another process is writing at this moment is hidden.
+            files = sorted(
+                one for one in self._folder.glob("*.parquet") if not one.name.startswith(".")
+            )
         except OSError as error:
             raise ConfigError(f"store {folder}: {error.strerror}") from error
         for file in files:
@@ -139,12 +142,8 @@ class ResultStore:
         _, parquet = load_pyarrow()
         # Named by its first run: no two processes that share a folder write the same file.
         path = self._folder / f"runs-{self._new[0][_KEY]}.parquet"
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole_file(path) as beside:
             parquet.write_table(arrow_table(self._new, list(self._new[0])), beside)
-            beside.replace(path)
-        except OSError as error:
-            raise ConfigError(f"store: {path} cannot be written: {error.strerror}") from error
         self._new = []
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.files import whole_file
 from voltana_ctrl.sim.detail import RunDetail
 
 if TYPE_CHECKING:
@@ -43,16 +43,8 @@ def write_json(values: Mapping[str, Any], path: str | Path) -> None:
     '{\n "runs": []\n}\n'
     """
     text = json.dumps(dict(values), indent=1, allow_nan=False) + "\n"
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")  # a pipe or /dev/stdout cannot be replaced
-            return
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with whole_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def check_table(path: str | Path) -> None:
@@ -107,17 +99,15 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     check_table(path)
     rows = list(rows)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    try:
+    with whole_file(path) as beside:
         if Path(path).suffix == ".parquet":
             _, parquet = load_pyarrow()
-            parquet.write_table(arrow_table(rows, columns), path)
+            parquet.write_table(arrow_table(rows, columns), beside)
             return
-        with Path(path).open("w", encoding="utf-8", newline="") as file:
+        with beside.open("w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, columns)
             table.writeheader()
             table.writerows(rows)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def dataframe(rows: Sequence[Mapping[str, Any]]) -> DataFrame:

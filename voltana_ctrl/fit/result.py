@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64
+from voltana_ctrl.files import whole_file
 from voltana_ctrl.fit.heldout import HeldOut, Laws
 from voltana_ctrl.fit.profile_file import profile_text
 from voltana_ctrl.fit.tables import IterationTable
@@ -209,8 +210,16 @@ class FitResult:
         )
 
     def save(self, path: str | Path, name: str, like: Profile, **options: Any) -> None:
-        """Write :meth:`to_toml` to a file; `options` as there."""
-        Path(path).write_text(self.to_toml(name, like, **options), encoding="utf-8")
+        """Write :meth:`to_toml` to a file; `options` as there.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be written; half a profile is never there.
+        """
+        text = self.to_toml(name, like, **options)
+        with whole_file(path) as beside:
+            beside.write_text(text, encoding="utf-8")
 
 
 def foreign_lines(result: FitResult, name: str, like: Profile) -> list[str]:

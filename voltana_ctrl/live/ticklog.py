@@ -209,6 +209,10 @@ class TickLog:
     def _put_aside(self) -> None:
         if not self._path.exists():
             return
+        if self._path.stat().st_size == 0:
+            # Of no use, and in its place an older one with ticks would be removed.
+            self._path.unlink()
+            return
         aside = put_aside(self._path)
         number = int(aside[-1].stem.rpartition("-")[2]) + 1 if aside else 1
         target = self._path.with_name(f"{self._path.stem}-{number:06d}.jsonl")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.files import whole_file
 from voltana_ctrl.report.canvas import WIDTH_IN, new_canvas, style
 from voltana_ctrl.report.palette import INK, MISS
 from voltana_ctrl.report.panels import (
@@ -153,10 +154,8 @@ def write_plot(study: Study, path: str | Path, figures: Sequence[str] = ()) -> N
         )
     with style():
         page = _stacked(study, chosen)
-        try:
-            page.savefig(path, dpi=144, metadata=_metadata(path.suffix))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+        with whole_file(path) as beside:
+            page.savefig(beside, dpi=144, metadata=_metadata(path.suffix))
 
 
 def drawable(study: Study) -> list[Figure]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.files import whole_file
 from voltana_ctrl.fit import FitResult, draw_diagnostics
 from voltana_ctrl.report.canvas import new_canvas, style
 from voltana_ctrl.report.figures import check_plot
@@ -37,7 +37,5 @@ def write_fit_plot(result: FitResult, path: str | Path) -> None:
     with style():
         page = new_canvas((10.0, 8.0))
         draw_diagnostics(result, page)
-        try:
-            page.savefig(path, dpi=144)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+        with whole_file(path) as beside:
+            page.savefig(beside, dpi=144)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.files import whole_file
 from voltana_ctrl.report.figures import Figure, check_plot, drawable, svg
 from voltana_ctrl.report.palette import DARK, INK, PARTS, POLICY_COLOURS, REFERENCE_COLOUR
 from voltana_ctrl.report.study import REFERENCE, Study, load_text
@@ -55,10 +55,8 @@ def write_html(study: Study, path: str | Path) -> None:
     """
     check_plot()
     page = render(study)
-    try:
-        Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    with whole_file(path) as beside:
+        beside.write_text(page, encoding="utf-8")
 
 
 def render(study: Study) -> str:
