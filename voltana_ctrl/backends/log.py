@@ -146,7 +146,7 @@ class LogFile:
     path : Path
         The file; an existing one is replaced.
     header : mapping
-        Of :func:`log_header`.
+        What :func:`log_header` made.
 
     Raises
     ------
@@ -183,7 +183,7 @@ class LogFile:
         Parameters
         ----------
         line : bytes
-            Of :func:`log_line`.
+            What :func:`log_line` made.
         """
         if self._file is not None:
             self._file.write(line)
@@ -203,7 +203,7 @@ def log_line(values: Mapping[str, Any]) -> bytes:
     Parameters
     ----------
     values : mapping
-        Of :func:`log_header` or :func:`log_tick`.
+        What :func:`log_header` or :func:`log_tick` made.
 
     Examples
     --------

@@ -83,7 +83,7 @@ class ActuatorChooser(Controller):
     dwell_s : float
         Least time between two settings; the clock lock is returned to at once.
     confidence_frac, least_saving_frac : float
-        As of :func:`voltana_ctrl.laws.compare_actuators`.
+        See :func:`voltana_ctrl.laws.compare_actuators`.
 
     Raises
     ------

@@ -124,7 +124,7 @@ class Assessor:
         Parameters
         ----------
         state, load
-            As of :meth:`clocks_mhz`.
+            See :meth:`clocks_mhz`.
         drains : bool
             Count energy above what the instance draws once it is parked: who drains is parked
             the sooner, the faster it is.
@@ -196,7 +196,7 @@ class Assessor:
         Parameters
         ----------
         state, load
-            As of :meth:`clocks_mhz`.
+            See :meth:`clocks_mhz`.
         active : ndarray of bool, shape (n,)
             Who may get new work.
 
@@ -224,7 +224,7 @@ class Assessor:
         Parameters
         ----------
         worst_w : ndarray, shape (n, n_clocks)
-            Of :meth:`worst_power_w`.
+            What :meth:`worst_power_w` returned.
         clock_mhz : ndarray, shape (n,)
             Clocks.
         """
@@ -236,7 +236,7 @@ class Assessor:
         Parameters
         ----------
         worst_w, clock_mhz
-            As of :meth:`drawn_w`.
+            See :meth:`drawn_w`.
         """
         return self._raised(worst_w, clock_mhz)[1]
 
@@ -246,7 +246,7 @@ class Assessor:
         Parameters
         ----------
         worst_w : ndarray, shape (n, n_clocks)
-            Of :meth:`worst_power_w`.
+            What :meth:`worst_power_w` returned.
         wanted_mhz : ndarray, shape (n,)
             Clocks that would be chosen without a budget.
         budget_w : float
@@ -303,12 +303,12 @@ class Assessor:
         Parameters
         ----------
         worst_w, wanted_mhz, budget_w
-            As of :meth:`ceilings_mhz`; clocks wanted by prefill only say in which proportion.
+            See :meth:`ceilings_mhz`; clocks wanted by prefill only say in which proportion.
 
         Returns
         -------
         ceilings, kept
-            As of :meth:`ceilings_mhz`.
+            See :meth:`ceilings_mhz`.
 
         Examples
         --------

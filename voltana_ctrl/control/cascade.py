@@ -476,7 +476,7 @@ class MpcController(CascadeController):
     Parameters
     ----------
     fleet, slo, **settings
-        As of :class:`CascadeController`.
+        See :class:`CascadeController`.
     plan_period_s : float
         Time between two plans.
     beside : bool

@@ -86,7 +86,7 @@ class LeastPower:
     instance : InstanceSpec
         Which.
     slo, margin_frac, delay_s, governed
-        As of :class:`voltana_ctrl.control.TargetOptimiser`.
+        See :class:`voltana_ctrl.control.TargetOptimiser`.
     pace_frac : tuple of float
         Prefill and decode iterations take so many times what the profile says.
     able_mhz : float

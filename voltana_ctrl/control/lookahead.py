@@ -200,7 +200,7 @@ class Lookahead:
         Parameters
         ----------
         memory : LookaheadMemory
-            Of :meth:`count`.
+            What :meth:`count` returned.
         state : FleetState
             Of the fleet.
         """
@@ -219,7 +219,7 @@ class Lookahead:
         Parameters
         ----------
         memory : LookaheadMemory
-            Of :meth:`count`.
+            What :meth:`count` returned.
         state : FleetState
             Of the fleet.
         load : Load

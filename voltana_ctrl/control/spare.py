@@ -47,7 +47,7 @@ def with_spare(spare: float, wanted: Bool, speed_req_s: F64, serves: Callable[[F
     Parameters
     ----------
     spare : float
-        As of :func:`spare_count`.
+        See :func:`spare_count`.
     wanted : ndarray of bool, shape (n,)
         Who is needed while nobody is lost.
     speed_req_s : ndarray, shape (n,)

@@ -101,7 +101,7 @@ class Standby:
         Parameters
         ----------
         memory : StandbyMemory
-            Of :meth:`look`.
+            What :meth:`look` returned.
         state : FleetState
             Of the fleet.
         """
@@ -118,7 +118,7 @@ class Standby:
         Parameters
         ----------
         memory : StandbyMemory
-            Of :meth:`look`.
+            What :meth:`look` returned.
         state : FleetState
             Of the fleet.
         wanted : sequence of float, length n_groups

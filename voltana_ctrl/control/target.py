@@ -45,7 +45,7 @@ class TargetOptimiser:
     slo : Slo
         Promises; as many misses as `attainment` allows are planned for.
     margin_frac : tuple of float, optional
-        TTFT and ITL margin, as of :class:`voltana_ctrl.control.IterationGovernor`.
+        TTFT and ITL margin, see :class:`voltana_ctrl.control.IterationGovernor`.
     delay_s : float
         From asking for a clock until it runs.
     governed : bool
@@ -272,7 +272,7 @@ class TargetOptimiser:
         Parameters
         ----------
         load, belief
-            As of :meth:`plan`.
+            See :meth:`plan`.
         route_frac : ndarray, shape (n,)
             Share of the arrivals.
 

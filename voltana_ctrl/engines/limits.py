@@ -123,7 +123,7 @@ def read_limits(path: str | Path, *, owners: Collection[int] = ()) -> Handed | N
     Parameters
     ----------
     path : str or Path
-        Of :func:`write_limits`.
+        What :func:`write_limits` made.
     owners : collection of int
         User ids besides root and our own that may have written it.
 

@@ -17,7 +17,7 @@ __all__ = ["FinishedRequest", "Traffic"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRequest:
-    """One request that has ended well; fields as of :class:`voltana_ctrl.types.RequestBatch`.
+    """One request that has ended well; for its fields see :class:`voltana_ctrl.types.RequestBatch`.
 
     Parameters
     ----------

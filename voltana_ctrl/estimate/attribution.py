@@ -119,7 +119,7 @@ class RequestCost:
     Parameters
     ----------
     request, request_class : ndarray of int, shape (k,)
-        The host's number, and the class as of :class:`RequestClasses`.
+        The host's number, and the class as :class:`RequestClasses` counts it.
     prefill_j, decode_j : ndarray, shape (k,)
         Energy.
 

@@ -377,7 +377,7 @@ class Forecaster:
         Parameters
         ----------
         memory : ForecastMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         cells = len(self._ends)
         mean = memory.issued_req_s[-1, :, -1]

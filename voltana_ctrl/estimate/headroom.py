@@ -158,7 +158,7 @@ class HeadroomFilter:
         Parameters
         ----------
         memory : HeadroomMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         noise_frac : float
             Standard deviation of an iteration's time about what is expected.
         """
@@ -193,11 +193,11 @@ class HeadroomFilter:
         Parameters
         ----------
         memory : HeadroomMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         least_frac : tuple of float
             What is kept free in any case.
         noise_frac : float
-            As of :meth:`hand_off_frac`.
+            See :meth:`hand_off_frac`.
         """
         ttft, itl = self._tracker.applied_frac(memory.tracked)
         hand_off = self.hand_off_frac(memory, noise_frac)

@@ -129,7 +129,7 @@ class OnlineLearner:
         Parameters
         ----------
         state : Learned
-            Of :meth:`init` or of an earlier update; not changed.
+            What :meth:`init` or an earlier update returned; not changed.
         iterations : IterationBatch
             Any records, also wrong ones.
 

@@ -200,7 +200,7 @@ class LengthEstimator:
         state : LengthState
             What was seen.
         request_class : int
-            As of :meth:`RequestClasses.of`.
+            See :meth:`RequestClasses.of`.
         quantile_frac : float
             Between 0 and 1.
         made_tok : float

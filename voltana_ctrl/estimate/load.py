@@ -190,7 +190,7 @@ class LoadFilter:
         Parameters
         ----------
         memory : LoadMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         count, prompt, prompt2 = memory.moments[:3]
         if count < _KNOWN_REQ or memory.arrived_req < _TELLING_REQ:
@@ -217,7 +217,7 @@ class LoadFilter:
         Parameters
         ----------
         memory : LoadMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         if not memory.steady_req > 0.0:
             return float("inf")
@@ -238,7 +238,7 @@ class LoadFilter:
         Parameters
         ----------
         memory : LoadMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         count, prompt, prompt2, decoded, context, context2 = memory.moments + self._prior
         mean = finished_tok = prompt / count

@@ -256,7 +256,7 @@ class PaceFilter:
         Parameters
         ----------
         memory : PaceMemory
-            Of :meth:`update`, whose state the decision was made on.
+            What :meth:`update` returned, whose state the decision was made on.
         decision : Decision
             What is asked for from now on.
         governed : bool
@@ -293,7 +293,7 @@ class PaceFilter:
         Parameters
         ----------
         memory : PaceMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         from voltana_ctrl.kernels.learn import pace as kernels  # loads Numba
 
@@ -310,7 +310,7 @@ class PaceFilter:
         Parameters
         ----------
         memory : PaceMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         from voltana_ctrl.kernels.learn import pace as kernels  # loads Numba
 
@@ -323,7 +323,7 @@ class PaceFilter:
         Parameters
         ----------
         memory : PaceMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         from voltana_ctrl.kernels.learn import pace as kernels  # loads Numba
 
@@ -336,7 +336,7 @@ class PaceFilter:
         Parameters
         ----------
         memory : PaceMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         from voltana_ctrl.kernels.learn import pace as kernels  # loads Numba
 

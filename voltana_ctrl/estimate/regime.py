@@ -123,7 +123,7 @@ class RegimeFilter:
         Parameters
         ----------
         memory : RegimeMemory
-            Of :meth:`update`.
+            What :meth:`update` returned.
         """
         if memory.span_s < 0.25 * self._memory_s or memory.flow_req < 50.0:
             return Regime.OPEN

@@ -134,7 +134,7 @@ def interval_lines(intervals: Sequence[Mapping[str, Any]]) -> list[str]:
     Parameters
     ----------
     intervals : sequence of mapping
-        Of :func:`savings_intervals`.
+        What :func:`savings_intervals` made.
 
     Examples
     --------

@@ -44,7 +44,7 @@ def fit_table(
     table : str, Path, sequence of them, or IterationTable
         CSV or Parquet in a format of :func:`read_table`, or the table itself.
     where, gpus, freq_mhz
-        As of :func:`read_table`; for a file only.
+        See :func:`read_table`; for a file only.
     batch_steps : tuple of (upto_req, step_req), optional
         Padding of the decode batch, where it is known; detected by default.
     fixed : mapping of str to float, optional

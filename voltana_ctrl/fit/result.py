@@ -204,7 +204,7 @@ class FitResult:
         ladder_mhz: Iterable[float] | None = None,
         idle_w: float | None = None,
     ) -> Profile:
-        """Profile of the fitted laws; parameters as of :meth:`to_toml`."""
+        """Profile of the fitted laws; for the parameters see :meth:`to_toml`."""
         return profile_from_laws(
             tomllib.loads(self.to_toml(name, like, ladder_mhz=ladder_mhz, idle_w=idle_w))
         )

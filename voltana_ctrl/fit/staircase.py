@@ -34,7 +34,7 @@ def pad(batch_req: Any, batch_steps: tuple[tuple[int, int], ...]) -> F64:
     batch_req : array_like
         Requests in the batch.
     batch_steps : tuple of (upto_req, step_req)
-        As of :class:`voltana_ctrl.types.Profile`.
+        See :class:`voltana_ctrl.types.Profile`.
 
     Examples
     --------

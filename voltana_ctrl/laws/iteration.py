@@ -135,7 +135,7 @@ def decode_j(
     Parameters
     ----------
     rows, running_req, kv_tok, padded_req
-        As of :func:`decode_s`.
+        See :func:`decode_s`.
 
     Examples
     --------
@@ -228,7 +228,7 @@ def prefill_j(
     Parameters
     ----------
     rows, new_tok, square_tok2, prompts_req
-        As of :func:`prefill_s`.
+        See :func:`prefill_s`.
 
     Examples
     --------

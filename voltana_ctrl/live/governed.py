@@ -269,7 +269,7 @@ def node_policy(
         What an earlier run of the same fleet has learnt, see
         :class:`~voltana_ctrl.live.state.StateFile`.
     spare : float
-        Room for the loss of instances, as of :class:`voltana_ctrl.policies.PolicySetup`.
+        Room for the loss of instances, see :class:`voltana_ctrl.policies.PolicySetup`.
 
     Raises
     ------
@@ -317,14 +317,14 @@ def fleet_policy(
     Parameters
     ----------
     fleet, slo, policy, period_s, power_budget, delay_s, routed, learnt, spare
-        As of :func:`node_policy`.
+        See :func:`node_policy`.
     measured_delay_s : callable
         Delays that nodes have measured, by the id of the instance.
 
     Raises
     ------
     ConfigError
-        As of :func:`node_policy`; and if the policy's governors cannot run apart from it.
+        See :func:`node_policy`; and if the policy's governors cannot run apart from it.
 
     Examples
     --------

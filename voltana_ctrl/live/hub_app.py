@@ -103,7 +103,7 @@ class HubServer:
     Parameters
     ----------
     app : ASGI application
-        Of :func:`hub_app`.
+        What :func:`hub_app` made.
     host : str
         Address to listen on.
     port : int

@@ -50,12 +50,12 @@ def node_clocks(
     gpus : mapping of str to sequence of str
         UUIDs of the GPUs of those instances, by id.
     setter, lock_dir, library
-        As of :class:`~voltana_ctrl.backends.NvmlBackend`.
+        See :class:`~voltana_ctrl.backends.NvmlBackend`.
 
     Raises
     ------
     ConfigError, BackendError
-        As of :class:`~voltana_ctrl.backends.NvmlBackend`.
+        See :class:`~voltana_ctrl.backends.NvmlBackend`.
 
     Examples
     --------
@@ -180,7 +180,7 @@ class NodeBackend:
     reads : Backend
         State of the whole fleet.
     sets : NvmlBackend, optional
-        Of :func:`node_clocks`; None sets no clock.
+        What :func:`node_clocks` made; None sets no clock.
     hands : mapping of str to Path, optional
         File of :func:`~voltana_ctrl.engines.write_limits` that the engine of an instance reads.
     policy : str
@@ -312,7 +312,7 @@ class NodeBackend:
         Raises
         ------
         ActuationDenied, BackendError
-            As of :class:`~voltana_ctrl.backends.NvmlBackend`.
+            See :class:`~voltana_ctrl.backends.NvmlBackend`.
         ConfigError
             If an order cannot be written.
         """
@@ -361,7 +361,7 @@ class NodeBackend:
         Raises
         ------
         ActuationDenied, BackendError
-            As of :meth:`voltana_ctrl.backends.NvmlBackend.close`.
+            See :meth:`voltana_ctrl.backends.NvmlBackend.close`.
         """
         if not self._released:
             self._released = True

@@ -40,7 +40,7 @@ class SubscribedRouters(PolicyRouters):
     Parameters
     ----------
     fleet, policy, slo
-        As of :class:`~voltana_ctrl.router.policy.PolicyRouters`.
+        See :class:`~voltana_ctrl.router.policy.PolicyRouters`.
     valid_s : float
         How long a decision holds without a newer one.
     now_s : callable
@@ -49,7 +49,7 @@ class SubscribedRouters(PolicyRouters):
     Raises
     ------
     ConfigError
-        As of :class:`~voltana_ctrl.router.policy.PolicyRouters`.
+        See :class:`~voltana_ctrl.router.policy.PolicyRouters`.
 
     Examples
     --------

@@ -198,7 +198,7 @@ class LoadClient:
         Parameters
         ----------
         request : bytes
-            Of :meth:`request`.
+            What :meth:`request` returned.
         times_s : list of float
             Gets the time of each token, from ``time.perf_counter``, as it arrives.
 

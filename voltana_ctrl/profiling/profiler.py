@@ -59,7 +59,7 @@ def profile_engine(
     out : str or Path
         The table, CSV; appended to.
     setter, restore_lock_mhz, lock_dir, library
-        As of :class:`voltana_ctrl.backends.NvmlBackend`.
+        See :class:`voltana_ctrl.backends.NvmlBackend`.
     on_progress : callable, optional
         Called with points done, points in all, and the point that begins.
 

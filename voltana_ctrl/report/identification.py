@@ -16,7 +16,7 @@ def write_fit_plot(result: FitResult, path: str | Path) -> None:
     Parameters
     ----------
     result : FitResult
-        Of :func:`voltana_ctrl.fit.fit_table`.
+        What :func:`voltana_ctrl.fit.fit_table` made.
     path : str or Path
         Ends in ``.png``, ``.svg`` or ``.pdf``.
 

@@ -260,7 +260,7 @@ class PromptLengths:
         Parameters
         ----------
         chars, tok : int
-            Size of the prompt, as of :class:`Asked`.
+            Size of the prompt, see :class:`Asked`.
         """
         return max(1, tok + round(chars / self._chars_per_tok))
 
@@ -270,7 +270,7 @@ class PromptLengths:
         Parameters
         ----------
         chars, tok : int
-            Size of the prompt, as of :class:`Asked`.
+            Size of the prompt, see :class:`Asked`.
         prompt_tok : int
             What the engine counted.
         """

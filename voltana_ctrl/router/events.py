@@ -52,7 +52,7 @@ class EventReader:
     tokens : int
         Events that brought tokens. An event may bring several: only `usage` counts them.
     usage : dict
-        As of :func:`~voltana_ctrl.router.body.usage_of`; empty where none was told.
+        See :func:`~voltana_ctrl.router.body.usage_of`; empty where none was told.
 
     Examples
     --------

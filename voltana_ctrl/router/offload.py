@@ -54,12 +54,12 @@ class BodyReader:
         content : bytes
             The body.
         **options
-            As of :func:`~voltana_ctrl.router.body.read_request`.
+            See :func:`~voltana_ctrl.router.body.read_request`.
 
         Raises
         ------
         BadBody
-            As of :func:`~voltana_ctrl.router.body.read_request`; or if it takes too long.
+            See :func:`~voltana_ctrl.router.body.read_request`; or if it takes too long.
         """
         if len(content) <= _INLINE_BYTES:
             return read_request(content, **options)

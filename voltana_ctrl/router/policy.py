@@ -104,7 +104,7 @@ class PolicyRouters:
         Parameters
         ----------
         request, state, tried
-            As of :meth:`prefill`.
+            See :meth:`prefill`.
         """
         return self._pick("decode", request, state, tried)
 

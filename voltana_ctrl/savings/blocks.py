@@ -283,7 +283,7 @@ def read_blocks(
     slo : Slo, optional
         That of the log, where it has one, by default.
     washout_s : float, optional
-        As of :class:`BlockMeter`.
+        See :class:`BlockMeter`.
     instances : sequence of str
         Ids of those that count; all by default.
 

@@ -119,7 +119,7 @@ def estimate_savings(
     meter : BlockMeter
         What was measured.
     price_kwh, co2_g_kwh : float, optional
-        As of :func:`savings_of_log`.
+        See :func:`savings_of_log`.
 
     Raises
     ------

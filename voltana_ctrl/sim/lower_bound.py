@@ -175,7 +175,7 @@ def lower_bound_w(
     Parameters
     ----------
     fleet, workload, from_s, until_s, slo
-        As of :func:`least_demand`.
+        See :func:`least_demand`.
 
     Returns
     -------

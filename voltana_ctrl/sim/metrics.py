@@ -59,7 +59,7 @@ def drawn_j(sums: Any) -> Any:
     Parameters
     ----------
     sums : records or mapping of ndarray
-        Of :func:`snapshot`, or what its sums have gained.
+        What :func:`snapshot` made, or what its sums have gained.
 
     Examples
     --------

@@ -82,7 +82,7 @@ class ActuatorPoint:
     kv_tok : float
         Tokens in the KV cache meanwhile; 0 for prefill.
     freq_mhz, power_cap_w, mem_mhz, cpu_mhz
-        As of :class:`ActuatorSetting`.
+        See :class:`ActuatorSetting`.
     wall_s, wall_se_s : float
         Time of an iteration and its standard error.
     power_w, power_se_w : float

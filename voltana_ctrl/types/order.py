@@ -226,7 +226,7 @@ class Order:
         Parameters
         ----------
         values : object
-            As of :meth:`plain`.
+            See :meth:`plain`.
 
         Raises
         ------

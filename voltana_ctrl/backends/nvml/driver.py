@@ -450,7 +450,7 @@ class Gpu(GpuReader):
     handle : object
         The library's handle.
     uuid : str, optional
-        As of :class:`GpuReader`.
+        See :class:`GpuReader`.
     """
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -203,7 +203,7 @@ class Batch:
         Parameters
         ----------
         plan : Plan
-            Of :meth:`plan`; nothing else may have been planned since.
+            What :meth:`plan` returned; nothing else may have been planned since.
         """
         for job in list(self.running.values()) if plan.batch_req else ():
             self.kv_tok += 1

@@ -142,7 +142,7 @@ class EmulatedFleet:
     dilation : float
         How many times as long everything takes.
     slo : str
-        Promises at the true speed, as of :meth:`~voltana_ctrl.types.Slo.parse`.
+        Promises at the true speed, see :meth:`~voltana_ctrl.types.Slo.parse`.
     folder : Path, optional
         Where its files go; one that goes with it if left out.
     governed : bool
