@@ -193,3 +193,16 @@ def test_the_schema_knows_what_the_reader_knows(tmp_path):
     with pytest.raises(ConfigError) as refused:
         load_endpoints(path)
     assert all(key in str(refused.value) for key in instance["properties"])
+
+
+def test_where_nothing_is_found_that_is_said_at_once():
+    draft = draft_fleet([], {}, {}, node="n0")
+    assert len(draft.doubts) == 1
+    assert "no engine was found" in draft.doubts[0]
+
+    def never(_s):
+        raise AssertionError("there is nothing to wait for")
+
+    use = measure([], duration_s=3600.0, library="no-such-library.so", sleep=never)
+    assert use.is_empty
+    assert "next: " in use.text()

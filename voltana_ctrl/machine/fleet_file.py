@@ -70,7 +70,8 @@ def draft_fleet(
     ('decode-0: its GPUs could not be told; as the only engine it is given all of them',)
     """
     doubts: list[str] = []
-    if not engines:
+    is_example = not engines
+    if is_example:
         doubts.append(
             "no engine was found: start it, or give --url; the instance below is an example"
         )
@@ -101,7 +102,8 @@ def draft_fleet(
                 if engine.worker_id is not None
                 else "its worker id could not be told"
             )
-        doubts += [f"{name}: {one}" for one in said]
+        if not is_example:  # of one nothing is to be found
+            doubts += [f"{name}: {one}" for one in said]
         at = engine.process.node if engine.process and engine.process.node else node
         tables.append(_table(name, role, at, profile, engine, gpus, said))
     head = [f"#:schema {schema}"] if schema else []

@@ -277,7 +277,7 @@ def measure(
             for gpu in gpus:
                 gpu.sample(now_s())
             left_s = begin_s + duration_s - now_s()
-            if left_s <= 0.0 or stopped:
+            if left_s <= 0.0 or stopped or not (gpus or engines):
                 break
             sleep(min(_PERIOD_S, left_s))
             stopped = stop()
