@@ -16,6 +16,8 @@ import numpy as np
 
 from voltana_ctrl import FleetSpec, Slo
 from voltana_ctrl.control import MpcController, TargetOptimiser
+from voltana_ctrl.control.lookahead import Lookahead
+from voltana_ctrl.estimate.forecast import Forecaster
 from voltana_ctrl.experiment import Run
 from voltana_ctrl.laws import length_moments
 from voltana_ctrl.policies import Policy, find_policy
@@ -83,8 +85,8 @@ def asleep(fleet: str, profile: object, **how: object) -> FleetSpec:
 
 
 def run(case: Case, policy: str | Policy, **what: object) -> Figures:
-    """Figures of one run, 600 s after the warm-up unless told otherwise."""
-    settings = {"slo": SLO, "workload": "sharegpt", "duration_s": 600.0, "warmup_s": WARMUP_S}
+    """Figures of one run, 300 s after the warm-up unless told otherwise."""
+    settings = {"slo": SLO, "workload": "sharegpt", "duration_s": 300.0, "warmup_s": WARMUP_S}
     return Run(policy=policy, seed=case.seed, **{**settings, **what}).simulate()
 
 
@@ -116,6 +118,57 @@ def told(forecast: Callable[[float, np.ndarray], np.ndarray]) -> Policy:
                                    controller=controller)  # fmt: skip
 
     return Policy(name="mpc, rate known", summary="", source="", build=build)
+
+
+class _Level(Forecaster):
+    """What comes is what came lately."""
+
+    def _issue(self, memory):
+        told = super()._issue(memory)
+        return np.column_stack([told[:, :-1], told[:, 1]])
+
+
+class _Bare(Forecaster):
+    """Nothing is kept in reserve."""
+
+    def outlook(self, memory):
+        outlook = super().outlook(memory)
+        return dataclasses.replace(outlook, reserve_req_s=outlook.mean_req_s)
+
+
+class _Awake(Lookahead):
+    """Nobody rests."""
+
+    def look(self, memory, state, *_):
+        return self._ordered(memory, state, [len(group) for group in self._groups])
+
+
+def without(lever: str) -> Policy:
+    """`mpc` without one of its levers: the only place where they are switched off."""
+
+    def build(fleet, slo, setup):
+        parts = find_policy("mpc").build(fleet, slo, setup)
+        ahead = parts.controller._ahead
+        if lever == "wake states":
+            ahead.__class__ = _Awake
+        else:
+            ahead._forecaster.__class__ = {"forecast": _Level, "reserve": _Bare}[lever]
+        return parts
+
+    return Policy(
+        name=f"mpc without {lever}", summary="", source="", build=build, knows_budget=True
+    )
+
+
+#: Scene in which each lever is left out, and the runs with and without it.
+LEVERS = {
+    "forecast": ("diurnal", "mpc", "mpc without forecast"),
+    "reserve": ("diurnal", "mpc", "mpc without reserve"),
+    "wake states": ("diurnal", "mpc", "mpc without wake states"),
+    "roles": ("roles", "mpc", "mpc on 4P4D"),
+    "notice": ("budget cut", "mpc", "mpc, no notice"),
+    "deferral": ("price", "mpc", "mpc, at once"),
+}
 
 
 def lengths_of(workload: Workload):
@@ -159,10 +212,16 @@ def _quasi_static(case: Case) -> Figures:
 
 def _diurnal() -> Scene:
     what = _day("2P2D", 1.0, asleep_w=20.0, wake_s=10.0)
+    levers = {
+        left_out: lambda case, lever=lever: run(case, without(lever), **what(case))
+        for lever, (scene, _, left_out) in LEVERS.items()
+        if scene == "diurnal"
+    }
     return Scene(
         must="holds, <= 0.92 of pack",
-        rival="pack", most=0.92, beside=("mpc, rate known", "clairvoyant, no wake time"),
-        entries=everybody(what) | {
+        rival="pack", most=0.92,
+        beside=("mpc, rate known", "clairvoyant, no wake time", *levers),
+        entries=everybody(what) | levers | {
             "mpc, rate known": lambda case: run(case, told(_day_req_s), **what(case)),
             "clairvoyant, no wake time": _quasi_static,
         },

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from plan_scenes import SCENES, Case, Scene, holds
+from plan_scenes import LEVERS, SCENES, Case, Scene, holds
 
 from voltana_ctrl import load_profile
 from voltana_ctrl.errors import ConfigError
@@ -121,7 +121,7 @@ def table(rows: list[dict], profile: str) -> tuple[str, int]:
     failed = 0
     for name, scene in SCENES.items():
         seeds = [found_in(rows, name, seed, profile) for seed in range(SEEDS)]
-        seeds = [found for found in seeds if found]
+        seeds = [found for found in seeds if scene.ours in found]
         if not seeds:
             continue
         try:
@@ -145,7 +145,24 @@ def table(rows: list[dict], profile: str) -> tuple[str, int]:
             texts = "<br>".join(told(row) for row in ran)
             cpu_s = np.mean([row["cpu_s"] for row in ran])
             every.append(f"| {name} | {entry} | {texts} | {changes} | {cpu_s:.0f} |")
-    return "\n".join((*lines, "", *every)), failed
+    return "\n".join((*lines, "", *lever_lines(rows, profile), "", *every)), failed
+
+
+def lever_lines(rows: list[dict], profile: str) -> list[str]:
+    """What each lever is worth in its scene, as a Markdown table."""
+    lines = ["| lever | scene | with, by seed | without, by seed | without / with |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for lever, (scene, ours, left_out) in LEVERS.items():
+        seeds = [found_in(rows, scene, seed, profile) for seed in range(SEEDS)]
+        both = [(found[ours], found[left_out]) for found in seeds if {ours, left_out} <= set(found)]
+        if not both:
+            continue
+        # What is priced is told by its cost, the rest by power.
+        key = "power_w" if np.isnan(both[0][0]["cost"]) else "cost"
+        ratio = np.mean([off[key] / on[key] for on, off in both])
+        texts = ("<br>".join(told(pair[k]) for pair in both) for k in (0, 1))
+        lines.append(f"| {lever} | {scene} | {' | '.join(texts)} | {ratio:.3f} |")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -140,7 +140,8 @@ def test_what_was_learnt_is_handed_on() -> None:
     came = np.array([0.0, 0.0, 0.0, 100.0, 0.0, 0.0, 0.0, 0.0]) / 10.0
     for k in range(1, 60):
         at = state(700.0, t_s=0.1 * k, arrived_req=came, arrived_tok=200.0 * came)
-        decision, memory = controller.decide(Observation(state=at), memory)
+        seen = Observation(state=at, roles=memory.roles)
+        decision, memory = controller.decide(seen, memory)
     assert decision.roles == memory.roles
     assert count(memory.roles) < 4
     load, _, _ = controller._of(memory.roles).estimate(memory.inner)
@@ -173,3 +174,14 @@ def test_a_mix_that_shifts_is_served_by_roles_that_follow_and_by_no_fixed_ones()
     assert figures["role_changes"] >= 4
     for fixed in ("6P2D", "4P4D", "2P6D"):
         assert worst(FleetSpec.parse(fixed, PROFILE), "cascade")[0] < 0.9
+
+
+def test_where_nobody_tells_what_machines_do_none_is_asked_to_turn() -> None:
+    controller = FlexibleController(FLEET, SLO, make)
+    memory = controller.init()
+    came = np.array([0.0, 0.0, 0.0, 10.0, 0.0, 0.0, 0.0, 0.0])
+    for k in range(1, 60):
+        at = state(700.0, t_s=0.1 * k, arrived_req=came, arrived_tok=200.0 * came)
+        decision, memory = controller.decide(Observation(state=at), memory)
+        assert decision.roles is None
+    assert memory.roles == ROLES

@@ -277,7 +277,8 @@ class FlexibleController(Controller):
     Once in a target period it looks whether another arrangement serves the load at hand at less
     cost, draining and turning included (:class:`Split`), and orders it. Everything else, from
     estimates to clocks, is the controller's for the arrangement that is ordered; what was learnt
-    is handed on.
+    is handed on. Where nobody tells what machines do (``Observation.roles``), nobody can turn
+    them either, and none is asked to.
 
     Parameters
     ----------
@@ -304,7 +305,8 @@ class FlexibleController(Controller):
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> fleet, slo = FleetSpec.parse("1P2D", profile).flexible(), Slo(ttft_s=0.6, itl_s=0.06)
     >>> controller = FlexibleController(fleet, slo, lambda fixed: MpcController(fixed, slo))
-    >>> decision, _ = controller.decide(Observation(state=FleetState.idle(3)), controller.init())
+    >>> seen = Observation(state=FleetState.idle(3), roles=[one.role for one in fleet.instances])
+    >>> decision, _ = controller.decide(seen, controller.init())
     >>> [role.value for role in decision.roles]
     ['prefill', 'decode', 'decode']
     """
@@ -350,10 +352,14 @@ class FlexibleController(Controller):
     ) -> tuple[Decision, FlexibleMemory]:
         state = observation.state
         period_s = self._of(memory.roles).target_period_s
-        if state.t_s - memory.looked_s >= period_s - 1e-9:
+        told = observation.roles is not None
+        if told and state.t_s - memory.looked_s >= period_s - 1e-9:
             memory = self._looked(state, memory)
         decision, inner = self._of(memory.roles).decide(observation, memory.inner)
-        return replace(decision, roles=memory.roles), replace(memory, inner=inner)
+        return (
+            replace(decision, roles=memory.roles if told else None),
+            replace(memory, inner=inner),
+        )
 
     def _looked(self, state: FleetState, memory: FlexibleMemory) -> FlexibleMemory:
         """Memory after a look at the arrangement, changed if that pays."""
