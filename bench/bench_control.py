@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from voltana_ctrl import Decision, FleetSpec, FleetState, Observation, Request, Slo, load_profile
-from voltana_ctrl.control.cascade import MpcController
+from voltana_ctrl.control import MpcController
 from voltana_ctrl.control.governor import IterationGovernor
-from voltana_ctrl.control.plan import STEPS_S, Planner, Situation
+from voltana_ctrl.control.plan import Planner
+from voltana_ctrl.control.situation import STEPS_S, Situation
 from voltana_ctrl.control.target import TargetOptimiser
 from voltana_ctrl.laws import length_moments
 from voltana_ctrl.routing.priced import PricedRouter

@@ -40,7 +40,7 @@ import numpy as np
 
 from voltana_ctrl import FleetSpec, Guard, PowerBudget, Slo, load_profile
 from voltana_ctrl.backends import SimBackend
-from voltana_ctrl.control.plan import PlanStatus
+from voltana_ctrl.control.situation import PlanStatus
 from voltana_ctrl.loop import ControlLoop
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.sim.faults import ClockClamp, Failure, Slowdown
@@ -383,7 +383,8 @@ class _Troubled:
         self.period_s = controller.period_s
         ahead = getattr(controller, "_ahead", None)
         if ahead is not None:
-            ahead._planner = _TroubledPlanner(ahead.planner, chaos)
+            real = ahead.planner
+            ahead.planner = lambda *a, **k: _TroubledPlanner(real(*a, **k), chaos)
             if any(one.kind in SOLVER for one in chaos.mishaps):
                 ahead._thread = _Beside(chaos)
 

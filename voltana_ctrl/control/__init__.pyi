@@ -1,5 +1,6 @@
 from voltana_ctrl.control.actuators import ActuatorChooser as ActuatorChooser
 from voltana_ctrl.control.actuators import ActuatorMemory as ActuatorMemory
+from voltana_ctrl.control.ahead import MpcController as MpcController
 from voltana_ctrl.control.base import CompiledGovernor as CompiledGovernor
 from voltana_ctrl.control.base import Controller as Controller
 from voltana_ctrl.control.baselines.adaptive import AdaptiveController as AdaptiveController
@@ -20,7 +21,6 @@ from voltana_ctrl.control.budget import UniformCeiling as UniformCeiling
 from voltana_ctrl.control.budget import highest_power_w as highest_power_w
 from voltana_ctrl.control.cascade import CascadeController as CascadeController
 from voltana_ctrl.control.cascade import CascadeMemory as CascadeMemory
-from voltana_ctrl.control.cascade import MpcController as MpcController
 from voltana_ctrl.control.flexible import FlexibleController as FlexibleController
 from voltana_ctrl.control.flexible import FlexibleMemory as FlexibleMemory
 from voltana_ctrl.control.flexible import Split as Split

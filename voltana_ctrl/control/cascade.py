@@ -1,13 +1,12 @@
 """The controller: estimate, target, and what the governors may do until the next tick.
 
-Where waking an instance takes time, :class:`MpcController` looks ahead besides.
+Where there is something to foresee, :class:`~voltana_ctrl.control.ahead.MpcController` looks ahead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -15,9 +14,8 @@ from voltana_ctrl.checks import F64, Bool, not_negative, positive
 from voltana_ctrl.control.assess import Assessor
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.budget import target_within
-from voltana_ctrl.control.lookahead import Lookahead, LookaheadMemory, takes_time
+from voltana_ctrl.control.lookahead import LookaheadMemory
 from voltana_ctrl.control.target import Target, TargetOptimiser
-from voltana_ctrl.estimate.forecast import OwnForecast
 from voltana_ctrl.estimate.headroom import HeadroomFilter, HeadroomMemory
 from voltana_ctrl.estimate.load import LoadFilter, LoadMemory
 from voltana_ctrl.estimate.pace import PaceFilter, PaceMemory
@@ -29,12 +27,16 @@ from voltana_ctrl.types import (
     FleetState,
     Load,
     Observation,
+    PowerBudget,
     Slo,
     Status,
     Tuning,
 )
 
-__all__ = ["CascadeController", "CascadeMemory", "MpcController"]
+__all__ = ["CascadeController", "CascadeMemory"]
+
+#: A step of a budget is obeyed so long before the last decision before it is replaced.
+_EFFECT_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,8 +103,9 @@ class CascadeController(Controller):
     margin_frac : tuple of float, optional
         TTFT and ITL margin of the governors; more is added where requests miss. Those of the
         tuning if left out.
-    power_budget_w : float or callable, optional
-        Power that the fleet may draw, or a function of the time that tells it.
+    power_budget_w : float, callable or PowerBudget, optional
+        Power that the fleet may draw, or a function of the time that tells it; or its steps, each
+        of them known from when it is announced.
     target : TargetOptimiser, optional
         The target layer; one with these settings if left out.
     load : LoadFilter, optional
@@ -141,7 +144,7 @@ class CascadeController(Controller):
         governed: bool = True,
         delay_s: float = 0.025,
         margin_frac: tuple[float, float] | None = None,
-        power_budget_w: float | Callable[[float], float] | None = None,
+        power_budget_w: float | Callable[[float], float] | PowerBudget | None = None,
         target: TargetOptimiser | None = None,
         load: LoadFilter | None = None,
         measured_delay_s: Callable[[], Mapping[str, float]] = dict,
@@ -280,7 +283,7 @@ class CascadeController(Controller):
         )
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
         memory, changed = self._believe(memory, margins_too=due)
-        memory, moved = self._look_ahead(state, memory, due=due)
+        memory, moved = self._look_ahead(observation, memory, due=due)
         changed = changed or moved
         # Until a target period has been watched, and work has come, there is nothing to plan for.
         seen = memory.load.arrived_req > 0.0 or bool(state.running_req.any())
@@ -321,10 +324,10 @@ class CascadeController(Controller):
         return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload_frac)
 
     def _look_ahead(
-        self, state: FleetState, memory: CascadeMemory, *, due: bool
+        self, observation: Observation, memory: CascadeMemory, *, due: bool
     ) -> tuple[CascadeMemory, bool]:
         """Memory with who serves, where that is decided ahead, and whether it is another set."""
-        del state, due
+        del observation, due
         return memory, False
 
     def _believe(self, memory: CascadeMemory, *, margins_too: bool) -> tuple[CascadeMemory, bool]:
@@ -369,9 +372,12 @@ class CascadeController(Controller):
         return (replace(memory, belief=belief), other) if other or told else (memory, False)
 
     def _budget_w(self, t_s: float) -> float:
+        """What the fleet may draw until the next decision has taken effect."""
         budget = self.power_budget_w
         if budget is None:
             return np.inf
+        if isinstance(budget, PowerBudget):
+            return budget.least_w(t_s, t_s + float(self.period_s) + _EFFECT_S)
         return float(budget(t_s)) if callable(budget) else float(budget)
 
     def _follow(self, state: FleetState, memory: CascadeMemory) -> Decision:
@@ -386,7 +392,8 @@ class CascadeController(Controller):
         else:
             route_frac = target.route_frac
             # Those that wake are active, too, but have no share yet.
-            active = target.active if memory.ahead is None else memory.ahead.standby.on
+            standby = None if memory.ahead is None else memory.ahead.standby
+            active = target.active if standby is None else standby.on
             floor = self._floors(state, memory, load, target)
             price = target.price_j_req
         floor = self._probed(state, memory.belief, floor)
@@ -462,112 +469,3 @@ class CascadeController(Controller):
         if self.regime(memory) is not Regime.OPEN:
             floor = np.maximum(floor, self._assessor.thrifty_mhz(state, load))
         return floor
-
-
-class MpcController(CascadeController):
-    """The whole cascade: a look ahead where waking takes time, target, governors.
-
-    Where some instance sleeps and needs longer than a target period to wake, a forecast and a
-    model-predictive plan decide how many are awake
-    (:class:`~voltana_ctrl.control.lookahead.Lookahead`); the target layer divides the load among
-    them. Elsewhere nothing has to be foreseen, no problem is solved, and this is
-    :class:`CascadeController`.
-
-    Parameters
-    ----------
-    fleet, slo, **settings
-        See :class:`CascadeController`.
-    plan_period_s : float
-        Time between two plans.
-    beside : bool
-        Whether plans are made in a thread beside the ticks, as a running fleet wants it; a
-        simulation is the same every time without.
-    forecast : callable, optional
-        A host's own forecast: ``forecast(t_s, lead_s)`` gives the expected arrivals per second at
-        these leads after that time. See :func:`voltana_ctrl.estimate.read_forecast` for a file.
-
-    Raises
-    ------
-    ConfigError
-        If a setting is outside its range.
-
-    Examples
-    --------
-    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, Slo, load_profile
-    >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    >>> controller = MpcController(fleet, Slo(ttft_s=0.6, itl_s=0.06))
-    >>> controller.looks_ahead  # its instances wake at once
-    False
-    >>> observation = Observation(state=FleetState.idle(4))
-    >>> controller.decide(observation, controller.init())[0].route_frac
-    array([0.5, 0.5, 0.5, 0.5])
-    """
-
-    def __init__(
-        self,
-        fleet: FleetSpec,
-        slo: Slo,
-        *,
-        plan_period_s: float = 10.0,
-        beside: bool = False,
-        forecast: OwnForecast | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(fleet, slo, **settings)
-        positive("MpcController.plan_period_s", plan_period_s)
-        self._ahead: Lookahead | None = None
-        if takes_time(fleet, self.target_period_s):
-            self._ahead = Lookahead(
-                fleet, slo, self._target, period_s=plan_period_s, beside=beside, own=forecast
-            )
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether there is something to foresee: an instance that takes time to wake."""
-        return self._ahead is not None
-
-    def init(self) -> CascadeMemory:
-        """Nothing seen, nothing planned; everybody on."""
-        memory = super().init()
-        return memory if self._ahead is None else replace(memory, ahead=self._ahead.init())
-
-    def taken_over(self, memory: CascadeMemory) -> CascadeMemory:
-        """Memory to go on with, of a controller of the same machines in other roles.
-
-        Parameters
-        ----------
-        memory : CascadeMemory
-            Of that controller's last tick.
-        """
-        memory = super().taken_over(memory)
-        if memory.ahead is None:
-            return memory
-        ahead = replace(memory.ahead, plan=None, plan_s=-np.inf, tried_s=-np.inf)
-        return replace(memory, ahead=ahead)
-
-    def notes(self, memory: CascadeMemory) -> dict[str, float]:
-        """What observers of the loop may want to see; forecast, reserve and prices, too.
-
-        Parameters
-        ----------
-        memory : CascadeMemory
-            Of the last tick.
-        """
-        noted = super().notes(memory)
-        if self._ahead is not None and memory.ahead is not None:
-            noted |= self._ahead.notes(memory.ahead)
-        return noted
-
-    def _look_ahead(
-        self, state: FleetState, memory: CascadeMemory, *, due: bool
-    ) -> tuple[CascadeMemory, bool]:
-        if self._ahead is None or memory.ahead is None:
-            return memory, False
-        ahead = self._ahead.count(memory.ahead, state)
-        lost = memory.serving is not None and bool(np.any(memory.serving & ~state.alive))
-        if (due or lost) and memory.load.span_s >= self.target_period_s:
-            load = self._load.load(memory.load)
-            ahead = self._ahead.look(ahead, state, load, memory.belief, self._budget_w)
-        serving = self._ahead.serving(ahead, state)
-        moved = memory.serving is None or not np.array_equal(serving, memory.serving)
-        return replace(memory, ahead=ahead, serving=serving), moved

@@ -1,9 +1,14 @@
-"""Looks ahead where waking takes time: forecast, reserve, plan, and who is on until the next look.
+"""Looks ahead where waking takes time or work may wait: forecast, reserve, plan, and what follows.
 
-Two things keep instances on. The *reserve* is compared with what serves at every look, in closed
-form: what may come in the time that waking takes must find capacity, so a shortage, a death or a
-cut of the budget waits for no solver. The *plan* says how many more are worth their watts, and when
-those that are not needed may go; it is made every few seconds, beside the tick where a fleet runs.
+Where waking takes time, two things keep instances on. The *reserve* is compared with what serves at
+every look, in closed form: what may come in the time that waking takes must find capacity, so a
+shortage, a death or a cut of the budget waits for no solver. The *plan* says how many more are
+worth their watts, and when those that are not needed may go; it is made every few seconds, beside
+the tick where a fleet runs.
+
+Where work may wait, the plan says how fast it is let in: beside the reserve, before its deadlines,
+within the budget as far as that is known, and when energy costs least. Without a plan it is let in
+at the lowest steady rate that keeps the deadlines.
 """
 
 from __future__ import annotations
@@ -12,19 +17,36 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from voltana_ctrl.checks import F64, Bool, positive
+from voltana_ctrl.control.deferral import Deferral, DeferralMemory
+from voltana_ctrl.control.situation import (
+    STEPS_S,
+    Plan,
+    PlanStatus,
+    Situation,
+    steps_to_s,
+)
 from voltana_ctrl.control.standby import Standby, StandbyMemory
 from voltana_ctrl.control.supply import Supply
 from voltana_ctrl.control.target import TargetOptimiser
 from voltana_ctrl.estimate.forecast import Forecaster, ForecastMemory, Outlook, OwnForecast
-from voltana_ctrl.types import Belief, FleetSpec, FleetState, Load, Slo
+from voltana_ctrl.types import (
+    Admission,
+    Belief,
+    FleetSpec,
+    FleetState,
+    Load,
+    Observation,
+    Slo,
+    Steps,
+)
 
 if TYPE_CHECKING:
-    from voltana_ctrl.control.plan import Plan, Planner, Situation
+    from voltana_ctrl.control.plan import Planner
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,8 +89,10 @@ class LookaheadMemory:
     ----------
     forecast : ForecastMemory
         Behind the forecast.
-    standby : StandbyMemory
-        Who is on.
+    standby : StandbyMemory, optional
+        Who is on; None where waking takes no time, and who is on follows the load.
+    deferral : DeferralMemory
+        What was seen of requests that may wait.
     plan : Plan, optional
         The last one that may be applied.
     plan_s : float
@@ -82,7 +106,8 @@ class LookaheadMemory:
     """
 
     forecast: ForecastMemory
-    standby: StandbyMemory
+    standby: StandbyMemory | None
+    deferral: DeferralMemory
     plan: Plan | None = None
     plan_s: float = -np.inf
     tried_s: float = -np.inf
@@ -92,7 +117,7 @@ class LookaheadMemory:
 
 
 class Lookahead:
-    """Who is on, from what is expected.
+    """Who is on, and what is let in of what may wait, from what is expected.
 
     Parameters
     ----------
@@ -109,6 +134,11 @@ class Lookahead:
         runs are the same every time.
     own : callable, optional
         A host's own forecast, see :class:`voltana_ctrl.estimate.Forecaster`.
+    price, co2 : Steps, optional
+        What energy costs per kWh, and grams of CO2 per kWh; of both, each counts relative to its
+        mean.
+    wakes : bool
+        Whether it decides who is on.
 
     Raises
     ------
@@ -134,12 +164,19 @@ class Lookahead:
         period_s: float = 10.0,
         beside: bool = False,
         own: OwnForecast | None = None,
+        price: Steps | None = None,
+        co2: Steps | None = None,
+        wakes: bool = True,
     ) -> None:
-        # Loads CVXPY, which nothing else does: where it is missing, that is said at the start.
-        from voltana_ctrl.control import plan
-
         positive("Lookahead.period_s", period_s)
-        self._programme = plan
+        if wakes:
+            # Loads CVXPY, which nothing else does: where it is missing, that is said at the start.
+            from voltana_ctrl.control import plan
+
+            del plan
+        self._wakes = wakes
+        self._signals = [signal for signal in (price, co2) if signal is not None]
+        self._deferral = Deferral()
         self._fleet = fleet
         self._slo = slo
         self._target = target
@@ -151,51 +188,86 @@ class Lookahead:
         self._standby = Standby(fleet, self._groups, self._phases)
         self._forecaster = Forecaster(short_frac=_SHORT_PART * (1.0 - slo.attainment), own=own)
         self._longest_s = max(one.wake_s for one in fleet.instances)
-        self._planner: Planner | None = None
+        #: By what they reach and whether there is work that may wait; a cache, not memory.
+        self._planners: dict[tuple[int, bool], Planner] = {}
         self._thread = ThreadPoolExecutor(1, "voltana-plan") if beside else None
         #: The plan under way, and when its situation was seen; a cache, not memory.
         self._pending: tuple[Future[Plan], float] | None = None
 
-    @property
-    def planner(self) -> Planner:
-        """The programme, stated at first use."""
-        if self._planner is None:
+    def planner(self, steps_s: tuple[float, ...] = STEPS_S, *, defers: bool = False) -> Planner:
+        """The programme, stated at first use.
+
+        Parameters
+        ----------
+        steps_s : tuple of float
+            Lengths of its steps.
+        defers : bool
+            Whether there is work that may wait.
+        """
+        key = len(steps_s), defers
+        if key not in self._planners:
+            from voltana_ctrl.control.plan import Planner
+
             first = [self._fleet.instances[int(group[0])] for group in self._groups]
-            self._planner = self._programme.Planner(
+            self._planners[key] = Planner(
                 self._phases,
                 wake_s=[one.wake_s for one in first],
                 wake_j=[one.wake_j for one in first],
                 idle_w=[one.idle_w for one in first],
                 parked_w=[one.parked_w for one in first],
+                steps_s=steps_s,
+                defers=defers,
                 limit_s=None if self._thread is None else 1.0,
+                **({} if self._wakes else {"whole_steps": 0}),
             )
-        return self._planner
+        return self._planners[key]
 
     def init(self) -> LookaheadMemory:
         """Nothing seen; everybody on."""
-        return LookaheadMemory(forecast=self._forecaster.init(), standby=self._standby.init())
+        return LookaheadMemory(
+            forecast=self._forecaster.init(),
+            standby=self._standby.init() if self._wakes else None,
+            deferral=self._deferral.init(),
+        )
 
-    def count(self, memory: LookaheadMemory, state: FleetState) -> LookaheadMemory:
+    def count(self, memory: LookaheadMemory, observation: Observation) -> LookaheadMemory:
         """Memory after counting what arrived and seeing who is empty; at every tick.
 
         Parameters
         ----------
         memory : LookaheadMemory
             Not changed.
-        state : FleetState
+        observation : Observation
             Of the fleet.
         """
+        state, backlog = observation.state, observation.backlog
         if memory.forecast.t_s >= state.t_s:
             return memory
+        deferral = self._deferral.count(memory.deferral, state.t_s, backlog)
+        if not self._wakes and deferral.t_s < 0.0:
+            return memory  # nothing to look ahead for
+        # What was let in arrives at instances, too, but when was decided here.
+        came_req = float(state.arrived_req[self._starts].sum()) - backlog.admitted_req
         forecast = self._forecaster.update(
-            memory.forecast,
-            t_s=state.t_s,
-            arrived_req=float(state.arrived_req[self._starts].sum()),
+            memory.forecast, t_s=state.t_s, arrived_req=max(0.0, came_req)
         )
-        return replace(memory, forecast=forecast, standby=self._standby.look(memory.standby, state))
+        standby = memory.standby
+        if standby is not None:
+            standby = self._standby.look(standby, state)
+        return replace(memory, forecast=forecast, standby=standby, deferral=deferral)
 
-    def serving(self, memory: LookaheadMemory, state: FleetState) -> Bool:
-        """Who can take new work now.
+    def looks(self, memory: LookaheadMemory) -> bool:
+        """Whether there is something to plan.
+
+        Parameters
+        ----------
+        memory : LookaheadMemory
+            Of :meth:`count`.
+        """
+        return self._wakes or memory.deferral.t_s >= 0.0
+
+    def serving(self, memory: LookaheadMemory, state: FleetState) -> Bool | None:
+        """Who can take new work now; None where that is not decided ahead.
 
         Parameters
         ----------
@@ -204,7 +276,45 @@ class Lookahead:
         state : FleetState
             Of the fleet.
         """
+        if memory.standby is None:
+            return None
         return self._standby.serving(memory.standby, state)
+
+    def admission(
+        self, memory: LookaheadMemory, t_s: float, residence_s: float
+    ) -> Admission | None:
+        """How what may wait is let in; None where there was none.
+
+        Parameters
+        ----------
+        memory : LookaheadMemory
+            Of :meth:`look`.
+        t_s : float
+            Now.
+        residence_s : float
+            Mean time of a request in decode.
+        """
+        if memory.deferral.t_s < 0.0:
+            return None
+        lead_s = self._deferral.lead_s(self._slo.ttft_s, residence_s)
+        rate_req_s = self._deferral.pace_req_s(memory.deferral, lead_s=lead_s)
+        step = None if memory.plan is None else memory.plan.step(t_s - memory.plan_s)
+        if memory.status == PlanStatus.INFEASIBLE.name:
+            rate_req_s = 0.0  # there is no power for those who cannot wait
+        elif memory.plan is not None and step is not None:
+            rate_req_s = max(0.0, float(memory.plan.let_in_req_s[step]))
+        due_s = self._deferral.lead_s(self._slo.ttft_s, residence_s, last=True)
+        return Admission(rate_req_s=rate_req_s, due_s=due_s)
+
+    def residence_s(self, load: Load) -> float:
+        """Mean time of a request in decode, were iterations at their limit.
+
+        Parameters
+        ----------
+        load : Load
+            What arrives.
+        """
+        return max(1.0, load.lengths.output_tok - 1.0) * self._slo.itl_s
 
     def look(
         self,
@@ -212,9 +322,9 @@ class Lookahead:
         state: FleetState,
         load: Load,
         belief: Belief,
-        budget_w: Callable[[float], float],
+        budget_w: Callable[[float, float], float],
     ) -> LookaheadMemory:
-        """Memory after deciding who is on.
+        """Memory after deciding who is on, and planning what is let in.
 
         Parameters
         ----------
@@ -227,14 +337,14 @@ class Lookahead:
         belief : Belief
             What was learnt about the instances.
         budget_w : callable
-            Power that the fleet may draw at a time, as far as is known now.
+            Least power that the fleet may draw between two times, as far as is known now.
         """
         supplies = self._target.supplies(load.lengths, belief)
         if supplies is None:
             # Nobody keeps the promises alone: nobody may rest.
-            return self._ordered(memory, state, [len(group) for group in self._groups])
+            return self._ordered(memory, state, np.array([len(group) for group in self._groups]))
         outlook = self._forecaster.outlook(memory.forecast)
-        residence_s = max(1.0, load.lengths.output_tok - 1.0) * self._slo.itl_s
+        residence_s = self.residence_s(load)
         decode_req_s = self._decode_req_s(state, residence_s)
         backlog_req = max(
             0.0,
@@ -243,15 +353,18 @@ class Lookahead:
         if self._fleet.colocated:
             backlog_req = 0.0
         reserve = self._reserve(outlook, decode_req_s, residence_s, backlog_req)
-        # What must be there at any time until more could be woken.
-        highest = np.maximum.accumulate(reserve, axis=1)
-        needed = self._standby.enough(
-            state, supplies, lambda lead_s: highest[:, _second(lead_s)], self._target.spare
-        )
-        on = np.array([np.count_nonzero(memory.standby.on[group]) for group in self._groups])
-        now_w = budget_w(state.t_s)
+        standby, short, needed = memory.standby, False, np.zeros(len(self._groups))
+        if standby is not None:
+            # What must be there at any time until more could be woken.
+            highest = np.maximum.accumulate(reserve, axis=1)
+            needed = self._standby.enough(
+                state, supplies, lambda lead_s: highest[:, _second(lead_s)], self._target.spare
+            )
+            on = np.array([np.count_nonzero(standby.on[group]) for group in self._groups])
+            short = bool(np.any(needed > on))
+        now_w = budget_w(state.t_s, state.t_s)
         alive = int(np.count_nonzero(state.alive))
-        event = bool(np.any(needed > on)) or now_w != memory.budget_w or alive != memory.alive
+        event = short or now_w != memory.budget_w or alive != memory.alive
         memory = replace(memory, budget_w=now_w, alive=alive)
         if event or state.t_s - memory.tried_s >= self._period_s - 1e-9:
             situation = self._situation(
@@ -282,8 +395,11 @@ class Lookahead:
         noted = {
             "forecast_10s_req_s": float(outlook.mean_at([10.0])[0]),
             "reserve_10s_req_s": float(outlook.reserve_at([10.0])[0]),
-            "on": float(np.count_nonzero(memory.standby.on)),
         }
+        if memory.standby is not None:
+            noted["on"] = float(np.count_nonzero(memory.standby.on))
+        if memory.deferral.t_s >= 0.0:
+            noted["held_req"] = float(len(memory.deferral.deadline_s))
         if memory.status:
             noted[f"plan_{memory.status.lower()}"] = 1.0
         if memory.plan is not None:
@@ -340,47 +456,90 @@ class Lookahead:
         decode_req_s: float,
         backlog_req: float,
         residence_s: float,
-        budget_w: Callable[[float], float],
+        budget_w: Callable[[float, float], float],
     ) -> Situation:
-        steps_s = np.array(self._programme.STEPS_S)
+        deferral, t_s, alive = memory.deferral, state.t_s, state.alive
+        steps_s = np.array(steps_to_s(deferral.allowed_s))
         end_s = np.cumsum(steps_s)
         begin_s = end_s - steps_s
         middle_s = 0.5 * (begin_s + end_s)
-        standby, alive = memory.standby, state.alive
-        serving = self._standby.serving(standby, state)
-        waking = standby.on & alive & ~serving
-        draining = ~standby.on & ~standby.asleep & alive
+        standby = memory.standby
+        if standby is None:
+            serving, waking, draining = alive, ~alive & False, ~alive & False
+            ready_s = np.full(len(alive), t_s)
+        else:
+            serving = self._standby.serving(standby, state)
+            waking = standby.on & alive & ~serving
+            draining = ~standby.on & ~standby.asleep & alive
+            ready_s = standby.ready_s
+        waits: dict[str, Any] = {}
+        if deferral.t_s >= 0.0:
+            lead_s = self._deferral.lead_s(self._slo.ttft_s, residence_s)
+            come, due = self._deferral.flows(deferral, end_s, lead_s=lead_s)
+            step = None if memory.plan is None else memory.plan.step(t_s - memory.plan_s)
+            last = 0.0 if memory.plan is None or step is None else memory.plan.let_in_req_s[step]
+            waits = {
+                "come_req": come, "due_req": due, "let_in_req_s": float(last),
+            }  # fmt: skip
 
         def per_group(which: Bool) -> F64:
             return np.array([np.count_nonzero(which[group]) for group in self._groups], np.float64)
 
-        return self._programme.Situation(
+        return Situation(
             supplies=supplies,
             installed=per_group(alive),
             awake=per_group(serving),
             draining=per_group(draining),
-            waking_s=[standby.ready_s[group[waking[group]]] - state.t_s for group in self._groups],
+            waking_s=[ready_s[group[waking[group]]] - t_s for group in self._groups],
             backlog_req=backlog_req,
             decode_req_s=decode_req_s,
             arrival_req_s=outlook.mean_at(middle_s),
             reserve_req_s=np.stack(
                 [
-                    reserve[:, _second(begin) : _second(end)].max(axis=1)
+                    reserve[:, _second(begin) : max(_second(end), _second(begin) + 1)].max(axis=1)
                     for begin, end in zip(begin_s, end_s, strict=True)
                 ],
                 axis=1,
             ),
             residence_s=residence_s,
-            budget_w=np.array([budget_w(state.t_s + at_s) for at_s in begin_s]),
+            budget_w=np.array(
+                [
+                    budget_w(t_s + begin, t_s + end)
+                    for begin, end in zip(begin_s, end_s, strict=True)
+                ]
+            ),
+            price_frac=self._weights(t_s + begin_s, t_s + end_s),
+            **waits,
         )
+
+    def _weights(self, from_s: F64, until_s: F64) -> F64 | None:
+        """What a joule counts in each step: relative to the mean of the horizon."""
+        if not self._signals:
+            return None
+        weights = np.zeros(len(from_s))
+        for signal in self._signals:
+            mean = np.array(
+                [signal.mean(a, b) for a, b in zip(from_s, until_s, strict=True)], np.float64
+            )
+            # Where energy is given away it costs nothing: nobody burns it.
+            mean = np.maximum(mean, 0.0)
+            over_all = float(mean @ (until_s - from_s)) / float(until_s[-1] - from_s[0])
+            weights += mean / over_all if over_all > 0.0 else 1.0
+        return weights / len(self._signals)
 
     def _asked(self, memory: LookaheadMemory, situation: Situation, t_s: float) -> LookaheadMemory:
         """Have a plan made, here or beside the tick."""
         memory = replace(memory, tried_s=t_s)
+        defers = situation.come_req is not None
+        steps_s = steps_to_s(memory.deferral.allowed_s)
+
+        def made() -> Plan:
+            return self.planner(steps_s, defers=defers).plan(situation)
+
         if self._thread is None:
-            return self._taken(memory, self.planner.plan(situation), t_s)
+            return self._taken(memory, made(), t_s)
         if self._pending is None:
-            self._pending = self._thread.submit(self.planner.plan, situation), t_s
+            self._pending = self._thread.submit(made), t_s
         return memory
 
     def _answered(self, memory: LookaheadMemory) -> LookaheadMemory:
@@ -404,8 +563,10 @@ class Lookahead:
         return replace(memory, plan=plan, plan_s=seen_s) if plan.status.usable else memory
 
     def _ordered(
-        self, memory: LookaheadMemory, state: FleetState, wanted: F64 | list[int]
+        self, memory: LookaheadMemory, state: FleetState, wanted: np.ndarray
     ) -> LookaheadMemory:
+        if memory.standby is None:
+            return memory
         return replace(memory, standby=self._standby.order(memory.standby, state, wanted))
 
 

@@ -9,150 +9,55 @@ load ``lambda`` it is the perspective ``a p(lambda / a)``, and with facets
 
 is linear in load and count: clock, routing and active set are chosen together. Around it: starts
 that mature after the wake time, stops that drain, the fast states (prefill backlog, decode load),
-a power budget, and capacity for a reserve beyond what is expected. See the theory page.
+a power budget, capacity for a reserve beyond what is expected, and work that may wait: what is let
+in of it beside the reserve, and what its deadlines ask for. See the theory page.
 
 Only counts of the near steps are whole numbers. HiGHS solves both: the relaxation, whose
 multipliers are the prices and whose value bounds the optimum from below, and the mixed-integer
-programme. Where that does not end within its limit, the relaxation rounded up is the plan.
+programme. Where the relaxation rounded up is as good, or the other does not end within its limit,
+that is the plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import replace
 from typing import Any
 
 import cvxpy as cp
 import numpy as np
 
 from voltana_ctrl.checks import F64, count, positive
-from voltana_ctrl.control.supply import FACETS, Supply
+from voltana_ctrl.control.situation import STEPS_S, Plan, PlanStatus, Situation
+from voltana_ctrl.control.supply import FACETS
 from voltana_ctrl.errors import ConfigError
 
-__all__ = ["Plan", "PlanStatus", "Planner", "Situation"]
+__all__ = ["Planner"]
 
-#: Lengths of the steps [s]; two minutes in all.
-STEPS_S = (1.0, 1.0, 2.0, 2.0, 4.0, 5.0, 5.0, 10.0, 10.0, 20.0, 30.0, 30.0)
 #: What a request costs that is made late, and what capacity costs that is missing [J/req]: some
 #: hundred times what serving a request takes, so that no energy is worth it.
 _LATE_J_REQ = 2000.0
+#: What a request costs that may wait and is let in too late [W/req]: those that wait for their
+#: answer come first, unless it would be minutes.
+_BEHIND_W_REQ = 15.0
+#: What a change of the rate at which work is let in costs [J s/req]: next to nothing, so that of
+#: plans that cost the same the calmer is taken.
+_CALM_J_S_REQ = 5.0
+#: What holding one costs [W/req]: next to nothing, too, so that nobody waits for nothing.
+_HELD_W_REQ = 2e-4
+#: Part of the capacity beside the reserve of which work that can wait is sure: the rest depends on
+#: margins that are still being learnt. What it costs to let one in beyond, or out of the reserve
+#: [J/req]: only where deadlines ask for it.
+_CAREFUL_FRAC, _LENT_J_REQ = 0.85, 100.0
+#: Share of a budget that is drawn with ease: the ceilings that keep it count on the worst. What
+#: every joule beyond costs: it is no place for work that can wait. And for how many times that a
+#: request stays it holds before a cut, and costs how much more there, so that batches and queues
+#: are small when it comes: what waits then is late for long.
+_EASY_FRAC, _STRAIN, _EARLY, _EARLY_STRAIN = 0.85, 7.0, 3.0, 200.0
 #: Relative gap at which a plan is as good as optimal.
 _GAP_FRAC = 1e-3
 #: Power above any budget.
 _NO_LIMIT_W = 1e9
-
-
-class PlanStatus(Enum):
-    """Whether a plan may be applied; the value is what it means.
-
-    Examples
-    --------
-    >>> PlanStatus.ROUNDED.usable, PlanStatus.INFEASIBLE.usable
-    (True, False)
-    """
-
-    OK = "optimal to a tenth of a percent"
-    ROUNDED = "feasible, but not proved optimal: the relaxation, rounded up"
-    INFEASIBLE = "no plan keeps the power budget"
-    FAILED = "the solver found no plan"
-
-    @property
-    def usable(self) -> bool:
-        """Whether the plan may be applied."""
-        return self in (PlanStatus.OK, PlanStatus.ROUNDED)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Situation:
-    """What a plan starts from. Groups in the order of `supplies`, steps in that of the planner.
-
-    Parameters
-    ----------
-    supplies : sequence of Supply, length n_groups
-        What the groups can do.
-    installed, awake, draining : ndarray, shape (n_groups,)
-        Instances that are alive; those that serve; those that are parked but not empty yet.
-    waking_s : sequence of ndarray
-        Per group, when those that wake will serve, in seconds from now.
-    backlog_req : float
-        Requests that wait for prefill beyond what its promise allows.
-    decode_req_s : float
-        Load of decode now: the arrivals that would keep its batches as they are.
-    arrival_req_s : ndarray, shape (n_steps,)
-        Expected arrivals.
-    reserve_req_s : ndarray, shape (n_phases, n_steps)
-        Load that the capacity of each phase must be able to carry.
-    residence_s : float
-        Time that a request spends in decode.
-    budget_w : ndarray, shape (n_steps,)
-        Power that the fleet may draw; infinite without a budget.
-    price_frac : ndarray, shape (n_steps,), optional
-        Weight of energy, such as what it costs; 1 by default.
-    """
-
-    supplies: Sequence[Supply]
-    installed: np.ndarray
-    awake: np.ndarray
-    draining: np.ndarray
-    waking_s: Sequence[F64]
-    backlog_req: float
-    decode_req_s: float
-    arrival_req_s: F64
-    reserve_req_s: F64
-    residence_s: float
-    budget_w: F64
-    price_frac: F64 | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Plan:
-    """How many to keep awake.
-
-    Parameters
-    ----------
-    status : PlanStatus
-        Whether it may be applied.
-    on : ndarray, shape (n_groups, n_steps)
-        Instances that serve or are on their way to, at each step.
-    power_w : ndarray, shape (n_steps,)
-        What the fleet is expected to draw.
-    objective_j : float
-        Cost over the horizon, energy and penalties.
-    bound_j : float
-        What no plan can go below: that of the relaxation.
-    request_j : ndarray, shape (n_steps,)
-        Price of one more request that arrives in that step.
-    watt_frac : ndarray, shape (n_steps,)
-        What one watt more of budget would save, in watts.
-    """
-
-    status: PlanStatus
-    on: np.ndarray
-    power_w: F64
-    objective_j: float
-    bound_j: float
-    request_j: F64
-    watt_frac: F64
-
-    def wanted(self, after_s: float) -> F64 | None:
-        """Instances per group that should serve or wake, so long after the plan was made.
-
-        Parameters
-        ----------
-        after_s : float
-            Seconds.
-
-        Returns
-        -------
-        ndarray or None
-            None beyond the horizon, and of a plan that may not be applied.
-        """
-        step = int(np.searchsorted(np.cumsum(STEPS_S), after_s, side="right"))
-        if not self.status.usable or step >= len(STEPS_S):
-            return None
-        whole: F64 = np.ceil(self.on[:, step] - 1e-6)
-        return whole
 
 
 class Planner:
@@ -164,8 +69,12 @@ class Planner:
         Phase of each group: 0 where requests start, 1 where they are decoded.
     wake_s, wake_j, idle_w, parked_w : ndarray, shape (n_groups,)
         Of the instances of each group.
+    steps_s : sequence of float
+        Lengths of the steps, see :func:`~voltana_ctrl.control.situation.steps_to_s`.
+    defers : bool
+        Whether there are requests that may wait.
     whole_steps : int
-        Steps, from the first, whose counts are whole numbers.
+        Steps, from the first, whose counts are whole numbers; 0 where nobody asks for counts.
     max_nodes : int
         Branch-and-bound nodes after which the relaxation is rounded up: a limit that is the same
         on every machine.
@@ -193,13 +102,16 @@ class Planner:
         wake_j: Sequence[float] | F64,
         idle_w: Sequence[float] | F64,
         parked_w: Sequence[float] | F64,
+        steps_s: Sequence[float] = STEPS_S,
+        defers: bool = False,
         whole_steps: int = 6,
         max_nodes: int = 200,
         limit_s: float | None = None,
     ) -> None:
         count("Planner.max_nodes", max_nodes)
-        count("Planner.whole_steps", whole_steps)
-        self._whole_steps = min(whole_steps, len(STEPS_S) - 1)
+        count("Planner.whole_steps", whole_steps, minimum=0)
+        self._whole_steps = min(whole_steps, len(steps_s) - 1)
+        self._defers = defers
         if limit_s is not None:
             positive("Planner.limit_s", limit_s)
         self._phase = np.asarray(phases, dtype=np.int64)
@@ -209,12 +121,16 @@ class Planner:
         self._limits: dict[str, Any] = {"node_limit": max_nodes}
         if limit_s is not None:
             self._limits["time_limit"] = limit_s
-        self._dt_s = np.array(STEPS_S)
-        self._begin_s = np.concatenate([[0.0], np.cumsum(self._dt_s)[:-1]])
+        self._dt_s = np.asarray(steps_s, dtype=np.float64)
+        #: When each step begins and ends.
+        self.end_s = np.cumsum(self._dt_s)
+        self.begin_s = np.concatenate([[0.0], self.end_s[:-1]])
         self._parameters()
         #: The relaxation, and the programme with whole counts in the near steps.
         self.relaxed, self._relaxed_parts = self._stated(whole=False)
-        self.mixed, self._mixed_parts = self._stated(whole=True)
+        self.mixed: cp.Problem | None = None
+        if whole_steps:
+            self.mixed, self._mixed_parts = self._stated(whole=True)
         if not self.relaxed.is_dpp():
             raise ConfigError("Planner: the problem is no longer DPP; every plan would recompile")
 
@@ -227,30 +143,38 @@ class Planner:
             "arrival": (steps,), "reserve": (phases, steps), "backlog": (1,), "decode": (1,),
             "follow": (steps,), "stay": (steps,), "budget": (steps,), "cost": (steps,),
         }  # fmt: skip
+        if self._defers:
+            shapes |= {
+                "come": (steps,), "due": (steps,), "easy": (steps,), "strain": (steps,),
+                "room": (phases, steps),
+                "let_in": (1,), "left": (1,),
+            }  # fmt: skip
         self._p = {name: cp.Parameter(shape, name=name) for name, shape in shapes.items()}
 
     def _matured(self, group: int) -> F64:
         """Who was started in step j serves in step k, shape (n_steps, n_steps)."""
-        ready_s = self._begin_s + self._wake_s[group]
+        ready_s = self.begin_s + self._wake_s[group]
         # In coarse steps the middle decides; of near ones, which are applied, nothing is rounded.
-        middle_s = self._begin_s + 0.5 * self._dt_s
+        middle_s = self.begin_s + 0.5 * self._dt_s
         serves = middle_s[None, :] >= ready_s[:, None]
-        near = self._begin_s[None, :] >= ready_s[:, None] - 1e-9
+        near = self.begin_s[None, :] >= ready_s[:, None] - 1e-9
         serves[: self._whole_steps] = near[: self._whole_steps]
         matured: F64 = serves.astype(np.float64)
         return matured
 
     def _stated(self, *, whole: bool) -> tuple[cp.Problem, dict[str, Any]]:
-        """The problem, with whole counts in the near steps or without."""
+        """The problem, with whole counts in the near steps or without, and what is read of it."""
         p, dt = self._p, self._dt_s
         groups, steps = len(self._phase), len(dt)
         phases = int(self._phase.max()) + 1
 
         def counts(name: str) -> Any:
             # One integer array for the near steps, one continuous for the rest.
-            near = cp.Variable((groups, self._whole_steps), integer=whole, name=f"{name}_near")
-            far = cp.Variable((groups, steps - self._whole_steps), name=f"{name}_far")
-            return cp.hstack([near, far])
+            near = self._whole_steps if whole else 0
+            far = cp.Variable((groups, steps - near), name=f"{name}_far")
+            if near == 0:
+                return far
+            return cp.hstack([cp.Variable((groups, near), integer=True, name=f"{name}_near"), far])
 
         start, stop, back = counts("start"), counts("stop"), cp.Variable(groups, name="back")
         load = cp.Variable((groups, steps), nonneg=True, name="load")
@@ -300,9 +224,25 @@ class Planner:
         rules.append(drawn == draws)
         limit = drawn + surge <= p["budget"]
         rules.append(limit)
+        comes: Any = p["arrival"]
+        let_in: Any = np.zeros(steps)
+        follows: Any = np.zeros(steps + 1)
+        lent: Any = np.zeros(steps)
+        if self._defers:
+            let_in, costs, more = self._waiting(upto)
+            comes, cost, rules = comes + let_in, cost + costs, rules + more
+            lent = cp.Variable(steps, nonneg=True, name="lent")
+            rules.append(lent <= let_in)
+            cost = cost + _LENT_J_REQ * (lent @ dt)
+            strain = cp.Variable(steps, nonneg=True, name="strain")
+            rules.append(drawn + surge <= p["easy"] + strain)
+            cost = cost + p["strain"] @ strain
+            follows = cp.Variable(steps + 1, nonneg=True, name="follows")
+            follow = cp.multiply(p["stay"], follows[:-1]) + cp.multiply(p["follow"], let_in)
+            rules += [follows[0] == 0.0, follows[1:] == follow]
         # Prefill works off a queue; what it has done is what decode takes in.
         done = cp.sum(load[np.flatnonzero(self._phase == 0)], axis=0)
-        balance = queue[1:] == queue[:-1] + cp.multiply(dt, p["arrival"] - done)
+        balance = queue[1:] == queue[:-1] + cp.multiply(dt, comes - done)
         rules += [balance, queue[0] == p["backlog"][0]]
         if phases > 1:
             rules += [
@@ -312,12 +252,40 @@ class Planner:
             ]
         for phase in range(phases):
             able = sum(p["most_req_s"][g] * awake[g] for g in np.flatnonzero(self._phase == phase))
-            rules.append(able + short[phase] >= p["reserve"][phase])
+            # What may wait is let in beside the reserve, not out of it; decode follows.
+            beside = let_in if phase == 0 else follows[1:]
+            rules.append(able + short[phase] + lent >= p["reserve"][phase] + beside)
+            if self._defers:
+                rules.append(beside <= p["room"][phase] + lent)
         late = cp.sum(queue[1:] @ dt) / 2.0 + cp.sum(over @ dt) + cp.sum(short @ dt)
         cost = cost + p["cost"] @ drawn + _LATE_J_REQ * late
         problem = cp.Problem(cp.Minimize(cost), rules)
         on = cp.vstack([awake[g] + waking[g] for g in range(groups)])
-        return problem, {"on": on, "drawn": drawn, "balance": balance, "limit": limit}
+        parts = {"on": on, "drawn": drawn, "balance": balance, "limit": limit}
+        return problem, parts | {"let_in": let_in}
+
+    def _waiting(self, upto: F64) -> tuple[Any, Any, list[Any]]:
+        """Requests that may wait: rate at which they are let in, what that costs, and its rules.
+
+        ``due_k <= m_k + sum_{j <= k} u_j dt_j`` and ``sum_{j <= k} u_j dt_j <= come_k``: whoever
+        must be let in by the end of step k has been, or is counted among those behind, and nobody
+        is let in before he came.
+        """
+        p, dt, steps = self._p, self._dt_s, len(self._dt_s)
+        let_in = cp.Variable(steps, nonneg=True, name="let_in")
+        behind = cp.Variable(steps, nonneg=True, name="behind")
+        change = cp.Variable(steps, nonneg=True, name="change")
+        so_far = cp.multiply(dt, let_in) @ upto
+        before = cp.hstack([p["let_in"], let_in[:-1]])
+        rules = [
+            so_far <= p["come"], so_far + behind >= p["due"],
+            change >= let_in - before, change >= before - let_in,
+        ]  # fmt: skip
+        held = p["come"][-1] - so_far[-1]
+        costs = _BEHIND_W_REQ * (behind @ dt) + _CALM_J_S_REQ * cp.sum(change)
+        costs = costs - _HELD_W_REQ * (so_far @ dt)  # and the constant of what comes
+        # A parameter never multiplies a parameter: what is held at the end costs this less.
+        return let_in, costs - p["left"][0] * so_far[-1], [*rules, held >= 0.0]
 
     # A plan
 
@@ -330,48 +298,82 @@ class Planner:
             Where the fleet is and what is expected.
         """
         self._assign(situation)
-        parts = self._relaxed_parts
         status = _solved(self.relaxed)
         if status is not PlanStatus.OK:
             return self._none(status)
-        dt = self._dt_s
-        bound_j = float(self.relaxed.value)
-        request_j = -np.asarray(parts["balance"].dual_value)
-        watt = np.abs(np.asarray(parts["limit"].dual_value)) / dt
-        found = _solved(self.mixed, self._limits)
-        if found is PlanStatus.OK:
-            mixed = self._mixed_parts
-            return Plan(
-                status=found, on=np.asarray(mixed["on"].value),
-                power_w=np.asarray(mixed["drawn"].value), objective_j=float(self.mixed.value),
-                bound_j=bound_j, request_j=request_j, watt_frac=watt,
-            )  # fmt: skip
-        return self._rounded(situation, bound_j, request_j, watt)
-
-    def _rounded(self, situation: Situation, bound_j: float, request_j: F64, watt: F64) -> Plan:
-        """The relaxation with every count rounded up, if that keeps the budget."""
-        parts = self._relaxed_parts
-        exact = np.asarray(parts["on"].value)
-        on = np.minimum(np.ceil(exact - 1e-6), situation.installed[:, None])
-        # One awake instance more draws at most its power at no load.
-        more_w = (on - exact) * (self._p["beta"].value.max(axis=1) - self._parked_w)[:, None]
-        power_w = np.asarray(parts["drawn"].value) + np.maximum(more_w, 0.0).sum(axis=0)
-        fits = bool(np.all(power_w <= self._p["budget"].value + 1e-6))
-        if not fits:
-            return self._none(PlanStatus.FAILED)
-        cost = self._p["cost"].value
-        return Plan(
-            status=PlanStatus.ROUNDED, on=on, power_w=power_w,
-            objective_j=bound_j + float(cost @ np.maximum(more_w, 0.0).sum(axis=0)),
-            bound_j=bound_j, request_j=request_j, watt_frac=watt,
+        bound_j, parts = float(self.relaxed.value), self._relaxed_parts
+        exact = replace(
+            self._read(self.relaxed, parts),
+            request_j=-np.asarray(parts["balance"].dual_value),
+            watt_frac=np.abs(np.asarray(parts["limit"].dual_value)) / self._dt_s,
+        )
+        near = exact.on[:, : self._whole_steps]
+        if np.all(np.abs(near - np.round(near)) < 1e-6):
+            return exact
+        rounded = self._rounded(situation, exact)
+        if rounded.status.usable and rounded.objective_j <= bound_j + _GAP_FRAC * abs(bound_j):
+            return replace(rounded, status=PlanStatus.OK)
+        if self.mixed is None or _solved(self.mixed, self._limits) is not PlanStatus.OK:
+            return rounded
+        return replace(
+            self._read(self.mixed, self._mixed_parts), bound_j=bound_j,
+            request_j=exact.request_j, watt_frac=exact.watt_frac,
         )  # fmt: skip
+
+    def _read(self, problem: cp.Problem, parts: dict[str, Any]) -> Plan:
+        """Plan of a problem that is solved; without prices, which the relaxation has."""
+        steps, cost_j = len(self._dt_s), float(problem.value)
+        let_in = parts["let_in"].value if self._defers else np.zeros(steps)
+        return Plan(
+            status=PlanStatus.OK, end_s=self.end_s, on=np.asarray(parts["on"].value),
+            power_w=np.asarray(parts["drawn"].value), objective_j=cost_j, bound_j=cost_j,
+            request_j=np.zeros(steps), watt_frac=np.zeros(steps), let_in_req_s=np.asarray(let_in),
+        )  # fmt: skip
+
+    def _rounded(self, situation: Situation, exact: Plan) -> Plan:
+        """The relaxation with every count rounded up, if that keeps the budget."""
+        on = np.minimum(np.ceil(exact.on - 1e-6), situation.installed[:, None])
+        # One awake instance more draws at most its power at no load, and has to be woken.
+        more_w = (on - exact.on) * (self._p["beta"].value.max(axis=1) - self._parked_w)[:, None]
+        more_w = np.maximum(more_w, 0.0).sum(axis=0)
+        power_w = exact.power_w + more_w
+        if not np.all(power_w <= self._p["budget"].value + 1e-6):
+            return self._none(PlanStatus.FAILED)
+        before = (self._p["ready"].value + self._p["waking"].value)[:, :1]
+        starts, woken = (
+            np.maximum(np.diff(each, axis=1, prepend=before), 0.0).sum(axis=1)
+            for each in (on, exact.on)
+        )
+        wake_j = self._wake_j + np.maximum(self._idle_w - self._parked_w, 0.0) * self._wake_s
+        more_j = float(self._p["cost"].value @ more_w)
+        more_j += float(wake_j @ np.maximum(starts - woken, 0.0))
+        return replace(
+            exact, status=PlanStatus.ROUNDED, on=on, power_w=power_w,
+            objective_j=exact.bound_j + more_j,
+        )  # fmt: skip
+
+    def _left_j(self, alpha_j_req: F64, weight: F64) -> float:
+        """What one costs that is held at the end: the most it can, so that nobody stays."""
+        phases = range(int(self._phase.max()) + 1)
+        each = [alpha_j_req[self._phase == phase].max(initial=0.0) for phase in phases]
+        return float(np.sum(each) * weight.max())
+
+    def _soon(self, limit: F64, situation: Situation) -> F64:
+        """Least limit of each step, and after it as long as what it lets in is there."""
+        until_s = self.end_s + _EARLY * situation.residence_s
+        return np.array(
+            [
+                np.min(limit[k : np.searchsorted(self.begin_s, until_s[k])])
+                for k in range(len(limit))
+            ]
+        )
 
     def _none(self, status: PlanStatus) -> Plan:
         groups, steps = len(self._phase), len(self._dt_s)
         return Plan(
-            status=status, on=np.zeros((groups, steps)), power_w=np.zeros(steps),
-            objective_j=np.inf, bound_j=-np.inf, request_j=np.zeros(steps),
-            watt_frac=np.zeros(steps),
+            status=status, end_s=self.end_s, on=np.zeros((groups, steps)),
+            power_w=np.zeros(steps), objective_j=np.inf, bound_j=-np.inf,
+            request_j=np.zeros(steps), watt_frac=np.zeros(steps), let_in_req_s=np.zeros(steps),
         )  # fmt: skip
 
     def _assign(self, situation: Situation) -> None:
@@ -383,7 +385,7 @@ class Planner:
         # Of those that wake already, how many do so still when a step begins.
         n_waking = np.array([len(at_s) for at_s in s.waking_s], dtype=np.float64)
         waking = np.array(
-            [[np.sum(at_s > begin_s + 1e-9) for begin_s in self._begin_s] for at_s in s.waking_s],
+            [[np.sum(at_s > begin_s + 1e-9) for begin_s in self.begin_s] for at_s in s.waking_s],
             dtype=np.float64,
         )
         # Nobody can hold more in reserve than there is.
@@ -407,6 +409,18 @@ class Planner:
             "budget": np.minimum(s.budget_w, _NO_LIMIT_W),
             "cost": dt if s.price_frac is None else dt * s.price_frac,
         }  # fmt: skip
+        if self._defers:
+            # Nobody is due who has not come.
+            come = np.zeros(len(dt)) if s.come_req is None else s.come_req
+            due = np.zeros(len(dt)) if s.due_req is None else np.minimum(s.due_req, come)
+            soon = self._soon(values["budget"], s)
+            room = np.maximum(_CAREFUL_FRAC * top[:, None] - values["reserve"], 0.0)
+            values |= {
+                "come": come, "due": due, "easy": _EASY_FRAC * soon, "room": room,
+                "strain": dt * np.where(soon < values["budget"], _EARLY_STRAIN, _STRAIN),
+                "let_in": np.array([s.let_in_req_s]),
+                "left": np.array([self._left_j(values["alpha"], values["cost"] / dt)]),
+            }  # fmt: skip
         for name, value in values.items():
             p[name].value = np.asarray(value, dtype=np.float64)
 

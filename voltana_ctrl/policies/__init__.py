@@ -277,16 +277,18 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
             target = control.TargetOptimiser(
                 fixed, slo, delay_s=setup.delay_s, governed=setup.governed, spare=setup.spare
             )
+            ahead: dict[str, Any] = {"price": setup.price, "co2": setup.co2} if mpc else {}
             return (control.MpcController if mpc else control.CascadeController)(
                 fixed,
                 slo,
+                **ahead,
                 target=target,
                 period_s=setup.tick_s,
                 governed=setup.governed,
                 delay_s=setup.delay_s,
                 measured_delay_s=setup.measured_delay_s,
                 learnt=setup.learnt,
-                power_budget_w=None if setup.power_budget is None else setup.limit_w,
+                power_budget_w=setup.power_budget,
             )
 
         turns = mpc and any(one.roles for one in fleet.instances)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -93,6 +93,24 @@ class Backlog:
             Time on the loop's clock.
         """
         return int(np.searchsorted(self.deadline_s, t_s, side="right"))
+
+    def behind(self, before: Backlog) -> Backlog:
+        """Itself, with the counts of one before it that nobody has taken in.
+
+        Parameters
+        ----------
+        before : Backlog
+            Of the same fleet.
+
+        Examples
+        --------
+        >>> Backlog.empty().behind(replace(Backlog.empty(), arrived_req=2.0)).arrived_req
+        2.0
+        """
+        counts = ("arrived_req", "arrived_tok", "admitted_req", "admitted_tok")
+        return replace(
+            self, **{name: getattr(before, name) + getattr(self, name) for name in counts}
+        )
 
     @classmethod
     def empty(cls) -> Backlog:

@@ -444,6 +444,7 @@ class Observation:
                 arrived_req=before.state.arrived_req + self.state.arrived_req,
                 arrived_tok=before.state.arrived_tok + self.state.arrived_tok,
             ),
+            backlog=self.backlog.behind(before.backlog),
             iterations=_joined(before.iterations, self.iterations),
             finished=_joined(before.finished, self.finished),
         )

@@ -1,0 +1,160 @@
+"""Requests that may wait: how many come, by when they must be let in, and what a plan needs of it.
+
+A request must be let in so long before its deadline that a long answer is done by then. What is
+held is known one by one; what will come is expected at the rate of the last minutes, with as much
+time as the newest have.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from voltana_ctrl.checks import F64, freeze_fields
+from voltana_ctrl.types import Backlog
+
+__all__ = ["Deferral", "DeferralMemory"]
+
+#: How long the rate at which they come is remembered.
+_MEMORY_S = 300.0
+#: A plan lets in so many mean answers before the deadline: of exponential lengths one in 20,000 is
+#: longer. Whatever it says, and whoever suffers from it, the last chance is shorter.
+_LONGEST, _LAST = 10.0, 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeferralMemory:
+    """What was seen of requests that may wait.
+
+    Parameters
+    ----------
+    t_s : float
+        Time of the last look; negative before the first.
+    span_s, arrived_req : float
+        Discounted time and arrivals.
+    allowed_s : float
+        Time that the newest have; 0 before there was any.
+    deadline_s : ndarray, shape (k,)
+        Of those that are held, ascending.
+
+    Examples
+    --------
+    >>> Deferral().init().allowed_s
+    0.0
+    """
+
+    t_s: float
+    span_s: float
+    arrived_req: float
+    allowed_s: float
+    deadline_s: F64
+
+    def __post_init__(self) -> None:
+        freeze_fields(self, ("deadline_s",), (np.asarray(self.deadline_s).size,))
+
+    @property
+    def rate_req_s(self) -> float:
+        """Rate at which they come."""
+        return self.arrived_req / self.span_s if self.span_s > 0.0 else 0.0
+
+
+class Deferral:
+    """Keeps track of requests that may wait.
+
+    Examples
+    --------
+    >>> deferral = Deferral()
+    >>> backlog = Backlog(deadline_s=[600.0, 900.0], prompt_tok=[100.0, 100.0], arrived_req=2.0)
+    >>> memory = deferral.count(deferral.init(), 0.0, backlog)
+    >>> come, due = deferral.flows(memory, np.array([300.0, 600.0, 900.0]), lead_s=100.0)
+    >>> come, due
+    (array([2., 2., 2.]), array([0., 1., 2.]))
+    >>> deferral.pace_req_s(memory, lead_s=100.0)  # two in 800 s
+    0.0025
+    """
+
+    def init(self) -> DeferralMemory:
+        """Nothing seen yet."""
+        return DeferralMemory(
+            t_s=-1.0, span_s=0.0, arrived_req=0.0, allowed_s=0.0, deadline_s=np.zeros(0)
+        )
+
+    def count(self, memory: DeferralMemory, t_s: float, backlog: Backlog) -> DeferralMemory:
+        """Memory after a look at what is held and what came.
+
+        Parameters
+        ----------
+        memory : DeferralMemory
+            Not changed.
+        t_s : float
+            Now.
+        backlog : Backlog
+            What is held, and what came since the last look.
+        """
+        if memory.t_s < 0.0 and backlog.arrived_req == 0.0 and not len(backlog):
+            return memory
+        span_s, arrived_req = memory.span_s, memory.arrived_req
+        if memory.t_s >= 0.0:
+            dt_s = t_s - memory.t_s
+            kept = math.exp(-dt_s / _MEMORY_S)
+            span_s, arrived_req = kept * span_s + dt_s, kept * arrived_req + backlog.arrived_req
+        allowed_s = memory.allowed_s
+        if backlog.arrived_req > 0.0 and len(backlog):
+            allowed_s = max(0.0, float(backlog.deadline_s[-1]) - t_s)
+        return replace(
+            memory, t_s=t_s, span_s=span_s, arrived_req=arrived_req, allowed_s=allowed_s,
+            deadline_s=backlog.deadline_s,
+        )  # fmt: skip
+
+    def lead_s(self, ttft_s: float, residence_s: float, *, last: bool = False) -> float:
+        """How long before its deadline a request must be let in.
+
+        Parameters
+        ----------
+        ttft_s : float
+            Time to the first token that is promised to others.
+        residence_s : float
+            Mean time in decode.
+        last : bool
+            At the last chance, and not as planned.
+        """
+        return ttft_s + (_LAST if last else _LONGEST) * residence_s
+
+    def flows(self, memory: DeferralMemory, end_s: F64, *, lead_s: float) -> tuple[F64, F64]:
+        """How many will have come, and how many of them must have been let in, by these times.
+
+        Parameters
+        ----------
+        memory : DeferralMemory
+            Of :meth:`count`.
+        end_s : ndarray, shape (n_steps,)
+            Seconds from now, ascending.
+        lead_s : float
+            Of :meth:`lead_s`.
+
+        Returns
+        -------
+        come_req, due_req : ndarray, shape (n_steps,)
+            Requests, those that are held now among them.
+        """
+        rate_req_s, held = memory.rate_req_s, float(len(memory.deadline_s))
+        left_s = memory.deadline_s - memory.t_s - lead_s
+        due = np.searchsorted(left_s, end_s, side="right").astype(np.float64)
+        due += rate_req_s * np.maximum(end_s - max(0.0, memory.allowed_s - lead_s), 0.0)
+        come = held + rate_req_s * end_s
+        return come, np.minimum(due, come)
+
+    def pace_req_s(self, memory: DeferralMemory, *, lead_s: float) -> float:
+        """Lowest steady rate at which all that are held are let in in time; without a plan.
+
+        Parameters
+        ----------
+        memory, lead_s
+            As of :meth:`flows`.
+        """
+        if not len(memory.deadline_s):
+            return memory.rate_req_s
+        left_s = np.maximum(memory.deadline_s - memory.t_s - lead_s, 1.0)
+        return float(np.max(np.arange(1.0, len(left_s) + 1.0) / left_s))
