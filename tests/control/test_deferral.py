@@ -164,7 +164,8 @@ def test_a_plan_that_may_be_applied_keeps_budget_and_lets_in_who_is_there(rate, 
     s = situation(rate, held, more, due=0.5 * (held + more * END_S), budget_w=np.array(budget))
     plan = PLANNER.plan(s)
     if not plan.status.usable:
-        assert plan.status is PlanStatus.INFEASIBLE
+        # Scarcely above what the idle fleet draws HiGHS may give up without a proof.
+        assert plan.status in (PlanStatus.INFEASIBLE, PlanStatus.FAILED)
         return
     assert np.all(plan.power_w <= np.array(budget) + 1e-4)
     assert np.all(plan.let_in_req_s >= -1e-6)

@@ -53,7 +53,7 @@ _CAREFUL_FRAC, _LENT_J_REQ = 0.85, 100.0
 #: every joule beyond costs: it is no place for work that can wait. And for how many times that a
 #: request stays it holds before a cut, and costs how much more there, so that batches and queues
 #: are small when it comes: what waits then is late for long.
-_EASY_FRAC, _STRAIN, _EARLY, _EARLY_STRAIN = 0.85, 7.0, 3.0, 200.0
+_EASY_FRAC, _STRAIN, _EARLY, _EARLY_STRAIN = 0.85, 20.0, 3.0, 200.0
 #: Relative gap at which a plan is as good as optimal.
 _GAP_FRAC = 1e-3
 #: Power above any budget.
@@ -432,6 +432,7 @@ def _solved(problem: cp.Problem, limits: dict[str, Any] | None = None) -> PlanSt
         problem.solve(solver=cp.SCIPY, enforce_dpp=True, scipy_options=options)
     except cp.SolverError:
         return PlanStatus.FAILED
-    if problem.status in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE):
+    # Nothing is unbounded here: no cost falls without end.
+    if problem.status in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE, "infeasible_or_unbounded"):
         return PlanStatus.INFEASIBLE
     return PlanStatus.OK if problem.status == cp.OPTIMAL else PlanStatus.FAILED
