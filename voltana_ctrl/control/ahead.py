@@ -26,12 +26,12 @@ class MpcController(CascadeController):
     them. Where there are requests that may wait, the plan decides how fast they are let in: beside
     a reserve for the others, before their deadlines, within budgets as far as they are announced,
     and when energy costs least. Elsewhere no problem is solved, and this is
-    :class:`CascadeController`.
+    :class:`~voltana_ctrl.control.CascadeController`.
 
     Parameters
     ----------
     fleet, slo, **settings
-        See :class:`CascadeController`.
+        See :class:`~voltana_ctrl.control.CascadeController`.
     plan_period_s : float
         Time between two plans.
     beside : bool

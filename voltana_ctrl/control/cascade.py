@@ -1,6 +1,6 @@
 """The controller: estimate, target, and what the governors may do until the next tick.
 
-Where there is something to foresee, :class:`~voltana_ctrl.control.ahead.MpcController` looks ahead.
+Where there is something to foresee, :class:`~voltana_ctrl.control.MpcController` looks ahead.
 """
 
 from __future__ import annotations
