@@ -9,13 +9,15 @@ from voltana_ctrl import FleetSpec, Slo, load_profile
 from voltana_ctrl.experiment.run import Run
 from voltana_ctrl.sim.arrivals import Gamma, MarkovModulated, Poisson
 from voltana_ctrl.sim.lower_bound import least_demand, lower_bound_w
+from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import Workload, make_workload
+from voltana_ctrl.types import Rest
 
 POLICIES = (
     "static-max", "static-", "voltanallm", "voltanallm-jsq", "dualscale", "threshold", "pack",
     "cascade", "mpc",
 )  # fmt: skip
-PROFILES = ("a100-sxm-80gb/llama-3.1-8b-2026-11", "h100-sxm-80gb/llama-3.1-8b", "l20/qwen2.5-7b")
+PROFILES = ("a100-sxm-80gb/llama-3.1-8b", "h100-sxm-80gb/llama-3.1-8b", "l20/qwen2.5-7b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
 
@@ -52,19 +54,41 @@ def scene(seed):
     )  # fmt: skip
 
 
-def kept_and_ratio(seed):
-    run = scene(seed)
+def richer(seed, traces=None):
+    """A scene with what sleeps, turns, or waits, and of published traces where they are at hand."""
+    run, rng = scene(seed), np.random.default_rng([seed, 1])
+    kind = ["asleep", "roles", "deferred", "trace"][seed % 4]
+    if kind == "asleep":
+        deep = Rest(power_w=8.0, wake_s=float(rng.choice([0.5, 4.0])), wake_j=30.0, enter_s=0.2)
+        profile = dataclasses.replace(run.fleet.instances[0].profile, off=deep)
+        rungs = run.fleet.instances[0].clocks_mhz
+        fleet = FleetSpec.parse(str(rng.choice(["2P2D", "1P3D", "4C"])), profile)
+        fleet = FleetSpec([dataclasses.replace(one, clocks_mhz=rungs) for one in fleet.instances])
+        return dataclasses.replace(run, fleet=fleet, policy=str(rng.choice(["pack-off", "mpc"])))
+    if kind == "roles":
+        fleet = FleetSpec.parse("2P2D", run.fleet.instances[0].profile).flexible()
+        return dataclasses.replace(run, fleet=fleet, policy="roles")
+    if kind == "deferred":
+        policy = str(rng.choice(["gate", "mpc", "pack", "static-max"]))
+        return dataclasses.replace(run, policy=policy, defer=(float(rng.uniform(0.1, 0.7)), 60.0))
+    if traces is not None:
+        trace = traces[int(rng.integers(len(traces)))].rescaled(float(rng.uniform(1.0, 8.0)))
+        return dataclasses.replace(run, workload=trace.window(110.0, start_s=10.0 * (seed % 30)))
+    return run
+
+
+def kept_and_ratio(run):
     figures = run.simulate()
     met = [figures["ttft_attainment"], figures["itl_attainment"]]
     if None in met or min(met) < run.slo.attainment:
         return None
     window = run.warmup_s, run.warmup_s + run.duration_s
-    bound_w = lower_bound_w(run.fleet, run.workload, *window, run.slo)
-    return figures["mean_power_w"] / bound_w
+    load, _ = run._requests()  # those that may wait are known once they are drawn
+    return figures["mean_power_w"] / lower_bound_w(run.fleet, load, *window, run.slo)
 
 
-def check(seeds, least_kept):
-    ratios = {seed: kept_and_ratio(seed) for seed in seeds}
+def check(seeds, least_kept, scene=scene):
+    ratios = {seed: kept_and_ratio(scene(seed)) for seed in seeds}
     kept = {seed: ratio for seed, ratio in ratios.items() if ratio is not None}
     below = {seed: ratio for seed, ratio in kept.items() if ratio < 1.0 - 1e-7}
     assert below == {}
@@ -80,10 +104,28 @@ def test_no_run_of_a_hundred_is_below():
     check(range(100, 200), 40)
 
 
+def test_no_run_with_sleep_roles_or_deferral_is_below():
+    check(range(12), 4, richer)
+
+
+@pytest.mark.slow
+def test_no_run_of_sixty_with_sleep_roles_deferral_or_traces_is_below(shared_data):
+    path = shared_data / "azure_llm_2023" / "AzureLLMInferenceTrace_conv.csv.gz"
+    trace = read_trace(path)
+    check(range(1000, 1060), 20, lambda seed: richer(seed, [trace]))
+
+
 @pytest.mark.external
 def test_no_run_of_three_hundred_is_below():
     """By hand, since it takes minutes: ``pytest -m external tests/sim/test_lower_bound.py``."""
     check(range(200, 500), 150)
+
+
+@pytest.mark.external
+def test_no_run_of_three_hundred_that_sleep_turn_or_wait_is_below(shared_data):
+    path = shared_data / "azure_llm_2023" / "AzureLLMInferenceTrace_conv.csv.gz"
+    trace = read_trace(path)
+    check(range(2000, 2300), 100, lambda seed: richer(seed, [trace]))
 
 
 def test_what_is_due_inside_the_window_is_demanded():

@@ -12,12 +12,14 @@ promise-keeping schedule does inside the window:
 - requests spend no more time being decoded than the promised inter-token latency allows, and no
   more of them are decoded at once than can be there between arrival and due time;
 - prefill iterations are as many as it takes to stab the intervals from each arrival to its promise;
-- the share of requests that may miss either promise is left out, those that save most.
+- the share of requests that may miss either promise is left out, those that save most;
+- of requests that may wait, which the promise does not bind, nothing is demanded.
 
 Requests that are left out, and those that arrived before the window, may be decoded in the same
 iterations, at whatever pace: that costs time and energy and delivers nothing of what is demanded.
-Time without work is at the least power at rest. What costs besides (padding, idling in wait, clock
-changes, recomputation) is left out, and iteration times are taken without jitter.
+An instance whose role changes may do both. Time without work is at the least power at rest. What
+costs besides (padding, idling in wait, clock changes, recomputation) is left out, and iteration
+times are taken without jitter.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ def least_demand(
     cached = workload.cached_tok.astype(float)
     decoded = workload.output_tok.astype(float) - 1.0
     due_s = arrival_s + slo.ttft_s + decoded * slo.itl_s
-    judged = (arrival_s >= from_s) & (arrival_s < until_s)
+    judged = (arrival_s >= from_s) & (arrival_s < until_s) & ~np.isfinite(workload.patience_s)
     may_miss = math.floor((1.0 - slo.attainment) * float(judged.sum()) + 1e-9)
 
     begun = judged & (arrival_s + slo.ttft_s <= until_s)
@@ -142,8 +144,15 @@ def least_demand(
 def _fastest_s(fleet: FleetSpec) -> float:
     """Shortest time between two tokens of a request."""
     return min(
-        float(decode_s(fleet.instances[i].table, 1.0, 0.0).min()) for i in fleet.decode.tolist()
+        float(decode_s(one.table, 1.0, 0.0).min())
+        for one in fleet.instances
+        if _has(one, "decodes")
     )
+
+
+def _has(one: InstanceSpec, does: str) -> bool:
+    """Whether a role that the instance has, or may take on, `prefills` or `decodes`."""
+    return any(getattr(role, does) for role in (one.role, *one.roles))
 
 
 def _without_largest(values: F64, count: int) -> float:
@@ -201,14 +210,14 @@ def lower_bound_w(
     rest_j = 0.0
     groups: dict[tuple[Any, ...], list[InstanceSpec]] = {}
     for one in fleet.instances:
-        key = (id(one.profile), one.clocks_mhz.tobytes(), one.max_batch, one.role)
+        key = (id(one.profile), one.clocks_mhz.tobytes(), one.max_batch, one.role, one.roles)
         groups.setdefault((*key, one.idle_w, one.least_rest_w), []).append(one)
     for many in groups.values():
         one = many[0]
         rest_w = min(one.least_rest_w, float(one.table["idle_w"].min()))
         rest_j += len(many) * rest_w * span_s
         programme.take(one, len(many) * span_s, rest_w)
-    if not fleet.colocated:
+    if not (fleet.colocated or any(one.roles for one in fleet.instances)):
         rest_j += demand.moved_tok * min(
             fleet.instances[i].profile.transfer_j_per_tok for i in fleet.prefill.tolist()
         )
@@ -277,9 +286,9 @@ class _Programme:
         """Let instances of this kind work for so many seconds, instead of resting."""
         busy = self._limit(capacity_s)
         for row in one.table:
-            if one.role.prefills:
+            if _has(one, "prefills"):
                 self._prefill(one, row, busy, rest_w)
-            if one.role.decodes:
+            if _has(one, "decodes"):
                 most_req = min(one.max_batch, self.at_once_req)
                 for low, high in pairwise(EDGES_REQ):
                     if low <= most_req:
