@@ -160,6 +160,8 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["profile", "http://127.0.0.1:9"], "profile: expected either --gpu, whose clock"),
         (["profile", "http://127.0.0.1:9", "--no-clock", "--dry-run"], "or --freq-mhz"),
         (["profile", "http://127.0.0.1:9", "--freq-mhz", "9", "--steady", "0"], "--steady: exp"),
+        (["compare", "--forecast", "none.csv"], "forecast none.csv: cannot be read"),
+        (["agent", "--fleet", "f.toml", "--forecast", "n.csv"], "forecast n.csv: cannot be read"),
         (["nothing"], "nothing"),
     ],
 )

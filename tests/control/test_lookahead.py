@@ -1,6 +1,7 @@
 """Looking ahead on the plant: the promise under wake times, and who is on when things go wrong."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from voltana_ctrl import FleetSpec, FleetState, Observation, Slo, load_profile
 from voltana_ctrl.control import CascadeController, MpcController
 from voltana_ctrl.control.lookahead import takes_time
+from voltana_ctrl.estimate import read_forecast
 from voltana_ctrl.experiment import Run
+from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.sim.arrivals import Diurnal
 from voltana_ctrl.sim.faults import Failure
 
@@ -179,3 +182,15 @@ def test_a_dead_prefill_instance_is_replaced(monkeypatch):
         faults=(Failure(instance="prefill-0", from_s=90.0, until_s=120.0),),
     )  # fmt: skip
     assert figures["requests_completed"] == figures["requests_arrived"]
+
+
+def test_what_a_file_says_is_expected_by_whoever_is_told(tmp_path):
+    path = tmp_path / "load.csv"
+    path.write_text("t_s,req_s\n0,10\n124,10\n130,70\n", encoding="utf-8")
+    told = find_policy("mpc").build(
+        sleepy(), SLO, PolicySetup(forecast=pickle.loads(pickle.dumps(read_forecast(path))))
+    )
+    _, memory = driven(told.controller, 123, 10.0, running=20.0)
+    assert told.controller.notes(memory)["forecast_10s_req_s"] > 50.0
+    _, memory = driven(MpcController(sleepy(), SLO), 123, 10.0, running=20.0)
+    assert MpcController(sleepy(), SLO).notes(memory)["forecast_10s_req_s"] < 15.0

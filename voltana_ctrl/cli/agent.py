@@ -88,6 +88,10 @@ def agent(
     spare: Annotated[
         float, typer.Option(help="Instances that each phase may lose and still serve.")
     ] = 0.0,
+    forecast: Annotated[
+        Path | None,
+        typer.Option(help="CSV of t_s,req_s: arrivals from the start on that mpc is told of."),
+    ] = None,
     power_budget_w: Annotated[
         str | None, typer.Option(help="W, or steps S:W,S:W, of the fleet.")
     ] = None,
@@ -139,7 +143,7 @@ def agent(
         raise ConfigError("agent: expected --fleet FILE.toml")
     if controller is not None and serve is not None:
         raise ConfigError("agent: expected --controller at a node or --serve, got both")
-    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare)
+    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare, forecast)
     above_zero(switchback=switchback, duration=duration)
     check_outputs({"log": log}, suffix=".jsonl")
     if serve is not None:
@@ -207,6 +211,7 @@ def agent(
             decides = node_policy(
                 spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
                 delay_s=delay_s, held=backend.held, learnt=learnt, spare=asked.spare,
+                forecast=asked.forecast,
             )  # fmt: skip
             if mode == "act":
                 decides = Descent(decides, asked.slo)

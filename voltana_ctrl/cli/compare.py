@@ -131,6 +131,10 @@ def compare(
             " active ones. Costs power; see the docs on policies."
         ),
     ] = 0.0,
+    forecast: Annotated[
+        Path | None,
+        typer.Option(help="CSV of t_s,req_s: arrivals that mpc is told of ahead, where it looks."),
+    ] = None,
     jitter: Annotated[float, typer.Option(help="Spread of iteration times (ratio).")] = 0.0,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave out trace rows that cannot be read.")
@@ -194,6 +198,7 @@ def compare(
         if not 0.0 <= value < math.inf:
             raise ConfigError(f"{option}: expected a number >= 0, got {value:g}")
     rates = numbers("rate", rate)
+    from voltana_ctrl.estimate import read_forecast
     from voltana_ctrl.experiment.grid import plan_runs
     from voltana_ctrl.experiment.uncertainty import refuse_unknown
     from voltana_ctrl.policies import HEADLINE
@@ -249,6 +254,7 @@ def compare(
         roles=roles,
         co2=None if co2 is None else Steps.parse(co2, "co2"),
         spare=spare,
+        forecast=None if forecast is None else read_forecast(forecast),
         arrivals=None if arrivals is None else parse_arrivals(arrivals),
         faults=() if faults is None else read_faults(faults),
         skip_bad_rows=skip_bad_rows,

@@ -64,6 +64,10 @@ def controller(
     spare: Annotated[
         float, typer.Option(help="Instances that each phase may lose and still serve.")
     ] = 0.0,
+    forecast: Annotated[
+        Path | None,
+        typer.Option(help="CSV of t_s,req_s: arrivals from the start on that mpc is told of."),
+    ] = None,
     power_budget_w: Annotated[
         str | None, typer.Option(help="W, or steps S:W,S:W from the start on, of the fleet.")
     ] = None,
@@ -73,7 +77,7 @@ def controller(
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
 ) -> None:
     """Decide for a whole fleet, whose nodes run `agent --controller`, its clients `router`."""
-    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare)
+    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare, forecast)
     above_zero(switchback=switchback, duration=duration)
     check_outputs({"log": log}, suffix=".jsonl")
     run_controller(
@@ -124,7 +128,7 @@ def run_controller(
         decides = fleet_policy(
             spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
             measured_delay_s=hub.delay_s, routed=hub.routed, learnt=learnt,
-            spare=asked.spare,
+            spare=asked.spare, forecast=asked.forecast,
         )  # fmt: skip
         if asked.mode == "act":
             decides = Descent(decides, asked.slo)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from voltana_ctrl.control.base import Controller
     from voltana_ctrl.engines.endpoints import Endpoint
     from voltana_ctrl.engines.traffic import Traffic
+    from voltana_ctrl.estimate.forecast import OwnForecast
     from voltana_ctrl.live.agent import AgentSettings, Mode, Switchable
     from voltana_ctrl.live.node import NodeBackend
     from voltana_ctrl.live.state import StateFile
@@ -436,14 +437,17 @@ class Promises:
     period_s: float
     budget: PowerBudget | None
     spare: float
+    forecast: OwnForecast | None = None
 
 
 def promises(
-    mode: str, slo: str, tick_s: float, power_budget_w: str | None, policy: str, spare: float
-) -> Promises:
+    mode: str, slo: str, tick_s: float, power_budget_w: str | None, policy: str, spare: float,
+    forecast: Path | None = None,
+) -> Promises:  # fmt: skip
     """Mode, promises, period and budget from their options."""
     from voltana_ctrl.cli.options import above_zero, look_here
     from voltana_ctrl.control.spare import spare_count
+    from voltana_ctrl.estimate import read_forecast
     from voltana_ctrl.live.agent import MODES
     from voltana_ctrl.types import PowerBudget, Slo
 
@@ -458,4 +462,5 @@ def promises(
         period_s=tick_s,
         budget=None if power_budget_w is None else PowerBudget.parse(power_budget_w),
         spare=spare,
+        forecast=None if forecast is None else read_forecast(forecast),
     )

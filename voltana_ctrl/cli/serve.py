@@ -79,6 +79,10 @@ def serve(
     spare: Annotated[
         float, typer.Option(help="Instances that each phase may lose and still serve.")
     ] = 0.0,
+    forecast: Annotated[
+        Path | None,
+        typer.Option(help="CSV of t_s,req_s: arrivals from the start on that mpc is told of."),
+    ] = None,
     power_budget_w: Annotated[
         str | None, typer.Option(help="W, or steps S:W,S:W from the start on, of the fleet.")
     ] = None,
@@ -103,7 +107,7 @@ def serve(
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
 ) -> None:
     """Route, decide and set clocks on one machine; clients come to --host and --port."""
-    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare)
+    asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare, forecast)
     above_zero(switchback=switchback, duration=duration)
     check_outputs({"log": log}, suffix=".jsonl")
     from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
@@ -164,7 +168,7 @@ def serve(
             decides = node_policy(
                 spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
                 delay_s=delay_s, held=backend.held, routed=lambda: asked.mode == "act",
-                learnt=learnt, spare=asked.spare,
+                learnt=learnt, spare=asked.spare, forecast=asked.forecast,
             )  # fmt: skip
             if asked.mode == "act":
                 decides = Descent(decides, asked.slo)

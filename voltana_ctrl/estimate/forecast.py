@@ -472,11 +472,19 @@ def read_forecast(path: str | Path) -> OwnForecast:
     if not times_s:
         raise ConfigError(f"forecast {path}: expected at least one row of t_s,req_s, got none")
 
-    def own(t_s: float, lead_s: F64) -> F64:
-        told: F64 = np.interp(t_s + np.asarray(lead_s), times_s, rates_req_s)
-        return told
+    return _Told(np.array(times_s), np.array(rates_req_s))
 
-    return own
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Told:
+    """Rates of a file; no closure, so that it can be sent to other processes."""
+
+    times_s: F64
+    rates_req_s: F64
+
+    def __call__(self, t_s: float, lead_s: F64) -> F64:
+        told: F64 = np.interp(t_s + np.asarray(lead_s), self.times_s, self.rates_req_s)
+        return told
 
 
 def _pushed(array: F64, newest: F64 | float) -> F64:

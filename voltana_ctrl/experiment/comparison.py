@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from voltana_ctrl import __version__
+from voltana_ctrl.estimate.forecast import OwnForecast
 from voltana_ctrl.experiment.grid import DEFAULT_SLO, Done, Grid, plan_runs
 from voltana_ctrl.experiment.notes import notes_on
 from voltana_ctrl.experiment.run import BELIEF_DELAY_S, Run
@@ -284,6 +285,7 @@ def compare(
     settings: PlantSettings | None = None,
     belief_delay_s: float = BELIEF_DELAY_S,
     spare: float = 0.0,
+    forecast: OwnForecast | None = None,
     power_budget: PowerBudget | None = None,
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
@@ -336,6 +338,10 @@ def compare(
     spare : float
         Instances that each phase should be able to lose: a whole number, or below 1 a share of
         the active ones. Known to `cascade` and `mpc`.
+    forecast : callable, optional
+        A forecast of the arrivals in time from the start of each run, for `mpc` where it looks
+        ahead: ``forecast(t_s, lead_s)`` gives requests per second; see
+        :func:`voltana_ctrl.estimate.read_forecast` for a file.
     power_budget : PowerBudget, optional
         What the fleet may draw, in time from the start of each run, warm-up included.
         Policies that know budgets honour it; `over_budget_frac` says how the others fare.
@@ -401,6 +407,7 @@ def compare(
         settings=settings,
         belief_delay_s=belief_delay_s,
         spare=spare,
+        forecast=forecast,
         power_budget=power_budget,
         arrivals=arrivals,
         faults=faults,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from voltana_ctrl.checks import count, not_negative, positive
 from voltana_ctrl.control.spare import spare_count
 from voltana_ctrl.errors import ConfigError, VoltanaError
+from voltana_ctrl.estimate.forecast import OwnForecast
 from voltana_ctrl.experiment.run import BELIEF_DELAY_S, GRACE_S, Run
 from voltana_ctrl.policies import HEADLINE, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.profiles import load_profile
@@ -223,6 +224,7 @@ def plan_runs(
     settings: PlantSettings | None = None,
     belief_delay_s: float = BELIEF_DELAY_S,
     spare: float = 0.0,
+    forecast: OwnForecast | None = None,
     power_budget: PowerBudget | None = None,
     arrivals: ArrivalProcess | None = None,
     faults: Sequence[Fault] = (),
@@ -311,6 +313,7 @@ def plan_runs(
             detail=detail,
             belief_delay_s=belief_delay_s,
             spare=spare,
+            forecast=forecast,
         )
         for policy in dict.fromkeys(policies)
         for rate in rates

@@ -11,6 +11,7 @@ import numpy as np
 
 from voltana_ctrl.clock import SimClock
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.estimate.forecast import OwnForecast
 from voltana_ctrl.guard import Guard
 from voltana_ctrl.laws import length_moments
 from voltana_ctrl.loop import ControlLoop
@@ -94,6 +95,9 @@ class Run:
         what the plant takes stands in `settings`.
     spare : float
         How many active instances of each phase the policy should be able to lose.
+    forecast : callable, optional
+        A forecast of the arrivals that the policy is given, see
+        :func:`voltana_ctrl.estimate.read_forecast`; in time from the start of the warm-up.
 
     Examples
     --------
@@ -129,6 +133,7 @@ class Run:
     believed: FleetSpec | None = None
     belief_delay_s: float = BELIEF_DELAY_S
     spare: float = 0.0
+    forecast: OwnForecast | None = None
 
     def simulate(self) -> dict[str, Any]:
         """Run it; figures named as in the JSON of ``compare``."""
@@ -252,6 +257,7 @@ class Run:
             power_budget=self.power_budget,
             delay_s=self.belief_delay_s,
             spare=self.spare,
+            forecast=self.forecast,
             call_s=self.settings.actuation_s,
             trials=_Trials(self),
             price=self.price,

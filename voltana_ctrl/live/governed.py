@@ -13,6 +13,7 @@ from voltana_ctrl.control.base import CompiledGovernor, Controller
 from voltana_ctrl.control.budget import UniformCeiling
 from voltana_ctrl.engines.governors import governor_of_policy
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.estimate.forecast import OwnForecast
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.ports import Governor, believe_of, controller_extras
 from voltana_ctrl.types import Belief, Decision, FleetSpec, Observation, PowerBudget, Slo
@@ -219,6 +220,7 @@ def _parts(
     fleet: FleetSpec, slo: Slo, policy: str, period_s: float, power_budget: PowerBudget | None,
     delay_s: float, learnt: Belief | None,
     measured_delay_s: Callable[[], Mapping[str, float]] = dict, spare: float = 0.0,
+    forecast: OwnForecast | None = None,
 ) -> Any:  # fmt: skip
     found = find_policy(policy)
     if found.name == "bound":
@@ -229,7 +231,8 @@ def _parts(
         )
     setup = PolicySetup(
         tick_s=period_s, power_budget=power_budget, delay_s=delay_s,
-        measured_delay_s=measured_delay_s, learnt=learnt, spare=spare,
+        measured_delay_s=measured_delay_s, learnt=learnt, spare=spare, forecast=forecast,
+        beside=True,  # a tick waits for no solver
     )  # fmt: skip
     return found.build(fleet, slo, setup)
 
@@ -246,6 +249,7 @@ def node_policy(
     routed: Callable[[], bool] = lambda: False,
     learnt: Belief | None = None,
     spare: float = 0.0,
+    forecast: OwnForecast | None = None,
 ) -> PolicyController:
     """Shipped policy, or one's own, for nodes that are looked after from this process.
 
@@ -283,7 +287,9 @@ def node_policy(
     >>> node_policy(fleet, Slo(ttft_s=0.6, itl_s=0.06), "mpc").period_s
     Fraction(1, 10)
     """
-    parts = _parts(fleet, slo, policy, period_s, power_budget, delay_s, learnt, spare=spare)
+    parts = _parts(
+        fleet, slo, policy, period_s, power_budget, delay_s, learnt, spare=spare, forecast=forecast
+    )
     governors = node_governors(fleet, slo, policy, delay_s=delay_s, period_s=period_s)
     return PolicyController(
         fleet,
@@ -311,12 +317,13 @@ def fleet_policy(
     routed: Callable[[], bool] = lambda: False,
     learnt: Belief | None = None,
     spare: float = 0.0,
+    forecast: OwnForecast | None = None,
 ) -> PolicyController:
     """Policy of a controller whose nodes and engines host the governors.
 
     Parameters
     ----------
-    fleet, slo, policy, period_s, power_budget, delay_s, routed, learnt, spare
+    fleet, slo, policy, period_s, power_budget, delay_s, routed, learnt, spare, forecast
         See :func:`node_policy`.
     measured_delay_s : callable
         Delays that nodes have measured, by the id of the instance.
@@ -336,7 +343,16 @@ def fleet_policy(
     voltana_ctrl.errors.ConfigError: policy voltanallm-adaptive: its governors learn inside the...
     """
     parts = _parts(
-        fleet, slo, policy, period_s, power_budget, delay_s, learnt, measured_delay_s, spare
+        fleet,
+        slo,
+        policy,
+        period_s,
+        power_budget,
+        delay_s,
+        learnt,
+        measured_delay_s,
+        spare,
+        forecast,
     )
     has_governors = node_governors(fleet, slo, policy) is not None
     if parts.governors is not None and not has_governors:

@@ -277,7 +277,12 @@ def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyPart
             target = control.TargetOptimiser(
                 fixed, slo, delay_s=setup.delay_s, governed=setup.governed, spare=setup.spare
             )
-            ahead: dict[str, Any] = {"price": setup.price, "co2": setup.co2} if mpc else {}
+            ahead: dict[str, Any] = {}
+            if mpc:
+                ahead = {
+                    "price": setup.price, "co2": setup.co2, "forecast": setup.forecast,
+                    "beside": setup.beside,
+                }  # fmt: skip
             return (control.MpcController if mpc else control.CascadeController)(
                 fixed,
                 slo,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from voltana_ctrl import routing
 from voltana_ctrl.checks import not_negative, positive
+from voltana_ctrl.estimate.forecast import OwnForecast
 from voltana_ctrl.ports import Governor, Router
 from voltana_ctrl.types import Belief, Decision, FleetSpec, Load, PowerBudget, Slo, Steps
 
@@ -58,6 +59,11 @@ class PolicySetup:
         What energy costs per kWh, and grams of CO2 per kWh, known ahead.
     learnt : Belief, optional
         What an earlier run of the same fleet has learnt; policies that learn begin with it.
+    forecast : callable, optional
+        The host's own forecast of arrivals, see :class:`voltana_ctrl.estimate.Forecaster`.
+    beside : bool
+        Whether plans are made in a thread beside the ticks, where a fleet runs; in simulation
+        they are not, so that runs are the same every time.
     spare : float
         How many active instances of each phase may be lost, see
         :class:`voltana_ctrl.control.TargetOptimiser`.
@@ -85,6 +91,8 @@ class PolicySetup:
     price: Steps | None = None
     co2: Steps | None = None
     learnt: Belief | None = None
+    forecast: OwnForecast | None = None
+    beside: bool = False
     spare: float = 0.0
     trials: Trials | None = None
 
