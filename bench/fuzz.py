@@ -16,6 +16,7 @@ or where the process grows by more than 256 MB. Exit status 1 if one does.
 import argparse
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from pathlib import Path
 from voltana_ctrl import FleetSpec, Slo, load_profile
 from voltana_ctrl.backends import ReplayBackend, SimBackend
 from voltana_ctrl.backends.nvml.giveback import record_from
+from voltana_ctrl.backends.nvml.lockfile import read_record
 from voltana_ctrl.backends.nvml.setter import SetterPolicy, parse_request
 from voltana_ctrl.backends.replay import Recorder
 from voltana_ctrl.cli import options
@@ -44,23 +46,29 @@ from voltana_ctrl.engines.endpoints import load_endpoints
 from voltana_ctrl.engines.fpm.messages import decode_forward_pass
 from voltana_ctrl.engines.in_engine import InEngineSettings
 from voltana_ctrl.engines.limits import read_limits, write_limits
-from voltana_ctrl.engines.page import read_dcgm_page, read_engine_page
+from voltana_ctrl.engines.page import read_dcgm_page, read_engine_page, read_histograms
 from voltana_ctrl.errors import VoltanaError
+from voltana_ctrl.estimate import read_forecast
+from voltana_ctrl.fit.actuators import read_actuators
 from voltana_ctrl.fit.tables import read_table
 from voltana_ctrl.live.messages import decode_orders, decode_report, encode_orders, encode_report
 from voltana_ctrl.live.orders import Orders, Report
 from voltana_ctrl.live.pod_power import annotated_limit_w
+from voltana_ctrl.live.state import StateFile
 from voltana_ctrl.loop import ControlLoop
+from voltana_ctrl.machine.pods import read_pods
 from voltana_ctrl.router.body import BadBody, read_request, usage_of
 from voltana_ctrl.router.dialects import kv_transfer_params
 from voltana_ctrl.router.events import EventReader
 from voltana_ctrl.savings.blocks import read_blocks
 from voltana_ctrl.sim.arrivals import parse_arrivals
 from voltana_ctrl.sim.faults import read_faults
+from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.textfile import json_value
-from voltana_ctrl.types import FleetState, Observation, Order, PowerBudget
+from voltana_ctrl.types import Belief, FleetState, Observation, Order, PowerBudget, Role
+from voltana_ctrl.types.steps import Steps
 
 PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 #: What a parser may answer with. A body's own error is told to the client in words.
@@ -181,6 +189,12 @@ def parsers(folder: Path) -> list[Parser]:
     engine = 'engine = {{ kind = "vllm", url = "http://10.0.0.{}:8000", gpus = ["GPU-1"] }}\n'
     fleet_file = "".join(instance.format(role) for role in ("prefill", "decode"))
     fleet_file += "clocks_mhz = [210, 705.0, 1410]\nidle_w = 60.0\nwake_s = 1e1\n"
+    depths_file = "".join(
+        f'[[instance]]\nrole = "{role}"\nprofile = "{PROFILE}"\nroles = ["prefill", "decode"]\n'
+        "turn_s = 0.1\nrest_of_server_w = 100\nparked = {power_w = 20, wake_s = 5.0, wake_j = 9}\n"
+        "off = {power_w = 5.0, wake_s = 60, wake_j = 1e3, enter_s = 2}\n"
+        for role in ("prefill", "decode")
+    )
     engines_file = "".join(
         instance.format(role) + engine.format(k) for k, role in enumerate(("prefill", "decode"))
     )
@@ -188,7 +202,8 @@ def parsers(folder: Path) -> list[Parser]:
     report = Report(kind="node", sender="n0", start="a", number=3, ids=("decode-0",),
                     observation=Observation(state=FleetState.idle(1)))  # fmt: skip
     order = Order(floor_mhz=705.0, ceiling_mhz=1410.0, announced=((5.0, 900.0),), delay_s=0.02,
-                  itl_margin_frac=0.1, admits=("batch",))  # fmt: skip
+                  itl_margin_frac=0.1, admits=("batch",), role=Role.DECODE, depth="off",
+                  alone_mhz=1410.0)  # fmt: skip
     orders = Orders(start="a", number=0, valid_s=1.0, orders={"decode-0": order})
     write_limits(folder / "limits.json", order)
     limits = (folder / "limits.json").read_bytes()
@@ -232,6 +247,30 @@ def parsers(folder: Path) -> list[Parser]:
         b'data: {"choices": [{"index": 0, "text": " a"}]}\n\n: ping\n\ndata: ' + usage
         + b'\n\ndata: {"error": {"message": "x", "code": 500}}\n\ndata: [DONE]\n\n'
     )  # fmt: skip
+    responses = b'{"model": "m", "input": [{"role": "user", "content": "hi"}], "stream": true,' \
+                b' "max_output_tokens": 4, "previous_response_id": "r"}'  # fmt: skip
+    messages = b'{"model": "m", "max_tokens": 4, "system": "s", "messages": [{"role": "user",' \
+               b' "content": [{"type": "text", "text": "hi"}]}]}'  # fmt: skip
+    classes = b"arrival_s,prompt_tok,output_tok,class,deadline_s\n0.5,100,20,chat,\n" \
+              b"1.5,200,10,batch,600\n2,7,7,batch,1e3\n"  # fmt: skip
+    histograms = b"".join(
+        b'vllm:time_to_first_token_seconds_bucket{engine="0",le="%s"} %d\n' % pair
+        for pair in ((b"0.1", 1), (b"0.5", 4), (b"+Inf", 5))
+    ) + b'vllm:time_to_first_token_seconds_count{engine="0"} 5\n' \
+        b'vllm:time_to_first_token_seconds_sum{engine="0"} 1.5\n'  # fmt: skip
+    actuators = b"phase,freq_mhz,batch_req,asked_tok,kv_tok,wall_s,wall_se_s,energy_j,power_se_w," \
+                b"set_power_cap_w\ndecode,1410,8,512,4300,0.02,1e-5,5.0,0.5,\n" \
+                b"decode,1410,8,512,4300,0.021,1e-5,4.2,0.5,200\n"  # fmt: skip
+    pods = json.dumps({"items": [{
+        "metadata": {"name": "p", "namespace": "n", "uid": "u"}, "spec": {"containers": [{
+            "name": "vllm", "command": ["vllm", "serve", "m"], "args": ["--port", "8000"],
+            "ports": [{"containerPort": 8000}], "env": [{"name": "A", "value": "b"}],
+        }]}, "status": {"podIP": "10.0.0.1", "phase": "Running"},
+    }]}).encode()  # fmt: skip
+    StateFile(folder / "state.json", fleet).write(
+        Belief.of_profiles(fleet, margin_frac=(0.02, 0.1), delay_s=0.02)
+    )
+    state = (folder / "state.json").read_bytes()
     azure = b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n" \
             b"2023-11-16 18:15:50.68,396,109\n2023-11-16 18:15:51,20,7\n"  # fmt: skip
     table = b"arrival_s,prompt_tok,output_tok\n0.5,100,20\n1.5,200,10\n2,7,7\n"
@@ -267,6 +306,17 @@ def parsers(folder: Path) -> list[Parser]:
         told = dict(zip(names, text.split("\n"), strict=False))
         return InEngineSettings.read({f"VOLTANA_CTRL_{k}": v for k, v in told.items()})
 
+    def learnt(data: bytes) -> object:
+        told = json_value(data, "state")
+        if isinstance(told, dict) and "learnt" in told:  # else nearly all end at the checksum
+            text = json.dumps(told["learnt"], sort_keys=True).encode()
+            data = json.dumps({**told, "sha256": hashlib.sha256(text).hexdigest()}).encode()
+        return StateFile(folder / "state.json", fleet)._parsed(data)
+
+    def locked(path: Path) -> object:
+        with path.open("rb") as file:
+            return read_record(file.fileno())
+
     def configured(path: Path) -> object:
         return InEngineSettings.read({"VOLTANA_CTRL_CONFIG": str(path)})
 
@@ -274,7 +324,7 @@ def parsers(folder: Path) -> list[Parser]:
         Parser("fleet text", _text(lambda text: FleetSpec.parse(text, profile)),
                (b"2P2D", b"4C", b"1P3D"), 0.5),
         Parser("fleet file", of_path(".toml", lambda path: FleetSpec.from_toml(path, _profile)),
-               (fleet_file.encode(),), 0.5),
+               (fleet_file.encode(), depths_file.encode()), 0.5),
         Parser("engines file", of_path(".toml", load_endpoints), (engines_file.encode(),), 0.1),
         Parser("faults", of_path(".toml", read_faults),
                (b'[[failure]]\ninstance = "d"\nfrom_s = 1.0\nuntil_s = 2.0\n[[slowdown]]\n'
@@ -292,10 +342,10 @@ def parsers(folder: Path) -> list[Parser]:
         Parser("address", _text(lambda text: address("metrics", text)),
                (b"127.0.0.1:8791", b"[::1]:80"), 2),
         Parser("trace", of_path(".csv", lambda path: read_trace(path, skip_bad_rows=False)),
-               (azure, table, mooncake, bench, gzip.compress(table)), 2),
+               (azure, table, classes, mooncake, bench, gzip.compress(table)), 2),
         Parser("trace, bad rows skipped",
                of_path(".csv", lambda path: read_trace(path, skip_bad_rows=True)),
-               (azure, table, mooncake, bench, gzip.compress(azure)), 2),
+               (azure, table, classes, mooncake, bench, gzip.compress(azure)), 2),
         Parser("iteration table", of_path(".csv", read_table), (rows, gzip.compress(rows)), 1),
         Parser("log, replayed", of_path(".jsonl", ReplayBackend), (kept,), 0.2),
         Parser("log, for savings", of_path(".jsonl", lambda path: read_blocks([path])),
@@ -328,6 +378,23 @@ def parsers(folder: Path) -> list[Parser]:
                (settings_file.encode(),), 1),
         Parser("settings in its environment", _text(environment),
                (b"ttft=0.6,itl=0.06\ndecode\nGPU-1 GPU-2\n1000\nobserve\nmpc",), 1),
+        Parser("state", learnt, (state,), 1),
+        Parser("lock file", of_path(".lock", locked),
+               (b'{"owner": {"pid": 7, "command": "x"}, "give_back": ' + record + b"}",), 1),
+        Parser("forecast", of_path(".csv", read_forecast), (b"t_s,req_s\n0,10\n100,30\n",), 1),
+        Parser("price", _text(Steps.parse), (b"0:0.20,3600:0.40", b"0.3"), 1),
+        Parser("budget file", of_path(".csv", lambda path: PowerBudget.parse(str(path))),
+               (b"from_s,limit_w\n0,1200\n60,840\n",), 1),
+        Parser("rate steps", _text(RateSteps.parse), (b"0:10,100:60,200:5",), 1),
+        Parser("pairs", _text(lambda text: options.pairs("gpu-power-limit", [text])),
+               (b"GPU-1=300", b"300"), 1),
+        Parser("histograms", _text(lambda text: read_histograms("vllm", text)), (histograms,), 1),
+        Parser("actuator table", of_path(".csv", read_actuators), (actuators,), 0.5),
+        Parser("pods", of_path(".json", lambda path: read_pods(str(path))), (pods,), 1),
+        Parser("responses body", lambda data: read_request(data, path="/v1/responses"),
+               (responses,), 1),
+        Parser("messages body", lambda data: read_request(data, path="/v1/messages"),
+               (messages,), 1),
         Parser("pod annotations", _text(annotated_limit_w),
                (b'app="x"\ndynamo.nvidia.com/gpu-power-limit="300"\n',), 1),
     ]  # fmt: skip

@@ -35,6 +35,18 @@ FOUND = [
     ("fleet text", "\u0661P1D".encode()),
     ("log, replayed", b"[" * 100_000 + b"\n"),
     ("give-back record", b'{"kind": "gpu", "uuid": [], "power_cap_w": "x"}'),
+    (
+        "pods",
+        b'{"metadata": {"name": "p", "uid": "u"}, "spec": {"containers": [{"command":'
+        b' ["vllm", "serve"], "ports": [{"containerPort": 1e400}]}]},'
+        b' "status": {"podIP": "10.0.0.1", "phase": "Running"}}',
+    ),
+    ("actuator table", b"freq_mhz,set_power_cap_w\n1410,200\n"),
+    (
+        "actuator table",
+        b"phase,freq_mhz,batch_req,asked_tok,wall_s,wall_se_s,energy_j,power_se_w,"
+        b"set_power_cap_w\ndecode,1410,8,512,0,1e-5,5,0.5,200\n",
+    ),
     ("give-back record", b'{"kind": "gpu", "uuid": "a", "restore_lock_mhz": [1e400, 1]}'),
 ]
 

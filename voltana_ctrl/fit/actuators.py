@@ -62,6 +62,8 @@ def read_actuators(
     if not any(sets_other(row) for row in rows):
         return ()
     label = ", ".join(Path(path).name for path in paths)
+    if not all("phase" in row for row in rows):
+        raise ConfigError(f"{label}: expected a column phase in every table, got one without")
     busy = [row for row in rows if row["phase"] != "idle"]
     loads = {_load(row) for row in busy if sets_other(row)}
     groups: dict[object, list[ActuatorPoint]] = {}
@@ -99,7 +101,7 @@ def _point(row: Mapping[str, str], label: str) -> ActuatorPoint:
             power_se_w=float(row["power_se_w"]),
             **others,
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise ConfigError(f"{label}: a row with another actuator set: {error}") from error
 
 

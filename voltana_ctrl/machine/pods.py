@@ -108,7 +108,7 @@ def read_pods(source: str, *, account: Path = _ACCOUNT) -> dict[str, Process]:
         if source == "cluster":
             raise BackendError(f"pods: the API server does not answer: {error}") from error
         raise ConfigError(f"pods: {source}: {error.strerror}") from error
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"pods: {source}: expected what kubectl get pods -o json writes, got something else"
             f" ({type(error).__name__}: {error})"
