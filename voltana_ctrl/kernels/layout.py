@@ -160,7 +160,8 @@ INSTANCE_DTYPE = np.dtype(
         ("arrived_req", I8),
         ("arrived_tok", I8),
         # ring of recent states, for routers that see an old one
-        ("seen", I8),
+        ("seen", I8),  # states that were noted for routers so far
+        ("shown", I8),  # which of them routers see; below -1: none yet
     ],
     align=True,
 )

@@ -51,6 +51,15 @@ __all__ = ["Plant", "PlantSettings"]
 
 
 _ROLES = (Role.PREFILL, Role.DECODE)
+#: What routers see of an instance and only decisions change.
+_SHOWN = {
+    layout.VIEW_ROUTE_FRAC: "route_frac",
+    layout.VIEW_TYPE: "type",
+    layout.VIEW_KV_CAPACITY_TOK: "kv_capacity_tok",
+    layout.VIEW_PREFILL_PACE_FRAC: "prefill_pace_frac",
+    layout.VIEW_DECODE_PACE_FRAC: "decode_pace_frac",
+    layout.VIEW_ABLE_MHZ: "able_mhz",
+}
 
 
 class Plant:
@@ -184,6 +193,7 @@ class Plant:
         self._functions = tuple(map(resolved, kernels, signatures))
         self._told: list[tuple[Any, ...]] = []
         self._take_beliefs()
+        self._show()
         for i in range(n):
             touch(self.instances, self._pending_s, self._tree, i)
         self._read_done = 0
@@ -426,6 +436,7 @@ class Plant:
         inst["ceiling_mhz"] = decision.freq_max_mhz
         inst["route_frac"] = decision.route_frac
         inst["active"] = decision.active
+        self._show()
         limits = decision.limits
         caps_w = None if limits is None else limits.power_cap_w
         # Without a cap it is as found, which the profile holds already.
@@ -482,6 +493,12 @@ class Plant:
                 believe(belief, i)
         for name in ("prefill_pace_frac", "decode_pace_frac", "able_mhz"):
             self.instances[name] = getattr(belief, name)
+
+    def _show(self) -> None:
+        """Let routers see what does not change between two decisions."""
+        inst, shown = self.instances, self._arrays.shown
+        for field, name in _SHOWN.items():
+            shown[field] = inst[name]
 
     def state(self) -> FleetState:
         """State of every instance now; counts of arrivals since the last :meth:`read`."""

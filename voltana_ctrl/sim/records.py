@@ -61,6 +61,7 @@ def starting_instances(fleet: FleetSpec, kind: Any) -> Any:
         inst[name] = 1
     for name in ("power_cap_w", "call_end_s", "idle_call_s", "wake_end_s"):
         inst[name] = NEVER
+    inst["shown"] = -2
     for name in ("slow_frac", "prefill_pace_frac", "decode_pace_frac"):
         inst[name] = 1.0
     inst["jitter_frac"] = 1.0

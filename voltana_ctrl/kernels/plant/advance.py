@@ -24,18 +24,12 @@ from voltana_ctrl.kernels.layout import (
     REACHED,
     ROUTING,
     SEEN,
-    VIEW_ABLE_MHZ,
-    VIEW_DECODE_PACE_FRAC,
     VIEW_ELIGIBLE,
     VIEW_FREQ_MHZ,
-    VIEW_KV_CAPACITY_TOK,
     VIEW_KV_TOK,
-    VIEW_PREFILL_PACE_FRAC,
     VIEW_QUEUE_REQ,
     VIEW_QUEUE_TOK,
-    VIEW_ROUTE_FRAC,
     VIEW_RUNNING_REQ,
-    VIEW_TYPE,
 )
 from voltana_ctrl.kernels.plant.actuation import (
     F8,
@@ -134,7 +128,10 @@ def _rank(one):
 
 @njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8, I8))
 def _look(sim, inst, seen, view, members, need_tok, decoding):
-    """Fill the router's view of `members`; eligible are the best of those that can hold it."""
+    """Fill the router's view of `members`; eligible are the best of those that can hold it.
+
+    What changes with a decision alone is written when the decision is applied.
+    """
     best = 0
     for j in members:
         if inst[j]["kv_capacity_tok"] >= need_tok and _serves(inst[j], decoding) != 0:
@@ -145,22 +142,20 @@ def _look(sim, inst, seen, view, members, need_tok, decoding):
         fits = one["kv_capacity_tok"] >= need_tok and _rank(one) == best
         fits = fits and _serves(one, decoding) != 0
         view[VIEW_ELIGIBLE, j] = 1.0 if fits else 0.0
+        # Of the states in the ring the newest that is old enough; time only goes forward.
         newest = one["seen"] - 1
-        oldest = max(0, one["seen"] - SEEN)
-        while newest > oldest and seen[j, newest & (SEEN - 1)]["t_s"] > then_s:
-            newest -= 1
-        row = seen[j, newest & (SEEN - 1)]
+        shown = max(one["shown"], min(newest, max(0, one["seen"] - SEEN)))
+        while shown < newest and seen[j, (shown + 1) & (SEEN - 1)]["t_s"] <= then_s:
+            shown += 1
+        if shown == one["shown"]:
+            continue
+        one["shown"] = shown
+        row = seen[j, shown & (SEEN - 1)]
         view[VIEW_QUEUE_TOK, j] = row["queue_tok"]
         view[VIEW_QUEUE_REQ, j] = row["queue_req"]
         view[VIEW_RUNNING_REQ, j] = row["running_req"]
         view[VIEW_KV_TOK, j] = row["kv_tok"]
         view[VIEW_FREQ_MHZ, j] = row["freq_mhz"]
-        view[VIEW_ROUTE_FRAC, j] = one["route_frac"]
-        view[VIEW_TYPE, j] = one["type"]
-        view[VIEW_PREFILL_PACE_FRAC, j] = one["prefill_pace_frac"]
-        view[VIEW_DECODE_PACE_FRAC, j] = one["decode_pace_frac"]
-        view[VIEW_ABLE_MHZ, j] = one["able_mhz"]
-        view[VIEW_KV_CAPACITY_TOK, j] = one["kv_capacity_tok"]
 
 
 @njit(types.void(SIM, REQS))
