@@ -290,9 +290,11 @@ def _cut_run(case: Case, policy: str, notice_s: float | None = None, **load: boo
         found = [case.found[name]["power_w"] for name in ("interactive alone", "everything")]
         steps = ((0.0, 1e4), (CUT_S, float(np.mean(found))), (LIFT_S, 1e4))
         budget = PowerBudget(steps=steps, notice_s=notice_s)
+    # What a steady load draws is known sooner.
+    duration_s = 600.0 if budget is None else CUT["duration_s"]
     return run(
         case, policy, fleet=FleetSpec.parse(CUT["fleet"], case.profile),
-        workload=_cut_requests(case, **load), duration_s=CUT["duration_s"], power_budget=budget,
+        workload=_cut_requests(case, **load), duration_s=duration_s, power_budget=budget,
     )  # fmt: skip
 
 
@@ -338,7 +340,7 @@ CO2 = Steps(steps=tuple((from_s, 600.0 if dear else 300.0) for from_s, dear in _
 def _priced(case: Case, policy: str | Policy, *, may_wait: bool = True) -> Figures:
     return run(
         case, policy, fleet=asleep("2P2D", case.profile, asleep_w=20.0, wake_s=10.0),
-        rate_req_s=PRICE["rate"], duration_s=PRICE["duration_s"], price=COST, co2=CO2,
+        rate_req_s=PRICE["rate"], duration_s=PRICE["duration_s"], price=COST, co2=CO2, tick_s=0.5,
         defer=(DEFERRED_FRAC, PRICE["deadline_s"]) if may_wait else None,
     )  # fmt: skip
 

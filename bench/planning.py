@@ -57,7 +57,7 @@ def found_in(rows: list[dict], scene: str, seed: int, profile: str) -> dict[str,
     }
 
 
-def play(scene: str, seed: int, profile: str, data: Path, path: Path, entries: list[str]) -> None:
+def play(scene: str, seed: int, profile: str, data: Path, path: Path, entries: list[str] | None) -> None:
     """Run what is missing of a scene with one seed, one run after the other."""
     case = Case(
         profile=load_profile(profile), seed=seed, data=data,
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="CSV file, extended by what is missing in it")
     parser.add_argument("--scene", action="append", choices=list(SCENES), help="only this one")
-    parser.add_argument("--entries", default="", help="only these runs, with commas between")
+    parser.add_argument("--entry", action="append", help="only this run, and others so named")
     parser.add_argument("--profile", default=PROFILE)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2)
@@ -182,11 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.results.exists():
             with options.results.open("w", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, COLUMNS).writeheader()
-        entries = [entry for entry in options.entries.split(",") if entry]
         with ProcessPoolExecutor(options.jobs) as pool:
             plays = [
                 pool.submit(
-                    play, scene, seed, options.profile, options.data, options.results, entries
+                    play, scene, seed, options.profile, options.data, options.results, options.entry
                 )
                 for scene in options.scene or SCENES
                 for seed in range(options.seeds)
