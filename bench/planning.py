@@ -57,7 +57,9 @@ def found_in(rows: list[dict], scene: str, seed: int, profile: str) -> dict[str,
     }
 
 
-def play(scene: str, seed: int, profile: str, data: Path, path: Path, entries: list[str] | None) -> None:
+def play(
+    scene: str, seed: int, profile: str, data: Path, path: Path, entries: list[str] | None
+) -> None:
     """Run what is missing of a scene with one seed, one run after the other."""
     case = Case(
         profile=load_profile(profile), seed=seed, data=data,
