@@ -1,6 +1,7 @@
 """Kernels that stand alone: costs, the event tree, the heap of transfers, random numbers."""
 
 import dataclasses
+import sys
 from unittest import mock
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit, types
+from numba.core.errors import NumbaError
 
 from voltana_ctrl import load_profile
-from voltana_ctrl.kernels import law, layout
+from voltana_ctrl.kernels import compiled, law, layout
 from voltana_ctrl.kernels.plant import advance, events
 from voltana_ctrl.kernels.plant.functions import resolved
 from voltana_ctrl.laws import batch_j, decode_j, decode_s, prefill_s
@@ -182,3 +184,32 @@ def test_a_resolved_function_is_looked_up_no_more() -> None:
 
 def test_what_is_not_compiled_is_passed_on_as_it_is() -> None:
     assert resolved(len, None) is len
+
+
+def test_a_kernel_that_makes_arrays_says_so_or_does_not_compile():
+    def doubled(value):
+        both = np.empty(2)
+        both[:] = value
+        return both[0] + both[1]
+
+    signature = types.float64(types.float64)
+    assert compiled.njit(signature, cache=False, allocates=True)(doubled)(2.0) == 4.0
+    with pytest.raises(NumbaError):
+        compiled.njit(signature, cache=False)(doubled)
+
+
+def test_arrays_that_are_handed_on_are_neither_freed_nor_kept():
+    """Nobody counts references within a kernel, so its caller's count is all there is."""
+
+    @compiled.njit(types.float64(types.Array(types.float64, 1, "C")), cache=False)
+    def total(values):
+        sum_ = 0.0
+        for value in values[1:]:
+            sum_ += value
+        return sum_
+
+    values = np.arange(1e5)
+    before = sys.getrefcount(values)
+    for _ in range(1000):
+        assert total(values) == values.sum()
+    assert sys.getrefcount(values) == before

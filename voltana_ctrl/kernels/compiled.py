@@ -40,7 +40,7 @@ def njit(*signature: Any, cache: bool = True, allocates: bool = False) -> Callab
     allocates : bool
         Whether it makes arrays of its own. Where none is made Numba need not count who refers to
         those that are handed on, which takes the simulator twice as long as all else it does. A
-        function that makes some without saying so does not compile ("NRT required").
+        function that makes some without saying so does not compile.
 
     Examples
     --------
