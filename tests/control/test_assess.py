@@ -13,7 +13,7 @@ from voltana_ctrl.control.assess import Assessor
 from voltana_ctrl.laws import length_moments, paced
 from voltana_ctrl.types import Belief, Load
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 OTHER = load_profile("h100-sxm-80gb/llama-3.1-8b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 LENGTHS = length_moments([100, 300, 320], [101, 301, 200])

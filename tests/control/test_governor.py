@@ -14,7 +14,7 @@ from voltana_ctrl.kernels.choose.governor import squared_tok
 from voltana_ctrl.laws import kv_transfer_s, prefill_s
 from voltana_ctrl.types import Tuning
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 FLEET = FleetSpec.parse("1P1D", PROFILE)
 PREFILL, DECODE = FLEET.instances
 SLO = Slo(ttft_s=0.6, itl_s=0.06)

@@ -19,7 +19,7 @@ from voltana_ctrl.kernels.choose import target as kernels
 from voltana_ctrl.laws import length_moments
 from voltana_ctrl.types import Load, Tuning
 
-PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
+PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 #: Attention makes its long prompts take longer per token.
 BENT = load_profile("a100-sxm-80gb/llama-3-70b-tp4")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
@@ -53,7 +53,15 @@ def test_station_against_the_naive_sum(arrival, floor_k):
         PROFILE.table, PROFILE.padded_batch(), LENGTHS.context_tok, 0.06 / 1.035
     )
     theirs = naive_control.station(
-        step_s, power_w, needed, arrival, LENGTHS.output_tok - 1.0, 800, 0.0597, floor_k, 60.0
+        step_s,
+        power_w,
+        needed,
+        arrival,
+        LENGTHS.output_tok - 1.0,
+        800,
+        0.0597,
+        floor_k,
+        PROFILE.idle_w,
     )
     assert ours[0] == pytest.approx(theirs[0], rel=1e-9)
     assert ours[1] == pytest.approx(theirs[1], rel=1e-6, abs=1e-11)
@@ -189,7 +197,7 @@ def test_decode_split_against_brute_force(rate):
     def curve(load):
         return float(OPTIMISER.curve(decode, np.array([load]), LENGTHS).power_w[0])
 
-    best = naive_control.best_split(curve, 60.0, rate, 200)
+    best = naive_control.best_split(curve, PROFILE.idle_w, rate, 200)
     planned = OPTIMISER.plan(Load(arrival_req_s=rate, lengths=LENGTHS)).power_w[2:].sum()
     assert planned <= best * 1.01
 
@@ -201,7 +209,7 @@ def test_against_a_mixed_integer_program(rate):
     loads = rate * np.arange(1, 61) / 60
     power = optimiser.curve(fleet.instances[1], loads, LENGTHS).power_w
     able = np.isfinite(power)
-    loads, power = np.append(loads[able], 0.0), np.append(power[able], 60.0)
+    loads, power = np.append(loads[able], 0.0), np.append(power[able], PROFILE.idle_w)
     pick = cp.Variable((3, len(loads)), boolean=True)
     problem = cp.Problem(
         cp.Minimize(cp.sum(pick @ power)),
@@ -315,7 +323,7 @@ def test_an_empty_fleet_changes_at_once_and_a_full_one_when_it_has_paid():
     def shrinks(present_req):
         present = np.full(len(FLEET), present_req)
         target = OPTIMISER.plan(
-            load, active=active, forgone_j=(200.0, 200.0), lasted_s=1.0, present_req=present
+            load, active=active, forgone_j=(100.0, 100.0), lasted_s=1.0, present_req=present
         )
         return not target.active.all()
 
@@ -381,7 +389,7 @@ def test_without_a_governor_the_clock_holds_the_tail(rate):
 @pytest.mark.parametrize("fleet", ["2P2D", "4P4D", "6C"])
 @pytest.mark.parametrize("spare", [1.0, 2.0, 0.3])
 def test_who_stays_active_can_lose_so_many_and_still_serve(fleet, spare):
-    spec = FleetSpec.parse(fleet, load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11"))
+    spec = FleetSpec.parse(fleet, load_profile("a100-sxm-80gb/llama-3.1-8b"))
     load = Load(arrival_req_s=20.0, lengths=length_moments([240, 240], [200, 200]))
     least, roomy = (
         TargetOptimiser(spec, Slo(ttft_s=0.6, itl_s=0.06), spare=s) for s in (0.0, spare)

@@ -9,7 +9,12 @@ import numpy as np
 def iteration_s(row, size_req, kv_tok):
     line = row["decode_base_s"] + row["decode_req_s"] * size_req
     linear = max(line, row["decode_roof_s"] * size_req) + row["decode_kv_s"] * kv_tok
-    return max(float(linear), float(row["decode_floor_s"]))
+    return max(float(linear), float(row["decode_floor_s"])) + float(row["decode_host_s"])
+
+
+def batch_j(row, n, kv_tok):
+    spent_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
+    return spent_j - row["decode_host_s"] * (row["decode_power_w"] - row["idle_w"])
 
 
 def station(step_s, power_w, needed_k, arrival_req_s, decoded_tok, limit_req, limit_s, floor_k,
@@ -67,12 +72,14 @@ def fill_station(rows, padded, context_tok, target_s):
     rows = rows[:, None]
     sizes = np.arange(len(padded), dtype=float)
     kv_tok = sizes * context_tok
-    step_s = np.maximum(
-        rows["decode_floor_s"],
-        rows["decode_base_s"] + rows["decode_req_s"] * padded + rows["decode_kv_s"] * kv_tok,
+    step_s = (
+        np.maximum(
+            rows["decode_floor_s"],
+            rows["decode_base_s"] + rows["decode_req_s"] * padded + rows["decode_kv_s"] * kv_tok,
+        )
+        + rows["decode_host_s"]
     )
-    batch_j = rows["decode_iter_j"] + rows["decode_req_j"] * sizes + rows["decode_kv_j"] * kv_tok
-    power_w = rows["decode_power_w"] + batch_j / step_s
+    power_w = rows["decode_power_w"] + batch_j(rows, sizes, kv_tok) / step_s
     fast = step_s <= target_s
     return step_s, power_w, np.where(fast.any(axis=0), fast.argmax(axis=0), len(rows) - 1)
 
@@ -165,8 +172,7 @@ def thrifty_mhz(one, n, kv_tok, prompt_tok, itl_s, sunk_w):
     best_j, best = math.inf, float(one.clocks_mhz[-1])
     for row in one.table:
         step_s = iteration_s(row, one.profile.padded_batch(one.max_batch)[int(n)], kv_tok)
-        batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
-        step_j = step_s * (row["decode_power_w"] - sunk_w) + batch_j
+        step_j = step_s * (row["decode_power_w"] - sunk_w) + batch_j(row, n, kv_tok)
         if step_s <= itl_s and step_j < best_j:
             best_j, best = step_j, float(row["clock_mhz"])
     return best
@@ -181,7 +187,7 @@ def worst_power_w(one, n, kv_tok, prompt_tok, active):
         if works and one.role.prefills:
             worst = max(worst, row["prefill_power_w"])
         if works and one.role.decodes:
-            batch_j = row["decode_iter_j"] + row["decode_req_j"] * n + row["decode_kv_j"] * kv_tok
-            worst = max(worst, row["decode_power_w"] + batch_j / iteration_s(row, n, kv_tok))
+            joules = batch_j(row, n, kv_tok)
+            worst = max(worst, row["decode_power_w"] + joules / iteration_s(row, n, kv_tok))
         out.append(worst)
     return out

@@ -143,19 +143,23 @@ class NaiveInstance:
         tok2 = sum((r.computed + c) ** 2 - r.computed**2 for r, c in self.chunks)
         decode_s = decode_j = prefill_s = 0.0
         if n:
-            decode_s = max(
-                row["decode_floor_s"],
+            decode_s = (
                 max(
-                    row["decode_base_s"] + row["decode_req_s"] * self.padded(n),
-                    row["decode_roof_s"] * self.padded(n),
+                    row["decode_floor_s"],
+                    max(
+                        row["decode_base_s"] + row["decode_req_s"] * self.padded(n),
+                        row["decode_roof_s"] * self.padded(n),
+                    )
+                    + row["decode_kv_s"] * self.kv_in_batch,
                 )
-                + row["decode_kv_s"] * self.kv_in_batch,
+                + row["decode_host_s"]
             )
             decode_j = (
                 decode_s * row["decode_power_w"]
                 + row["decode_iter_j"]
                 + row["decode_req_j"] * n
                 + row["decode_kv_j"] * self.kv_in_batch
+                - row["decode_host_s"] * (row["decode_power_w"] - row["idle_w"])
             )
         if tok:
             prefill_s = row["prefill_tok_s"] * tok + row["prefill_tok2_s"] * tok2
@@ -643,13 +647,16 @@ def naive_ecofreq(
         return ladder[0]
     for mhz in ladder[:-1]:
         row = next(row for row in one.table if row["clock_mhz"] == mhz)
-        decode_s = max(
-            row["decode_floor_s"],
+        decode_s = (
             max(
-                row["decode_base_s"] + row["decode_req_s"] * one.padded(running),
-                row["decode_roof_s"] * one.padded(running),
+                row["decode_floor_s"],
+                max(
+                    row["decode_base_s"] + row["decode_req_s"] * one.padded(running),
+                    row["decode_roof_s"] * one.padded(running),
+                )
+                + row["decode_kv_s"] * kv,
             )
-            + row["decode_kv_s"] * kv,
+            + row["decode_host_s"]
         )
         prefill_s = row["prefill_tok_s"] * batch_tok
         if running and batch_tok:

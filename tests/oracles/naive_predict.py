@@ -19,12 +19,13 @@ def decode(rows, padded_row, freq_mhz, running_req, kv_tok):
     for row in rows:
         line = row["decode_base_s"] + row["decode_req_s"] * size
         bent = max(line, row["decode_roof_s"] * size) + row["decode_kv_s"] * kv_tok
-        time_s = max(bent, row["decode_floor_s"])
+        time_s = max(bent, row["decode_floor_s"]) + row["decode_host_s"]
         energy_j = (
             time_s * row["decode_power_w"]
             + row["decode_iter_j"]
             + row["decode_req_j"] * running_req
             + row["decode_kv_j"] * kv_tok
+            - row["decode_host_s"] * (row["decode_power_w"] - row["idle_w"])
         )
         times.append(time_s)
         powers.append(energy_j / time_s)

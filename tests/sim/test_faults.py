@@ -215,7 +215,9 @@ def test_no_faults_is_no_change() -> None:
     """Not one bit: a fault on nobody's time, and sleep that makes no difference."""
     plain = reference_run(until_s=10.0)
     spec = plain.fleet
-    named = FleetSpec(tuple(dataclasses.replace(one, asleep_w=60.0) for one in spec.instances))
+    named = FleetSpec(
+        tuple(dataclasses.replace(one, asleep_w=REFERENCE.idle_w) for one in spec.instances)
+    )
     other = build(
         named, plain.workload, plain.settings, list(REFERENCE.clocks_mhz),
         faults=[Failure(instance="decode-0", from_s=1e6)],
@@ -440,8 +442,8 @@ def test_overlaps_multiply_and_take_the_lowest() -> None:
         assert lives.tolist() == [alive, True]
         assert slow.tolist() == [1.0, slow_frac]
         assert ladder[clamp_k[1]] == clamp_mhz
-    assert schedule.saved_w(0.0, 10.0) == pytest.approx(60.0 * 0.3)
-    assert schedule.saved_w(2.0, 3.0) == pytest.approx(60.0)
+    assert schedule.saved_w(0.0, 10.0) == pytest.approx(REFERENCE.idle_w * 0.3)
+    assert schedule.saved_w(2.0, 3.0) == pytest.approx(REFERENCE.idle_w)
 
 
 # ---- sleep --------------------------------------------------------------------------------
@@ -475,13 +477,13 @@ def test_a_parked_instance_drains_sleeps_and_takes_its_time_to_wake() -> None:
     assert state.power_w[2] == 15.0
     plant.apply(parking(plant, True, True, True))
     idle_j = plant.state().energy_j[2]
-    for t_s, power_w in ((29.0, 60.0 + 250.0), (30.9, 310.0)):
+    for t_s, power_w in ((29.0, REFERENCE.idle_w + 250.0), (30.9, REFERENCE.idle_w + 250.0)):
         plant.advance(t_s)
         state = plant.read().state
         assert state.power_w[2] == power_w
         assert state.arrived_req[2] == 0  # the other is awake
     plant.advance(31.0)
-    assert plant.state().energy_j[2] - idle_j == pytest.approx(2.0 * 60.0 + 500.0)
+    assert plant.state().energy_j[2] - idle_j == pytest.approx(2.0 * REFERENCE.idle_w + 500.0)
     plant.advance(32.0)
     assert plant.read().state.arrived_req[2] > 0
     assert plant.instances["wakes"].tolist() == [0, 0, 1]
@@ -513,7 +515,7 @@ def test_waking_at_once_costs_its_energy_at_once() -> None:
     plant = sleepy(wake_s=0.0, wake_j=40.0, asleep_w=None)
     plant.apply(parking(plant, True, True, False))
     plant.advance(1.0)
-    assert plant.state().power_w[2] == 60.0
+    assert plant.state().power_w[2] == REFERENCE.idle_w
     before_j = plant.state().energy_j[2]
     plant.apply(parking(plant, True, True, True))
     assert plant.state().energy_j[2] - before_j == pytest.approx(40.0)
@@ -555,8 +557,8 @@ def test_refuses_sleep_that_makes_no_sense() -> None:
         for bad in (-1.0, float("nan"), float("inf")):
             with pytest.raises(ConfigError, match=name):
                 dataclasses.replace(one, **{name: bad})
-    with pytest.raises(ConfigError, match="at most 60, its idle_w, got 61"):
-        dataclasses.replace(one, asleep_w=61.0)
+    with pytest.raises(ConfigError, match="at most 70, its idle_w, got 71"):
+        dataclasses.replace(one, asleep_w=71.0)
     assert dataclasses.replace(one, idle_w=40.0).parked_w == 40.0
     assert dataclasses.replace(one, asleep_w=5.0).parked_w == 5.0
 

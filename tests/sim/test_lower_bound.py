@@ -109,10 +109,10 @@ def test_no_run_with_sleep_roles_or_deferral_is_below():
 
 
 @pytest.mark.slow
-def test_no_run_of_sixty_with_sleep_roles_deferral_or_traces_is_below(shared_data):
+def test_no_run_of_thirty_with_sleep_roles_deferral_or_traces_is_below(shared_data):
     path = shared_data / "azure_llm_2023" / "AzureLLMInferenceTrace_conv.csv.gz"
     trace = read_trace(path)
-    check(range(1000, 1060), 20, lambda seed: richer(seed, [trace]))
+    check(range(1000, 1030), 10, lambda seed: richer(seed, [trace]))
 
 
 @pytest.mark.external

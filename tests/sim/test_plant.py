@@ -24,7 +24,7 @@ from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_closed_loop, make_workload
 from voltana_ctrl.types import InstanceSpec, Limits, Role
 
-REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
+REFERENCE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 PARTS = ("prefill", "decode", "idle", "transfer")
 
@@ -257,8 +257,10 @@ def test_counters_are_what_the_requests_say(scene, step_s: float) -> None:
     assert plant.instances["emitted_tok"].sum() == done["output_tok"].sum()
     assert plant.judged[1] == 0
     plant.state()
-    spent = plant.instances["busy_s"] * 60.0 + plant.instances["idle_j"]
-    np.testing.assert_allclose(spent, 60.0 * 500.0)  # busy and idle are all the time there is
+    spent = plant.instances["busy_s"] * REFERENCE.idle_w + plant.instances["idle_j"]
+    np.testing.assert_allclose(
+        spent, REFERENCE.idle_w * 500.0
+    )  # busy and idle are all the time there is
 
 
 def reference_run(policy="eco", seed=0, rate=30.0, until_s=20.0, **options) -> Plant:
@@ -549,7 +551,7 @@ def test_parked_instances_get_no_new_work(make) -> None:
     state = plant.read().state
     assert state.arrived_req[1] == state.arrived_req[2] == 0
     assert state.arrived_req[[0, 3, 4]].sum() > 100
-    assert state.power_w[1] == 60.0  # drained, idle
+    assert state.power_w[1] == REFERENCE.idle_w  # drained, idle
     plant.apply(dataclasses.replace(everybody, active=np.zeros(5, bool)))
     plant.advance(9.0)
     assert plant.read().state.arrived_req[:2].sum() > 50  # nobody active: anybody will do
