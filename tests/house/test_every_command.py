@@ -196,8 +196,13 @@ def _its_cache_is_private(place, errors):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     kept = sorted(folder.rglob("*.nbc"))
     assert len(kept) > 30
-    again = place.run("compare", *how(place)["compare"], **place.gpu_env)
+    figures = ["--html", place.out / "c.html", "--plot", place.out / "c.png"]
+    asked = how(place)["compare"]
+    asked = asked[: asked.index("--store")] + figures
+    again = place.run("compare", *asked, **place.gpu_env)
     _, errors = again.communicate(timeout=240)
     assert again.returncode == 0, errors
     assert "compiling" not in errors
+    assert "Traceback" not in errors
+    assert (place.out / "c.html").stat().st_uid == NOBODY
     assert sorted(folder.rglob("*.nbc")) == kept

@@ -455,6 +455,10 @@ def promises(
         raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     above_zero(tick_ms=1000.0 * tick_s)
     look_here([policy])
+    if mode != "observe":  # which needs no policy, nor what policies are made with
+        from voltana_ctrl.policies import find_policy
+
+        find_policy(policy)  # refuses a name that there is not
     spare_count(spare)
     return Promises(
         mode=mode,
