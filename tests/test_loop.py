@@ -340,3 +340,28 @@ def test_what_a_controller_that_failed_could_not_take_in_is_told_with_the_next()
     assert loop.failures == 3
     # The record of a tick says what was read then, no more.
     assert {record.observation.state.arrived_req[0] for record in records} == {1.0}
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_observer_that_fails_ends_no_control_on_hardware(raises, caplog):
+    class Fails:
+        def on_tick(self, record):
+            raise OSError(24, "Too many open files")
+
+    ticks = []
+
+    class Note:
+        def on_tick(self, record):
+            ticks.append(record.number)
+
+    controller = Counting(FLEET, period_s=0.1)
+    loop = ControlLoop(FakeBackend(), controller, observers=[Fails(), Note()], raises=raises)
+    if raises:
+        with pytest.raises(OSError, match="Too many"):
+            loop.tick()
+        return
+    for _ in range(3):
+        loop.tick()
+    assert ticks == [0, 1, 2]
+    assert len(caplog.records) == 1
+    assert "Fails misses ticks" in caplog.text

@@ -57,9 +57,10 @@ class ControlLoop:
     observers : sequence of Observer
         Called with every TickRecord.
     raises : bool, optional
-        Whether an error of the controller ends the loop. Where it does not, the tick has a
-        decision of status ``FAILED``, which the guard replaces; the error is logged and counted in
-        `failures`, and the controller is asked again at the next tick, with the memory that it
+        Whether an error of the controller, or of an observer, ends the loop. Where it does not, an
+        observer's is logged once; after the controller's the tick has a decision of status
+        ``FAILED``, which the guard replaces, the error is logged and counted in `failures`, and
+        the controller is asked again at the next tick, with the memory that it
         had. If left out, it does where the backend brings its own time (simulation and replay,
         where a mistake should be seen at once), and not on hardware.
 
@@ -122,6 +123,7 @@ class ControlLoop:
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._untaken: Observation | None = None
+        self._failed: list[Observer] = []
 
     @property
     def state(self) -> FleetState:
@@ -165,8 +167,19 @@ class ControlLoop:
         )
         self.ticks += 1
         for observer in self.observers:
-            observer.on_tick(record)
+            try:
+                observer.on_tick(record)
+            except Exception:
+                if self._raises:
+                    raise
+                self._misses(observer)
         return record
+
+    def _misses(self, observer: Observer) -> None:
+        """A page or a log that fails ends no control; it is said once of each."""
+        if observer not in self._failed:
+            self._failed.append(observer)
+            _log.exception("voltana-ctrl: %s misses ticks", type(observer).__name__)
 
     def _decide(self, observation: Observation) -> tuple[Decision, Any]:
         """What the controller says; where it raises, a decision that the guard replaces.
