@@ -296,6 +296,22 @@ def test_a_grid_that_reaches_a_day_stays_small():
     assert len(steps_to_s(1e9)) <= 80
 
 
+def test_where_waking_takes_time_counts_are_whole_and_the_flow_stays():
+    wakes = Planner(
+        [0, 1], wake_s=[10.0, 10.0], wake_j=[0.0, 0.0], idle_w=[60.0, 60.0],
+        parked_w=[20.0, 20.0], steps_s=STEPS, defers=True,
+    )  # fmt: skip
+    price = np.where(END_S <= 240.0, 4.0 / 3.0, 2.0 / 3.0)
+    for rate in (10.0, 25.0, 40.0):
+        plan = wakes.plan(situation(rate, price_frac=price))
+        assert plan.status.usable
+        near = plan.on[:, :6]
+        assert near == pytest.approx(np.round(near), abs=1e-6)
+        assert plan.bound_j <= plan.objective_j + 1e-6 * abs(plan.bound_j)
+        assert plan.objective_j - plan.bound_j <= 0.01 * plan.power_w @ DT_S
+        assert plan.let_in_req_s[END_S <= 240.0].max() < 0.5
+
+
 @pytest.mark.slow
 def test_the_dear_block_is_spared_on_the_plant():
     """Blocks of 150 s, one twice as dear as the other; half of the work may wait for 400 s."""

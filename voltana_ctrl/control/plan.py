@@ -54,6 +54,9 @@ _CAREFUL_FRAC, _LENT_J_REQ = 0.85, 100.0
 #: request stays it holds before a cut, and costs how much more there, so that batches and queues
 #: are small when it comes: what waits then is late for long.
 _EASY_FRAC, _STRAIN, _EARLY, _EARLY_STRAIN = 0.85, 20.0, 3.0, 200.0
+#: Where counts are whole, costs are in kilojoules: in joules HiGHS finds integers that its own
+#: tolerances do not let pass, and says so on the terminal.
+_KJ = 1e-3
 #: Relative gap at which a plan is as good as optimal.
 _GAP_FRAC = 1e-3
 #: Power above any budget.
@@ -163,8 +166,12 @@ class Planner:
         return matured
 
     def _stated(self, *, whole: bool) -> tuple[cp.Problem, dict[str, Any]]:
-        """The problem, with whole counts in the near steps or without, and what is read of it."""
+        """The problem, with whole counts in the near steps or without, and what is read of it.
+
+        Where counts are whole, what is let in has been decided by the relaxation.
+        """
         p, dt = self._p, self._dt_s
+        defers = self._defers and not whole
         groups, steps = len(self._phase), len(dt)
         phases = int(self._phase.max()) + 1
 
@@ -228,15 +235,14 @@ class Planner:
         let_in: Any = np.zeros(steps)
         follows: Any = np.zeros(steps + 1)
         lent: Any = np.zeros(steps)
-        if self._defers:
-            let_in, costs, more = self._waiting(upto)
-            comes, cost, rules = comes + let_in, cost + costs, rules + more
+        waits_j: Any = 0.0
+        if defers:
+            let_in, waits_j, more = self._waiting(upto)
+            comes, rules = comes + let_in, rules + more
             lent = cp.Variable(steps, nonneg=True, name="lent")
-            rules.append(lent <= let_in)
-            cost = cost + _LENT_J_REQ * (lent @ dt)
             strain = cp.Variable(steps, nonneg=True, name="strain")
-            rules.append(drawn + surge <= p["easy"] + strain)
-            cost = cost + p["strain"] @ strain
+            rules += [lent <= let_in, drawn + surge <= p["easy"] + strain]
+            waits_j = waits_j + _LENT_J_REQ * (lent @ dt) + p["strain"] @ strain
             follows = cp.Variable(steps + 1, nonneg=True, name="follows")
             follow = cp.multiply(p["stay"], follows[:-1]) + cp.multiply(p["follow"], let_in)
             rules += [follows[0] == 0.0, follows[1:] == follow]
@@ -255,14 +261,17 @@ class Planner:
             # What may wait is let in beside the reserve, not out of it; decode follows.
             beside = let_in if phase == 0 else follows[1:]
             rules.append(able + short[phase] + lent >= p["reserve"][phase] + beside)
-            if self._defers:
+            if defers:
                 rules.append(beside <= p["room"][phase] + lent)
         late = cp.sum(queue[1:] @ dt) / 2.0 + cp.sum(over @ dt) + cp.sum(short @ dt)
-        cost = cost + p["cost"] @ drawn + _LATE_J_REQ * late
-        problem = cp.Problem(cp.Minimize(cost), rules)
+        cost = cost + p["cost"] @ drawn + _LATE_J_REQ * late + waits_j
+        problem = cp.Problem(cp.Minimize((_KJ if whole else 1.0) * cost), rules)
         on = cp.vstack([awake[g] + waking[g] for g in range(groups)])
         parts = {"on": on, "drawn": drawn, "balance": balance, "limit": limit}
-        return problem, parts | {"let_in": let_in}
+        if defers:
+            beside = cp.vstack([let_in - lent, *[follows[1:] - lent] * (phases - 1)])
+            parts |= {"let_in": let_in, "beside": beside, "waits_j": waits_j}
+        return problem, parts
 
     def _waiting(self, upto: F64) -> tuple[Any, Any, list[Any]]:
         """Requests that may wait: rate at which they are let in, what that costs, and its rules.
@@ -313,17 +322,28 @@ class Planner:
         rounded = self._rounded(situation, exact)
         if rounded.status.usable and rounded.objective_j <= bound_j + _GAP_FRAC * abs(bound_j):
             return replace(rounded, status=PlanStatus.OK)
+        waits_j = 0.0
+        if self._defers:
+            # What is let in comes as it was planned, and needs its room.
+            p, waits_j = self._p, float(parts["waits_j"].value)
+            p["arrival"].value = p["arrival"].value + exact.let_in_req_s
+            p["reserve"].value = np.maximum(p["reserve"].value + parts["beside"].value, 0.0)
         if self.mixed is None or _solved(self.mixed, self._limits) is not PlanStatus.OK:
             return rounded
-        return replace(
+        found = replace(
             self._read(self.mixed, self._mixed_parts), bound_j=bound_j,
-            request_j=exact.request_j, watt_frac=exact.watt_frac,
+            request_j=exact.request_j, watt_frac=exact.watt_frac, let_in_req_s=exact.let_in_req_s,
         )  # fmt: skip
+        # Optimal for what is let in; whether another flow would do better nobody has asked.
+        status = PlanStatus.ROUNDED if self._defers else PlanStatus.OK
+        return replace(found, status=status, objective_j=found.objective_j + waits_j)
 
     def _read(self, problem: cp.Problem, parts: dict[str, Any]) -> Plan:
         """Plan of a problem that is solved; without prices, which the relaxation has."""
         steps, cost_j = len(self._dt_s), float(problem.value)
-        let_in = parts["let_in"].value if self._defers else np.zeros(steps)
+        if problem is self.mixed:
+            cost_j /= _KJ
+        let_in = np.maximum(parts["let_in"].value, 0.0) if "let_in" in parts else np.zeros(steps)
         return Plan(
             status=PlanStatus.OK, end_s=self.end_s, on=np.asarray(parts["on"].value),
             power_w=np.asarray(parts["drawn"].value), objective_j=cost_j, bound_j=cost_j,

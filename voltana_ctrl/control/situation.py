@@ -31,7 +31,7 @@ class PlanStatus(Enum):
     """
 
     OK = "optimal to a tenth of a percent"
-    ROUNDED = "feasible, but not proved optimal: the relaxation, rounded up"
+    ROUNDED = "feasible, but not proved optimal: counts or the flow of what may wait are rounded"
     INFEASIBLE = "no plan keeps the power budget"
     FAILED = "the solver found no plan"
 
