@@ -133,7 +133,7 @@ def test_what_is_not_read_is_not_exported():
 def test_what_is_not_set_is_advised_and_not_applied(agent, tmp_path):
     with Pages(metrics=PAGE) as pages:
         _, (_, *ticks) = agent(pages.url, "--mode", "advise", "--policy", "static-705")
-    assert len(ticks) > 3
+    assert ticks  # how many in a second a busy machine decides
     for tick in ticks:
         assert tick["applied"] is None
         assert tick["advised"]["freq_mhz"] == [705.0, 705.0]

@@ -21,7 +21,7 @@ EXAMPLES = (
     "voltana-ctrl init",
     "voltana-ctrl init --url http://10.0.0.1:8000 --url http://10.0.0.2:8000 --out fleet.toml",
     "voltana-ctrl init --force --keep-fresh 10",
-    "kubectl get pods -o json | voltana-ctrl init --pods -",
+    "voltana-ctrl init --pods pods.json",
     "voltana-ctrl init --pods cluster --keep-fresh 10 --force",
 )
 
