@@ -6,7 +6,7 @@
 
 The list is the closure of the declared requirements in this environment, with the versions that are
 installed here and the licences that they declare. Exit status 1 where a requirement is not
-installed, or a weakness is known.
+installed, a weakness is known, or something could not be looked up.
 """
 
 import argparse
@@ -98,10 +98,27 @@ def check(extras: tuple[str, ...]) -> int:
         return 1
     found, _ = closure(requirements(extras))
     pins = "".join(f"{name}=={one.version}\n" for name, one in found.items())
-    return subprocess.run(
-        [sys.executable, "-m", "pip_audit", "--no-deps", "--disable-pip", "-r", "/dev/stdin"],
-        input=pins, text=True, check=False,
-    ).returncode  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pip_audit", "--no-deps", "--disable-pip", "--format", "json",
+         "-r", "/dev/stdin"],
+        input=pins, text=True, stdout=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    try:
+        told = json.loads(done.stdout)["dependencies"]
+    except (ValueError, KeyError):
+        print(f"audit: pip-audit ended with {done.returncode} and told nothing")
+        return 1
+    weak = [one for one in told if one.get("vulns")]
+    for one in weak:
+        known = ", ".join(each["id"] for each in one["vulns"])
+        print(f"{one['name']} {one['version']}: {known}")
+    # pip-audit takes what its index does not answer for as audited.
+    unknown = [one["name"] for one in told if "skip_reason" in one]
+    if unknown:
+        print(f"audit: {len(unknown)} of {len(told)} could not be looked up; can the index be"
+              f" reached? {', '.join(unknown[:5])}, ...")  # fmt: skip
+    print(f"audit: {len(told) - len(unknown)} looked up, {len(weak)} with known weaknesses")
+    return int(bool(weak or unknown))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -39,6 +39,28 @@ def test_what_is_not_installed_is_said(root, tmp_path, monkeypatch, capsys):
     assert "not installed here: no-such-package>=1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("told", "words", "status"),
+    [
+        ([{"name": "a", "version": "1", "vulns": []}], "1 looked up, 0 with known", 0),
+        ([{"name": "a", "version": "1", "vulns": [{"id": "CVE-1"}]}], "a 1: CVE-1", 1),
+        # Without an index nothing is known, which is not the same as nothing is wrong.
+        ([{"name": "a", "skip_reason": "not found"}], "1 of 1 could not be looked up", 1),
+        (None, "ended with 3 and told nothing", 1),
+    ],
+)
+def test_what_could_not_be_looked_up_is_not_called_sound(
+    root, monkeypatch, capsys, told, words, status
+):
+    audit = loaded(root, "audit", monkeypatch)
+    said = "no json" if told is None else json.dumps({"dependencies": told})
+    done = audit.subprocess.CompletedProcess([], 3, stdout=said)
+    monkeypatch.setattr(audit, "find_spec", lambda name: name)
+    monkeypatch.setattr(audit.subprocess, "run", lambda *_, **__: done)
+    assert audit.main(["--check"]) == status
+    assert words in capsys.readouterr().out
+
+
 def test_growth_is_told_from_what_is_flat(root, monkeypatch):
     long = loaded(root, "long", monkeypatch)
     flat = long.Watched(rss_mb=[200.0, 240.0, 241.0, 239.0, 244.0, 243.0], descriptors=[12] * 6,
