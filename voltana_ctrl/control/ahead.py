@@ -76,9 +76,9 @@ class MpcController(CascadeController):
         super().__init__(fleet, slo, **settings)
         positive("MpcController.plan_period_s", plan_period_s)
         #: Whether waking takes time, so that who is awake has to be foreseen.
-        self.looks_ahead = takes_time(fleet, self.target_period_s)
+        self.looks_ahead = takes_time(self.fleet, self.target_period_s)
         self._ahead = Lookahead(
-            fleet, slo, self._target, period_s=plan_period_s, beside=beside, own=forecast,
+            self.fleet, slo, self._target, period_s=plan_period_s, beside=beside, own=forecast,
             price=price, co2=co2, wakes=self.looks_ahead,
         )  # fmt: skip
 

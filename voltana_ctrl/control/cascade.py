@@ -14,6 +14,7 @@ from voltana_ctrl.checks import F64, Bool, not_negative, positive
 from voltana_ctrl.control.assess import Assessor
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.budget import target_within
+from voltana_ctrl.control.depth import at_rest
 from voltana_ctrl.control.lookahead import LookaheadMemory
 from voltana_ctrl.control.target import Target, TargetOptimiser
 from voltana_ctrl.estimate.headroom import HeadroomFilter, HeadroomMemory
@@ -151,8 +152,11 @@ class CascadeController(Controller):
         learnt: Belief | None = None,
         tuning: Tuning | None = None,
     ) -> None:
-        super().__init__(fleet, period_s=period_s)
         positive(f"{type(self).__name__}.target_period_s", target_period_s)
+        fleet, depth = at_rest(fleet, target_period_s)
+        #: How deep each sleeps that is parked; None where all are parked and no more.
+        self._depth = None if set(depth) == {"parked"} else depth
+        super().__init__(fleet, period_s=period_s)
         not_negative(f"{type(self).__name__}.delay_s", delay_s)
         self.slo = slo
         self.target_period_s = target_period_s
@@ -411,6 +415,7 @@ class CascadeController(Controller):
             active=active,
             price_j_req=price,
             belief=memory.belief,
+            depth=self._depth,
             status=status,
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl import control, routing
+from voltana_ctrl.control.depth import at_rest
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.policies.parts import Policy, PolicyParts, PolicySetup, Trials, balanced
 from voltana_ctrl.policies.static_best import static_best
@@ -274,15 +275,12 @@ def _adaptive(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
 def _cascade(*, mpc: bool) -> Callable[[FleetSpec, Slo, PolicySetup], PolicyParts]:
     def build(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
         def make(fixed: FleetSpec) -> control.CascadeController:
+            rested, _ = at_rest(fixed, 1.0)
             target = control.TargetOptimiser(
-                fixed, slo, delay_s=setup.delay_s, governed=setup.governed, spare=setup.spare
+                rested, slo, delay_s=setup.delay_s, governed=setup.governed, spare=setup.spare
             )
-            ahead: dict[str, Any] = {}
-            if mpc:
-                ahead = {
-                    "price": setup.price, "co2": setup.co2, "forecast": setup.forecast,
-                    "beside": setup.beside,
-                }  # fmt: skip
+            names = ("price", "co2", "forecast", "beside") if mpc else ()
+            ahead = {name: getattr(setup, name) for name in names}
             return (control.MpcController if mpc else control.CascadeController)(
                 fixed,
                 slo,
