@@ -275,6 +275,7 @@ def test_reference_scenario_agrees_with_an_independent_simulation(delayed):
     settings = PlantSettings() if delayed else PlantSettings(actuation_s=0.0, settle_s=0.0)
     policies = ["static-max", "static-1005", "voltanallm", "voltanallm-full-ladder", "bound"]
     result = compare(
+        profile="a100-sxm-80gb/llama-3.1-8b-2026-11",  # whose coefficients the other one has
         rates_req_s=list(map(float, INDEPENDENT)), seeds=3, duration_s=600.0, warmup_s=30.0,
         policies=policies, settings=settings,
     )  # fmt: skip
