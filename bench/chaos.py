@@ -443,9 +443,9 @@ class _Beside:
 
 @cache
 def _planner(fleet: str, wake_s: float):
-    """The programme of a fleet, which takes longer to state than to solve."""
+    """The programmes of a fleet, which take longer to state than to solve, filled as they are."""
     spec = Scenario(seed=0, fleet=fleet, rate_req_s=1.0, mishaps=(), wake_s=wake_s).spec()
-    return find_policy("mpc").build(spec, SLO, PolicySetup()).controller._ahead.planner
+    return find_policy("mpc").build(spec, SLO, PolicySetup()).controller._ahead._planners
 
 
 @dataclass(frozen=True)
@@ -466,7 +466,7 @@ def run(scenario: Scenario, policy: str) -> Run:
     parts = find_policy(policy).build(believed, SLO, setup)
     ahead = getattr(parts.controller, "_ahead", None)
     if ahead is not None:
-        ahead._planner = _planner(scenario.fleet, scenario.wake_s)
+        ahead._planners = _planner(scenario.fleet, scenario.wake_s)
     broken: list[str] = []
     backend = SimBackend(
         fleet, workload=_requests(scenario), seed=scenario.seed,

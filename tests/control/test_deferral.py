@@ -276,6 +276,19 @@ def test_a_solver_that_fails_leaves_the_pace_that_keeps_deadlines(monkeypatch):
     assert 0.1 < decisions[-1].admission.rate_req_s < 2.0
 
 
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -5.0])
+def test_a_planner_that_returns_no_rates_does_no_harm(monkeypatch, garbage):
+    real = Planner.plan
+
+    def absurd(self, situation):
+        plan = real(self, situation)
+        return dataclasses.replace(plan, let_in_req_s=np.full(len(plan.end_s), garbage))
+
+    monkeypatch.setattr(Planner, "plan", absurd)
+    decisions, _ = driven(MpcController(FLEET, SLO), 60)
+    assert 0.0 <= decisions[-1].admission.rate_req_s < 2.0
+
+
 def test_when_all_are_dead_admission_is_sane():
     decisions, _ = driven(
         MpcController(FLEET, SLO), 90, alive=lambda second: np.full(4, second < 60)

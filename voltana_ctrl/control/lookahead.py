@@ -556,7 +556,8 @@ class Lookahead:
 
     def _taken(self, memory: LookaheadMemory, plan: Plan, seen_s: float) -> LookaheadMemory:
         """A plan that may not be applied leaves the last one, which holds for its horizon."""
-        if plan.status.usable and not np.all(np.isfinite(plan.on)):
+        numbers = np.all(np.isfinite(plan.on)) and np.all(np.isfinite(plan.let_in_req_s))
+        if plan.status.usable and not numbers:
             _LOG.error("the planner returned no numbers; the last plan holds for its horizon")
             return replace(memory, status="FAILED")
         memory = replace(memory, status=plan.status.name)

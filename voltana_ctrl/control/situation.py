@@ -174,7 +174,7 @@ def steps_to_s(reach_s: float) -> tuple[float, ...]:
     Examples
     --------
     >>> steps_to_s(120.0) == STEPS_S, sum(steps_to_s(1800.0))
-    (True, 2280.0)
+    (True, 1980.0)
     """
     steps_s, far = list(STEPS_S), 0
     while sum(steps_s) < reach_s and len(steps_s) < _MOST_STEPS:
