@@ -142,7 +142,10 @@ def table(rows: list[dict], profile: str) -> tuple[str, int]:
             if not ran:
                 continue
             changes = ", ".join(
-                f"{np.mean([row[key] for row in ran]):.0f}" for key in ("wakes", "role_changes")
+                "-" if np.isnan(mean) else f"{mean:.0f}"
+                for mean in (
+                    np.mean([row[key] for row in ran]) for key in ("wakes", "role_changes")
+                )
             )
             texts = "<br>".join(told(row) for row in ran)
             cpu_s = np.mean([row["cpu_s"] for row in ran])
