@@ -299,14 +299,14 @@ def _cut_run(case: Case, policy: str, notice_s: float | None = None, **load: boo
 
 
 def _cut_judged(found: dict[str, Figures]) -> tuple[str, bool]:
-    ours, unwarned = found["mpc"], found["mpc, no notice"]
     told_of = [
-        f"{100 * each['ttft_attainment']:.2f} / {100 * each['itl_attainment']:.2f} %,"
+        f"{name}: {100 * each['ttft_attainment']:.2f} / {100 * each['itl_attainment']:.2f} %,"
         f" {each['deadline_missed']:.0f} deadlines missed, over budget in"
         f" {100 * each['over_budget_frac']:.2f} % of samples"
-        for each in (ours, unwarned)
+        for name, each in found.items()
+        if name in ("mpc", "mpc, no notice")
     ]
-    return f"{told_of[0]}; without notice {told_of[1]}", holds(ours)
+    return "; ".join(told_of), holds(found["mpc"])
 
 
 def _budget_cut() -> Scene:
