@@ -386,6 +386,8 @@ def _price_judged(found: dict[str, Figures]) -> tuple[str, bool]:
     off, ours, least, least_off = (
         found[name]["cost"] for name in ("mpc, at once", "mpc", "LP", "LP, at once")
     )
+    # Work that waited from before the window is served in it: cost counts per token.
+    ours *= found["mpc, at once"]["tokens"] / found["mpc"]["tokens"]
     gain, most = off - ours, off - least
     text = (
         f"cost {off:.3f} to {ours:.3f}, gain {100 * gain / off:.1f} %; LP {least:.3f}, gain"

@@ -28,8 +28,8 @@ KEYS = {
     "requests": "requests_arrived", "power_w": "mean_power_w",
     "ttft_attainment": "ttft_attainment", "itl_attainment": "itl_attainment",
     "over_budget_frac": "over_budget_frac", "deadline_missed": "deadline_missed",
-    "deferred": "deferred_arrived", "cost": "cost", "co2_g": "co2_g", "wakes": "wakes",
-    "role_changes": "role_changes",
+    "deferred": "deferred_arrived", "tokens": "tokens_out", "cost": "cost",
+    "co2_g": "co2_g", "wakes": "wakes", "role_changes": "role_changes",
 }  # fmt: skip
 TEXTS = ("scene", "entry", "profile")
 COLUMNS = (*TEXTS, "seed", *KEYS, "cpu_s")
