@@ -161,7 +161,7 @@ def tuning_scenes(duration_s, seed):
         "20 req/s": {"workload": "sharegpt", "rate_req_s": 20.0},
         "35 req/s": {"workload": "sharegpt", "rate_req_s": 35.0},
         "65 req/s": {"workload": "sharegpt", "rate_req_s": 65.0},
-        "overload": {"workload": "sharegpt", "rate_req_s": 105.0},
+        "overload": {"workload": "sharegpt", "rate_req_s": 95.0},
         "bursts": {"workload": bursts},
         "colocated": {"workload": "sharegpt", "rate_req_s": 20.0, "fleet": COLOCATED},
         "slow": {"workload": "sharegpt", "rate_req_s": 35.0, "faults": (slow,)},

@@ -8,11 +8,14 @@ import pytest
 from rich.console import Console
 
 from voltana_ctrl import ConfigError, FleetSpec, Slo, compare, load_profile
-from voltana_ctrl.experiment import Run
+from voltana_ctrl.experiment import Comparison, Run
+from voltana_ctrl.experiment.grid import plan_runs
+from voltana_ctrl.experiment.uncertainty import interval_lines, savings_intervals
 from voltana_ctrl.policies import find_policy
 from voltana_ctrl.report import print_table
 from voltana_ctrl.sim.rate_steps import RateSteps
 from voltana_ctrl.sim.settings import PlantSettings
+from voltana_ctrl.sim.traces import read_trace
 from voltana_ctrl.sim.workload import Workload, make_workload
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
@@ -164,3 +167,65 @@ def test_the_table_shows_the_share_that_meets_both(width):
     ]  # fmt: skip
     row = next(line for line in lines if "static-1005" in line)
     assert f"{100.0 * found.runs[0]['slo_attainment']:.1f}" in row.split()
+
+
+def bursty_trace(tmp_path, seconds=160):
+    """Rows of a trace with a burst of 4 s in every 20."""
+    path = tmp_path / "bursty.csv"
+    rows = [
+        f"{second + k / 12:.3f},200,{150 + k}"
+        for second in range(seconds)
+        for k in range(12 if second % 20 < 4 else 1)
+    ]
+    path.write_text("arrival_s,prompt_tok,output_tok\n" + "\n".join(rows) + "\n", "utf-8")
+    return path
+
+
+def test_windows_of_a_trace_at_its_own_pace_are_one_load(tmp_path):
+    path = bursty_trace(tmp_path)
+    found = compare(
+        fleet="1P1D", workload=path, duration_s=20.0, warmup_s=5.0, seeds=3,
+        policies=["static-max"],
+    )  # fmt: skip
+    assert len({one["trace_from_s"] for one in found.runs}) == 3
+    loads = {one["rate_req_s"] for one in found.runs}
+    assert loads == {read_trace(path).rate_req_s}
+    assert found.to_study().loads == tuple(loads)
+
+
+def test_intervals_of_a_trace_bear_the_load_of_its_table(tmp_path):
+    grid = plan_runs(
+        fleet="1P1D", workload=bursty_trace(tmp_path), duration_s=10.0, warmup_s=5.0,
+        policies=["static-max", "static-1005"],
+    )  # fmt: skip
+    found = savings_intervals(grid, 2)
+    assert {one["rate_req_s"] for one in found} == {
+        Comparison.of(grid, grid.execute()).runs[0]["rate_req_s"]
+    }
+    assert "Fewer than 20 draws" in "\n".join(interval_lines(found))
+
+
+def test_a_burst_that_is_carried_in_is_told(tmp_path):
+    path = tmp_path / "burst.csv"
+    rows = [f"{8.0 + k / 100:.3f},300,400" for k in range(150)]
+    rows += [f"{10 + second},300,100" for second in range(80)]
+    path.write_text("arrival_s,prompt_tok,output_tok\n" + "\n".join(rows) + "\n", "utf-8")
+    found = compare(
+        fleet="1P1D", workload=path, duration_s=12.0, warmup_s=10.0, policies=["static-705"]
+    )
+    assert any(note.startswith("Carried in from before the window") for note in found.notes)
+
+
+def test_what_can_never_be_served_and_a_silence_are_told(tmp_path):
+    path = tmp_path / "large.csv"
+    rows = ["arrival_s,prompt_tok,output_tok", *(f"{k},200,50" for k in range(40)), "41,900000,50"]
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+    large = compare(
+        fleet="1P1D", workload=path, duration_s=30.0, warmup_s=11.5, policies=["static-max"]
+    )
+    assert any("1 of the judged requests were dropped" in note for note in large.notes)
+    path.write_text("\n".join([*rows[:3], "900,200,50"]) + "\n", "utf-8")
+    silent = compare(
+        fleet="1P1D", workload=path, duration_s=30.0, warmup_s=100.0, policies=["static-max"]
+    )
+    assert any("no request arrived in the window" in note for note in silent.notes)

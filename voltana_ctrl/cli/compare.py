@@ -18,7 +18,7 @@ import typer
 
 from voltana_ctrl.cli.complete import policy_names, workload_names
 from voltana_ctrl.cli.options import above_zero, check_outputs, cores, look_here, numbers
-from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.errors import ConfigError, VoltanaError
 
 if TYPE_CHECKING:
     from voltana_ctrl.experiment import Comparison, Grid
@@ -360,6 +360,7 @@ def _carry_out(
     screen: Screen | None = None
     status = 0
     intervals: list[dict[str, Any]] = []
+    failed: VoltanaError | None = None
     with stop_on_sigterm():
         try:
             with nullcontext() if folder is None else ResultStore(folder) as store:
@@ -385,6 +386,11 @@ def _carry_out(
             status = 128 + signal.SIGTERM
         except BrokenExecutor:
             status = 1
+        except VoltanaError as error:
+            # What is done is kept, as of one that was stopped.
+            if screen is None or not screen.ended:
+                raise
+            failed, status = error, 2
         found = Comparison.of(grid, ()) if screen is None else screen.found()
         found = replace(found, uncertainty=tuple(intervals))
         if screen is not None:
@@ -393,7 +399,10 @@ def _carry_out(
             typer.echo(line)
         if status:
             why = "a process was killed, perhaps for its memory" if status == 1 else "stopped"
+            why = "a run failed" if failed is not None else why
             again = "" if folder is None else "; the same command goes on from there"
+            if again and uncertainty and not intervals:
+                again += ", and begins with the draws anew"
             errors.print(
                 f"voltana-ctrl: {why}: {len(found.runs)} of {len(grid.runs)} runs are done{again}",
                 highlight=False,
@@ -404,6 +413,8 @@ def _carry_out(
             # A thread may be in the middle of LLVM, where it cannot be ended.
             sys.stderr.flush()
             os._exit(status)
+    if failed is not None:
+        raise failed
     return status
 
 

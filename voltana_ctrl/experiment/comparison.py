@@ -142,6 +142,7 @@ class Comparison:
             slo=asked.slo,
             rate_steps=asked.rate_steps,
             settings={
+                "duration_s": asked.duration_s,
                 "warmup_s": asked.warmup_s,
                 "tick_s": asked.tick_s,
                 "actuation_s": asked.settings.actuation_s,

@@ -41,7 +41,9 @@ def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Itera
     if served:
         yield from _on_times(max(served, key=lambda one: one["residence_mean_s"]), runs[0])
     yield from _on_rows_left_out(runs[0])
+    yield from _on_nothing_to_judge(figures)
     yield from _on_work_left(served)
+    yield from _on_work_carried_in(served)
     yield from _on_seeds(figures, runs)
     yield from _on_profiles(runs[0])
 
@@ -93,14 +95,46 @@ def _on_work_left(served: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
+def _on_work_carried_in(served: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A burst before the window that one policy serves in it and another has served before."""
+    most: dict[str, float] = {}
+    for one in served:
+        if one["tokens_out"] > 0:
+            more_tok = one["tokens_carried_in"] - one["tokens_past_window"]
+            policy = str(one["policy"])
+            most[policy] = max(most.get(policy, 0.0), more_tok / one["tokens_out"])
+    said = [f"{policy} {frac:.0%}" for policy, frac in most.items() if frac > _PUSHED_FRAC]
+    if said:
+        yield (
+            "Carried in from before the window, of the tokens made in it and beyond what was left"
+            f" for later: {', '.join(said)}. Part of their energy was spent before, so that savings"
+            " per token are too high, even above the bound; take a longer window."
+        )
+
+
+def _on_nothing_to_judge(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if any(one.get("requests_arrived") == 0 for one in figures):
+        yield (
+            "In some runs no request arrived in the window: a silence of the load, or times in"
+            " another unit than seconds."
+        )
+    dropped = max((one.get("requests_dropped") or 0 for one in figures), default=0)
+    if dropped:
+        yield (
+            f"{dropped} of the judged requests were dropped: no instance's KV cache holds their"
+            " prompt and answer. They count as late."
+        )
+
+
 def _on_seeds(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
     if isinstance(runs[0].workload, str) or len({run.seed for run in runs}) == 1:
         return
     begins_s = sorted({one["trace_from_s"] or 0.0 for one in figures})
     if len(begins_s) == 1:
         yield (
-            "All seeds run the same requests of the trace, which has no others for this run: they"
-            " differ in chance routing and noise alone, and say nothing of other requests."
+            "All seeds run the same requests of the trace: they differ in chance routing and noise"
+            " alone, and say nothing of other requests. For other windows a trace must be longer"
+            f" than warm-up, window and grace, {_needs_s(figures, runs[0]):.0f} s."
         )
         return
     apart_s = min(after - before for before, after in pairwise(begins_s))
@@ -110,3 +144,9 @@ def _on_seeds(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Iter
             "Each seed takes another window of the trace; neighbours share up to"
             f" {shared:.0%} of their requests."
         )
+
+
+def _needs_s(figures: Sequence[Mapping[str, Any]], run: Run) -> float:
+    """How long the requests of one run are taken from a trace."""
+    grace_s = max(float(one["grace_s"]) for one in figures)
+    return run.warmup_s + run.duration_s + grace_s

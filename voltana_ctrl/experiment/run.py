@@ -19,6 +19,7 @@ from voltana_ctrl.policies import Policy, PolicyParts, PolicySetup, find_policy
 from voltana_ctrl.sim.arrivals import ArrivalProcess
 from voltana_ctrl.sim.bill import Bill
 from voltana_ctrl.sim.bound import fluid_bound_w, fluid_load
+from voltana_ctrl.sim.catalog import describe
 from voltana_ctrl.sim.detail import DetailSampler
 from voltana_ctrl.sim.faults import Fault, FaultSchedule
 from voltana_ctrl.sim.metrics import at_the_wall, run_figures, snapshot, unfinished
@@ -141,16 +142,12 @@ class Run:
         figures: dict[str, Any] = dict.fromkeys(_RUN_KEYS)
         figures.update(
             policy=self.policy if isinstance(self.policy, str) else self.policy.name,
-            rate_req_s=None if self.concurrency else _number(workload.rate_req_s),
+            rate_req_s=self._load_req_s(workload),
             seed=self.seed,
             window_s=self.duration_s,
             grace_s=self.grace_s(workload),
             trace_from_s=trace_from_s,
         )
-        if self.rate_req_s is not None:
-            figures["rate_req_s"] = self.rate_req_s
-        elif self.rate_steps is not None:
-            figures["rate_req_s"] = self.rate_steps.mean_req_s(*self._window_s)
         if self.policy == "bound":
             figures.update(self._bound(workload))
         else:
@@ -158,6 +155,19 @@ class Run:
             figures.update(self._simulate(workload))
             figures["sim_wall_s"] = time.perf_counter() - begin_s
         return figures | at_the_wall(figures, self.fleet.rest_of_server_w)
+
+    def _load_req_s(self, workload: Workload) -> float | None:
+        """Load that the run stands for, the same for all seeds; None of a closed loop."""
+        if self.concurrency is not None:
+            return None
+        if self.rate_req_s is not None:
+            return self.rate_req_s
+        if self.rate_steps is not None:
+            return self.rate_steps.mean_req_s(*self._window_s)
+        if isinstance(self.workload, Workload):
+            # A trace at its own pace: windows of one trace are one load.
+            return _number(self.workload.rate_req_s)
+        return describe(self.workload).rate_req_s or _number(workload.rate_req_s)
 
     @property
     def _window_s(self) -> tuple[float, float]:
@@ -225,7 +235,7 @@ class Run:
             raise ConfigError(
                 f"workload {trace.name}: expected at least warmup + duration = {needed_s:g} s,"
                 f" got {trace.duration_s:.1f} s; shorten --duration to at most"
-                f" {max(0.0, trace.duration_s - self.warmup_s):.0f}"
+                f" {max(0, math.floor(trace.duration_s - self.warmup_s))}"
             )
         # Steps of a load stand at their times, so that the trace cannot be moved under them.
         spare_s = 0.0 if self.rate_steps is not None else max(0.0, trace.duration_s - total_s)

@@ -68,6 +68,8 @@ class ResultStore:
         self._due_s = time.monotonic() + every_s
         self._kept: dict[str, dict[str, Any]] = {}
         self._new: list[dict[str, Any]] = []
+        if self._folder.is_file():
+            raise ConfigError(f"store {folder}: expected a folder, got a file")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             # What another process is writing at this moment is hidden.

@@ -206,5 +206,5 @@ def load_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError(f"a Parquet file needs pyarrow; {_MEND}") from error
+        raise ConfigError(f"a store, as any Parquet file, needs pyarrow; {_MEND}") from error
     return pyarrow, pyarrow.parquet

@@ -21,6 +21,8 @@ __all__ = ["REFERENCE", "interval_lines", "refuse_unknown", "savings_intervals"]
 #: What savings are counted from.
 REFERENCE = "static-max"
 _LOW_FRAC, _HIGH_FRAC = 0.05, 0.95
+#: Of so many draws one is beyond each end.
+_FEW_DRAWS = 20
 
 
 def refuse_unknown(grid: Grid, draws: int) -> None:
@@ -62,8 +64,9 @@ def savings_intervals(
 ) -> list[dict[str, Any]]:
     """Savings per output token of every policy over draws of the fleet's profiles.
 
-    Every draw is one fleet, the same for all policies, loads and seeds; policies believe the fleet
-    of the grid. Draws come from a seed of their own, so more of them add to the same ones.
+    Every draw is one fleet, the same for all policies, loads and seeds, over which it is averaged:
+    what other requests would do is not in the interval. Policies believe the fleet of the grid.
+    Draws come from a seed of their own, so more of them add to the same ones.
 
     Parameters
     ----------
@@ -111,7 +114,8 @@ def savings_intervals(
         by: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
         for done in replace(grid, runs=runs).execute(executor):
             run = runs[done.index]
-            by.setdefault((str(run.policy), run.rate_req_s), []).append(done.figures)
+            key = str(run.policy), done.figures.get("rate_req_s", run.rate_req_s)
+            by.setdefault(key, []).append(done.figures)
         slo = grid.runs[0].slo
         for key, figures in by.items():
             each = [one["energy_per_token_j"] or np.nan for one in figures]
@@ -123,7 +127,7 @@ def savings_intervals(
             kept.setdefault(key, []).append(bool(min(met) >= slo.attainment))
         if on_progress is not None:
             on_progress(draw + 1, draws)
-    loads = dict.fromkeys(run.rate_req_s for run in grid.runs)
+    loads = dict.fromkeys(load for _, load in token_j)
     asked = [(policy, load) for load in loads for policy in grid.policies]
     return [_interval(key, token_j, kept[key]) for key in asked if key in token_j]
 
@@ -149,10 +153,14 @@ def interval_lines(intervals: Sequence[Mapping[str, Any]]) -> list[str]:
     longest = max(len(str(one["policy"])) for one in intervals)
     lines = [
         f"If the fleet is what its profiles may be ({intervals[0]['draws']} draws from their bands;"
-        " policies believe the profiles):",
-        f"req/s  {'policy':<{max(longest, 8)}}  saving (5 to 95 %)  keeps  below others in less"
-        " than 95 % of draws",
+        " policies believe the profiles), median saving per token over all seeds:",
+        f"req/s  {'policy':<{max(longest, 8)}}  saving (5 to 95 %)  keeps  undecided: draws in"
+        " which it draws less than",
     ]
+    if intervals[0]["draws"] < _FEW_DRAWS:
+        lines.insert(
+            1, f"Fewer than {_FEW_DRAWS} draws: the ends are the outermost of them, and say little."
+        )
     for one in intervals:
         low, middle, high = (one[f"saving_p{q}_frac"] for q in (5, 50, 95))
         saving = "" if middle is None else f"{middle:.0%} ({low:.0%} to {high:.0%})"

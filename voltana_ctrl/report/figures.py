@@ -192,7 +192,8 @@ def _stacked(study: Study, figures: list[Figure]) -> Any:
             head.text(0.01, 0.35, figure.title + where, size=10, weight="bold", va="center")
         figure.draw(part, study, study.shown_load)
     status = ", ".join(dict.fromkeys(profile.status for profile in study.profiles))
-    foot = f"Simulated: {study.title}" + (f"  ·  profile {status}" if status else "")
+    foot = f"Simulated: {study.title}" + (f"  ·  {study.window}" if study.window else "")
+    foot += f"  ·  profile {status}" if status else ""
     warns = "extrapolated" in status
     if warns:
         foot += ": do not take absolute watts from it"

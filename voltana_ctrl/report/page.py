@@ -86,7 +86,8 @@ def render(study: Study) -> str:
 <p class="lead">{names}</p>
 <p>SLO: TTFT within {slo["ttft_s"]:g} s and ITL within {slo["itl_s"] * 1e3:g} ms, each for
 {100 * slo["attainment"]:g} % of requests. {_count(len(study.loads), "load")},
-{_count(seeds, "seed")}. Every number on this page comes from a simulated fleet; none was
+{_count(seeds, "seed")}{_judged(study)}. Every number on this
+page comes from a simulated fleet; none was
 measured on hardware.</p>
 {"".join(f"<p>{escape(said)}</p>" for said in (study.delays, study.conditions) if said)}
 {"".join(f'<p class="note">{escape(note)}</p>' for note in study.notes)}
@@ -117,6 +118,10 @@ _CLOSED = (
     " the policy with the least energy per token is named.</p>\n"
 )
 _MISS = '<span class="miss">*</span>'
+
+
+def _judged(study: Study) -> str:
+    return f"; judged: {study.window}" if study.window else ""
 
 
 def _count(number: int, one: str, several: str | None = None) -> str:

@@ -103,6 +103,16 @@ class Study:
         return " ".join(said)
 
     @property
+    def window(self) -> str:
+        """What was judged, such as ``120 s after 30 s, 2 seeds``; empty where unknown."""
+        settings = self.comparison.get("settings") or {}
+        seeds = self.comparison.get("seeds") or self.seeds
+        if "duration_s" not in settings or not seeds:
+            return ""
+        many = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
+        return f"{settings['duration_s']:g} s after {settings['warmup_s']:g} s, {many}"
+
+    @property
     def delays(self) -> str:
         """How late a clock answers and how late policies think it does; empty where unknown."""
         settings = self.comparison.get("settings")

@@ -115,6 +115,8 @@ class RowPrinter:
         """Print what is compared, and what the columns are."""
         names = study.comparison
         self._print(f"{names['fleet']}  {_profile(study)}  {names['workload']}  (simulated)")
+        if study.window:
+            self._print(f"judged: {study.window}")
         self._print()
         groups, end = "", 0
         for group in dict.fromkeys(column.group for column in self._columns):
@@ -140,10 +142,13 @@ class RowPrinter:
     def foot(self, study: Study) -> None:
         """Print what the columns mean, and the loads at which no policy keeps the promises."""
         slo = study.comparison["slo"]
+        saving = "Saving is against static-max"
+        if "static-max" not in study.policies:
+            saving += ", which was not run"
         self._print()
         self._console.print(
             f"SLO: TTFT {slo['ttft_s']:g} s, ITL {slo['itl_s']:g} s, each met by"
-            f" {slo['attainment']:.1%} of requests; * misses it. Saving is against static-max:"
+            f" {slo['attainment']:.1%} of requests; * misses it. {saving}:"
             " of energy per output token, and of power for the bound, which serves no tokens."
             + (" Gap: way from voltanallm to the fluid bound." if self._gap else "")
             + (" Over: time above the power budget." if self._budget else "")

@@ -221,7 +221,8 @@ def _read_table(
             wanted = "arrival_s, prompt_tok, output_tok"
         raise source.refuse(
             where,
-            f"expected the columns {wanted}, got none named {missing} (there are"
+            f"expected the columns {wanted}, got none named {missing}, nor any of"
+            f" {', '.join((PROMPT_NAMES if prompt is None else OUTPUT_NAMES)[1:])} (there are"
             f" {', '.join(names)[:80]})",
         )
     origin = {_AZURE[1]: "Azure LLM trace", "Request tokens": "BurstGPT"}.get(prompt, "table")
