@@ -254,9 +254,9 @@ def test_details_are_kept_along_with_the_meter(result):
 
 def test_a_budget_below_idle_is_refused_before_any_run():
     told = []
-    with pytest.raises(ConfigError, match=r"240 W, which the fleet draws idle, got 239 W from 5 s"):
+    with pytest.raises(ConfigError, match=r"280 W, which the fleet draws idle, got 279 W from 5 s"):
         compare(
-            power_budget=PowerBudget.parse("0:1200,5:239"),
+            power_budget=PowerBudget.parse("0:1200,5:279"),
             on_progress=lambda *_: told.append(1),
             **SHORT,
         )

@@ -3,15 +3,23 @@
 import control
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from voltana_ctrl import ConfigError, load_profile
 from voltana_ctrl.control.model import LinearModel, decode_model, prefill_model, zero_order_hold
-from voltana_ctrl.laws import decode_equilibrium, length_moments
+from voltana_ctrl.laws import decode_equilibrium, decode_s, length_moments
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 LENGTHS = length_moments([100, 300, 320], [101, 301, 200])
+
+
+def served(k, arrival_req_s):
+    """Whether this clock can serve this load at all."""
+    at = decode_equilibrium(
+        PROFILE.table[k], arrival_req_s, LENGTHS.output_tok, LENGTHS.context_tok
+    )
+    return bool(np.isfinite(at.running_req))
 
 
 def at_equilibrium(row, arrival_req_s):
@@ -24,6 +32,7 @@ def at_equilibrium(row, arrival_req_s):
 
 @given(k=st.integers(5, 80), arrival=st.floats(1.0, 15.0))
 def test_dc_gain_is_the_closed_form_equilibrium(k, arrival):
+    assume(served(k, arrival))
     row = PROFILE.table[k]
     model, at = at_equilibrium(row, arrival)
     expected = [float(at.running_req), float(at.kv_tok)]
@@ -34,6 +43,7 @@ def test_dc_gain_is_the_closed_form_equilibrium(k, arrival):
 
 @given(k=st.integers(10, 80), arrival=st.floats(1.0, 15.0), dt_s=st.floats(0.05, 5.0))
 def test_zero_order_hold_against_python_control(k, arrival, dt_s):
+    assume(served(k, arrival))
     model, _ = at_equilibrium(PROFILE.table[k], arrival)
     ours = model.discrete(dt_s)
     theirs = control.c2d(model.to_control(), dt_s, method="zoh")
@@ -106,3 +116,26 @@ def test_matrices_must_fit_their_names():
     with pytest.raises(ValueError, match=r"LinearModel\.b"):
         LinearModel(a=[[1.0]], b=[[1.0, 2.0]], e=[[1.0]], c=[0.0], dt_s=0.1, states=("x",),
                     inputs=("u",), disturbances=("w",))  # fmt: skip
+
+
+def test_the_slope_at_a_clock_of_the_ladder_is_that_of_both_sides():
+    """Where the memory begins to set the pace the two sides differ up to twofold."""
+    for k in (20, 48, 60):
+        at = [decode_equilibrium(PROFILE.table[j], 15.0, 200.0, 340.0) for j in (k - 1, k, k + 1)]
+        model = decode_model(
+            PROFILE, float(PROFILE.clocks_mhz[k]), at[1].running_req, at[1].kv_tok,
+            length_moments([240, 240], [200, 200]),
+        )  # fmt: skip
+
+        def rate(j, at=at):
+            step_s = decode_s(PROFILE.table[j], at[1].running_req, at[1].kv_tok)
+            return -float(at[1].running_req) / 199.0 / float(step_s)
+
+        span_mhz = PROFILE.clocks_mhz[k + 1] - PROFILE.clocks_mhz[k - 1]
+        central = (rate(k + 1) - rate(k - 1)) / span_mhz
+        np.testing.assert_allclose(model.b[0, 0], central, rtol=0.02)
+
+
+def test_a_point_beyond_what_can_be_served_is_refused():
+    with pytest.raises(ConfigError, match=r"decode_model\.running_req"):
+        decode_model(PROFILE, 810.0, np.inf, np.inf, length_moments([240, 240], [200, 200]))

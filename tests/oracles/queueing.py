@@ -37,7 +37,7 @@ def batch_moments_req(
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> mean, variance = batch_moments_req(profile.table[-1], 10.0, 203.0, 434.0)
     >>> float(mean.round(1)), float(variance.round(1))
-    (26.8, 32.4)
+    (24.4, 29.5)
     """
     rate_tok_s, context = _rate(arrival_req_s, output_tok, context_tok)
     growth_s = rows["decode_req_s"] + rows["decode_kv_s"] * context
@@ -128,7 +128,7 @@ def decode_stationary(
     >>> at = decode_stationary(profile.table[[16, -1]], 10.0, 203.0, 434.0,
     ...                        profile.padded_batch(), profile.idle_w)
     >>> at.step_s.round(4), at.power_w.round(1)
-    (array([0.0415, 0.0135]), array([148.8, 292.9]))
+    (array([0.0396, 0.0135]), array([143.4, 306.3]))
     """
     padded = np.asarray(padded_batch, dtype=np.float64)
     sizes = np.arange(padded.size, dtype=np.float64)

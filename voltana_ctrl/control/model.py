@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voltana_ctrl.checks import F64, frozen_array, positive
+from voltana_ctrl.checks import F64, frozen_array, not_negative, positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.laws import at_clock, decode_tangent
 from voltana_ctrl.types import Lengths, Profile
@@ -230,6 +230,12 @@ def decode_model(
     lengths : Lengths
         Of the requests.
 
+    Raises
+    ------
+    ConfigError
+        If the clock is not on the ladder, or the batch not finite, as in a point of more load
+        than can be served.
+
     Examples
     --------
     >>> from voltana_ctrl import load_profile
@@ -242,6 +248,8 @@ def decode_model(
     >>> bool(np.allclose(model.steady([row["clock_mhz"]], [10.0]), [at.running_req, at.kv_tok]))
     True
     """
+    not_negative("decode_model.running_req", running_req)
+    not_negative("decode_model.kv_tok", kv_tok)
     a, b, e, c = decode_steps(
         at_clock(profile, [freq_mhz]),
         _slopes(profile, np.array([freq_mhz])),
@@ -366,11 +374,13 @@ def zero_order_hold(a: Matrix, forced: Matrix, dt_s: float) -> tuple[Matrix, Mat
 
 
 def _slopes(profile: Profile, freq_mhz: F64) -> Any:
-    """Change of the coefficients per MHz, across the two ladder clocks around."""
+    """Change of the coefficients per MHz: at a clock of the ladder the mean of both sides."""
     ladder = profile.clocks_mhz
-    above = np.clip(np.searchsorted(ladder, freq_mhz, side="right"), 1, len(ladder) - 1)
     slopes = np.zeros(len(freq_mhz), dtype=profile.table.dtype)
-    span_mhz = ladder[above] - ladder[above - 1]
+    above = [
+        np.clip(np.searchsorted(ladder, freq_mhz, side=side), 1, len(ladder) - 1)
+        for side in ("left", "right")
+    ]
     for name in (
         "decode_base_s",
         "decode_req_s",
@@ -380,5 +390,7 @@ def _slopes(profile: Profile, freq_mhz: F64) -> Any:
         "decode_host_s",
     ):
         column = profile.table[name]
-        slopes[name] = (column[above] - column[above - 1]) / span_mhz
+        slopes[name] = np.mean(
+            [(column[k] - column[k - 1]) / (ladder[k] - ladder[k - 1]) for k in above], axis=0
+        )
     return slopes

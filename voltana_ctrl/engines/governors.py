@@ -89,7 +89,7 @@ def governor_of_policy(
     >>> slo = Slo(ttft_s=0.6, itl_s=0.06)
     >>> governor = governor_of_policy("mpc+jsq", fleet.instances[1], slo, delay_s=0.02)
     >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)  # for 80 running requests
-    300.0
+    285.0
     >>> governor_of_policy("static-1005", fleet.instances[1], slo, delay_s=0.02) is None
     True
     """

@@ -59,9 +59,9 @@ def decode_equilibrium(
     """Fluid equilibrium of a decode instance under open-loop arrivals.
 
     ``T = max(floor, a0 / (1 - rho))``, ``n = lam (L - 1) T``, ``m = n c`` and
-    ``P = P_on + E_iter / T + lam (L - 1) (E_req + c E_kv)``: Little's law on the affine
-    iteration time, without padding. Power at a fixed token rate is this function with
-    ``output_tok=2``.
+    ``P = P_on + (E_iter - host (P_on - P_idle)) / T + lam (L - 1) (E_req + c E_kv)``: Little's law
+    on the affine iteration time, without padding; while the host works the GPU idles. Power at a
+    fixed token rate is this function with ``output_tok=2``.
 
     ``T`` is the larger of two lines in the batch, so it settles at the larger of what each
     settles at. A roof without a base moves no equilibrium, it ends them sooner: ``T`` is then

@@ -97,7 +97,7 @@ def power_ceilings_mhz(fleet: FleetSpec, limit_w: Mapping[str, float]) -> F64:
     >>> from voltana_ctrl import load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> power_ceilings_mhz(fleet, {"prefill-0": 300.0})
-    array([1140., 1410.])
+    array([1155., 1410.])
     """
     ceilings = np.array(fleet.max_mhz)
     for i, one in enumerate(fleet.instances):

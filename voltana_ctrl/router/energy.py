@@ -118,7 +118,7 @@ class EnergyBook:
     ...                 batch_req=10.0, kv_tok=10_000.0)
     >>> energy = book.charge(flight)
     >>> round(energy.prefill_j, 1), round(energy.decode_j, 1), energy.source
-    (30.2, 3.5, 'modelled')
+    (30.2, 3.6, 'modelled')
     >>> book.find("a") == energy
     True
     """
