@@ -164,7 +164,7 @@ def interval_lines(intervals: Sequence[Mapping[str, Any]]) -> list[str]:
     for one in intervals:
         low, middle, high = (one[f"saving_p{q}_frac"] for q in (5, 50, 95))
         saving = "" if middle is None else f"{middle:.0%} ({low:.0%} to {high:.0%})"
-        rate = "-" if one["rate_req_s"] is None else f"{one['rate_req_s']:g}"
+        rate = "-" if one["rate_req_s"] is None else f"{one['rate_req_s']:.4g}"
         unsure = ", ".join(
             f"{name} {frac:.0%}" for name, frac in one["below_frac"].items() if 0.05 < frac < 0.95
         )
