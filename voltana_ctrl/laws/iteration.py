@@ -185,7 +185,11 @@ def prefill_s(
     square_tok2: ArrayLike | None = None,
     prompts_req: ArrayLike = 1.0,
 ) -> F64:
-    """Time of one prefill iteration: ``req m + base + tok N + tok2 Q``.
+    """Time of one prefill iteration [s].
+
+    ``prefill_base_s + prefill_tok_s new_tok + prefill_tok2_s square_tok2
+    + prefill_req_s prompts_req``: a launch, work for each token, attention to all that stands
+    before it, and what the host does for each prompt.
 
     Parameters
     ----------
@@ -194,10 +198,10 @@ def prefill_s(
     new_tok : array_like
         Prompt tokens processed, summed over the batch.
     square_tok2 : array_like, optional
-        Sum over the batch of ``end^2 - start^2`` of the positions processed, for attention;
-        without it one whole prompt, ``new_tok^2``.
+        Sum over the batch of ``end^2 - start^2`` of the positions processed. The default,
+        ``new_tok^2``, is right for one whole prompt and for nothing else.
     prompts_req : array_like
-        Prompts that begin; the host works for each before the GPU does.
+        Prompts that begin in the iteration.
 
     Examples
     --------

@@ -95,20 +95,21 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRun:
-    """What a profile did.
+    """What one run of the profiler measured on an engine, and where it stands.
 
     Parameters
     ----------
     path : Path
-        The table.
+        The CSV file with one measured point a row, from which ``fit`` makes a profile.
     measured, skipped : int
-        Points measured now, and found in the table.
+        Points that were measured in this run, and points that an earlier run had left in the file.
     wall_s : float
-        How long it took.
+        How long the run took.
     left_out : int
-        Points slower than a latency limit, measured or sure to be.
+        Points that are not in the file, since they were slower than a latency limit or were sure
+        to be.
     notes : tuple of str
-        What the reader of the table should know.
+        What a reader of the file should know, as sentences.
 
     Examples
     --------
