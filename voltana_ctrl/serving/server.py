@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import math
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,9 @@ __all__ = ["bounded_server", "listen"]
 # Longer than clients keep an idle connection, so that they close it and not we.
 _KEEP_ALIVE_S = 75
 _BACKLOG = 4096
+# Least time between two words about the same lack of file descriptors.
+_FULL_EVERY_S = 60.0
+_log = logging.getLogger("voltana_ctrl")
 
 
 def bounded_server(
@@ -93,6 +99,10 @@ def bounded_server(
                 on_exit()
             super().handle_exit(sig, frame)
 
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().set_exception_handler(_quiet_when_full(what))
+            await super().startup(sockets=sockets)
+
     config = uvicorn.Config(
         app,
         host=host,
@@ -112,6 +122,29 @@ def bounded_server(
         ssl_keyfile=tls_key,
     )
     return Server(config)
+
+
+def _quiet_when_full(what: str) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Handler of a loop's exceptions that says now and then that no descriptor is left.
+
+    asyncio tries to accept as many connections as may wait, and would log each try at length.
+    """
+    said_s = -math.inf
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal said_s
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() - said_s >= _FULL_EVERY_S:
+            said_s = loop.time()
+            _log.warning(
+                "%s: no file descriptor is left, so that connections wait; raise the limit of"
+                " open files (ulimit -n)",
+                what,
+            )
+
+    return handle
 
 
 def listen(host: str, port: int, *, what: str) -> list[socket.socket]:
