@@ -151,3 +151,29 @@ def test_a_worker_that_is_killed_is_told_of(begin, tmp_path):
     assert "Traceback" not in errors
     assert "a process was killed, perhaps for its memory: " in errors
     assert json.loads((tmp_path / "out.json").read_text())["complete"] is False
+
+
+LATE = """from voltana_ctrl import Decision
+class Late:
+    period_s = 0.1
+    def __init__(self, fleet, slo): self.fleet = fleet
+    def init(self): return 0
+    def decide(self, observation, memory):
+        if observation.state.t_s > 5.0: raise TypeError("late")
+        return Decision.highest(self.fleet, t_s=observation.state.t_s), memory
+"""
+
+
+def test_a_policy_that_fails_late_leaves_the_files_of_what_is_done(begin, tmp_path):
+    (tmp_path / "late.py").write_text(LATE, encoding="utf-8")
+    process = begin(
+        "--fleet", "1P1D", "--rate", "4", "--duration", "10", "--warmup", "2", "--jobs", "1",
+        "--policies", "static-max,static-1005,late:Late", "--csv", "out.csv",
+    )  # fmt: skip
+    _, told = process.communicate(timeout=300.0)
+    assert process.returncode == 2
+    assert "a run failed: 2 of 3 runs are done" in told
+    assert "policy 'late:Late': TypeError: late" in told
+    kept = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert (kept["complete"], kept["runs_planned"], len(kept["runs"])) == (False, 3, 2)
+    assert len((tmp_path / "out.csv").read_text("utf-8").splitlines()) == 3
