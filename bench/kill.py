@@ -12,6 +12,7 @@ took. Exit status 1 if one was left.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -121,12 +122,7 @@ class Machine:
 
     def thaw(self) -> None:
         """Let what was stopped go on."""
-        for pid in self._stopped:
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                continue
-        self._stopped.clear()
+        let_go_on(self._stopped)
 
     def lost(self, name: str) -> bool:
         """Whether it is dead or frozen."""
@@ -148,6 +144,14 @@ class Machine:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def let_go_on(stopped: set[int]) -> None:
+    """Continue stopped processes, as far as they are still there, and forget them."""
+    for pid in stopped:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    stopped.clear()
 
 
 def until(condition, limit_s: float) -> float | None:

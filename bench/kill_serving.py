@@ -35,6 +35,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+from kill import let_go_on, until
 
 from voltana_ctrl.backends.nvml.lease import end_on_sigterm
 from voltana_ctrl.backends.nvml.process import listeners
@@ -212,12 +213,7 @@ class Stack:
 
     def thaw(self) -> None:
         """Let what was stopped go on."""
-        for pid in self._stopped:
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                continue
-        self._stopped.clear()
+        let_go_on(self._stopped)
 
     def left_locked(self) -> int:
         """GPUs that are locked though their engine is dead or frozen."""
@@ -256,16 +252,6 @@ class Stack:
                 process.kill()
                 process.wait()
         self.fleet.close()
-
-
-def until(condition, limit_s: float) -> float | None:
-    """How long it took; None where it did not come."""
-    begin_s = time.monotonic()
-    while time.monotonic() - begin_s < limit_s:
-        if condition():
-            return time.monotonic() - begin_s
-        time.sleep(0.05)
-    return None
 
 
 def plans(rng: random.Random):

@@ -10,17 +10,23 @@ from tests.helpers.fake_gpus import needs_compiler
 pytestmark = needs_compiler
 
 
-@pytest.fixture
-def kill(root, monkeypatch):
-    path = root / "bench" / "kill.py"
+def of_bench(name, root, monkeypatch):
+    """A script of bench/, with those beside it to import from."""
+    path = root / "bench" / f"{name}.py"
     if not path.exists():
         pytest.skip("bench/ is not part of the source distribution")
     pytest.importorskip("pynvml", reason="needs the nvml extra")
-    spec = importlib.util.spec_from_file_location("kill", path)
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "kill", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def kill(root, monkeypatch):
+    return of_bench("kill", root, monkeypatch)
 
 
 @pytest.mark.slow
@@ -34,16 +40,8 @@ def test_no_gpu_is_left_locked(kill):
 
 @pytest.fixture
 def serving(root, monkeypatch):
-    path = root / "bench" / "kill_serving.py"
-    if not path.exists():
-        pytest.skip("bench/ is not part of the source distribution")
-    pytest.importorskip("pynvml", reason="needs the nvml extra")
     pytest.importorskip("aiohttp", reason="needs the server extra")
-    spec = importlib.util.spec_from_file_location("kill_serving", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "kill_serving", module)
-    spec.loader.exec_module(module)
-    return module
+    return of_bench("kill_serving", root, monkeypatch)
 
 
 @pytest.mark.slow

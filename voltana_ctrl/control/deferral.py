@@ -128,11 +128,11 @@ class Deferral:
         Parameters
         ----------
         memory : DeferralMemory
-            Of :meth:`count`.
+            What :meth:`count` returned.
         end_s : ndarray, shape (n_steps,)
             Seconds from now, ascending.
         lead_s : float
-            Of :meth:`lead_s`.
+            What :meth:`lead_s` returned.
 
         Returns
         -------
@@ -152,7 +152,7 @@ class Deferral:
         Parameters
         ----------
         memory, lead_s
-            As of :meth:`flows`.
+            See :meth:`flows`.
         """
         if not len(memory.deadline_s):
             return memory.rate_req_s

@@ -12,6 +12,7 @@ from voltana_ctrl.checks import F64, I64, Bool, positive
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.batches import Batches, context_tok
 from voltana_ctrl.control.cascade import CascadeController, CascadeMemory
+from voltana_ctrl.control.plan import LATE_J_REQ
 from voltana_ctrl.control.supply import Supply
 from voltana_ctrl.control.target import TargetOptimiser
 from voltana_ctrl.types import (
@@ -28,8 +29,6 @@ from voltana_ctrl.types import (
 __all__ = ["FlexibleController", "FlexibleMemory", "Split"]
 
 _ROLES = (Role.PREFILL, Role.DECODE)
-#: What a request costs that is made late [J/req], as in the plan: no energy is worth it.
-_LATE_J_REQ = 2000.0
 #: Numbers of machines that are tried to turn at once, at most, in either direction.
 _TRIED = 24
 #: How far ahead batches are taken to grow as they do: who turns to decode is there by then.
@@ -153,7 +152,7 @@ class Split:
         more = 1.0 + (_CHANGING_FRAC if changes else 0.0)
         now_w, short_w = self._cost_w(supplies, decodes, state.alive, busy(decodes, more), rate)
         best, best_turned = decodes, np.zeros(0, np.int64)
-        best_w = now_w + short_w - (_LITTLE_FRAC * _LATE_J_REQ * rate if short_w > 0.0 else 0.0)
+        best_w = now_w + short_w - (_LITTLE_FRAC * LATE_J_REQ * rate if short_w > 0.0 else 0.0)
         for turned in self._candidates(decodes, state):
             other = decodes.copy()
             other[turned] = ~other[turned]
@@ -206,7 +205,7 @@ class Split:
         total_w, short_w = 0.0, 0.0
         for phase, frac in enumerate(busy):
             # Of a load beyond what is carried, the part beyond is late.
-            short_w += _LATE_J_REQ * rate_req_s * max(0.0, 1.0 - 1.0 / max(frac, 1e-9))
+            short_w += LATE_J_REQ * rate_req_s * max(0.0, 1.0 - 1.0 / max(frac, 1e-9))
             for supply, (of, group) in zip(supplies, self._groups, strict=True):
                 at = group[(decodes[group] == bool(phase)) & alive[group]]
                 if of == phase and len(at):

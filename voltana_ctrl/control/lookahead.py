@@ -56,8 +56,6 @@ __all__ = ["Lookahead", "LookaheadMemory", "takes_time"]
 _SHORT_PART = 0.25
 #: How far reserves are looked at [s].
 _HORIZON_S = 120
-#: Time in which what waits too long should be gone.
-_CATCH_UP_S = 5.0
 
 
 def takes_time(fleet: FleetSpec, period_s: float) -> bool:
@@ -262,7 +260,7 @@ class Lookahead:
         Parameters
         ----------
         memory : LookaheadMemory
-            Of :meth:`count`.
+            What :meth:`count` returned.
         """
         return self._wakes or memory.deferral.t_s >= 0.0
 
@@ -288,7 +286,7 @@ class Lookahead:
         Parameters
         ----------
         memory : LookaheadMemory
-            Of :meth:`look`.
+            What :meth:`look` returned.
         t_s : float
             Now.
         residence_s : float
@@ -433,7 +431,8 @@ class Lookahead:
         seconds = np.arange(_HORIZON_S + 1.0)
         arrives = outlook.reserve_at(seconds, ahead_s=self._longest_s)
         arrives[0] = max(arrives[0], outlook.now_req_s)
-        arrives[: int(_CATCH_UP_S)] += backlog_req / _CATCH_UP_S
+        catch_up_s = self._target.tuning.catch_up_s
+        arrives[: max(1, int(catch_up_s))] += backlog_req / catch_up_s
         paths = [arrives]
         if not self._fleet.colocated:
             follow = -np.expm1(-1.0 / residence_s)

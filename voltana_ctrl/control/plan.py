@@ -36,7 +36,7 @@ __all__ = ["Planner"]
 
 #: What a request costs that is made late, and what capacity costs that is missing [J/req]: some
 #: hundred times what serving a request takes, so that no energy is worth it.
-_LATE_J_REQ = 2000.0
+LATE_J_REQ = 2000.0
 #: What a request costs that may wait and is let in too late [W/req]: those that wait for their
 #: answer come first, unless it would be minutes.
 _BEHIND_W_REQ = 15.0
@@ -264,7 +264,7 @@ class Planner:
             if defers:
                 rules.append(beside <= p["room"][phase] + lent)
         late = cp.sum(queue[1:] @ dt) / 2.0 + cp.sum(over @ dt) + cp.sum(short @ dt)
-        cost = cost + p["cost"] @ drawn + _LATE_J_REQ * late + waits_j
+        cost = cost + p["cost"] @ drawn + LATE_J_REQ * late + waits_j
         problem = cp.Problem(cp.Minimize((_KJ if whole else 1.0) * cost), rules)
         on = cp.vstack([awake[g] + waking[g] for g in range(groups)])
         parts = {"on": on, "drawn": drawn, "balance": balance, "limit": limit}

@@ -43,7 +43,6 @@ def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Itera
     yield from _on_rows_left_out(runs[0])
     yield from _on_nothing_to_judge(figures)
     yield from _on_work_left(served)
-    yield from _on_work_carried_in(served)
     yield from _on_seeds(figures, runs)
     yield from _on_profiles(runs[0])
 
@@ -81,35 +80,31 @@ def _on_profiles(run: Run) -> Iterator[str]:
 
 
 def _on_work_left(served: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    left: dict[str, float] = {}
-    for one in served:
-        if one["tokens_out"] > 0:
-            grown_tok = one["tokens_past_window"] - one["tokens_carried_in"]
-            policy = str(one["policy"])
-            left[policy] = max(left.get(policy, 0.0), grown_tok / one["tokens_out"])
-    said = [f"{policy} {frac:.0%}" for policy, frac in left.items() if frac > _PUSHED_FRAC]
-    if said:
+    """Work that was pushed past the window, or a burst before it that is served in it."""
+    left = _policies_beyond(served, sign=1.0)
+    if left:
         yield (
             "Left for after the window, of the tokens made in it and beyond what was carried in:"
-            f" {', '.join(said)}. Compare energy per token, not power."
+            f" {left}. Compare energy per token, not power."
+        )
+    carried = _policies_beyond(served, sign=-1.0)
+    if carried:
+        yield (
+            "Carried in from before the window, of the tokens made in it and beyond what was left"
+            f" for later: {carried}. Part of their energy was spent before, so that savings"
+            " per token are too high, even above the bound; take a longer window."
         )
 
 
-def _on_work_carried_in(served: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A burst before the window that one policy serves in it and another has served before."""
+def _policies_beyond(served: Sequence[Mapping[str, Any]], *, sign: float) -> str:
+    """Policies that left much more than was carried in (sign 1), or the reverse (-1)."""
     most: dict[str, float] = {}
     for one in served:
         if one["tokens_out"] > 0:
-            more_tok = one["tokens_carried_in"] - one["tokens_past_window"]
+            grown_tok = sign * (one["tokens_past_window"] - one["tokens_carried_in"])
             policy = str(one["policy"])
-            most[policy] = max(most.get(policy, 0.0), more_tok / one["tokens_out"])
-    said = [f"{policy} {frac:.0%}" for policy, frac in most.items() if frac > _PUSHED_FRAC]
-    if said:
-        yield (
-            "Carried in from before the window, of the tokens made in it and beyond what was left"
-            f" for later: {', '.join(said)}. Part of their energy was spent before, so that savings"
-            " per token are too high, even above the bound; take a longer window."
-        )
+            most[policy] = max(most.get(policy, 0.0), grown_tok / one["tokens_out"])
+    return ", ".join(f"{policy} {frac:.0%}" for policy, frac in most.items() if frac > _PUSHED_FRAC)
 
 
 def _on_nothing_to_judge(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:

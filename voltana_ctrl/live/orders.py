@@ -62,7 +62,7 @@ class Report:
     sender : str
         Its name, its own among those of its kind.
     start : str
-        Of :func:`new_start`.
+        What :func:`new_start` returned.
     number : int
         Counts the reports of one start, from 0. A report that is sent again keeps its number.
     ids : tuple of str
@@ -99,7 +99,7 @@ class Orders:
     Parameters
     ----------
     start : str
-        Of :func:`new_start`.
+        What :func:`new_start` returned.
     number : int
         Counts the decisions of one start of the controller, from 0.
     valid_s : float
