@@ -82,6 +82,45 @@ def test_expected_arrivals_ask_for_a_higher_clock():
     assert busy.step(*late, t_s=20.1) > quiet.step(*late, t_s=20.1)
 
 
+def clocks_after(pause_s, *, rate_req_s=20.0, prompt_tok=800.0):
+    """Clocks of the five seconds after a pause between two minutes of the same load."""
+    governor, rng = fresh(PREFILL), np.random.default_rng(1)
+    clocks, t_s = [], 0.0
+    for gap_s in rng.exponential(1.0 / rate_req_s, int(120 * rate_req_s)):
+        t_s += gap_s
+        if t_s >= 60.0 and not clocks:
+            t_s += pause_s
+            clocks.append(np.nan)
+        clock = governor.step(0, 0, prompt_tok, 0.0, 210.0, 1410.0, t_s=t_s)
+        if clocks and t_s < 65.0 + pause_s:
+            clocks.append(clock)
+    return np.array(clocks[1:])
+
+
+@pytest.mark.parametrize("pause_s", [2.0, 20.0, 60.0, 300.0])
+def test_a_pause_in_which_nothing_was_sent_here_is_not_taken_for_bursts(pause_s):
+    """Who was parked and is back runs as fast as who was never away."""
+    away, there = clocks_after(pause_s), clocks_after(0.0)
+    assert 600.0 < there.mean() < 900.0
+    assert 0.6 * there.mean() < away.mean() < 1.1 * there.mean()
+    assert away.max() < 1.35 * there.max()
+
+
+def test_a_load_that_falls_is_noticed_within_a_few_requests():
+    """Gaps longer than chance explains are not left out for ever."""
+    fell, always = fresh(PREFILL), fresh(PREFILL)
+    for k in range(1200):
+        fell.step(0, 0, 250.0, 0.0, 210.0, 1410.0, t_s=0.05 * k)
+    clocks = [
+        (
+            fell.step(0, 0, 250.0, 0.0, 210.0, 1410.0, t_s=60.0 + 10.0 * k),
+            always.step(0, 0, 250.0, 0.0, 210.0, 1410.0, t_s=60.0 + 10.0 * k),
+        )
+        for k in range(1, 31)
+    ]
+    assert clocks[-1][0] == clocks[-1][1]
+
+
 def test_a_colocated_instance_makes_up_for_iterations_that_prompts_stretched():
     mixed = FleetSpec.parse("1C", PROFILE).instances[0]
     steps = {}

@@ -47,6 +47,9 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
 _NEARLY_NONE = 0.1
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
+#: Mean gaps without arrivals that chance does not explain: but for one in a thousand, as gaps
+#: between clusters are exponential.
+_PAUSE = 7.0
 
 
 @njit(F8(ROW, F8, F8, F8))
@@ -118,14 +121,23 @@ def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
         memory[LONG_TOK] = arrived_tok
         memory[AHEAD_TOK] = waiting_tok
     if memory[ASKED_K] > 0.0 and span_s > 0.0:
-        expected_tok = arrived_tok
+        counted_s, squared_tok2 = span_s, 0.0
         if memory[SPAN_S] > 0.0:
-            expected_tok = span_s * memory[ARRIVED_TOK] / memory[SPAN_S]
+            rate_tok_s = memory[ARRIVED_TOK] / memory[SPAN_S]
+            spread_tok2_s = memory[SPREAD_TOK2] / memory[SPAN_S]
+            squared_tok2 = (arrived_tok - span_s * rate_tok_s) ** 2
+            pause_s = math.inf
+            if spread_tok2_s > 0.0:
+                # Clusters of ``spread / rate`` tokens come that often.
+                pause_s = _PAUSE * spread_tok2_s / (rate_tok_s * rate_tok_s)
+            if span_s > pause_s:
+                # Nothing was sent here: that says little of what comes now, and nothing of how
+                # evenly it comes.
+                counted_s, squared_tok2 = pause_s, pause_s * spread_tok2_s
         keep = math.exp(-span_s / params[MEMORY_S])
-        surprise_tok = arrived_tok - expected_tok
-        memory[SPAN_S] = keep * memory[SPAN_S] + span_s
+        memory[SPAN_S] = keep * memory[SPAN_S] + counted_s
         memory[ARRIVED_TOK] = keep * memory[ARRIVED_TOK] + arrived_tok
-        memory[SPREAD_TOK2] = keep * memory[SPREAD_TOK2] + surprise_tok * surprise_tok
+        memory[SPREAD_TOK2] = keep * memory[SPREAD_TOK2] + squared_tok2
         if memory[BEHIND_S] >= 0.0:
             # Of all that run, the one that began at the worst moment: Lindley's recursion.
             memory[BEHIND_S] = max(0.0, memory[BEHIND_S] + span_s - params[ITL_S])
