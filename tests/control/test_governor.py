@@ -106,6 +106,25 @@ def test_a_pause_in_which_nothing_was_sent_here_is_not_taken_for_bursts(pause_s)
     assert away.max() < 1.35 * there.max()
 
 
+@given(st.integers(0, 2**32 - 1), st.floats(0.5, 30.0), st.floats(0.5, 30.0))
+def test_whatever_came_first_is_forgotten(seed, before_req_s, rate_req_s):
+    """No beginning leaves an estimate that a minute of another load does not mend."""
+    rng = np.random.default_rng(seed)
+    governors = fresh(PREFILL), fresh(PREFILL)
+    t_s = 0.0
+    for _ in range(rng.integers(2, 6)):
+        t_s += rng.exponential(1.0 / before_req_s)
+        governors[0].step(0, 0, rng.exponential(300.0), 0.0, 210.0, 1410.0, t_s=t_s)
+    clocks = []
+    end_s = t_s + 120.0 + 100.0 / rate_req_s
+    while t_s < end_s:
+        t_s += rng.exponential(1.0 / rate_req_s)
+        tok = rng.exponential(300.0)
+        clocks.append([one.step(0, 0, tok, 0.0, 210.0, 1410.0, t_s=t_s) for one in governors])
+    last = np.array(clocks[-20:])
+    np.testing.assert_allclose(last[:, 0], last[:, 1], rtol=0.1)
+
+
 def test_a_load_that_falls_is_noticed_within_a_few_requests():
     """Gaps longer than chance explains are not left out for ever."""
     fell, always = fresh(PREFILL), fresh(PREFILL)

@@ -127,9 +127,11 @@ def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
             spread_tok2_s = memory[SPREAD_TOK2] / memory[SPAN_S]
             squared_tok2 = (arrived_tok - span_s * rate_tok_s) ** 2
             pause_s = math.inf
-            if spread_tok2_s > 0.0:
-                # Clusters of ``spread / rate`` tokens come that often.
-                pause_s = _PAUSE * spread_tok2_s / (rate_tok_s * rate_tok_s)
+            if arrived_tok > 0.0 and rate_tok_s > 0.0:
+                # Clusters of ``spread / rate`` tokens come one after another, or as large a one as
+                # this: so what comes after a long time always speaks for a lower rate.
+                cluster_tok = max(spread_tok2_s / rate_tok_s, arrived_tok)
+                pause_s = _PAUSE * cluster_tok / rate_tok_s
             if span_s > pause_s:
                 # Nothing was sent here: that says little of what comes now, and nothing of how
                 # evenly it comes.
