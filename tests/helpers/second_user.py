@@ -12,7 +12,9 @@ import pytest
 UID = 65534
 # Imported before it is that user, who may not be able to read where Python lies.
 _BECOME = f"""
-import fcntl, glob, json, os, signal, socket, sys, time
+import encodings.idna, fcntl, glob, json, os, signal, socket, sys, time
+if sys.argv[1:2] == ["zmq"]:
+    import zmq
 os.setgroups([])
 os.setgid({UID})
 os.setuid({UID})
@@ -41,7 +43,7 @@ def as_second_user(program: str, *arguments: object) -> subprocess.CompletedProc
 
 
 def start_as_second_user(program: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start one; whoever does ends it."""
+    """Start one; whoever does ends it. With `zmq` as its first argument it has that, too."""
     return subprocess.Popen(
         [sys.executable, "-I", "-c", _BECOME + program, *map(str, arguments)],
         cwd="/",

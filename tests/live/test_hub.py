@@ -29,7 +29,7 @@ from voltana_ctrl.engines.limits import read_limits
 from voltana_ctrl.live.agent import Agent, AgentSettings
 from voltana_ctrl.live.governed import PolicyController, fleet_policy
 from voltana_ctrl.live.hub import HubBackend
-from voltana_ctrl.live.hub_app import HubServer, hub_app
+from voltana_ctrl.live.hub_app import hub_app
 from voltana_ctrl.live.link import ControllerLink
 from voltana_ctrl.live.messages import (
     MAX_BYTES,
@@ -42,6 +42,7 @@ from voltana_ctrl.live.messages import (
 from voltana_ctrl.live.node import NodeBackend
 from voltana_ctrl.live.orders import Orders, Report, decision_of
 from voltana_ctrl.live.remote import RemoteController
+from voltana_ctrl.serving.server import ServerThread
 from voltana_ctrl.types import IterationBatch, Order, PowerBudget, RequestBatch
 
 TOKEN = "0123456789abcdef-token"
@@ -365,7 +366,7 @@ def test_steps_of_a_budget_are_announced_and_come_nearer():
 def served():
     hub = HubBackend(fleet())
     hub.apply(Decision.highest(fleet(), floor_mhz=np.array([705.0, 705.0])))
-    with HubServer(hub_app(hub, TOKEN)) as server:
+    with ServerThread(hub_app(hub, TOKEN), what="controller") as server:
         yield hub, f"http://127.0.0.1:{server.port}"
 
 
@@ -400,7 +401,7 @@ def test_short_tokens_and_taken_ports_are_refused(served):
     with pytest.raises(ConfigError, match="16 characters"):
         hub_app(hub, "short")
     with pytest.raises(BackendError, match="cannot be listened on"):
-        HubServer(hub_app(hub, TOKEN), port=int(url.rpartition(":")[2]))
+        ServerThread(hub_app(hub, TOKEN), port=int(url.rpartition(":")[2]), what="controller")
 
 
 def linked(url, token=TOKEN, **settings):
@@ -430,7 +431,7 @@ def test_no_token_stands_in_a_log_an_error_or_a_text_of_an_object(caplog):
         hub = HubBackend(fleet())
         hub.apply(Decision.highest(fleet()))
         told = []
-        with HubServer(hub_app(hub, TOKEN)) as server:
+        with ServerThread(hub_app(hub, TOKEN), what="controller") as server:
             url = f"http://127.0.0.1:{server.port}"
             told += [post(url, b"[]", token=each).text for each in (TOKEN, wrong, None)]
             told.append(httpx.get(f"{url}/?token={wrong}", trust_env=False).text)
@@ -556,7 +557,7 @@ def test_a_controller_with_a_certificate_of_ones_own(tmp_path):
     hub = HubBackend(fleet(), valid_s=60.0)
     hub.apply(Decision.highest(fleet()))
     app = hub_app(hub, TOKEN)
-    with HubServer(app, tls_cert=certificate, tls_key=key) as server:
+    with ServerThread(app, what="controller", tls_cert=certificate, tls_key=key) as server:
         url = f"https://127.0.0.1:{server.port}"
         with linked(url, limit_s=5.0) as stranger, linked(
             url, tls_ca=certificate, limit_s=5.0, hold_s=60.0
@@ -657,7 +658,7 @@ def test_node_without_its_controller_is_at_its_ceiling_within_two_seconds(tmp_pa
             return replace(wish, freq_mhz=np.full(2, 705.0), freq_max_mhz=ceiling), memory
 
     controller = ControlLoop(hub, Capped(fleet(), 705))
-    with machine(tmp_path) as fake, HubServer(hub_app(hub, TOKEN)) as server:
+    with machine(tmp_path) as fake, ServerThread(hub_app(hub, TOKEN), what="controller") as server:
         link = linked(f"http://127.0.0.1:{server.port}")
         backend = NodeBackend(meters(fake), setting(fake, tmp_path, ("decode-0",)))
         with (

@@ -1,8 +1,15 @@
 """What another user of the machine can do to what runs: read numbers, and nothing else."""
 
+import contextlib
 import json
+import os
+import resource
+import socket
+import statistics
+import threading
 import time
 
+import httpx
 import pytest
 
 pytest.importorskip("starlette", reason="needs the server extra")
@@ -17,12 +24,18 @@ from tests.helpers.second_user import (
 )
 from tests.live.test_hub import TOKEN, linked
 from tests.live.test_ticklog import record
-from voltana_ctrl import Decision, FleetState, Observation
+from voltana_ctrl import Decision, FleetSpec, FleetState, Observation
+from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.fpm.messages import ForwardPass
+from voltana_ctrl.engines.fpm.publisher import FpmPublisher
+from voltana_ctrl.engines.fpm.reader import FpmReader
 from voltana_ctrl.experiment.tables import write_json
 from voltana_ctrl.kernels import compiled
+from voltana_ctrl.live.exporter import Exporter
 from voltana_ctrl.live.hub import HubBackend
-from voltana_ctrl.live.hub_app import HubServer, hub_app
+from voltana_ctrl.live.hub_app import hub_app
 from voltana_ctrl.live.ticklog import TickLog
+from voltana_ctrl.serving.server import ServerThread
 
 TOUCH = """
 done = []
@@ -45,7 +58,7 @@ except OSError:
     pass
 print(json.dumps(done))
 """
-#: Connects to a controller as often as it can, says half of a head, and keeps it all open.
+#: Connects to a server of ours as often as it can, says half of a head, and keeps it all open.
 CROWD = """
 held = []
 print("there", flush=True)
@@ -90,7 +103,7 @@ def test_a_cache_of_compiled_code_that_they_made_is_not_run(tmp_path, monkeypatc
 
 def test_a_controller_serves_its_nodes_while_they_crowd_it():
     hub = HubBackend(fleet())
-    with HubServer(hub_app(hub, TOKEN)) as server:
+    with ServerThread(hub_app(hub, TOKEN), what="controller") as server:
         theirs = start_as_second_user(CROWD, server.port)
         try:
             assert theirs.stdout.readline() == "there\n"
@@ -102,6 +115,7 @@ def test_a_controller_serves_its_nodes_while_they_crowd_it():
                     link.tell(Observation(state=FleetState.idle(2, t_s=time.monotonic())))
                     time.sleep(0.1)
                 assert link.orders() is not None
+            assert theirs.poll() is None
         finally:
             theirs.kill()
             theirs.communicate()
@@ -117,3 +131,126 @@ for token in ("", "Bearer guess"):
         print(error.code)
 """
         assert set(as_second_user(program, server.port).stdout.split()) <= {"401", "403", "404"}
+
+
+def test_metrics_are_scraped_while_they_crowd_them():
+    exporter = Exporter(fleet())
+    exporter.on_tick(record(0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    theirs = None
+    try:
+        port = exporter.serve(0)
+        theirs = start_as_second_user(CROWD, port)
+        assert theirs.stdout.readline() == "there\n"
+        time.sleep(2.0)
+        threads = threading.active_count()
+        until_s, answer = time.monotonic() + 30.0, None
+        while answer is None and time.monotonic() < until_s:
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5.0)
+        assert theirs.poll() is None
+        assert answer is not None
+        assert answer.status_code == 200
+        assert b"voltana_ctrl_ticks_total 1.0" in answer.content
+        # An agent holds locks, and must be able to open files.
+        with open("/dev/null"):
+            assert len(os.listdir("/proc/self/fd")) < 224
+        assert threading.active_count() == threads
+    finally:
+        exporter.close()
+        if theirs is not None:
+            theirs.kill()
+            theirs.communicate()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+#: Takes the place of an engine that has not started, and sends what no engine would.
+IMPOSTOR = """
+import random
+random.seed(1)
+publisher = zmq.Context().socket(zmq.PUB)
+publisher.setsockopt(zmq.SNDHWM, 1000)
+publisher.bind("tcp://127.0.0.1:" + sys.argv[2])
+print("there", flush=True)
+for cycle in range(1_000_000):
+    for _ in range(200):
+        length = random.randrange(200)
+        publisher.send_multipart([b"", random.randbytes(8), random.randbytes(length)])
+        publisher.send_multipart([random.randbytes(9) for _ in range(random.randrange(1, 40))])
+    if cycle % 20 == 0:
+        publisher.send(b"x" * (2 << 20))  # which ends the connection of whoever listens
+    time.sleep(0.01)
+"""
+#: Subscribes to an engine as often as it can, and reads nothing.
+DEAF = """
+context = zmq.Context()
+context.set(zmq.MAX_SOCKETS, 4000)
+held = []
+for _ in range(200):
+    one = context.socket(zmq.SUB)
+    one.setsockopt(zmq.RCVHWM, 1)
+    one.setsockopt(zmq.SUBSCRIBE, b"")
+    one.connect(sys.argv[2])
+    held.append(one)
+raw = [socket.create_connection(("127.0.0.1", int(sys.argv[2].rpartition(":")[2])))
+       for _ in range(200)]
+print("there", flush=True)
+time.sleep(600.0)
+"""
+
+
+def test_an_impostor_of_an_engine_takes_nothing_but_its_own_readings(tmp_path):
+    instances = fleet()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        theirs_port = probe.getsockname()[1]
+    ours = FpmPublisher("tcp://127.0.0.1:*")
+    endpoints = [
+        Endpoint(instance=name, kind="vllm", url=f"http://127.0.0.1:{k + 1}", fpm=address)
+        for k, (name, address) in enumerate(
+            zip(instances.ids, (ours.address, f"tcp://127.0.0.1:{theirs_port}"), strict=False)
+        )
+    ]
+    theirs = start_as_second_user(IMPOSTOR, "zmq", theirs_port)
+    reader = FpmReader(instances, endpoints)
+    try:
+        assert theirs.stdout.readline() == "there\n"
+        told, until_s = [], time.monotonic() + 30.0
+        while (len(told) < 20 or reader.counts.bad < 100) and time.monotonic() < until_s:
+            ours.send(ForwardPass(wall_s=0.02, decode_req=3.0))
+            time.sleep(0.05)
+            _, iterations = reader.read(time.monotonic())
+            told += iterations.instance.tolist()
+        assert len(told) >= 20
+        assert set(told) == {0}
+        assert reader.counts.bad >= 100
+    finally:
+        theirs.kill()
+        theirs.communicate()
+        reader.close()
+        ours.close()
+
+
+def test_an_engine_is_not_held_up_by_subscribers_that_do_not_read():
+    publisher = FpmPublisher("tcp://127.0.0.1:*")
+    theirs = start_as_second_user(DEAF, "zmq", publisher.address)
+    try:
+        assert theirs.stdout.readline() == "there\n", theirs.stderr.read()
+        reader = FpmReader(
+            FleetSpec.parse("1C", fleet().instances[0].profile),
+            [Endpoint(instance="colocated-0", kind="vllm", url="http://x", fpm=publisher.address)],
+        )
+        took_s, told, until_s = [], 0, time.monotonic() + 30.0
+        while told < 200 and time.monotonic() < until_s:
+            begin_s = time.thread_time()
+            publisher.send(ForwardPass(wall_s=0.02, decode_req=3.0))
+            took_s.append(time.thread_time() - begin_s)
+            time.sleep(0.002)
+            told += len(reader.read(time.monotonic())[1])
+        reader.close()
+        assert told >= 200
+        assert statistics.median(took_s) < 0.002
+    finally:
+        theirs.kill()
+        theirs.communicate()
+        publisher.close()

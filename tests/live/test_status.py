@@ -19,10 +19,11 @@ pytest.importorskip("uvicorn", reason="needs the server extra")
 
 from voltana_ctrl import Decision, FleetState, Observation, Slo
 from voltana_ctrl.live.hub import HubBackend
-from voltana_ctrl.live.hub_app import HubServer, hub_app
+from voltana_ctrl.live.hub_app import hub_app
 from voltana_ctrl.live.orders import Report
 from voltana_ctrl.live.status import LinkState, StatusBoard
 from voltana_ctrl.live.status_page import StatusPage, is_loopback, page_app
+from voltana_ctrl.serving.server import ServerThread
 from voltana_ctrl.types import PowerBudget, RequestBatch, TickRecord
 
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
@@ -182,7 +183,7 @@ def get(server, path="/", **headers):
 
 
 def test_on_loopback_everybody_may_look_by_a_name_of_loopback():
-    with HubServer(page_app(StatusPage(full_board()))) as server:
+    with ServerThread(page_app(StatusPage(full_board())), what="page") as server:
         answer = get(server)
         assert answer.status_code == 200
         assert answer.text == page_text()
@@ -198,7 +199,7 @@ def test_on_loopback_everybody_may_look_by_a_name_of_loopback():
 
 def test_elsewhere_the_token_becomes_a_cookie_that_scripts_cannot_read():
     page = StatusPage(full_board(), token=TOKEN)
-    with HubServer(page_app(page)) as server:
+    with ServerThread(page_app(page), what="page") as server:
         base = f"http://127.0.0.1:{server.port}"
         with httpx.Client(base_url=base, trust_env=False, timeout=10.0) as client:
             answer = client.get("/")
@@ -222,7 +223,7 @@ def test_elsewhere_the_token_becomes_a_cookie_that_scripts_cannot_read():
 
 def test_events_follow_one_another_and_end_with_the_page():
     page = StatusPage(full_board())
-    with HubServer(page_app(page)) as server:
+    with ServerThread(page_app(page), what="page") as server:
         url = f"http://127.0.0.1:{server.port}/v1/events"
         with httpx.stream("GET", url, trust_env=False, timeout=10.0) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
@@ -248,7 +249,7 @@ def test_a_controller_serves_the_page_beside_its_reports():
     seen = hub.read()
     decided = Decision.highest(fleet())
     board.on_tick(TickRecord(number=0, observation=seen, proposed=decided, applied=decided))
-    with HubServer(hub_app(hub, TOKEN, page=StatusPage(board))) as server:
+    with ServerThread(hub_app(hub, TOKEN, page=StatusPage(board)), what="controller") as server:
         told = get(server, "/v1/status").json()
         assert get(server, "/v1/health").status_code == 200
     assert told["links"][0]["name"] == "n0"

@@ -8,8 +8,8 @@ from tests.live.test_status import TOKEN, full_board, record
 pytest.importorskip("starlette", reason="needs the server extra")
 pytest.importorskip("uvicorn", reason="needs the server extra")
 
-from voltana_ctrl.live.hub_app import HubServer
 from voltana_ctrl.live.status_page import StatusPage, page_app
+from voltana_ctrl.serving.server import ServerThread
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ FORMATS = {
 @pytest.fixture(scope="module")
 def served():
     board = full_board()
-    with HubServer(page_app(StatusPage(board))) as server:
+    with ServerThread(page_app(StatusPage(board)), what="page") as server:
         yield board, f"http://127.0.0.1:{server.port}/"
 
 
@@ -88,7 +88,7 @@ def test_nothing_is_wider_than_the_screen(served, browser, width):
 
 
 def test_elsewhere_one_logs_in_once(browser):
-    with HubServer(page_app(StatusPage(full_board(), token=TOKEN))) as server:
+    with ServerThread(page_app(StatusPage(full_board(), token=TOKEN)), what="page") as server:
         url = f"http://127.0.0.1:{server.port}/"
         browser.open(url, until="document.querySelector('input[name=token]') !== null")
         browser.run(f"document.querySelector('input').value = '{TOKEN}';"

@@ -12,10 +12,11 @@ pytest.importorskip("starlette", reason="needs the server extra")
 from voltana_ctrl import Decision, FleetState, Request
 from voltana_ctrl.engines.traffic import Traffic
 from voltana_ctrl.live.hub import HubBackend
-from voltana_ctrl.live.hub_app import HubServer, hub_app
+from voltana_ctrl.live.hub_app import hub_app
 from voltana_ctrl.live.link import ControllerLink
 from voltana_ctrl.live.subscription import SubscribedRouters, Subscription
 from voltana_ctrl.router.ledger import InFlight
+from voltana_ctrl.serving.server import ServerThread
 
 TOKEN = "0123456789abcdef-token"
 SHAPE = "2P2D"
@@ -61,7 +62,7 @@ def test_requests_reach_the_controller_and_its_decision_the_routing():
     routers = SubscribedRouters(spec, "cascade")
     traffic = Traffic(4)
     counts = InFlight(spec, traffic=traffic)
-    with HubServer(hub_app(hub, TOKEN)) as server:
+    with ServerThread(hub_app(hub, TOKEN), what="controller") as server:
         link = ControllerLink(
             f"http://127.0.0.1:{server.port}", TOKEN, spec, "r0", spec.ids, kind="router"
         )

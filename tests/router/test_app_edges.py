@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
@@ -755,19 +756,57 @@ def test_an_event_without_end_is_not_kept():
         assert b'"error"' in got.content
 
 
-def test_connections_are_limited():
+@contextmanager
+def limited_to_three(opening):
+    """A router that takes three connections, each of which has said this."""
     with router("1C", limits=ProxyLimits(connections=3)) as (client, _, _):
         address = ("127.0.0.1", client.base_url.port)
         client.close()
-        held = [socket.create_connection(address) for _ in range(3)]
-        time.sleep(0.1)
-        with socket.create_connection(address, timeout=5) as one:
+        with ExitStack() as ending:
+            held = [ending.enter_context(socket.create_connection(address)) for _ in range(3)]
+            for one in held:
+                one.sendall(opening)
+            time.sleep(0.2)
+            yield address, held
+        wait_for(lambda: httpx.get(f"http://{address[0]}:{address[1]}/health").status_code == 200)
+
+
+def test_connections_with_requests_are_limited():
+    begun = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"
+    with limited_to_three(begun) as (address, _):
+        with socket.create_connection(address, timeout=20) as one:
             told = b"".join(iter(lambda: one.recv(65536), b""))
         assert told.split(b" ")[1] == b"503"
         assert b'"error"' in told
-        for one in held:
-            one.close()
-        wait_for(lambda: httpx.get(f"http://{address[0]}:{address[1]}/health").status_code == 200)
+
+
+def heard(one):
+    """What has become of a connection, after all that was sent on it."""
+    try:
+        while one.recv(65536):
+            pass
+    except TimeoutError:
+        return "open"
+    except ConnectionResetError:
+        pass
+    return "closed"
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        pytest.param(b"", id="nothing said"),
+        pytest.param(b"GET /health HTTP/1.1\r\nhost: x\r\nx: ", id="half a head"),
+        pytest.param(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", id="idle after an answer"),
+    ],
+)
+def test_connections_without_a_request_make_room_the_oldest_first(opening):
+    with limited_to_three(opening) as (address, held):
+        assert httpx.get(f"http://{address[0]}:{address[1]}/health", timeout=20).status_code == 200
+        held[0].settimeout(20)
+        assert heard(held[0]) == "closed"
+        held[2].settimeout(0.2)
+        assert heard(held[2]) == "open"
 
 
 def test_an_engine_behind_a_certificate_of_ones_own(tmp_path):

@@ -26,11 +26,12 @@ from voltana_ctrl.engines.telemetry import EngineBackend
 from voltana_ctrl.engines.traffic import Traffic
 from voltana_ctrl.live.governed import PolicyController, fleet_policy, node_governors
 from voltana_ctrl.live.hub import HubBackend
-from voltana_ctrl.live.hub_app import HubServer, hub_app
+from voltana_ctrl.live.hub_app import hub_app
 from voltana_ctrl.live.link import ControllerLink
 from voltana_ctrl.live.remote import RemoteController
 from voltana_ctrl.live.subscription import SubscribedRouters, Subscription
 from voltana_ctrl.router.app import Proxy
+from voltana_ctrl.serving.server import ServerThread
 
 pytestmark = pytest.mark.dynamo
 
@@ -276,7 +277,7 @@ def one_controller(stack):
     fleet, kept = stack.fleet, Keep()
     with contextlib.ExitStack() as ending:
         hub = HubBackend(fleet)
-        server = ending.enter_context(HubServer(hub_app(hub, TOKEN)))
+        server = ending.enter_context(ServerThread(hub_app(hub, TOKEN), what="controller"))
         at = f"http://127.0.0.1:{server.port}"
         reads = EngineBackend(
             fleet, stack.endpoints, gpus=ModelledGpus(fleet), pairs=False,

@@ -115,8 +115,9 @@ def run_controller(
     from voltana_ctrl.live.descent import Descent
     from voltana_ctrl.live.governed import fleet_policy
     from voltana_ctrl.live.hub import HubBackend
-    from voltana_ctrl.live.hub_app import HubServer, hub_app
+    from voltana_ctrl.live.hub_app import hub_app
     from voltana_ctrl.live.status_page import StatusPage, is_loopback
+    from voltana_ctrl.serving.server import ServerThread
 
     spec, _ = load_endpoints(fleet)
     host, port = address("serve", listen_at)
@@ -150,7 +151,9 @@ def run_controller(
         is_open, secure = is_loopback(host), tls_cert is not None
         page = StatusPage(board, token=None if is_open else token, secure=secure)
         app = hub_app(hub, token, page=page)
-        server = HubServer(app, host, port, tls_cert=tls_cert, tls_key=tls_key)
+        server = ServerThread(
+            app, host, port, what="controller", tls_cert=tls_cert, tls_key=tls_key
+        )
         ending.callback(server.close)
         ending.callback(page.close)
         say(f"controller of {len(spec)} instances on {host}:{server.port}")

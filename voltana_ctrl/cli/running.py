@@ -386,13 +386,13 @@ def serve_page(ending: ExitStack, board: StatusBoard, text: str | None) -> None:
     Where nobody asked for a port and the usual one is taken, there is no page.
     """
     from voltana_ctrl.errors import BackendError
-    from voltana_ctrl.live.hub_app import HubServer
     from voltana_ctrl.live.status_page import StatusPage, is_loopback, page_app
+    from voltana_ctrl.serving.server import ServerThread
 
     host, port = address("page", PAGE_PORT if text is None else text)
     page = StatusPage(board, token=None if is_loopback(host) else token_of(None))
     try:
-        server = HubServer(page_app(page), host, port, what="page")
+        server = ServerThread(page_app(page), host, port, what="page")
     except BackendError as error:
         if text is not None:
             raise

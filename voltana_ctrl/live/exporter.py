@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, Bool, positive
-from voltana_ctrl.errors import BackendError, ConfigError
+from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.estimate import EnergyLedger, RequestClasses
 from voltana_ctrl.ports import Observer
+from voltana_ctrl.serving.server import ServerThread
 from voltana_ctrl.types import FleetSpec, FleetState, IterationBatch, Slo, Status, TickRecord
 
 __all__ = ["Exporter"]
@@ -130,7 +131,7 @@ class Exporter:
         self._window_s = window_s
         self._window: deque[tuple[float, float, F64, F64]] = deque()
         self._before: FleetState | None = None
-        self._server: Any = None
+        self._server: ServerThread | None = None
         self._labels = [(one.id, one.role.value) for one in fleet.instances]
         self._decides = decides
         self._unread = np.array([name in unread for name in fleet.ids])
@@ -293,9 +294,9 @@ class Exporter:
         page: bytes = self._client.generate_latest(self.registry)
         return page
 
-    def wsgi(self) -> Any:
-        """Application that serves the page, for a server of the host's."""
-        return self._client.make_wsgi_app(self.registry)
+    def asgi(self) -> Any:
+        """ASGI application that serves the page, for a server of the host's."""
+        return self._client.make_asgi_app(self.registry)
 
     def serve(self, port: int, host: str = "127.0.0.1") -> int:
         """Serve the page in a thread of its own until :meth:`close`.
@@ -317,21 +318,14 @@ class Exporter:
         BackendError
             If the port is taken.
         """
-        try:
-            self._server, _ = self._client.start_wsgi_server(port, host, registry=self.registry)
-        except OSError as error:
-            raise BackendError(
-                f"metrics: {host}:{port} cannot be listened on: {error.strerror}; choose another"
-                " port"
-            ) from error
-        return int(self._server.server_port)
+        self._server = ServerThread(self.asgi(), host, port, what="metrics")
+        return self._server.port
 
     def close(self) -> None:
         """Stop serving; may be called twice."""
         if self._server is not None:
             server, self._server = self._server, None
-            server.shutdown()
-            server.server_close()
+            server.close()
 
 
 def _set(

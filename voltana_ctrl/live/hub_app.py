@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
-import threading
-import time
-from pathlib import Path
 from typing import Any
 
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.live.hub import HubBackend
 from voltana_ctrl.live.messages import MAX_BYTES, MessageRefused, decode_report, encode_orders
 from voltana_ctrl.live.status_page import StatusPage
-from voltana_ctrl.serving.server import bounded_server, listen
 
-__all__ = ["HubServer", "hub_app"]
+__all__ = ["hub_app"]
 
 
 def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> Any:
@@ -95,77 +90,3 @@ def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> A
         ],
         exception_handlers={HTTPException: not_found},
     )
-
-
-class HubServer:
-    """Serves an application in a thread of its own.
-
-    Parameters
-    ----------
-    app : ASGI application
-        What :func:`hub_app` made.
-    host : str
-        Address to listen on.
-    port : int
-        0 for any that is free.
-    tls_cert, tls_key : Path, optional
-        Certificate chain and its key, for HTTPS.
-    what : str
-        What is served, for errors.
-
-    Attributes
-    ----------
-    port : int
-        The port.
-
-    Raises
-    ------
-    ConfigError
-        If uvicorn is not installed.
-    BackendError
-        If it cannot listen there.
-
-    Examples
-    --------
-    >>> async def app(scope, receive, send): ...
-    >>> with HubServer(app) as server:
-    ...     server.port > 0
-    True
-    """
-
-    def __init__(
-        self,
-        app: Any,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        *,
-        tls_cert: Path | None = None,
-        tls_key: Path | None = None,
-        what: str = "controller",
-    ) -> None:
-        self._server = bounded_server(app, what=what, tls_cert=tls_cert, tls_key=tls_key)
-        self._sockets = listen(host, port, what=what)
-        self.port = int(self._sockets[0].getsockname()[1])
-        self._thread = threading.Thread(
-            target=self._server.run, args=(self._sockets,), name="voltana-ctrl-hub", daemon=True
-        )
-        self._thread.start()
-        begin_s = time.monotonic()
-        while not self._server.started and time.monotonic() - begin_s < 10.0:
-            if not self._thread.is_alive():
-                raise BackendError(f"{what}: the HTTP server did not start")
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        """Stop serving; may be called twice."""
-        self._server.should_exit = True
-        self._thread.join(5.0)
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.close()
-
-    def __enter__(self) -> HubServer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

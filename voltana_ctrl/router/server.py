@@ -64,6 +64,8 @@ def proxy_server(
         port=port,
         header_bytes=limits.header_bytes,
         header_s=limits.header_s,
+        # The exchange counts whom it cuts off, and is first.
+        stall_s=2.0 * limits.stall_s,
         connections=limits.connections,
         drain_s=limits.drain_s,
         lifespan=True,

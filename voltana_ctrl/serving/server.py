@@ -1,12 +1,16 @@
-"""An HTTP server with limits on what arrives: uvicorn, bounded heads, errors in JSON."""
+"""An HTTP server with limits on what a client may hold: uvicorn, and errors in JSON."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import math
+import resource
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -18,7 +22,7 @@ from voltana_ctrl.serving.asgi import ABORT, error_json
 if TYPE_CHECKING:
     import uvicorn
 
-__all__ = ["bounded_server", "listen"]
+__all__ = ["ServerThread", "bounded_server", "listen"]
 
 # Longer than clients keep an idle connection, so that they close it and not we.
 _KEEP_ALIVE_S = 75
@@ -36,6 +40,7 @@ def bounded_server(
     port: int = 0,
     header_bytes: int = 1 << 16,
     header_s: float = 10.0,
+    stall_s: float = 30.0,
     connections: int = 8192,
     drain_s: float = 5.0,
     lifespan: bool = False,
@@ -57,8 +62,12 @@ def bounded_server(
         Longest head of a request, that is its request line and headers.
     header_s : float
         How long the head may take to come.
+    stall_s : float
+        How long a client may take nothing of its answer before it is cut off.
     connections : int
-        How many at once, idle ones too; the next is told to come again (503).
+        How many at once, idle ones too, and never more than half of the files that this process
+        may have open. A further one takes the place of the one that has gone the longest
+        without a request; where each has one, it is told to come again (503).
     drain_s : float
         How long requests may take to end once it stops.
     lifespan : bool
@@ -107,7 +116,7 @@ def bounded_server(
         app,
         host=host,
         port=port,
-        http=_bounded_protocol(header_bytes, header_s, connections),
+        http=_bounded_protocol(header_bytes, header_s, stall_s, connections),
         ws="none",
         lifespan="on" if lifespan else "off",
         log_config=None,
@@ -186,24 +195,112 @@ def listen(host: str, port: int, *, what: str) -> list[socket.socket]:
             one.close()
         raise BackendError(
             f"{what}: {host}:{port} cannot be listened on: {error.strerror}; choose another"
-            " --port or --host"
+            " port or host"
         ) from error
     return made
 
 
+class ServerThread:
+    """Serves an application in a thread of its own.
+
+    Parameters
+    ----------
+    app : ASGI application
+        What is served.
+    host : str
+        Address to listen on.
+    port : int
+        0 for any that is free.
+    what : str
+        What is served, for errors: `controller`, `metrics`.
+    connections : int
+        See :func:`bounded_server`.
+    tls_cert, tls_key : Path, optional
+        Certificate chain and its key, for HTTPS.
+
+    Attributes
+    ----------
+    port : int
+        The port.
+
+    Raises
+    ------
+    ConfigError
+        If uvicorn is not installed.
+    BackendError
+        If it cannot listen there.
+
+    Examples
+    --------
+    >>> async def app(scope, receive, send): ...
+    >>> with ServerThread(app, what="page") as server:
+    ...     server.port > 0
+    True
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        what: str,
+        connections: int = 8192,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
+        self._server = bounded_server(
+            app, what=what, connections=connections, tls_cert=tls_cert, tls_key=tls_key
+        )
+        self._sockets = listen(host, port, what=what)
+        self.port = int(self._sockets[0].getsockname()[1])
+        self._thread = threading.Thread(
+            target=self._server.run,
+            args=(self._sockets,),
+            name=f"voltana-ctrl-{what}",
+            daemon=True,
+        )
+        self._thread.start()
+        begin_s = time.monotonic()
+        while not self._server.started and time.monotonic() - begin_s < 10.0:
+            if not self._thread.is_alive():
+                raise BackendError(f"{what}: the HTTP server did not start")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Stop serving; may be called twice."""
+        self._server.should_exit = True
+        self._thread.join(5.0)
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.close()
+
+    def __enter__(self) -> ServerThread:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 def _bounded_protocol(
-    header_bytes: int, header_s: float, connections: int
+    header_bytes: int, header_s: float, stall_s: float, connections: int
 ) -> type[asyncio.Protocol]:
     """Uvicorn's own HTTP protocol, with limits on a request's head, and errors in JSON."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     base: Any = AutoHTTPProtocol
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed != resource.RLIM_INFINITY:
+        connections = max(1, min(connections, allowed // 2))
+    # Those that have no request under way, the first of which has had none for the longest.
+    resting: dict[Any, None] = {}
 
     class Bounded(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._head_bytes = 0
             self._head_timer: asyncio.TimerHandle | None = None
+            self._stall_timer: asyncio.TimerHandle | None = None
             self._inner: Any = self.app
             self.app: Any = self._abortable
 
@@ -215,12 +312,20 @@ def _bounded_protocol(
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(self.connections) > connections:
-                self._refuse(503, "Service Unavailable", "too many connections; come again")
-            else:
-                self._time_head()
+                if not resting:
+                    self._refuse(503, "Service Unavailable", "too many connections; come again")
+                    return
+                longest = next(iter(resting))
+                del resting[longest]
+                longest._untime_head()
+                longest.transport.abort()
+            resting[self] = None
+            self._time_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            resting.pop(self, None)
             self._untime_head()
+            self._untime_stall()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -233,8 +338,24 @@ def _bounded_protocol(
             if self.cycle is not before:
                 self._head_bytes = 0
                 self._untime_head()
+                if not self.cycle.response_complete:
+                    resting.pop(self, None)
             elif self._head_bytes > header_bytes and not self.transport.is_closing():
                 self._refuse(431, "Request Header Fields Too Large", "the headers are too long")
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.cycle.response_complete and self in self.connections:
+                resting[self] = None
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._stall_timer is None:
+                self._stall_timer = self.loop.call_later(stall_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._untime_stall()
+            super().resume_writing()
 
         def send_400_response(self, msg: str) -> None:
             if self._head_bytes > header_bytes:
@@ -250,6 +371,11 @@ def _bounded_protocol(
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
+
+        def _untime_stall(self) -> None:
+            if self._stall_timer is not None:
+                self._stall_timer.cancel()
+                self._stall_timer = None
 
         def _too_slow(self) -> None:
             if self.cycle is None or self.cycle.response_complete:
