@@ -18,6 +18,7 @@ from voltana_ctrl.types import (
     Role,
     Status,
 )
+from voltana_ctrl.types.fleet import KV_FULL_FRAC
 from voltana_ctrl.types.ladder import row_down, row_up
 
 __all__ = ["Guard"]
@@ -73,7 +74,7 @@ class Guard:
         slew_mhz_s: float = 1e9,
         stale_s: float = 2.0,
         hold_s: float = 1.0,
-        kv_full_frac: float = 0.98,
+        kv_full_frac: float = KV_FULL_FRAC,
         ranges: LimitRanges | None = None,
     ) -> None:
         positive("Guard.slew_mhz_s", slew_mhz_s)

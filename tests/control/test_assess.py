@@ -154,7 +154,7 @@ def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
             best = clocks
     assert kept == (best is not None)
     np.testing.assert_array_equal(ceiling, fleet.min_mhz if best is None else best)
-    assert assessor.drawn_w(worst_w, ceiling) == pytest.approx(drawn_w(ceiling))
+    assert assessor.power_at_w(worst_w, ceiling).sum() == pytest.approx(drawn_w(ceiling))
 
 
 @given(at=situations(), budget_w=st.floats(100.0, 3000.0))
@@ -164,12 +164,13 @@ def test_decode_comes_first_under_a_budget(at, budget_w):
     wanted = np.round(200.0 + 1200.0 * wanted, 2)  # none all but equal
     worst_w = assessor.worst_power_w(state, load, np.ones(len(fleet), bool))
     ceiling, kept = assessor.decode_first_mhz(worst_w, wanted, budget_w)
-    drawn_w = assessor.drawn_w(worst_w, ceiling)
-    assert kept == (assessor.drawn_w(worst_w, fleet.min_mhz) <= budget_w)
+    drawn_w = assessor.power_at_w(worst_w, ceiling).sum()
+    assert kept == (assessor.power_at_w(worst_w, fleet.min_mhz).sum() <= budget_w)
     assert drawn_w <= budget_w or np.array_equal(ceiling, fleet.min_mhz)
     decodes = np.array([one.role.decodes for one in fleet.instances])
     enough = np.minimum(wanted, fleet.max_mhz)
-    if assessor.drawn_w(worst_w, np.where(decodes, wanted, fleet.min_mhz)) <= budget_w:
+    lowest_mhz = np.where(decodes, wanted, fleet.min_mhz)
+    if assessor.power_at_w(worst_w, lowest_mhz).sum() <= budget_w:
         assert np.all(ceiling[decodes] >= enough[decodes] - 1e-9)
     elif kept:
         # Nothing for prefill before decode has what it needs.

@@ -18,11 +18,10 @@ ACTUATION_S = 0.025
 def drive(name, rate_req_s, limit_w, seed=0):
     """Power of every 100 ms, and arrivals with what became of them."""
     free_w = 5000.0
-    budget = PowerBudget(steps=((0.0, free_w), (CUT_S, limit_w), (LIFT_S, free_w)))
+    steps = ((0.0, free_w), (CUT_S, limit_w), (LIFT_S, free_w))
+    budget = PowerBudget(steps=steps, notice_s=0.0)
     parts = find_policy(name).build(FLEET, SLO, PolicySetup(power_budget=budget))
     controller = parts.controller
-    if name == "mpc":
-        controller.power_budget_w = budget.at_w  # no look ahead
     plant = Plant(
         FLEET,
         make_workload("sharegpt", rate_req_s, END_S + 30.0, seed),

@@ -127,7 +127,7 @@ class MpcController(CascadeController):
 
     def _known_w(self, now_s: float) -> Callable[[float, float], float]:
         """Least that the fleet may draw between two times, as far as is known now."""
-        budget = self.power_budget_w
+        budget = self._power_budget_w
         if isinstance(budget, PowerBudget):
             # What has been announced is known for good.
             return replace(budget.known(now_s), notice_s=np.inf).least_w

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,73 @@ from voltana_ctrl.types import Belief, FleetSpec, FleetState, Load, Slo
 from voltana_ctrl.types.ladder import row_down
 from voltana_ctrl.types.packed import instance_types
 
-__all__ = ["Assessor"]
+__all__ = ["Assessment", "Assessor"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Assessment:
+    """The fleet at one tick: what it needs and what it may draw, each worked out at most once.
+
+    Parameters
+    ----------
+    by : Assessor
+        Who works it out.
+    state : FleetState
+        Queues and batches.
+    load : Load
+        What arrives.
+    route_frac : ndarray, shape (n,)
+        Share of the arrivals.
+    active : ndarray of bool, shape (n,)
+        Who may get new work.
+    belief : Belief
+        Margins, delay and pace of each instance.
+    hold_s : float
+        How long a clock stays until the next can be asked for.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import length_moments
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
+    >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.035), delay_s=0.1)
+    >>> now = Assessment(
+    ...     by=Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06)), state=FleetState.idle(2), load=load,
+    ...     route_frac=np.ones(2), active=np.ones(2, bool), belief=belief)
+    >>> now.needed_mhz, now.thrifty_mhz, now.draining_mhz
+    (array([345., 210.]), array([1140., 1140.]), array([210., 210.]))
+    """
+
+    by: Assessor
+    state: FleetState
+    load: Load
+    route_frac: F64
+    active: Bool
+    belief: Belief
+    hold_s: float = 0.0
+
+    @cached_property
+    def needed_mhz(self) -> F64:
+        """Lowest clocks that keep the promises; :meth:`Assessor.clocks_mhz`."""
+        return self.by.clocks_mhz(
+            self.state, self.load, self.route_frac, self.belief, hold_s=self.hold_s
+        )
+
+    @cached_property
+    def thrifty_mhz(self) -> F64:
+        """Clocks of least energy per token; :meth:`Assessor.thrifty_mhz`."""
+        return self.by.thrifty_mhz(self.state, self.load)
+
+    @cached_property
+    def draining_mhz(self) -> F64:
+        """The same of who is parked once it is done; :meth:`Assessor.thrifty_mhz`."""
+        return self.by.thrifty_mhz(self.state, self.load, drains=True)
+
+    @cached_property
+    def worst_w(self) -> F64:
+        """Most that each can draw at each clock; :meth:`Assessor.worst_power_w`."""
+        return self.by.worst_power_w(self.state, self.load, self.active)
 
 
 class Assessor:
@@ -218,8 +286,8 @@ class Assessor:
         )  # fmt: skip
         return power_w
 
-    def drawn_w(self, worst_w: F64, clock_mhz: F64) -> float:
-        """Power of the fleet at these clocks, the next supported ones above them.
+    def power_at_w(self, worst_w: F64, clock_mhz: F64) -> F64:
+        """Power of each instance at its clock, the next supported one above it, shape (n,).
 
         Parameters
         ----------
@@ -227,16 +295,6 @@ class Assessor:
             What :meth:`worst_power_w` returned.
         clock_mhz : ndarray, shape (n,)
             Clocks.
-        """
-        return float(self.power_at_w(worst_w, clock_mhz).sum())
-
-    def power_at_w(self, worst_w: F64, clock_mhz: F64) -> F64:
-        """Power of each instance at its clock, shape (n,); otherwise as :meth:`drawn_w`.
-
-        Parameters
-        ----------
-        worst_w, clock_mhz
-            See :meth:`drawn_w`.
         """
         return self._raised(worst_w, clock_mhz)[1]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from voltana_ctrl.checks import F64, Bool, not_negative, positive
-from voltana_ctrl.control.assess import Assessor
+from voltana_ctrl.control.assess import Assessment, Assessor
 from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.budget import target_within
 from voltana_ctrl.control.depth import at_rest
@@ -166,8 +166,7 @@ class CascadeController(Controller):
         self._learnt = learnt
         self._tuning = tuning = tuning or Tuning()
         self.margin_frac = margin_frac = margin_frac or tuning.margin_frac
-        #: May be set while the controller runs.
-        self.power_budget_w = power_budget_w
+        self._power_budget_w = power_budget_w
         self._target = target or TargetOptimiser(
             fleet, slo, margin_frac=margin_frac, delay_s=delay_s, governed=governed, tuning=tuning
         )
@@ -377,7 +376,7 @@ class CascadeController(Controller):
 
     def _budget_w(self, t_s: float) -> float:
         """What the fleet may draw until the next decision has taken effect."""
-        budget = self.power_budget_w
+        budget = self._power_budget_w
         if budget is None:
             return np.inf
         if isinstance(budget, PowerBudget):
@@ -386,25 +385,30 @@ class CascadeController(Controller):
 
     def _follow(self, state: FleetState, memory: CascadeMemory) -> Decision:
         """Decision that asks for the target, and leaves the rest to governors."""
-        fleet, target = self.fleet, memory.target
-        load = self._load.load(memory.load)
-        if target is None:
-            route_frac = self._equal_frac
-            active = np.ones(len(fleet), bool)
-            floor = self._min_mhz if self.governed else self._max_mhz
-            price = np.zeros(len(fleet))
-        else:
-            route_frac = target.route_frac
+        target, route_frac = memory.target, self._equal_frac
+        active, price = np.ones(len(state), bool), np.zeros(len(state))
+        if target is not None:
+            route_frac, price = target.route_frac, target.price_j_req
             # Those that wake are active, too, but have no share yet.
             standby = None if memory.ahead is None else memory.ahead.standby
             active = target.active if standby is None else standby.on
-            floor = self._floors(state, memory, load, target)
-            price = target.price_j_req
-        floor = self._probed(state, memory.belief, floor)
+        now = Assessment(
+            by=self._assessor,
+            state=state,
+            load=self._load.load(memory.load),
+            route_frac=route_frac,
+            active=active,
+            belief=memory.belief,
+            hold_s=0.0 if self.governed else float(self.period_s),
+        )
+        floor = self._min_mhz if self.governed else self._max_mhz
+        if target is not None:
+            floor = self._floors(now, memory, target)
+        floor = self._probed(now, floor)
         budget_w = self._budget_w(state.t_s)
         ceiling, status = self._max_mhz, Status.OK
         if np.isfinite(budget_w):
-            ceiling = self._ceilings(state, memory, load, route_frac, active, budget_w)
+            ceiling = self._ceilings(now, memory, budget_w)
             if budget_w < self._idle_w:
                 status = Status.INFEASIBLE
         return Decision(
@@ -419,58 +423,46 @@ class CascadeController(Controller):
             status=status,
         )
 
-    def _probed(self, state: FleetState, belief: Belief, floor: F64) -> F64:
+    def _probed(self, now: Assessment, floor: F64) -> F64:
         """Floors; at times the highest clock of who is clamped, which tells whether it still is."""
-        if state.t_s % self._tuning.probe_every_s >= self._tuning.probe_s:
+        if now.state.t_s % self._tuning.probe_every_s >= self._tuning.probe_s:
             return floor
-        return np.where(belief.able_mhz < self._max_mhz, self._max_mhz, floor)
+        return np.where(now.belief.able_mhz < self._max_mhz, self._max_mhz, floor)
 
-    def _ceilings(
-        self,
-        state: FleetState,
-        memory: CascadeMemory,
-        load: Load,
-        route_frac: F64,
-        active: Bool,
-        budget_w: float,
-    ) -> F64:
+    def _ceilings(self, now: Assessment, memory: CascadeMemory, budget_w: float) -> F64:
         """Ceilings under the budget; nobody rises before those that must fall have fallen.
 
         A governor is asked when an iteration begins, so what prefills keeps its clock until its
         iteration ends, whatever the ceiling says: the others have what that leaves.
         """
-        assessor = self._assessor
-        wanted = assessor.clocks_mhz(state, load, route_frac, memory.belief)
-        worst_w = assessor.worst_power_w(state, load, active)
-        ceiling, _ = assessor.decode_first_mhz(worst_w, wanted, budget_w)
+        assessor, state = self._assessor, now.state
+        ceiling, _ = assessor.decode_first_mhz(now.worst_w, now.needed_mhz, budget_w)
         before = self._max_mhz if memory.ceiling_mhz is None else memory.ceiling_mhz
         # What may still run: the clock that is seen, and one asked for a moment ago. Of those that
         # do not prefill it is gone with their next iteration.
         stays = (before <= ceiling) | (self._prefills & (state.queue_req > 0.0) & self.governed)
         running = np.maximum(state.freq_mhz, np.where(stays, before, 0.0))
         held = np.maximum(ceiling, running)
-        if assessor.drawn_w(worst_w, held) <= budget_w:
+        held_w = assessor.power_at_w(now.worst_w, held)
+        if held_w.sum() <= budget_w:
             return ceiling
         stuck = self._prefills & (state.queue_req > 0.0) & (running > ceiling)
         if self.governed and stuck.any():
-            kept_w = np.where(stuck[:, None], assessor.power_at_w(worst_w, held)[:, None], worst_w)
-            rest, _ = assessor.decode_first_mhz(kept_w, wanted, budget_w)
+            kept_w = np.where(stuck[:, None], held_w[:, None], now.worst_w)
+            rest, _ = assessor.decode_first_mhz(kept_w, now.needed_mhz, budget_w)
             ceiling = np.where(stuck, ceiling, np.minimum(rest, ceiling))
         return np.minimum(ceiling, before)
 
-    def _floors(self, state: FleetState, memory: CascadeMemory, load: Load, target: Target) -> F64:
+    def _floors(self, now: Assessment, memory: CascadeMemory, target: Target) -> F64:
         floor = np.where(target.active, target.floor_mhz, self._min_mhz)
-        drains = ~target.active & (state.running_req > 0.0)
+        drains = ~target.active & (now.state.running_req > 0.0)
         if drains.any():
-            floor = np.where(drains, self._assessor.thrifty_mhz(state, load, drains=True), floor)
+            floor = np.where(drains, now.draining_mhz, floor)
         if not target.feasible:
             # Beyond what can be served the batch sets the clock, not a floor.
             floor[self._decode] = self._min_mhz[self._decode]
         if not self.governed:
-            needed = self._assessor.clocks_mhz(
-                state, load, target.route_frac, memory.belief, hold_s=float(self.period_s)
-            )
-            floor = np.maximum(floor, needed)
+            floor = np.maximum(floor, now.needed_mhz)
         if self.regime(memory) is not Regime.OPEN:
-            floor = np.maximum(floor, self._assessor.thrifty_mhz(state, load))
+            floor = np.maximum(floor, now.thrifty_mhz)
         return floor

@@ -13,6 +13,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, I64, Bool
 from voltana_ctrl.laws import paced
 from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo, Tuning
+from voltana_ctrl.types.fleet import KV_FULL_FRAC
 from voltana_ctrl.types.ladder import row_down
 
 __all__ = ["Curve", "LeastPower", "Target"]
@@ -197,7 +198,7 @@ class LeastPower:
         kv_tok += (
             NormalDist().inv_cdf(self._attainment) * lengths.context_sd_tok * np.sqrt(self._sizes)
         )
-        limit_req = int(np.count_nonzero(kv_tok <= 0.99 * self.instance.kv_capacity_tok))
+        limit_req = int(np.count_nonzero(kv_tok <= KV_FULL_FRAC * self.instance.kv_capacity_tok))
         return decoded_tok, limit_req, self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
 
     def overload_frac(self, arrival_req_s: float, lengths: Lengths) -> float:

@@ -8,6 +8,7 @@ from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ShapeError
 from voltana_ctrl.routing.base import CompiledRouter, Phase
 from voltana_ctrl.types import Decision, FleetSpec, FleetState, Request, Slo
+from voltana_ctrl.types.fleet import KV_FULL_FRAC
 
 __all__ = ["PricedRouter"]
 
@@ -51,7 +52,7 @@ class PricedRouter(CompiledRouter):
         slo: Slo,
         phase: Phase = "decode",
         *,
-        kv_full_frac: float = 0.97,
+        kv_full_frac: float = KV_FULL_FRAC,
     ) -> None:
         # Loads Numba, which `import voltana_ctrl` must not.
         from voltana_ctrl.kernels.route.priced import by_target, soonest, worth_more

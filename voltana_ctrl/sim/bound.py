@@ -207,8 +207,9 @@ def _least_total_w(curves: list[F64]) -> float:
 
 def _min_plus(first: F64, second: F64) -> F64:
     """``out[k] = min over i of first[i] + second[k - i]``."""
-    n = len(first)
-    padded = np.concatenate([np.full(n - 1, np.inf), second])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, n)[:, ::-1]
-    sums: F64 = (windows[:n] + first[None, :]).min(axis=1)
-    return sums
+    from voltana_ctrl.kernels.choose.target import min_plus
+
+    least_w = np.empty(len(first))
+    left_at, right_at = np.empty((2, len(first)), dtype=np.int64)
+    min_plus(first, 1.0, second, 1.0, 1.0, least_w, left_at, right_at)
+    return least_w

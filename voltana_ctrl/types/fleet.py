@@ -19,6 +19,9 @@ from voltana_ctrl.types.profile import Profile
 from voltana_ctrl.types.rest import DEPTHS, Rest
 
 _MOST_INSTANCES = 4096
+#: A KV cache beyond this fraction is full: it is given out in blocks, and every request that runs
+#: takes another token with each iteration.
+KV_FULL_FRAC = 0.98
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -42,9 +42,9 @@ def test_ecofreq(ladder, running, context, batch_tok, behind_tok, oldest_s, marg
     chosen = governor.step(
         running, kv, batch_tok + behind_tok, oldest_s, 210.0, 1410.0, batch_tok=batch_tok
     )
-    loosened = Slo(ttft_s=SLO.ttft_s * (1 + margin), itl_s=SLO.itl_s * (1 + margin))
+    tightened = Slo(ttft_s=SLO.ttft_s / (1 + margin), itl_s=SLO.itl_s / (1 + margin))
     expected = naive_ecofreq(
-        NAIVE, ladder, loosened, running=running, kv=kv, waiting_tok=batch_tok + behind_tok,
+        NAIVE, ladder, tightened, running=running, kv=kv, waiting_tok=batch_tok + behind_tok,
         batch_tok=batch_tok, oldest_s=oldest_s,
     )  # fmt: skip
     assert chosen == expected

@@ -35,7 +35,8 @@ class EcoFreqGovernor(CompiledGovernor):
     ladder_mhz : sequence of float, optional
         Clocks it may choose; each is raised to the next supported one. None: the whole ladder.
     margin_frac : float
-        Targets are multiplied by one plus this (a positive margin loosens, as in the code).
+        Targets are divided by one plus this. The paper's code multiplies by one plus its own m,
+        which is a margin of ``1 / (1 + m) - 1`` here.
     above_floor : bool
         Whether a controller's floor counts, as that of
         :class:`~voltana_ctrl.control.ThroughputController`, which has the two other rules.
@@ -68,7 +69,7 @@ class EcoFreqGovernor(CompiledGovernor):
                 f"EcoFreqGovernor.margin_frac: expected a number > -1, got {margin_frac}"
             )
         rungs = instance.clock_rows(ladder_mhz)
-        scale = 1.0 + margin_frac
+        scale = 1.0 / (1.0 + margin_frac)
         super().__init__(
             instance,
             profile or instance.profile,
