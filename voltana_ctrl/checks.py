@@ -172,14 +172,14 @@ def _is_number(value: object) -> bool:
 
 
 def frozen_array(name: str, value: Any, shape: tuple[int, ...], dtype: Any = np.float64) -> Any:
-    """Copy `value` into a read-only, contiguous array of `shape`; refuse anything else.
+    """Copy `value` into a read-only, contiguous array of `shape`, unless it is one already.
 
     Parameters
     ----------
     name : str
         What the error calls it.
     value : array_like
-        What is copied.
+        What is copied; anything that is no such array is refused.
     shape : tuple of int
         Shape that it must have.
     dtype : dtype
@@ -188,7 +188,7 @@ def frozen_array(name: str, value: Any, shape: tuple[int, ...], dtype: Any = np.
     Returns
     -------
     ndarray
-        Read-only, in C order.
+        Read-only, in C order; one that is so already is returned itself.
 
     Raises
     ------
@@ -200,6 +200,11 @@ def frozen_array(name: str, value: Any, shape: tuple[int, ...], dtype: Any = np.
     >>> frozen_array("load_req_s", [1, 2], (2,)).flags.writeable
     False
     """
+    if type(value) is np.ndarray and value.dtype == dtype and value.shape == shape:
+        # One that its owner has frozen needs no copy.
+        flags = value.flags
+        if not flags.writeable and flags.owndata and flags.c_contiguous:
+            return value
     try:
         array = np.array(value, dtype=dtype, order="C", copy=True)
     except (TypeError, ValueError, OverflowError) as error:

@@ -147,7 +147,7 @@ class Guard:
             said.append("roles")
         if not np.array_equal(proposed.active, applied.active):
             said.append("active set")
-        if not np.allclose(proposed.route_frac, applied.route_frac, atol=1e-9):
+        if np.any(np.abs(proposed.route_frac - applied.route_frac) > 1e-6):
             said.append("shares")
         if self.ranges is not None and not _same(proposed.limits, applied.limits):
             said.append("limits")

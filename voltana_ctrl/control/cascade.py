@@ -349,18 +349,18 @@ class CascadeController(Controller):
             if memory.target is not None and not memory.target.feasible:
                 margins[1] = max(margins[1], self.margin_frac[1] + memory.overload_frac)
             ttft, itl = (np.full(len(self.fleet), margin) for margin in margins)
-        belief = Belief(
-            ttft_margin_frac=ttft,
-            itl_margin_frac=itl,
-            delay_s=self._pace.delay_s(pace),
-            prefill_pace_frac=pace_frac[:, 0],
-            decode_pace_frac=pace_frac[:, 1],
-            able_mhz=self._pace.able_mhz(pace),
-            noise_frac=noise_frac,
-        )
+        now = {
+            "ttft_margin_frac": ttft,
+            "itl_margin_frac": itl,
+            "delay_s": self._pace.delay_s(pace),
+            "prefill_pace_frac": pace_frac[:, 0],
+            "decode_pace_frac": pace_frac[:, 1],
+            "able_mhz": self._pace.able_mhz(pace),
+            "noise_frac": noise_frac,
+        }
 
         def moved(name: str, news: float) -> bool:
-            return bool(np.any(np.abs(getattr(belief, name) - getattr(before, name)) > news))
+            return bool(np.abs(now[name] - getattr(before, name)).max() > news)
 
         other = (
             moved("able_mhz", 0.0)
@@ -368,11 +368,11 @@ class CascadeController(Controller):
             or moved("decode_pace_frac", tuning.pace_news_frac)
             or moved("delay_s", tuning.delay_news_s)
         )
-        told = any(
+        told = other or any(
             moved(name, tuning.margin_news_frac)
             for name in ("ttft_margin_frac", "itl_margin_frac", "noise_frac")
         )
-        return (replace(memory, belief=belief), other) if other or told else (memory, False)
+        return (replace(memory, belief=Belief(**now)), other) if told else (memory, False)
 
     def _budget_w(self, t_s: float) -> float:
         """What the fleet may draw until the next decision has taken effect."""

@@ -34,6 +34,7 @@ class Waiting:
         self._requests = requests
         self._who = np.flatnonzero(requests["deadline_s"] < NEVER)
         self._tok = np.concatenate([[0.0], np.cumsum(requests["prompt_tok"][self._who])])
+        self._nothing = Backlog.empty()
         self._arrived = 0
         self._admitted_req = 0.0
         self._admitted_tok = 0.0
@@ -47,7 +48,7 @@ class Waiting:
             The first request that has not arrived.
         """
         if self._who.size == 0:
-            return Backlog.empty()
+            return self._nothing
         arrived = int(np.searchsorted(self._who, next_arrival))
         come = self._who[:arrived]
         held = come[self._requests["state"][come] == layout.DEFERRED]

@@ -129,6 +129,8 @@ class FleetState:
         shape = (np.asarray(self.alive).size,)
         freeze_fields(self, ("alive",), shape, np.bool_)
         freeze_fields(self, _STATE_FIELDS, shape)
+        if not np.isnan(np.array([getattr(self, name) for name in _STATE_FIELDS])).any():
+            return
         for name in _STATE_FIELDS:
             if np.isnan(getattr(self, name)).any():
                 raise ShapeError(

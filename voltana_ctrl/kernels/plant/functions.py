@@ -1,13 +1,21 @@
 """Compiled functions as arguments of compiled functions, looked up once.
 
-Numba looks a function argument up by its signature at every call, which takes it some 20 us. What
-:func:`resolved` returns carries its address.
+Numba looks a function argument up by its signature at every call, which takes it some 20 us, and
+makes a type of it, which takes 10 more. What :func:`resolved` returns carries both.
 """
 
 from typing import Any
 
 from numba.core.dispatcher import Dispatcher
-from numba.core.types.function_type import CompileResultWAP
+from numba.core.types.function_type import CompileResultWAP, FunctionType
+
+
+class _Resolved(CompileResultWAP):
+    """A compiled function with its address and its type."""
+
+    def __init__(self, compiled: Any) -> None:
+        super().__init__(compiled)
+        self._numba_type_ = FunctionType(self.signature())
 
 
 def resolved(function: Any, signature: Any) -> Any:
@@ -23,4 +31,4 @@ def resolved(function: Any, signature: Any) -> Any:
     """
     if not isinstance(function, Dispatcher):
         return function
-    return CompileResultWAP(function.get_compile_result(signature))
+    return _Resolved(function.get_compile_result(signature))
