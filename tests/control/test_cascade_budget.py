@@ -19,7 +19,8 @@ def drive(name, rate_req_s, limit_w, seed=0):
     """Power of every 100 ms, and arrivals with what became of them."""
     free_w = 5000.0
     steps = ((0.0, free_w), (CUT_S, limit_w), (LIFT_S, free_w))
-    budget = PowerBudget(steps=steps, notice_s=0.0)
+    # `mpc` must not look ahead; the opponent may.
+    budget = PowerBudget(steps=steps, notice_s=0.0 if name == "mpc" else np.inf)
     parts = find_policy(name).build(FLEET, SLO, PolicySetup(power_budget=budget))
     controller = parts.controller
     plant = Plant(
