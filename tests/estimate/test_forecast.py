@@ -30,14 +30,40 @@ def test_a_steady_load_needs_no_reserve_once_it_has_been_watched():
     assert outlook.reserve_at(LEADS_S) == pytest.approx(20.0)
 
 
-def test_a_ramp_is_followed_exactly():
+def test_a_ramp_goes_on_for_as_long_as_it_was_seen():
     """A step of a second brings what the rate a + b t is in its middle."""
     forecaster = Forecaster()
     t_s = np.arange(1.0, 601.0)
     outlook = forecaster.outlook(told(forecaster, 5.0 + 0.1 * (t_s - 0.5)))
-    assert outlook.mean_req_s == pytest.approx(
-        5.0 + 0.1 * (600.0 + 0.5 * (outlook.edges_s[1:] + outlook.edges_s[:-1])), rel=1e-6
-    )
+    lead_s = 0.5 * (outlook.edges_s[1:] + outlook.edges_s[:-1])
+    true = 5.0 + 0.1 * (600.0 + lead_s)
+    short = true - outlook.mean_req_s
+    assert np.all(short > -1e-6)
+    assert np.all(short <= 0.1 * lead_s**2 / 80.0)
+    assert np.all(np.diff(outlook.mean_req_s) > 0.0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("rate_req_s", [30.0, 240.0])
+def test_a_load_that_swings_is_foreseen_past_its_turns(rate_req_s, seed):
+    """The tenth second ahead is wrong by little more than counts of Poisson are by chance."""
+    rng = np.random.default_rng(seed)
+    seconds = np.arange(1200.0)
+    rate = rate_req_s * (1.0 - 0.9 * np.cos(2.0 * np.pi * seconds / 300.0))
+    counts = rng.poisson(rate)
+    forecaster = Forecaster()
+    memory, foretold, reserve = forecaster.init(), [], []
+    for second, count in zip(seconds, counts, strict=True):
+        memory = forecaster.update(memory, t_s=second, arrived_req=float(count))
+        outlook = forecaster.outlook(memory)
+        foretold.append(outlook.mean_at([10.0])[0])
+        reserve.append(outlook.reserve_at([10.0])[0])
+    late = slice(300, 1180)
+    true = rate[310:1190]
+    error = np.sqrt(foretold[late]) - np.sqrt(true)
+    assert np.sqrt(np.mean(error**2)) < 0.25 + 0.03 * np.sqrt(rate_req_s)
+    assert min(foretold[late]) > 0.0
+    assert np.mean(np.array(reserve[late]) < true) < 0.01
 
 
 @pytest.mark.parametrize(("short_frac", "unknown"), [(0.0025, 0.01), (0.01, 0.02), (0.1, 0.05)])

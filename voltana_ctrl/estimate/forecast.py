@@ -1,12 +1,14 @@
 """What will arrive, and how far that may be wrong: a mean and a reserve per lead time.
 
-Several simple forecasts run side by side: levels and trends over memories of different length, a
-season where its period is told, and whatever the host brings. Each is a discounted regression or a
-Kalman filter, and each is checked against what came, per lead time; the one with the least error is
-used. Errors are counted in square roots of rates, where the spread of Poisson counts is the same
-at every rate.
+Several simple forecasts run side by side: levels, trends and curves over memories of different
+length, a season where its period is told, and whatever the host brings. Each is a discounted
+regression (a polynomial of degree 0, 1 or 2) or a Kalman filter, and each is checked against what
+came, per lead time; the one with the least error is used. Errors are counted in square roots of
+rates, where the spread of Poisson counts is the same at every rate. No trend is drawn out further
+than it has been seen, and what falls does so by shares, so that nothing falls below nothing.
 
-How far the forecast may be wrong is learnt from its own past errors. The *reserve* is the rate
+How far a forecast may be wrong is learnt from its own past errors, each one's for itself. The
+*reserve* is the rate
 that is exceeded with at most the chance asked for, by two rules of which the larger counts: the
 quantile of the errors seen, to which a small weight of the unknown is added (as conformal
 prediction adds the weight of one), and the normal quantile of their root mean square, which is
@@ -20,6 +22,7 @@ import csv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -34,16 +37,20 @@ __all__ = ["ForecastMemory", "Forecaster", "Outlook", "OwnForecast", "read_forec
 #: Expected rates [req/s] at a time [s] and leads [s] after it.
 OwnForecast = Callable[[float, F64], F64]
 
-#: Time constants over which levels and trends are fitted.
-_LEVEL_S, _TREND_S = (4.0, 15.0, 60.0), (10.0, 25.0, 80.0)
+#: Time constants over which levels, trends and curves are fitted.
+_LEVEL_S, _TREND_S, _CURVE_S = (4.0, 15.0, 60.0), (10.0, 25.0, 80.0), (15.0, 40.0)
 #: The level that is used until one has been checked.
 _FIRST = 1
+#: Part of its memory that a fit must have seen before it says something.
+_SEEN = 1.0 - math.exp(-1.0)
 #: Leads between which mean rates are forecast.
 _CELLS_S = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0)
 #: How long the choice between forecasts remembers their errors.
 _CHOICE_S = 300.0
 #: A host's own forecast is used unless its mean squared error is so many times the least.
 _ABSURD = 4.0
+#: A mean squared error that is none.
+_RIGHT = 1e-6
 #: Edges between which errors are counted, in square roots of requests per second.
 _EDGES = np.concatenate([[0.0], 0.05 * 1.1 ** np.arange(110)])
 
@@ -128,15 +135,18 @@ class ForecastMemory:
         Requests since the last whole step.
     times_s, counts_req : ndarray, shape (n_steps + 1,)
         Times of the last steps and arrivals up to them, oldest first; NaN where there was none.
-    sums : ndarray, shape (n_memories, 5)
-        Discounted sums of 1, u, u^2, y, u y over steps, u seconds from now, y rate.
+    sums : ndarray, shape (n_memories, 8)
+        Discounted sums of 1, u, ... u^4, and of y, u y, u^2 y over steps, u seconds from now, y
+        rate.
     issued_req_s : ndarray, shape (n_steps, n_cells, n_forecasts + 1)
         What was forecast at each of the last steps, the one used last; NaN where nothing was.
     squares : ndarray, shape (n_cells, n_forecasts, 2)
         Discounted squared errors of each forecast, and their weight.
-    tail : ndarray, shape (n_cells, n_bins)
-        Weight of the errors of the one used, in independent windows, by size.
-    spread : ndarray, shape (n_cells,)
+    used : ndarray of int, shape (n_cells,)
+        Which forecast is used.
+    tail : ndarray, shape (n_cells, n_forecasts, n_bins)
+        Weight of the errors of each, in independent windows, by size.
+    spread : ndarray, shape (n_cells, n_forecasts)
         Weighted sum of their squares.
     season : ArrivalState, optional
         Of the seasonal filter.
@@ -154,6 +164,7 @@ class ForecastMemory:
     sums: np.ndarray
     issued_req_s: F64
     squares: np.ndarray
+    used: np.ndarray
     tail: np.ndarray
     spread: np.ndarray
     season: ArrivalState | None = None
@@ -234,7 +245,13 @@ class Forecaster:
         self._ends = steps[1:].astype(np.int64)
         self._widths = np.diff(steps).astype(np.int64)
         self._middle_s = 0.5 * (self.edges_s[1:] + self.edges_s[:-1])
-        self._taus_s = np.array([*_LEVEL_S, *_TREND_S])
+        self._taus_s = np.array([*_LEVEL_S, *_TREND_S, *_CURVE_S])
+        degree = np.repeat([0, 1, 2], [len(_LEVEL_S), len(_TREND_S), len(_CURVE_S)])
+        # Which powers a fit has, shape (n_memories, 3).
+        self._has = np.arange(3) <= degree[:, None]
+        # A trend goes on for as long as it is remembered.
+        on_s = -self._taus_s * np.expm1(-self._middle_s[:, None] / self._taus_s)
+        self._powers = on_s[:, :, None] ** np.arange(3)
         self._n = len(self._taus_s) + (period_s is not None) + (own is not None)
         self._normal = NormalDist().inv_cdf(1.0 - short_frac)
 
@@ -246,11 +263,12 @@ class Forecaster:
             partial_req=0.0,
             times_s=np.full(steps + 1, np.nan),
             counts_req=np.full(steps + 1, np.nan),
-            sums=np.zeros((len(self._taus_s), 5)),
-            issued_req_s=np.full((steps, cells, self._n + 1), np.nan),
+            sums=np.zeros((len(self._taus_s), 8)),
+            issued_req_s=np.full((steps, cells, self._n), np.nan),
             squares=np.zeros((cells, self._n, 2)),
-            tail=np.zeros((cells, len(_EDGES) + 1)),
-            spread=np.zeros(cells),
+            used=np.full(cells, _FIRST),
+            tail=np.zeros((cells, self._n, len(_EDGES) + 1)),
+            spread=np.zeros((cells, self._n)),
             season=None if self._season is None else self._season.init(),
         )
 
@@ -288,12 +306,12 @@ class Forecaster:
         dt_s = t_s - float(memory.times_s[-1])
         rate = came_req / dt_s
         keep = np.exp(-dt_s / self._taus_s)
-        s0, s1, s2, y0, y1 = memory.sums.T
         # Everything moves back by dt; the new step lies half of it back.
-        half = -0.5 * dt_s
-        sums = keep[:, None] * np.stack(
-            [s0, s1 - dt_s * s0, s2 - 2.0 * dt_s * s1 + dt_s**2 * s0, y0, y1 - dt_s * y0], axis=1
-        ) + np.array([1.0, half, half**2, rate, half * rate])
+        moved = _moved(dt_s)
+        step = (-0.5 * dt_s) ** np.arange(5)
+        sums = keep[:, None] * np.concatenate(
+            [memory.sums[:, :5] @ moved, memory.sums[:, 5:] @ moved[:3, :3]], axis=1
+        ) + np.concatenate([step, rate * step[:3]])
         season = memory.season
         if self._season is not None and season is not None:
             season = self._season.update(season, t_s=t_s, arrived_req=came_req)
@@ -306,63 +324,77 @@ class Forecaster:
             season=season,
         )
         memory = self._checked(memory)
-        return replace(memory, issued_req_s=_pushed(memory.issued_req_s, self._issue(memory)))
+        told = self._issue(memory)
+        used = self._chosen(memory, told)
+        return replace(memory, issued_req_s=_pushed(memory.issued_req_s, told), used=used)
 
     def _checked(self, memory: ForecastMemory) -> ForecastMemory:
         """Compare what came with what was forecast for it, in square roots."""
         squares = memory.squares * math.exp(-self._step_s / _CHOICE_S)
         kept = math.exp(-self._step_s / self._memory_s)
         tail, spread = memory.tail * kept, memory.spread * kept
+        which = np.arange(self._n)
         for cell, (end, width) in enumerate(zip(self._ends, self._widths, strict=True)):
             told = memory.issued_req_s[-end, cell]
-            if np.isnan(told[-1]):
+            said = np.isfinite(told)
+            if not said.any():
                 continue
             span_s = memory.times_s[-1] - memory.times_s[-1 - width]
             came = (memory.counts_req[-1] - memory.counts_req[-1 - width]) / span_s
-            error = math.sqrt(came) - np.sqrt(told)
-            squares[cell, :, 0] += error[:-1] ** 2
-            squares[cell, :, 1] += 1.0
+            error = np.where(said, math.sqrt(came) - np.sqrt(told), 0.0)
+            squares[cell, :, 0] += error**2
+            squares[cell, :, 1] += said
             # Windows as long as the lead that overlap count as one.
-            weight = 1.0 / max(end - width, width)
-            tail[cell, int(np.searchsorted(_EDGES, error[-1] - 1e-9))] += weight
-            spread[cell] += weight * error[-1] ** 2
+            weight = said / max(end - width, width)
+            tail[cell, which, np.searchsorted(_EDGES, error - 1e-9)] += weight
+            spread[cell] += weight * error**2
         return replace(memory, squares=squares, tail=tail, spread=spread)
 
     def _issue(self, memory: ForecastMemory) -> F64:
-        """What each forecast says of each cell, shape (n_cells, n_forecasts + 1); the used last."""
-        s0, s1, s2, y0, y1 = memory.sums.T
-        level = y0 / s0
-        # One step tells no slope: it is taken for none until the sums tell one.
-        slope = (s0 * y1 - s1 * y0) / np.maximum(s0 * s2 - s1**2, 1e-9)
-        at_now = (y0 - slope * s1) / s0
-        split = len(_LEVEL_S)
-        told = np.concatenate(
-            [
-                np.broadcast_to(level[:split], (len(self._ends), split)),
-                at_now[split:] + self._middle_s[:, None] * slope[split:],
-            ],
-            axis=1,
+        """What each forecast says of each cell, shape (n_cells, n_forecasts); NaN for nothing."""
+        sums, has = memory.sums, self._has
+        # Normal equations of the polynomials; powers that one has not are left out.
+        square = np.where(
+            has[:, :, None] & has[:, None, :], sums[:, np.add.outer(range(3), range(3))], 0.0
         )
+        square += np.eye(3) * np.where(has, [0.0, 1e-9, 1e-9], 1.0)[:, :, None]
+        fit = np.linalg.solve(square, np.where(has, sums[:, 5:], 0.0)[:, :, None])[:, :, 0]
+        now = np.maximum(fit[:, 0], 1e-9)
+        change = np.einsum("cmp,mp->cm", self._powers[:, :, 1:], fit[:, 1:])
+        # What falls does so by shares.
+        told = np.where(change < 0.0, now * np.exp(np.minimum(change, 0.0) / now), now + change)
+        early = sums[:, 0] * self._step_s < _SEEN * self._taus_s
+        early &= has[:, 1]  # a level says something at once
+        told[:, early] = np.nan
         if self._season is not None and memory.season is not None:
             season = [
                 self._season.rate_req_s(memory.season, t_s=memory.t_s + middle_s)
                 for middle_s in self._middle_s
             ]
             told = np.column_stack([told, season])
-        least = told.shape[1]
         if self._own is not None:
-            told = np.column_stack([told, self._told_by_host(memory.t_s, level[_FIRST])])
-        told = np.maximum(told, 0.0)
-        weight = np.maximum(memory.squares[:, :, 1], 1e-300)
-        mean_square = memory.squares[:, :, 0] / weight
-        checked = memory.squares[:, 0, 1] > 0.0
-        used = np.where(checked, np.argmin(mean_square[:, :least], axis=1), _FIRST)
+            told = np.column_stack([told, self._told_by_host(memory.t_s, fit[_FIRST, 0])])
+        least: F64 = np.maximum(told, 0.0)
+        return least
+
+    def _chosen(self, memory: ForecastMemory, told: F64) -> np.ndarray:
+        """Which is used for each cell: the host's unless absurd, or that of least error."""
+        squared, weight = memory.squares[:, :, 0], memory.squares[:, :, 1]
+        able = (weight > 0.0) & np.isfinite(told)
+        mean_square = np.where(able, squared / np.maximum(weight, 1e-300), np.inf)
+        least = self._n - (self._own is not None)
+        # Nobody goes by one whose errors are not known yet, as long as those of others are.
+        known = able & (self._allowed(memory.tail.sum(axis=2)) >= 0.0)
+        some = known[:, :least].any(axis=1, keepdims=True)
+        error = np.where(known | ~some, mean_square, np.inf)[:, :least]
+        # Of those that are as good as right the simplest.
+        best = np.argmin(np.maximum(error, _RIGHT), axis=1)
+        used = np.where(able[:, :least].any(axis=1), best, _FIRST)
         if self._own is not None:
-            cells = np.arange(len(used))
-            absurd = mean_square[:, least] > _ABSURD * mean_square[cells, used] + 1e-12
-            used = np.where(checked & absurd, used, least)
-        picked = told[np.arange(len(used)), used]
-        return np.column_stack([told, picked])
+            limit = _ABSURD * mean_square[np.arange(len(used)), used] + 1e-12
+            absurd = able[:, least] & (mean_square[:, least] > limit)
+            used = np.where(absurd, used, least)
+        return used
 
     def _told_by_host(self, t_s: float, otherwise_req_s: float) -> F64:
         """The host's own rates; where they are no numbers, the level."""
@@ -380,13 +412,13 @@ class Forecaster:
             What :meth:`update` returned.
         """
         cells = len(self._ends)
-        mean = memory.issued_req_s[-1, :, -1]
+        mean = memory.issued_req_s[-1, np.arange(cells), memory.used]
         if np.isnan(mean).any():
             return Outlook(
                 edges_s=self.edges_s, now_req_s=0.0, mean_req_s=np.zeros(cells),
                 reserve_req_s=np.full(cells, np.inf),
             )  # fmt: skip
-        s0, _, _, y0, _ = memory.sums[_FIRST]
+        s0, y0 = memory.sums[_FIRST, [0, 5]]
         root = np.sqrt(mean)
         return Outlook(
             edges_s=self.edges_s,
@@ -395,17 +427,23 @@ class Forecaster:
             reserve_req_s=(root + self._margin(memory)) ** 2,
         )
 
+    def _allowed(self, seen: F64) -> F64:
+        """Weight of errors that may exceed the reserve, of so much that was seen."""
+        return self.short_frac * (seen + self._unknown) - self._unknown
+
     def _margin(self, memory: ForecastMemory) -> F64:
         """What is added to the square root of the mean, shape (n_cells,)."""
-        seen = memory.tail.sum(axis=1)
+        cells = np.arange(len(memory.used))
+        tail, spread = memory.tail[cells, memory.used], memory.spread[cells, memory.used]
+        seen = tail.sum(axis=1)
         # Weight of errors larger than each edge; the smallest edge with few enough above it.
-        above = seen[:, None] - np.cumsum(memory.tail[:, : len(_EDGES)], axis=1)
-        allowed = self.short_frac * (seen + self._unknown) - self._unknown
+        above = seen[:, None] - np.cumsum(tail[:, : len(_EDGES)], axis=1)
+        allowed = self._allowed(seen)
         few = above <= allowed[:, None] + 1e-12
         quantile = np.where(
             (allowed >= 0.0) & few.any(axis=1), _EDGES[np.argmax(few, axis=1)], np.inf
         )
-        rms = np.sqrt(memory.spread / np.maximum(seen, 1e-300))
+        rms = np.sqrt(spread / np.maximum(seen, 1e-300))
         margin: F64 = np.maximum(quantile, self._normal * rms)
         return margin
 
@@ -485,6 +523,17 @@ class _Told:
     def __call__(self, t_s: float, lead_s: F64) -> F64:
         told: F64 = np.interp(t_s + np.asarray(lead_s), self.times_s, self.rates_req_s)
         return told
+
+
+@lru_cache(maxsize=8)
+def _moved(dt_s: float) -> F64:
+    """What sums of powers of u become when every u has moved back by this: a binomial matrix."""
+    return np.array(
+        [
+            [math.comb(k, j) * (-dt_s) ** (k - j) if j <= k else 0.0 for k in range(5)]
+            for j in range(5)
+        ]
+    )
 
 
 def _pushed(array: F64, newest: F64 | float) -> F64:
