@@ -65,6 +65,9 @@ class NaiveInstance:
     wall_s: float = 0.0
     decode_w: float = 0.0
     prefill_w: float = 0.0
+    stall_end_s: float = 0.0
+    begun: int = 0  # prompts that begin in the present iteration
+    run_k: int = 0
     idle_since_s: float | None = 0.0
     kv_in_batch: int = 0
     share: float = 0.0
@@ -110,9 +113,12 @@ class NaiveInstance:
             return 0.0
         if self.asleep:
             return self.spec.idle_w if self.spec.asleep_w is None else self.spec.asleep_w
+        clamped = [row for row in self.table if row["clock_mhz"] <= self.clamp_mhz]
+        held = min(self.clock, len(clamped) - 1)
+        slower_w = self.table[-1]["idle_w"] - self.table[held]["idle_w"]
         if self.wake_end_s is not None:
-            return self.spec.idle_w + self.spec.wake_j / self.spec.wake_s
-        return self.spec.idle_w
+            return self.spec.idle_w + self.spec.wake_j / self.spec.wake_s - slower_w
+        return self.spec.idle_w - slower_w
 
     def wake(self, now_s: float) -> None:
         self.asleep = False
@@ -148,7 +154,7 @@ class NaiveInstance:
                     row["decode_floor_s"],
                     max(
                         row["decode_base_s"] + row["decode_req_s"] * self.padded(n),
-                        row["decode_roof_s"] * self.padded(n),
+                        row["decode_roof_base_s"] + row["decode_roof_s"] * self.padded(n),
                     )
                     + row["decode_kv_s"] * self.kv_in_batch,
                 )
@@ -165,7 +171,12 @@ class NaiveInstance:
             prefill_s = row["prefill_tok_s"] * tok + row["prefill_tok2_s"] * tok2
             if not n:
                 prefill_s += row["prefill_base_s"]
-        return decode_s + prefill_s, decode_j, prefill_s * row["prefill_power_w"]
+        prefill_j = prefill_s * row["prefill_power_w"]
+        if n:
+            prefill_j += prefill_s * row["prefill_beside_w"]
+        host_s = self.begun * row["prefill_req_s"]
+        prefill_j += host_s * row["idle_w"]
+        return decode_s + prefill_s + host_s, decode_j, prefill_j
 
     def pace(self) -> float:
         """Length of the whole iteration at the present clock; sets the powers."""
@@ -176,8 +187,20 @@ class NaiveInstance:
             if k == 0 or (decode_j + prefill_j) / wall_s <= self.cap_w:
                 break
             k -= 1
+        self.run_k = k
         self.decode_w, self.prefill_w = decode_j / wall_s, prefill_j / wall_s
         return wall_s * self.slow
+
+    def work(self, now_s: float, left: float) -> None:
+        """That much of the iteration is left, and begins once the clock is stable."""
+        left_s = left * self.wall_s
+        stall_s = max(0.0, self.stall_end_s - now_s)
+        self.end_s = now_s + stall_s + left_s
+        if stall_s > 0.0:
+            drawn_w = self.decode_w + self.prefill_w
+            idle_j = stall_s * self.table[self.run_k]["idle_w"]
+            part = (drawn_w * left_s + idle_j) / (left_s + stall_s) / drawn_w
+            self.decode_w, self.prefill_w = part * self.decode_w, part * self.prefill_w
 
 
 class NaivePlant:
@@ -288,15 +311,27 @@ class NaivePlant:
             self.call(one)
 
     def change_clock(self, one: NaiveInstance, k: int) -> None:
-        if k != one.clock:
-            one.clock = k
-            self.repace(one)
+        if k == one.clock:
+            return
+        left = self.left(one)
+        one.clock = k
+        if one.alive:
+            profile = one.spec.profile
+            one.energy["idle"] += profile.clock_change_j
+            one.stall_end_s = max(one.stall_end_s, self.now_s + profile.clock_stall_s)
+        self.repace(one, left)
 
-    def repace(self, one: NaiveInstance) -> None:
+    def left(self, one: NaiveInstance) -> float:
+        """Share of its iteration that is still to be done: time in a stall is none."""
+        if not one.iterating:
+            return 0.0
+        return (one.end_s - max(self.now_s, one.stall_end_s)) / one.wall_s
+
+    def repace(self, one: NaiveInstance, left: float | None = None) -> None:
         if one.iterating:
-            left = (one.end_s - self.now_s) / one.wall_s
+            left = self.left(one) if left is None else left
             one.wall_s = one.pace()
-            one.end_s = self.now_s + left * one.wall_s
+            one.work(self.now_s, left)
 
     # -- routing --------------------------------------------------------------------------
 
@@ -405,6 +440,7 @@ class NaivePlant:
                 r.admitted, r.computed = False, 0
         budget = spec.prefill_budget_tok - len(one.running)
         one.chunks = []
+        one.begun = 0
         for r in one.queue:
             if budget <= 0 or len(one.chunks) >= spec.max_prefill_req:
                 break
@@ -413,6 +449,7 @@ class NaivePlant:
                 if slots >= spec.max_batch or not one.fits(r.context):
                     break
                 r.admitted = True
+                one.begun += 1
             one.chunks.append((r, min(r.todo, budget)))
             budget -= one.chunks[-1][1]
 
@@ -437,7 +474,7 @@ class NaivePlant:
         one.iterating = True
         one.start_s = self.now_s
         one.wall_s = one.pace()
-        one.end_s = self.now_s + one.wall_s
+        one.work(self.now_s, 1.0)
 
     def end_iteration(self, i: int) -> None:
         one = self.instances[i]
@@ -652,7 +689,7 @@ def naive_ecofreq(
                 row["decode_floor_s"],
                 max(
                     row["decode_base_s"] + row["decode_req_s"] * one.padded(running),
-                    row["decode_roof_s"] * one.padded(running),
+                    row["decode_roof_base_s"] + row["decode_roof_s"] * one.padded(running),
                 )
                 + row["decode_kv_s"] * kv,
             )
@@ -665,7 +702,8 @@ def naive_ecofreq(
         elif running:
             ok = decode_s <= slo.itl_s
         else:
-            ok = row["prefill_base_s"] + prefill_s <= slo.ttft_s - oldest_s
+            launch_s = row["prefill_req_s"] + row["prefill_base_s"]
+            ok = launch_s + prefill_s <= slo.ttft_s - oldest_s
         if ok:
             return mhz
     return ladder[-1]

@@ -39,8 +39,22 @@ def odd_profile(**changes):
     return dataclasses.replace(REFERENCE, **values)
 
 
+def with_every_term(profile):
+    """The same with what a profile may leave out: host, idle power by clock, clock changes."""
+    table = profile.table.copy()
+    table["idle_w"] = 20.0 + 30.0 * table["clock_mhz"] / 1410.0
+    table["decode_host_s"] = 0.002
+    table["decode_roof_base_s"] = 0.001
+    table["prefill_req_s"] = 0.013
+    table["prefill_beside_w"] = 25.0
+    return dataclasses.replace(
+        profile, table=table, idle_w=50.0, clock_stall_s=0.015, clock_change_j=0.7
+    )
+
+
 ODD = odd_profile()
 ODD_DECODE_FIRST = odd_profile(first_token="decode")
+ODD_WHOLE = with_every_term(ODD)
 
 
 def small_workload(rows, clients=None) -> Workload:
@@ -84,7 +98,7 @@ def fleets(draw) -> FleetSpec:
             ]
         )
     )
-    profile = draw(st.sampled_from([ODD, ODD_DECODE_FIRST]))
+    profile = draw(st.sampled_from([ODD, ODD_DECODE_FIRST, ODD_WHOLE]))
     return FleetSpec(
         tuple(
             InstanceSpec(
@@ -257,10 +271,15 @@ def test_counters_are_what_the_requests_say(scene, step_s: float) -> None:
     assert plant.instances["emitted_tok"].sum() == done["output_tok"].sum()
     assert plant.judged[1] == 0
     plant.state()
-    spent = plant.instances["busy_s"] * REFERENCE.idle_w + plant.instances["idle_j"]
-    np.testing.assert_allclose(
-        spent, REFERENCE.idle_w * 500.0
-    )  # busy and idle are all the time there is
+    idle_s = 500.0 - plant.instances["busy_s"]  # busy and idle are all the time there is
+    idle_j = plant.instances["idle_j"]
+    if fleet.instances[0].profile is not ODD_WHOLE:
+        np.testing.assert_allclose(idle_j, REFERENCE.idle_w * idle_s)
+        return
+    # Idle at some clock or other, and what changing it took.
+    assert np.all(idle_j >= ODD_WHOLE.table["idle_w"][0] * idle_s)
+    changes_j = ODD_WHOLE.clock_change_j * plant.instances["clock_sets"]
+    assert np.all(idle_j <= ODD_WHOLE.idle_w * idle_s + changes_j + 1e-6)
 
 
 def reference_run(policy="eco", seed=0, rate=30.0, until_s=20.0, **options) -> Plant:

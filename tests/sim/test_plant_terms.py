@@ -1,11 +1,12 @@
 """Terms that a profile may leave out: host time, idle power by clock, cost of a clock change."""
 
 import dataclasses
+from importlib.resources import files
 
 import numpy as np
 import pytest
 
-from voltana_ctrl import Decision, FleetSpec, load_profile
+from voltana_ctrl import Decision, FleetSpec, compare, load_profile
 from voltana_ctrl.control.budget import highest_power_w
 from voltana_ctrl.kernels import law
 from voltana_ctrl.laws import (
@@ -22,7 +23,11 @@ from voltana_ctrl.sim.arrivals import MarkovModulated
 from voltana_ctrl.sim.metrics import snapshot
 from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
+from voltana_ctrl.types import Limits
 
+DATED = "a100-sxm-80gb/llama-3.1-8b-2026-11"
+#: Figures of a run that differ from machine to machine.
+OF_THE_MACHINE = ("decide_p50_s", "decide_p99_s", "sim_wall_s")
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 
 
@@ -206,6 +211,62 @@ def test_one_stall_delays_one_request_by_its_length():
         busy_s = float(snapshot(plant)["busy_s"][0])
         assert busy_s == pytest.approx(done_s[stall_s])
     assert done_s[0.3] - done_s[0.0] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("second", ["clock", "cap"])
+def test_a_change_within_a_stall_costs_no_time_twice(second):
+    """What is left of a stall is no work: changed again half-way, an iteration ends as late.
+
+    A prompt alone: `work` of it is left when the first change comes; a second one 0.05 s into the
+    stall of 0.1 s begins a stall of its own, a cap that binds nothing changes nothing.
+    """
+    one = Workload(name="one", arrival_s=[0.0], prompt_tok=[3000], output_tok=[1], duration_s=9.0)
+    profile = dataclasses.replace(PROFILE, clock_stall_s=0.1)
+    spec = FleetSpec.parse("1C", profile)
+    plant = Plant(spec, one, PlantSettings(actuation_s=0.0, settle_s=0.0))
+    plant.apply(Decision.highest(spec, ceiling_mhz=np.array([1395.0])))
+    plant.advance(0.15)  # the stall of this first change is over
+    first = Decision.highest(spec, ceiling_mhz=np.array([1410.0]))
+    plant.apply(first)
+    plant.advance(0.2)
+    if second == "clock":
+        plant.apply(Decision.highest(spec, ceiling_mhz=np.array([1395.0])))
+    else:
+        cap = Limits(power_cap_w=np.array([10_000.0]))
+        plant.apply(dataclasses.replace(first, limits=cap))
+    plant.advance(9.0)
+    # 0.05 s of work are done by 0.15 s, the rest follows the last stall.
+    slow, fast = profile.table[-2], profile.table[-1]
+    left_frac = 1.0 - 0.05 / float(prefill_s(slow, 3000.0))
+    rest_s = left_frac * float(prefill_s(slow if second == "clock" else fast, 3000.0))
+    begin_s = 0.3 if second == "clock" else 0.25
+    assert float(plant.requests["done_s"][0]) == pytest.approx(begin_s + rest_s, rel=1e-9)
+
+
+def test_what_is_zero_changes_no_figure(tmp_path):
+    """A profile that says 0 of every term beside one that leaves them out, policy by policy."""
+    text = (files("voltana_ctrl.profiles") / f"data/{DATED}.toml").read_text()
+    said = {
+        "decode_time": ("host_s", "roof_s", "roof_base_s"), "prefill_time": ("req_s",),
+        "prefill_power": ("beside_w",), "transfer": ("transfer_j_per_tok",),
+    }  # fmt: skip
+    for section, keys in said.items():
+        own = text.split(f"[{section}]")[1].split("\n[")[0]
+        zeros = "".join(f"{key} = 0.0\n" for key in keys if f"\n{key} =" not in own)
+        text = text.replace(f"[{section}]\n", f"[{section}]\n{zeros}")
+    words = 'status = "extrapolated"\nsource = "none"\nerror = "none"\n'
+    text += f"\n[clock_change]\n{words}stall_s = 0.0\nenergy_j = 0.0\n"
+    text += f"\n[server]\n{words}rest_w = 0.0\n"
+    path = tmp_path / "zero.toml"
+    path.write_text(text)
+    figures = []
+    for profile in (DATED, path):
+        runs = compare(
+            profile=str(profile), rates_req_s=[20.0], duration_s=20.0, warmup_s=5.0,
+            policies=["static-max", "pack", "voltanallm", "mpc"],
+        ).runs  # fmt: skip
+        figures.append([{k: v for k, v in run.items() if k not in OF_THE_MACHINE} for run in runs])
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize("name", [PROFILE.name, "l20/qwen2.5-7b"])

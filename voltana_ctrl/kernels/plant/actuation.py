@@ -96,14 +96,25 @@ def proceed(one, tables, now_s, left_s):
         one["iter_end_s"] += stall_s
 
 
+@njit(F8(INST, F8))
+def _left_frac(one, now_s):
+    """How much of the present iteration is still to be done; a stall does none of it."""
+    return (one["iter_end_s"] - max(now_s, one["stall_end_s"])) / one["iter_wall_s"]
+
+
+@njit(types.void(INST, TABLES, I8_2, F8, F8))
+def _go_on(one, tables, padded, now_s, left_frac):
+    """What is left of the present iteration goes on as things are now."""
+    wall_s = price_iteration(one, tables, padded)
+    one["iter_wall_s"] = wall_s
+    proceed(one, tables, now_s, left_frac * wall_s)
+
+
 @njit(types.void(INST, TABLES, I8_2, F8))
 def repace(one, tables, padded, now_s):
     """What is left of a running iteration goes on as things are now."""
     if one["iterating"] != 0:
-        left_frac = (one["iter_end_s"] - now_s) / one["iter_wall_s"]
-        wall_s = price_iteration(one, tables, padded)
-        one["iter_wall_s"] = wall_s
-        proceed(one, tables, now_s, left_frac * wall_s)
+        _go_on(one, tables, padded, now_s, _left_frac(one, now_s))
 
 
 @njit(types.void(INST, TABLES, I8_2, I8, F8, F8))
@@ -112,13 +123,16 @@ def set_pace(one, tables, padded, k, cap_w, now_s):
     if k == one["clock_k"] and cap_w == one["power_cap_w"]:
         return
     accrue(one, tables[one["type"]], now_s)
+    # Before the next stall begins: what is left of an earlier one ends with it.
+    left_frac = _left_frac(one, now_s) if one["iterating"] != 0 else 0.0
     if k != one["clock_k"] and one["alive"] != 0:
         one["idle_j"] += one["clock_change_j"]
         if one["clock_stall_s"] > 0.0:
             one["stall_end_s"] = now_s + one["clock_stall_s"]
     one["clock_k"] = k
     one["power_cap_w"] = cap_w
-    repace(one, tables, padded, now_s)
+    if one["iterating"] != 0:
+        _go_on(one, tables, padded, now_s, left_frac)
 
 
 @njit(types.void(SIM, INST, F8_1, F8))
