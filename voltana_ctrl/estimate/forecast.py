@@ -41,8 +41,6 @@ OwnForecast = Callable[[float, F64], F64]
 _LEVEL_S, _TREND_S, _CURVE_S = (4.0, 15.0, 60.0), (10.0, 25.0, 80.0), (15.0, 40.0)
 #: The level that is used until one has been checked.
 _FIRST = 1
-#: Part of its memory that a fit must have seen before it says something.
-_SEEN = 1.0 - math.exp(-1.0)
 #: Leads between which mean rates are forecast.
 _CELLS_S = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0)
 #: How long the choice between forecasts remembers their errors.
@@ -363,8 +361,8 @@ class Forecaster:
         change = np.einsum("cmp,mp->cm", self._powers[:, :, 1:], fit[:, 1:])
         # What falls does so by shares.
         told = np.where(change < 0.0, now * np.exp(np.minimum(change, 0.0) / now), now + change)
-        early = sums[:, 0] * self._step_s < _SEEN * self._taus_s
-        early &= has[:, 1]  # a level says something at once
+        # A fit needs one memory of data more for each power.
+        early = sums[:, 0] * self._step_s < -self._taus_s * np.expm1(1.0 - has.sum(axis=1))
         told[:, early] = np.nan
         if self._season is not None and memory.season is not None:
             season = [
