@@ -1,16 +1,18 @@
 """What an instance carries and draws: the hull, its facets, and how far the curve is from it."""
 
-import math
+import dataclasses
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
-from voltana_ctrl.control.supply import FACETS, drain_time_s, lower_hull, supply_of
+from voltana_ctrl import ConfigError, FleetSpec, FleetState, Slo, load_profile
+from voltana_ctrl.control.assess import Assessor
+from voltana_ctrl.control.supply import FACETS, drain_of, lower_hull, supply_of
 from voltana_ctrl.control.target import TargetOptimiser
-from voltana_ctrl.laws import length_moments
+from voltana_ctrl.laws import batch_j, decode_s, length_moments
+from voltana_ctrl.types import Load
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
@@ -79,8 +81,39 @@ def test_a_promise_that_nobody_keeps_has_no_supply():
     assert optimiser.supplies(LENGTHS) is None
 
 
-@pytest.mark.parametrize("n", [1, 2, 50, 400])
-def test_the_last_of_many_is_done_after_a_harmonic_number(n):
-    exact = sum(1.0 / k for k in range(1, n + 1))
-    assert drain_time_s(float(n), 3.0) == pytest.approx(3.0 * exact, rel=0.08)
-    assert math.isfinite(drain_time_s(0.0, 3.0))
+@pytest.mark.parametrize("n", [1, 7, 60])
+def test_draining_takes_what_batches_that_fall_one_by_one_take(n):
+    """Against answers of geometric length, iteration by iteration, at the clocks it goes by."""
+    fleet = FleetSpec.parse("1P1D", PROFILE)
+    decode, rng = fleet.instances[1], np.random.default_rng(0)
+    assessor = Assessor(fleet, SLO)
+    padded, load = PROFILE.padded_batch(), Load(arrival_req_s=1.0, lengths=LENGTHS)
+    running = np.arange(n + 1.0)
+    step_s, step_j = np.zeros(n + 1), np.zeros(n + 1)
+    for k in range(1, n + 1):
+        kv_tok = k * LENGTHS.context_tok
+        state = dataclasses.replace(
+            FleetState.idle(2), running_req=[0.0, float(k)], kv_used_tok=[0.0, kv_tok]
+        )
+        clock = assessor.thrifty_mhz(state, load, drains=True)[1]
+        row = PROFILE.table[np.searchsorted(PROFILE.clocks_mhz, clock)]
+        step_s[k] = decode_s(row, padded[k], kv_tok)
+        step_j[k] = step_s[k] * row["decode_power_w"] + batch_j(row, k, kv_tok)
+    left_tok = rng.geometric(1.0 / LENGTHS.output_tok, (4000, n))
+    times, joules = [], []
+    for one in np.sort(left_tok, axis=1):
+        lasting = np.diff(one, prepend=0)  # iterations with so many left
+        times.append(lasting @ step_s[running[:0:-1].astype(int)])
+        joules.append(lasting @ step_j[running[:0:-1].astype(int)])
+    time_s, energy_j = drain_of(decode, float(n), LENGTHS, SLO.itl_s)
+    assert time_s == pytest.approx(np.mean(times), rel=0.1)
+    assert energy_j == pytest.approx(np.mean(joules), rel=0.1)
+
+
+def test_a_drain_is_not_charged_for_what_it_serves_twice():
+    alone = supply_of([1.0, 2.0], [70.0, 80.0], facets=2, drain_s=10.0)
+    serving = supply_of(
+        [1.0, 2.0], [70.0, 80.0], facets=2, drain_s=10.0, drain_j=1500.0, drain_req=20.0
+    )
+    assert alone.drain_w == pytest.approx(61.0)  # next to no load
+    assert serving.drain_w == pytest.approx((1500.0 - 20.0 * 10.0) / 10.0)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.laws import batch_j, decode_s
+from voltana_ctrl.types import InstanceSpec, Lengths
 
-__all__ = ["FACETS", "Supply", "drain_time_s", "lower_hull", "supply_of"]
+__all__ = ["FACETS", "Supply", "drain_of", "lower_hull", "supply_of"]
 
 #: Facets of the power of an instance against its load.
 FACETS = 6
@@ -31,7 +32,7 @@ class Supply:
     drain_s : float
         Time from the last new request until the instance is empty, on average.
     drain_w : float
-        Power meanwhile.
+        Power meanwhile, without what serving the same requests takes elsewhere.
 
     Examples
     --------
@@ -88,6 +89,8 @@ def supply_of(
     *,
     facets: int,
     drain_s: float = 0.0,
+    drain_j: float | None = None,
+    drain_req: float = 0.0,
 ) -> Supply:
     """Supply from a curve of least power, infinite where the promises cannot be kept.
 
@@ -99,6 +102,9 @@ def supply_of(
         How many to keep, those that are closest to the curve.
     drain_s : float
         See :class:`Supply`.
+    drain_j, drain_req : float, optional
+        Energy that is drawn meanwhile, and requests that are served by it; by default it is up
+        with next to no load.
 
     Raises
     ------
@@ -137,33 +143,62 @@ def supply_of(
     missing = facets - alpha.size
     alpha, beta = np.pad(alpha, (0, missing), "edge"), np.pad(beta, (0, missing), "edge")
     most = float(x[-1])
-    # What drains is up with a small batch for most of that time; its load is counted where it is.
+    idle_w = float(np.max(beta))
+    drain_w = float(np.max(alpha * 0.05 * most + beta))
+    if drain_j is not None and drain_s > 0.0:
+        # The load of those requests is counted where it is planned to be.
+        served_j = drain_req * float(alpha[np.argmax(alpha * 0.5 * most + beta)])
+        drain_w = max(idle_w, (drain_j - served_j) / drain_s)
     return Supply(
         most_req_s=most,
         alpha_j_req=alpha,
         beta_w=beta,
         gap_w=gap_w,
         drain_s=drain_s,
-        drain_w=float(np.max(alpha * 0.05 * most + beta)),
+        drain_w=drain_w,
     )
 
 
-def drain_time_s(running_req: float, residence_s: float) -> float:
-    """Mean time until the last of so many requests is done, each for an exponential time.
+def drain_of(
+    instance: InstanceSpec, running_req: float, lengths: Lengths, itl_s: float
+) -> tuple[float, float]:
+    """Mean time until the last of so many running requests is done, and the energy until then.
 
-    ``residence_s`` times the harmonic number.
+    Answers have no memory: of `n` that run one is done after ``output / n`` iterations of ``T(n)``,
+    so that the time is ``sum_n output T(n) / n``. The clock is that of least energy per token
+    above rest, as :meth:`voltana_ctrl.control.assess.Assessor.thrifty_mhz` has it for who drains.
 
     Parameters
     ----------
+    instance : InstanceSpec
+        Which, a decoding one.
     running_req : float
         How many run.
-    residence_s : float
-        Mean time of each.
+    lengths : Lengths
+        Of the requests.
+    itl_s : float
+        Time between tokens that is promised.
 
     Examples
     --------
-    >>> round(drain_time_s(50.0, 10.0), 1)
-    45.0
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.laws import length_moments
+    >>> decode = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b")).instances[1]
+    >>> time_s, energy_j = drain_of(decode, 100.0, length_moments([240], [200]), 0.06)
+    >>> round(time_s, 1), round(energy_j / time_s)
+    (44.0, 112)
     """
-    n = max(1.0, running_req)
-    return residence_s * (math.log(n) + 0.5772156649 + 0.5 / n)
+    rows = instance.table[:, None]
+    n_req = np.arange(1.0, max(1.0, min(running_req, float(instance.max_batch))) + 0.5)
+    size_req = instance.profile.padded_batch()[n_req.astype(np.int64)]
+    kv_tok = n_req * lengths.context_tok
+    step_s = decode_s(rows, size_req, kv_tok)
+    drawn_j = step_s * rows["decode_power_w"] + batch_j(rows, n_req, kv_tok)
+    above_j = np.where(step_s <= itl_s, drawn_j - step_s * instance.parked_w, np.inf)
+    # Where no clock keeps the promise it is the highest.
+    above_j[-1] = np.where(np.isinf(above_j).all(axis=0), 0.0, above_j[-1])
+    best = np.argmin(above_j, axis=0)
+    each = np.arange(n_req.size)
+    iterations = lengths.output_tok / n_req
+    time_s, energy_j = (float(iterations @ values[best, each]) for values in (step_s, drawn_j))
+    return time_s, energy_j

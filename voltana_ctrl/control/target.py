@@ -20,7 +20,7 @@ from voltana_ctrl.checks import F64, I64, Bool, count, not_negative
 from voltana_ctrl.control.curve import Curve, LeastPower, Target
 from voltana_ctrl.control.groups import Node, equal_groups, everybody_on
 from voltana_ctrl.control.spare import spare_count, with_spare
-from voltana_ctrl.control.supply import FACETS, Supply, drain_time_s, supply_of
+from voltana_ctrl.control.supply import FACETS, Supply, drain_of, supply_of
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo, Tuning
 
@@ -257,11 +257,20 @@ class TargetOptimiser:
             slowest = int(np.argmin(most_req_s))
             if most_req_s[slowest] == 0.0:
                 return None
-            role = self.fleet.instances[int(group[0])].role
-            stays_s = self._stays_s(role, lengths)
-            held_req = most_req_s[slowest] * stays_s if role.decodes else 1.0
-            drain_s = drain_time_s(held_req, stays_s)
-            supplies.append(supply_of(*curves[slowest], facets=FACETS, drain_s=drain_s))
+            first = self.fleet.instances[int(group[0])]
+            stays_s = self._stays_s(first.role, lengths)
+            # Who is let go has what one of two has that could carry all.
+            held_req = 0.5 * most_req_s[slowest] * stays_s
+            drains = first.role.decodes
+            time_s, energy_j = (
+                drain_of(first, held_req, lengths, self.slo.itl_s) if drains else (stays_s, None)
+            )
+            supplies.append(
+                supply_of(
+                    *curves[slowest], facets=FACETS, drain_s=time_s, drain_j=energy_j,
+                    drain_req=held_req,
+                )
+            )  # fmt: skip
         return supplies
 
     def overload_frac(self, load: Load, route_frac: F64, belief: Belief | None = None) -> float:
