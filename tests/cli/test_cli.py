@@ -165,12 +165,16 @@ def test_the_azure_trace_runs_from_the_command_line(tmp_path, environment, share
         (["nothing"], "nothing"),
     ],
 )
-def test_bad_input_ends_with_2_and_one_line(arguments, words, tmp_path, environment):
-    done = run(*arguments, cwd=tmp_path, **environment)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert words in done.stderr
+def test_bad_input_ends_with_2_and_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["voltana-ctrl", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert words in told.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -200,7 +200,7 @@ def test_a_port_that_is_taken_ends_with_one_line(more, capsys, monkeypatch):
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"voltana-ctrl: router: 127.0.0.1:{port} cannot be listened on: ")
-    assert "--port" in line
+    assert "choose another port" in line
 
 
 def test_every_engine_is_named_by_the_help():
