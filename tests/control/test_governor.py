@@ -163,6 +163,24 @@ def test_a_colocated_instance_makes_up_for_iterations_that_prompts_stretched():
     )
 
 
+def test_prompts_that_come_more_often_are_seen_within_seconds():
+    mixed = FleetSpec.parse("1C", PROFILE).instances[0]
+    # Nobody catches up, so that what is seen of prompts alone moves the clock.
+    tuning = Tuning(repay_tok=1e9)
+
+    def clock_after(rising_s):
+        governor, ends_s = fresh(mixed, tuning=tuning), 60.0 + rising_s
+        for k in range(round(ends_s / 0.05)):
+            every = 10 if 0.05 * k < 60.0 else 3
+            tok = 250.0 if k % every == 0 else 0.0
+            governor.step(100, 4e4, tok, 0.0, 210.0, 1410.0, batch_tok=tok, t_s=0.05 * k)
+        return governor.step(100, 4e4, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=ends_s)
+
+    before_mhz, soon_mhz, settled_mhz = clock_after(0.0), clock_after(6.0), clock_after(60.0)
+    assert settled_mhz > before_mhz + 60.0
+    assert soon_mhz >= before_mhz + 0.7 * (settled_mhz - before_mhz)
+
+
 @given(
     before=st.integers(0, 50), behind=st.integers(0, 50), long_tok=st.integers(1, 200),
     typical=st.integers(1, 60), done_frac=st.floats(0.0, 1.0),

@@ -89,6 +89,18 @@ def test_a_hand_off_that_fewer_miss_than_foreseen_is_given_back_in_part():
     assert headroom.margins_frac(memory, OWN)[0] == OWN[0]
 
 
+def test_a_colocated_fleet_that_hardly_misses_gives_back_some_of_its_margin():
+    fleet = FleetSpec.parse("2C", PROFILE)
+    headroom, memory = after([finished(np.full(500, 200.0))] * 20, fleet=fleet)
+    assert headroom.margins_frac(memory, OWN) == pytest.approx([OWN[0], OWN[1] - 0.05])
+    missed = finished(np.full(20, 200.0), ttft_s=0.7, itl_s=0.07)
+    memory = headroom.update(memory, missed, running_req=100.0, feasible=True)
+    ttft, itl = headroom.margins_frac(memory, OWN)
+    # Twenty misses are worth 0.08; prompts had sunk by 0.02 and no more.
+    assert itl == pytest.approx(OWN[1] + 0.03, abs=0.002)
+    assert ttft == pytest.approx(OWN[0] + 0.06, abs=0.002)
+
+
 def test_every_late_prompt_counts_and_is_forgotten_when_others_are_in_time():
     late, fine = finished([200.0], ttft_s=0.7), finished([200.0] * 100)
     headroom, memory = after([late])

@@ -129,6 +129,7 @@ class IterationGovernor(CompiledGovernor):
                 tuning.repay_tok,
                 1.0,
                 1.0,
+                tuning.share_itl_frac * slo.itl_s,
             ],
         )
 

@@ -93,8 +93,13 @@ class HeadroomFilter:
         self._hands_off = not fleet.colocated
         self._miss_frac = 1.0 - slo.attainment
         # The governors hold the promise in the mean, so nothing is added until it is missed.
+        # How far the margin of ITL may fall. That of TTFT, which never falls below its least, keeps
+        # the smaller: what it has sunk it must climb again.
+        self._spare_frac = tuning.hand_off_spare_frac
+        if not self._hands_off:
+            self._spare_frac = max(tuning.beside_spare_frac, self._spare_frac)
         self._tracker = MarginTracker(
-            slo=slo, eta_frac=tuning.miss_step_frac, min_frac=-tuning.hand_off_spare_frac,
+            slo=slo, eta_frac=tuning.miss_step_frac, min_frac=-self._spare_frac,
             max_frac=tuning.max_margin_frac, start_frac=0.0,
             set_point_frac=1.0 - tuning.miss_frac * self._miss_frac,
         )  # fmt: skip
@@ -145,8 +150,9 @@ class HeadroomFilter:
             # `voltana_ctrl.estimate.margin`); beyond it would only remember an overload.
             tuning = self._tuning
             most = tuning.max_margin_frac + tuning.miss_step_frac * (running_req + 1.0)
+            least = [-tuning.hand_off_spare_frac, -self._spare_frac]
             tracked = MarginState(
-                raw_frac=np.minimum(tracked.raw_frac, most),
+                raw_frac=np.clip(tracked.raw_frac, least, most),
                 finished_req=tracked.finished_req,
                 missed_req=tracked.missed_req,
             )
@@ -203,7 +209,8 @@ class HeadroomFilter:
         hand_off = self.hand_off_frac(memory, noise_frac)
         # The margin of TTFT never falls below its least: where queues are short for long nobody
         # misses whatever the margin, and the next burst would find it low.
-        itl_frac = max(least_frac[1] + max(0.0, float(itl)), hand_off + float(itl))
+        added = max(0.0, float(itl)) if self._hands_off else float(itl)
+        itl_frac = max(least_frac[1] + added, hand_off + float(itl))
         return np.array([least_frac[0] + max(0.0, float(ttft)), itl_frac])
 
 

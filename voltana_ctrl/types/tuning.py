@@ -11,7 +11,10 @@ from voltana_ctrl.errors import ConfigError
 __all__ = ["Tuning"]
 
 #: What zero leaves out; all other numbers are positive.
-_MAY_BE_ZERO = ("prefill_pays_frac", "hand_off_spare_frac", "free_frac", "doubt_sd_frac", "wake_j")
+_MAY_BE_ZERO = (
+    "prefill_pays_frac", "hand_off_spare_frac", "beside_spare_frac", "free_frac", "doubt_sd_frac",
+    "wake_j",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,9 @@ class Tuning:
         Decoded tokens within which a request that prompts on a colocated instance have delayed is
         back at its ITL target. Shorter reacts to every prompt, longer is too late for short
         answers.
+    share_itl_frac : float
+        Time constant of a governor's estimate of the time that prompts take beside what decodes,
+        in ITL promises. Longer is late where the load rises, shorter follows chance.
     doubt_sd_frac : float
         Standard deviations of the estimated load that a smaller active set must be able to serve
         besides, since it would have to grow again at once.
@@ -80,6 +86,10 @@ class Tuning:
     hand_off_spare_frac : float
         How far the ITL margin may fall below what the hand-off asks for: the closed form takes
         every iteration to run at its limit, while the ladder is coarse.
+    beside_spare_frac : float
+        How far the ITL margin of a colocated fleet may fall below its least where hardly any
+        request misses: who fell behind is served faster until it has caught up, so that most
+        of what runs is ahead of the limit.
     max_margin_frac : float
         Largest margin that misses may add.
 
@@ -103,7 +113,8 @@ class Tuning:
     margin_frac: tuple[float, float] = (0.02, 0.035)
     late_frac: float = 1.5
     arrivals_ttft_frac: float = 25.0
-    repay_tok: float = 32.0
+    repay_tok: float = 14.0
+    share_itl_frac: float = 60.0
     doubt_sd_frac: float = 3.0
     catch_up_s: float = 5.0
     prefill_pays_frac: float = 0.05
@@ -124,6 +135,7 @@ class Tuning:
     miss_step_frac: float = 0.004
     miss_frac: float = 0.8
     hand_off_spare_frac: float = 0.02
+    beside_spare_frac: float = 0.05
     max_margin_frac: float = 0.5
 
     def __post_init__(self) -> None:

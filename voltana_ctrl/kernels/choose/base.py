@@ -29,7 +29,7 @@ GOVERNOR_SIGNATURE = F8(
 GOVERNOR = types.FunctionType(GOVERNOR_SIGNATURE)
 
 #: Length of a governor's memory.
-N_MEMORY = 10
+N_MEMORY = 12
 
 
 @njit([GOVERNOR_SIGNATURE])

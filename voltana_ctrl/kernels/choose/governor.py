@@ -27,7 +27,8 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
     REPAY_TOK,  # decoded tokens within which a request that fell behind catches up
     PREFILL_PACE_FRAC,  # time of what is prefilled over what the rows say
     DECODE_PACE_FRAC,  # the same of a decode iteration
-) = range(12)
+    SHARE_MEMORY_S,  # time constant of the estimate of the share that prompts take
+) = range(13)
 
 #: memory
 (
@@ -41,7 +42,9 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
     BEHIND_S,  # how far the request worst off is behind its latency target
     LONG_TOK,  # prompt that takes more than one iteration; 0: none waits
     AHEAD_TOK,  # tokens to prefill until it is done
-) = range(10)
+    RECENT_S,  # time that the recent share of prompts rests on
+    RECENT_TOK,  # prompt tokens in that time
+) = range(12)
 
 #: Below the thrifty clock room costs next to nothing, so only this part of the misses is allowed.
 _NEARLY_NONE = 0.1
@@ -140,6 +143,9 @@ def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
         memory[SPAN_S] = keep * memory[SPAN_S] + counted_s
         memory[ARRIVED_TOK] = keep * memory[ARRIVED_TOK] + arrived_tok
         memory[SPREAD_TOK2] = keep * memory[SPREAD_TOK2] + squared_tok2
+        keep = math.exp(-span_s / params[SHARE_MEMORY_S])
+        memory[RECENT_S] = keep * memory[RECENT_S] + span_s
+        memory[RECENT_TOK] = keep * memory[RECENT_TOK] + arrived_tok
         if memory[BEHIND_S] >= 0.0:
             # Of all that run, the one that began at the worst moment: Lindley's recursion.
             memory[BEHIND_S] = max(0.0, memory[BEHIND_S] + span_s - params[ITL_S])
@@ -321,6 +327,9 @@ def needed_clock(
     """
     _watch(params, memory, t_s, running_req, waiting_tok, batch_tok)
     behind_s = max(0.0, memory[BEHIND_S]) / params[REPAY_TOK]
+    recent_tok_s = 0.0
+    if memory[RECENT_S] > 0.0:
+        recent_tok_s = memory[RECENT_TOK] / memory[RECENT_S]
     top = len(rows) - 1
     while top > 0 and rows[top]["clock_mhz"] > ceiling_mhz:
         top -= 1
@@ -341,8 +350,9 @@ def needed_clock(
         step_s = 0.0
         if running_req > 0.0:
             step_s = params[DECODE_PACE_FRAC] * decode_s(row, size_req, kv_tok)
-            # Prompts of a colocated instance take their share of the time between tokens.
-            prompts_frac = waiting.rate_tok_s * params[PREFILL_PACE_FRAC] * row["prefill_tok_s"]
+            # Prompts of a colocated instance take their share of the time between tokens. A load
+            # that rises is followed within seconds: what is late by then is short answers.
+            prompts_frac = recent_tok_s * params[PREFILL_PACE_FRAC] * row["prefill_tok_s"]
             own_frac = 1.0 - params[PREFILLS] * prompts_frac
             enough = step_s + behind_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
