@@ -25,7 +25,7 @@ from voltana_ctrl.sim.plant import PlantSettings
 from voltana_ctrl.sim.traces import read_trace
 
 # The tables of docs/breadth.md were made with the reference as first shipped.
-A100, H100 = "a100-sxm-80gb/llama-3.1-8b-2026-11", "h100-sxm-80gb/llama-3.1-8b"
+A100, H100 = "a100-sxm-80gb/llama-3.1-8b", "h100-sxm-80gb/llama-3.1-8b"
 A100_70B = "a100-sxm-80gb/llama-3-70b-tp4"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 BASELINES = (
