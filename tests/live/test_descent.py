@@ -95,6 +95,16 @@ def test_lasting_misses_return_one_instance_to_the_highest_clock_and_it_comes_do
     assert run.tick(30.0, done=finished(2, 0.03))[-1, 1] == 705.0
 
 
+@pytest.mark.parametrize("burst_s", [0.2, 2.0])
+def test_a_burst_of_misses_that_is_over_returns_nobody(burst_s):
+    run = Run()
+    run.tick(15.0, done=finished(2, 0.03))
+    run.tick(burst_s, done=finished(30, 0.09))
+    clocks = run.tick(60.0, done=finished(2, 0.03))
+    assert (clocks[:, 1] == 705.0).all()
+    assert run.descent.notes(run.memory)["returned_to_highest"] == 0.0
+
+
 def test_misses_that_the_promise_allows_change_nothing():
     run, random = Run(), np.random.default_rng(0)
     run.tick(15.0)

@@ -4,7 +4,8 @@ A policy that is right about its engines may lower a clock at once. Whether it i
 before it has acted, so every instance begins at its highest clock, and what it may run at comes
 down one step per settled observation. It returns to the highest, with the reason in the log,
 
-- where requests have missed their promise for a while more often than chance allows, and
+- where requests have missed their promise for a while more often than chance allows, and go on
+  doing so (a burst that is over is no reason), and
 - where the engine does not take the time that its profile says: such a profile must be fitted anew
   before anything is lowered on its word.
 
@@ -37,6 +38,8 @@ _STEPS = 20
 _SETTLE_TTFT, _LASTING_TTFT, _MEMORY_TTFT = 0.5, 10.0, 50.0
 #: Standard deviations, and requests, by which misses must exceed what was promised.
 _BEYOND_SD, _LEAST_MISSED = 3.0, 3.0
+#: The same of those after a burst, which were looked at for a reason.
+_GOES_ON_SD = 2.0
 #: Readings older than this settle nothing.
 _FRESH_S = 2.0
 _DECODE, _PREFILL = 0, 1
@@ -61,6 +64,9 @@ class DescentMemory:
         Requests that finished and those of them that missed, TTFT and ITL, forgetting the old.
     missing_s : ndarray, shape (n,)
         Since when misses are more than chance allows; infinite where they are not.
+    since_req, since_missed_req : ndarray, shape (2, n)
+        Requests that finished later than half of the time that misses must last after that, and
+        those of them that missed.
     passes, log_pace_frac : ndarray, shape (2, n)
         Iterations compared with the profile, decode and prefill, and the mean logarithm of their
         ratio.
@@ -81,6 +87,8 @@ class DescentMemory:
     judged_req: F64
     missed_req: F64
     missing_s: F64
+    since_req: F64
+    since_missed_req: F64
     passes: I64
     log_pace_frac: F64
     strange: Bool
@@ -148,6 +156,8 @@ class Descent(Controller):
             judged_req=np.zeros((2, n)),
             missed_req=np.zeros((2, n)),
             missing_s=np.full(n, np.inf),
+            since_req=np.zeros((2, n)),
+            since_missed_req=np.zeros((2, n)),
             passes=np.zeros((2, n), np.int64),
             log_pace_frac=np.zeros((2, n)),
             strange=np.zeros((2, n), bool),
@@ -195,7 +205,7 @@ class Descent(Controller):
         keep = 1.0
         if np.isfinite(memory.t_s):
             keep = float(np.exp(-max(0.0, t_s - memory.t_s) / (_MEMORY_TTFT * self.slo.ttft_s)))
-        judged, missed = keep * memory.judged_req, keep * memory.missed_req
+        new, new_missed = np.zeros((2, *memory.judged_req.shape))
         for row, (told_s, promised_s, where) in enumerate(
             (
                 (done.ttft_s, self.slo.ttft_s, done.prefill_instance),
@@ -203,13 +213,25 @@ class Descent(Controller):
             )
         ):
             known = where >= 0
-            np.add.at(judged[row], where[known], 1.0)
-            np.add.at(missed[row], where[known], (told_s > promised_s)[known].astype(float))
+            np.add.at(new[row], where[known], 1.0)
+            np.add.at(new_missed[row], where[known], (told_s > promised_s)[known].astype(float))
+        judged = keep * memory.judged_req + new
+        missed = keep * memory.missed_req + new_missed
         allowed = (1.0 - self.slo.attainment) * judged
         beyond = allowed + _BEYOND_SD * np.sqrt(np.maximum(allowed, 1.0)) + _LEAST_MISSED
         missing = (missed > beyond).any(axis=0)
-        missing_s = np.where(missing, np.minimum(memory.missing_s, t_s), np.inf)
-        return replace(memory, judged_req=judged, missed_req=missed, missing_s=missing_s, t_s=t_s)
+        # A burst may go on for a while after it was noticed.
+        later = t_s - memory.missing_s >= 0.5 * _LASTING_TTFT * self.slo.ttft_s
+        later &= missing
+        return replace(
+            memory,
+            judged_req=judged,
+            missed_req=missed,
+            missing_s=np.where(missing, np.minimum(memory.missing_s, t_s), np.inf),
+            since_req=np.where(later, memory.since_req + new, 0.0),
+            since_missed_req=np.where(later, memory.since_missed_req + new_missed, 0.0),
+            t_s=t_s,
+        )
 
     def _compared(self, done: IterationBatch, memory: DescentMemory) -> DescentMemory:
         """Hold the profile against iterations of one phase, at a clock that did not change."""
@@ -270,7 +292,12 @@ class Descent(Controller):
         """Lower what has settled, and raise what must."""
         state, slo, t_s = observation.state, self.slo, observation.state.t_s
         strange, unproven = memory.strange.any(axis=0), self._unproven(memory)
-        lasting = t_s - memory.missing_s >= _LASTING_TTFT * slo.ttft_s
+        # What is remembered may all be of one burst: it must have gone on after that.
+        allowed = (1.0 - slo.attainment) * memory.since_req
+        goes_on = memory.since_missed_req > allowed + _GOES_ON_SD * np.sqrt(
+            np.maximum(allowed, 1.0)
+        )
+        lasting = (t_s - memory.missing_s >= _LASTING_TTFT * slo.ttft_s) & goes_on.any(axis=0)
         highest_mhz = self.fleet.max_mhz
         back = (lasting | strange | unproven) & (memory.lid_mhz < highest_mhz)
         for i in np.flatnonzero(back & lasting):
