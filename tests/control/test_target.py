@@ -335,6 +335,33 @@ def test_an_empty_fleet_changes_at_once_and_a_full_one_when_it_has_paid():
     )
 
 
+def test_who_came_last_leaves_when_that_has_paid_for_draining():
+    """A load that swings does not have an instance drain in every trough."""
+    one_decode = np.array([True, True, True, False])
+    grown = OPTIMISER.plan(Load(arrival_req_s=60.0, lengths=LENGTHS), active=one_decode)
+    assert grown.active.all()
+    assert grown.forgone_j[1] < -100.0
+    low = Load(arrival_req_s=5.0, lengths=LENGTHS)
+    present = np.full(len(FLEET), 10.0)
+    target, active, seconds = grown, grown.active, 0
+    while target.active[2:].all() and seconds < 1000:
+        target = OPTIMISER.plan(
+            low, active=active, forgone_j=target.forgone_j, lasted_s=1.0, present_req=present
+        )
+        active, seconds = target.active, seconds + 1
+    at_once = OPTIMISER.plan(
+        low, active=np.ones(4, bool), forgone_j=(0.0, 0.0), lasted_s=60.0, present_req=present
+    )
+    assert not at_once.active[2:].all()
+    assert 10 < seconds < 500
+    # A load in which everybody is needed does not clear the account.
+    again = OPTIMISER.plan(
+        Load(arrival_req_s=60.0, lengths=LENGTHS), active=np.ones(4, bool),
+        forgone_j=grown.forgone_j, lasted_s=1.0,
+    )  # fmt: skip
+    assert again.forgone_j[1] == grown.forgone_j[1]
+
+
 def test_the_dead_are_not_planned_with():
     usable = np.array([True, True, False, True])
     target = OPTIMISER.plan(Load(arrival_req_s=10.0, lengths=LENGTHS), usable=usable)

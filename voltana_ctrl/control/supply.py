@@ -9,9 +9,9 @@ import numpy as np
 from voltana_ctrl.checks import F64
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.laws import batch_j, decode_s
-from voltana_ctrl.types import InstanceSpec, Lengths
+from voltana_ctrl.types import InstanceSpec, Lengths, Slo
 
-__all__ = ["FACETS", "Supply", "drain_of", "lower_hull", "supply_of"]
+__all__ = ["FACETS", "Supply", "drain_of", "leaving_j", "lower_hull", "supply_of"]
 
 #: Facets of the power of an instance against its load.
 FACETS = 6
@@ -202,3 +202,48 @@ def drain_of(
     iterations = lengths.output_tok / n_req
     time_s, energy_j = (float(iterations @ values[best, each]) for values in (step_s, drawn_j))
     return time_s, energy_j
+
+
+def leaving_j(
+    instance: InstanceSpec,
+    loads_req_s: F64,
+    power_w: F64,
+    stays_s: float,
+    lengths: Lengths,
+    slo: Slo,
+) -> float:
+    """What an instance draws above rest while it drains, from half of the most that it carries.
+
+    Without what serving the same requests would take where more run at once; what only prefills
+    is empty at once.
+
+    Parameters
+    ----------
+    instance, lengths
+        See :func:`drain_of`.
+    loads_req_s, power_w : ndarray, shape (n,)
+        Its least power against its load, infinite where the promises cannot be kept.
+    stays_s : float
+        Time that a request spends there at most.
+    slo : Slo
+        Promises.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.laws import length_moments
+    >>> decode = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b")).instances[1]
+    >>> lengths = length_moments([240], [200])
+    >>> curve = np.array([1.0, 20.0, 40.0]), np.array([110.0, 180.0, 260.0])
+    >>> slo = Slo(ttft_s=0.6, itl_s=0.06)
+    >>> [round(leaving_j(decode, *curve, stays_s, lengths, slo)) for stays_s in (2.0, 12.0)]
+    [1235, 1666]
+    """
+    able = np.flatnonzero(np.isfinite(power_w))
+    if not able.size or not instance.role.decodes:
+        return 0.0
+    half = able[able.size // 2]
+    held_req = float(loads_req_s[half] * stays_s)
+    time_s, energy_j = drain_of(instance, held_req, lengths, slo.itl_s)
+    slope_j = (power_w[half] - power_w[0]) / max(loads_req_s[half] - loads_req_s[0], 1e-9)
+    return max(0.0, float(energy_j - instance.parked_w * time_s - held_req * slope_j))

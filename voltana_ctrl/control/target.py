@@ -20,7 +20,7 @@ from voltana_ctrl.checks import F64, I64, Bool, count, not_negative
 from voltana_ctrl.control.curve import Curve, LeastPower, Target
 from voltana_ctrl.control.groups import Node, equal_groups, everybody_on
 from voltana_ctrl.control.spare import spare_count, with_spare
-from voltana_ctrl.control.supply import FACETS, Supply, drain_of, supply_of
+from voltana_ctrl.control.supply import FACETS, Supply, drain_of, leaving_j, supply_of
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo, Tuning
 
@@ -134,7 +134,8 @@ class TargetOptimiser:
         whatever comes afterwards, no more than twice the least is spent (the rule of ski rental,
         Karlin et al. 1988). A change costs the wake-up, and a tail: while running requests are
         served to their end on the old set, half of what the two sets differ in is lost. A set that
-        cannot keep the promises changes at once.
+        cannot keep the promises changes at once; who joins decode then will have to drain one day,
+        and that has to be earned before somebody leaves again.
 
         Parameters
         ----------
@@ -383,21 +384,26 @@ class TargetOptimiser:
                 stay_w = math.inf
             changed = members[(free > 0.0)[members] != active[members]]
             role = self.fleet.instances[int(members[0])].role
-            saved_w = stay_w - free_w
-            if not role.decodes:
-                saved_w -= self.tuning.prefill_pays_frac * stay_w
+            few_w = 0.0 if role.decodes else self.tuning.prefill_pays_frac * stay_w
+            saved_w = stay_w - free_w - few_w
             shrinks = bool(np.any(active[members] & (free <= 0.0)[members]))
             if shrinks and not self._serves(load, groups, curve_of, free, 1.0 + doubt_frac):
                 saved_w = 0.0
             if saved_w > 0.0:
                 now_forgone_j = forgone_j + saved_w * lasted_s
+            now_forgone_j = now_forgone_j or min(0.0, forgone_j)  # what is owed stays so
             present = None if present_req is None else float(present_req[members].sum())
-            if np.isfinite(stay_w) and now_forgone_j <= self._change_j(
-                changed, stay_w - free_w, role, load, present
-            ):
+            change_j = self._change_j(changed, stay_w - free_w, role, load, present)
+            if np.isfinite(stay_w) and now_forgone_j <= change_j:
                 chosen = everybody_on(kept, stay, load.arrival_req_s)
             else:
-                now_forgone_j = 0.0
+                stays_s, lengths = self._stays_s(role, load.lengths), load.lengths
+                now_forgone_j = -sum(
+                    come
+                    * leaving_j(self.fleet.instances[group[0]], *curve, stays_s, lengths, self.slo)
+                    for group, curve in zip(groups, curves, strict=True)
+                    if (come := np.count_nonzero(~active[group] & (free[group] > 0.0)))
+                )
         return self._target(load, members, left, curve_of, chosen, now_forgone_j)
 
     def _keeping(
@@ -591,4 +597,4 @@ class TargetOptimiser:
 
 
 def _served(curve: _CurveOf, load_req_s: float) -> bool:
-    return bool(np.isfinite(curve(np.array([load_req_s])).power_w[0]))
+    return math.isfinite(curve(np.array([load_req_s])).power_w[0])
