@@ -156,6 +156,21 @@ def test_steady_load_leaves_the_active_set_alone(rate):
     assert np.sum(np.any(sets[1:] != sets[:-1], axis=1)) <= 1
 
 
+def test_those_whose_instance_was_lost_are_hurried():
+    failure = Failure(instance="decode-0", from_s=20.0, until_s=23.0)
+    records = driven(45.0, 45.0, faults=[failure])
+
+    def floors_mhz(from_s, until_s):
+        some = [r.applied.freq_mhz for r in records if from_s <= r.applied.t_s < until_s]
+        return np.array(some)[:, 2:]
+
+    # As long as a request stays, everybody who decodes is at the highest clock; then nobody.
+    assert (floors_mhz(20.2, 26.0)[:, 1] == 1410.0).all()
+    assert (floors_mhz(23.2, 26.0) == 1410.0).all()
+    assert floors_mhz(10.0, 20.0).max() < 1410.0
+    assert floors_mhz(38.0, 45.0).max() < 1410.0
+
+
 def test_who_does_not_get_its_clock_is_named_and_gets_what_it_can_do():
     clamp = ClockClamp(instance="decode-0", clamp_mhz=300.0, from_s=30.0)
     records = driven(45.0, 40.0, faults=[clamp])

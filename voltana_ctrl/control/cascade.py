@@ -64,6 +64,10 @@ class CascadeMemory:
         Ceilings of the last decision.
     overload_frac : float
         ITL margin that still pays where the target is not feasible.
+    held_req : ndarray, shape (n,), optional
+        What ran on each instance that was alive at the last look.
+    hurries_s : float
+        Until when all decode as fast as they can, for those whose instance was lost.
     pace : PaceMemory
         Behind the pace, the delay and the highest clock of every instance.
     belief : Belief
@@ -81,6 +85,8 @@ class CascadeMemory:
     serving: Bool | None = None
     ceiling_mhz: F64 | None = None
     overload_frac: float = 0.0
+    held_req: F64 | None = None
+    hurries_s: float = -np.inf
 
 
 class CascadeController(Controller):
@@ -284,6 +290,7 @@ class CascadeController(Controller):
                 measured_delay_s=self._measured_delay_s(),
             ),
         )
+        memory = self._count_losses(state, memory)
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
         memory, changed = self._believe(memory, margins_too=due)
         memory, moved = self._look_ahead(observation, memory, due=due)
@@ -325,6 +332,19 @@ class CascadeController(Controller):
         if not target.feasible:
             overload_frac = self._target.overload_frac(load, target.route_frac, belief)
         return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload_frac)
+
+    def _count_losses(self, state: FleetState, memory: CascadeMemory) -> CascadeMemory:
+        """Memory with until when those are hurried whose instance was lost.
+
+        They have waited for their prompts to be computed once more. At an iteration time near the
+        promise they would never make up for that; at the highest clocks most of them do.
+        """
+        before, hurries_s = memory.held_req, memory.hurries_s
+        if before is not None and np.any((before > 0.0) & ~state.alive):
+            decoded_tok = max(0.0, self._load.load(memory.load).lengths.output_tok - 1.0)
+            hurries_s = state.t_s + self.slo.ttft_s + decoded_tok * self.slo.itl_s
+        held_req = np.where(state.alive, state.running_req, 0.0)
+        return replace(memory, held_req=held_req, hurries_s=hurries_s)
 
     def _look_ahead(
         self, observation: Observation, memory: CascadeMemory, *, due: bool
@@ -465,4 +485,6 @@ class CascadeController(Controller):
             floor = np.maximum(floor, now.needed_mhz)
         if self.regime(memory) is not Regime.OPEN:
             floor = np.maximum(floor, now.thrifty_mhz)
+        if now.state.t_s < memory.hurries_s:
+            floor[self._decode] = self._max_mhz[self._decode]
         return floor
