@@ -17,12 +17,12 @@ SLO = Slo(ttft_s=0.6, itl_s=0.06)
 DT_S = 0.1
 
 
-def finished(n, itl_s, decode=1):
+def finished(n, itl_s, decode=1, ttft_s=0.2, output_tok=9.0):
     one = np.ones(n)
     return RequestBatch(
-        request=np.arange(n), request_class=0 * one, prompt_tok=100 * one, output_tok=9 * one,
-        ttft_s=0.2 * one, itl_s=itl_s * one, prefill_instance=0 * one,
-        decode_instance=decode * one,
+        request=np.arange(n), request_class=0 * one, prompt_tok=100 * one,
+        output_tok=output_tok * one, ttft_s=ttft_s * one, itl_s=itl_s * one,
+        prefill_instance=0 * one, decode_instance=decode * one,
     )  # fmt: skip
 
 
@@ -103,6 +103,17 @@ def test_a_burst_of_misses_that_is_over_returns_nobody(burst_s):
     clocks = run.tick(60.0, done=finished(2, 0.03))
     assert (clocks[:, 1] == 705.0).all()
     assert run.descent.notes(run.memory)["returned_to_highest"] == 0.0
+
+
+def test_a_burst_of_late_prompts_is_over_although_long_answers_tell_of_it_for_long():
+    """A prompt is told of when its answer is done, those of one moment for as long as 20 s."""
+    run = Run()
+    run.tick(15.0, done=finished(2, 0.03))
+    for k in range(round(20.0 / DT_S)):
+        done = finished(2, 0.03, ttft_s=0.9, output_tok=1.0 + k * DT_S / 0.03)
+        assert run.tick(DT_S, done=done)[-1].tolist() == [705.0, 705.0]
+    clocks = run.tick(60.0, done=finished(2, 0.03))
+    assert (clocks == 705.0).all()
 
 
 def test_misses_that_the_promise_allows_change_nothing():

@@ -65,8 +65,8 @@ class DescentMemory:
     missing_s : ndarray, shape (n,)
         Since when misses are more than chance allows; infinite where they are not.
     since_req, since_missed_req : ndarray, shape (2, n)
-        Requests that finished later than half of the time that misses must last after that, and
-        those of them that missed.
+        Requests that were served later than half of the time that misses must last after that,
+        and those of them that missed.
     passes, log_pace_frac : ndarray, shape (2, n)
         Iterations compared with the profile, decode and prefill, and the mean logarithm of their
         ratio.
@@ -205,31 +205,37 @@ class Descent(Controller):
         keep = 1.0
         if np.isfinite(memory.t_s):
             keep = float(np.exp(-max(0.0, t_s - memory.t_s) / (_MEMORY_TTFT * self.slo.ttft_s)))
-        new, new_missed = np.zeros((2, *memory.judged_req.shape))
-        for row, (told_s, promised_s, where) in enumerate(
+        # A request is told when it is done. What it waited for was earlier: by its answer for
+        # the first token, by half of it for the others.
+        answer_s = done.itl_s * np.maximum(done.output_tok - 1.0, 0.0)
+        later_s = memory.missing_s + 0.5 * _LASTING_TTFT * self.slo.ttft_s
+        new, new_missed, later, later_missed = np.zeros((4, *memory.judged_req.shape))
+        for row, (told_s, promised_s, where, ago_s) in enumerate(
             (
-                (done.ttft_s, self.slo.ttft_s, done.prefill_instance),
-                (done.itl_s, self.slo.itl_s, done.decode_instance),
+                (done.ttft_s, self.slo.ttft_s, done.prefill_instance, answer_s),
+                (done.itl_s, self.slo.itl_s, done.decode_instance, 0.5 * answer_s),
             )
         ):
             known = where >= 0
-            np.add.at(new[row], where[known], 1.0)
-            np.add.at(new_missed[row], where[known], (told_s > promised_s)[known].astype(float))
+            at, missed_it = where[known], (told_s > promised_s)[known].astype(float)
+            # A burst may go on for a while after it was noticed.
+            counts = (t_s - ago_s[known] >= later_s[at]).astype(float)
+            np.add.at(new[row], at, 1.0)
+            np.add.at(new_missed[row], at, missed_it)
+            np.add.at(later[row], at, counts)
+            np.add.at(later_missed[row], at, counts * missed_it)
         judged = keep * memory.judged_req + new
         missed = keep * memory.missed_req + new_missed
         allowed = (1.0 - self.slo.attainment) * judged
         beyond = allowed + _BEYOND_SD * np.sqrt(np.maximum(allowed, 1.0)) + _LEAST_MISSED
         missing = (missed > beyond).any(axis=0)
-        # A burst may go on for a while after it was noticed.
-        later = t_s - memory.missing_s >= 0.5 * _LASTING_TTFT * self.slo.ttft_s
-        later &= missing
         return replace(
             memory,
             judged_req=judged,
             missed_req=missed,
             missing_s=np.where(missing, np.minimum(memory.missing_s, t_s), np.inf),
-            since_req=np.where(later, memory.since_req + new, 0.0),
-            since_missed_req=np.where(later, memory.since_missed_req + new_missed, 0.0),
+            since_req=np.where(missing, memory.since_req + later, 0.0),
+            since_missed_req=np.where(missing, memory.since_missed_req + later_missed, 0.0),
             t_s=t_s,
         )
 
