@@ -28,20 +28,26 @@ class Guard:
     """Makes every decision safe to apply; pure and idempotent.
 
     Order of precedence: supported clock, then the power ceiling, then the SLO, then energy.
-    A ceiling is rounded down to a supported clock and may fall at once; a floor is rounded up
-    and falls no faster than the slew, unless the ceiling forces it. A decision whose status
-    is not OK, or one made on stale readings, is replaced: by the last one for `hold_s`, then
-    by the highest clock with equal shares, both under the lower of the last ceiling and the
-    one it asks for.
+    A ceiling is rounded down to a supported clock, or up to the lowest if it is below that, and may
+    fall at once. A floor is rounded up to a supported clock and falls no faster than the slew,
+    but never lies above the ceiling.
+
+    A decision is replaced if its status is not OK, or if the readings of all instances are older
+    than `stale_s`. The decision applied last stands in until it is `hold_s` old, after that the
+    highest clocks with equal shares. No stand-in passes the ceiling that held last, nor the one of
+    the decision that it replaces.
+
+    Dead, parked and full instances get no new work while another of their phase is left. In a
+    phase where nobody may work, everybody who lives must. Roles that cannot be had are left out.
 
     Parameters
     ----------
     spec : FleetSpec
         The fleet.
     slew_mhz_s : float
-        Largest fall of a floor per second.
+        Largest fall of a floor per second; by default as good as none.
     stale_s : float
-        Readings older than this are not acted on.
+        Age in seconds; where all readings are older, the decision is replaced.
     hold_s : float
         How long the last decision stands in for one that may not be applied.
     kv_full_frac : float

@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the server extra")
 
+from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.serving import server as module
-from voltana_ctrl.serving.server import ServerThread, _quiet_when_full
+from voltana_ctrl.serving.server import ServerThread, _quiet_when_full, listen
 
 
 class Loop:
@@ -96,3 +97,8 @@ def test_half_of_the_descriptors_stay_free(monkeypatch):
         assert len(server._server.server_state.connections) == 4
         for one in held:
             one.close()
+
+
+def test_a_host_that_is_no_name_is_refused():
+    with pytest.raises(ConfigError, match="router: host: expected a name or an address"):
+        listen("x" * 64, 0, what="router")

@@ -256,17 +256,27 @@ class Assessor:
         return float(np.sum(running[crowded] * (1.0 - itl_s / step_s[crowded])))
 
     def worst_power_w(self, state: FleetState, load: Load, active: Bool) -> F64:
-        """Most that each instance can draw before the next decision, shape (n, n_clocks).
+        """Most that each instance is expected to draw until the next decision, at each clock.
 
-        Not falling with the clock; short ladders are filled up with their top. Prefill: busy.
-        Decode: the present batch and a tenth more. Idle where nothing runs and nothing is sent.
+        An instance that has work, or may get some, is taken for busy. One that prefills draws what
+        a prompt takes. One that decodes draws what a batch does of 1.1 times the requests that
+        run and wait there and eight more, as far as its largest batch allows. One that does both
+        draws the larger of the two, with prompts beside decoding. Any other is idle.
 
         Parameters
         ----------
-        state, load
-            See :meth:`clocks_mhz`.
+        state : FleetState
+            Queues and batches.
+        load : Load
+            What arrives; the length of its prompts is what a request has in the KV cache at least.
         active : ndarray of bool, shape (n,)
             Who may get new work.
+
+        Returns
+        -------
+        ndarray, shape (n, n_clocks)
+            Watts. They never fall from one clock to the next; a ladder shorter than the longest
+            repeats its last value.
 
         Examples
         --------

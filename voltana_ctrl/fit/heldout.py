@@ -36,20 +36,21 @@ Split = Literal["batch", "clock"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Laws:
-    """Time and energy of both phases; a part is None where the table has no rows for it.
+    """Fitted laws, by which the time and the energy of the rows of a table can be predicted.
 
     Parameters
     ----------
     decode : DecodeTime or None
-        Time of decode iterations.
+        Time of decode iterations; None where the table has none.
     prefill : PrefillTime or None
-        Time of prefill iterations.
+        Time of prefill iterations; None where the table has none.
     power : PowerLaw or None
-        Power and energy.
+        Power and energy; None where no busy row of the table has an energy.
     batch_steps : tuple of (upto_req, step_req)
-        Padding of the decode batch.
+        Which batch sizes run: one above the bound before and up to `upto_req` runs as the next
+        multiple of `step_req`, see :class:`~voltana_ctrl.types.Profile`.
     idle_w : float
-        Power while the GPU waits for the host.
+        Watts that the GPU draws while it waits for the host; 0 where the table does not tell.
 
     Examples
     --------

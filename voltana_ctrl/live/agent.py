@@ -48,7 +48,7 @@ class Switchable(Protocol):
 
     @property
     def acts(self) -> bool:
-        """Whether anything can be set, now."""
+        """Whether decisions are carried out: not without hardware, nor after :meth:`release`."""
 
     def read(self) -> Observation:
         """State now."""

@@ -181,14 +181,22 @@ def encoded(body: dict[str, Any]) -> bytes:
 
 
 def spliced(content: bytes, extra: dict[str, Any]) -> bytes:
-    """Body with more fields, which it does not have yet; the rest stays byte for byte.
+    """JSON object with more fields before its own; what follows its brace stays byte for byte.
+
+    The caller sees to it that the object has none of these fields: one that it has would stand
+    there twice.
 
     Parameters
     ----------
     content : bytes
-        A JSON object.
+        A JSON object; anything else is returned as it is, without the fields.
     extra : dict
         The fields.
+
+    Raises
+    ------
+    BadBody
+        If a number in the fields is out of range.
 
     Examples
     --------

@@ -95,12 +95,12 @@ def least_queue_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
 
 
 def shortest_router(fleet: FleetSpec, phase: Phase) -> CompiledRouter:
-    """Join the shortest queue: fewest requests running or waiting.
+    """Join the shortest queue: fewest requests running or waiting, the first among equals.
 
     Parameters
     ----------
     fleet : FleetSpec
-        The fleet, as believed.
+        The fleet, with the profiles that the policy believes in.
     phase : {"prefill", "decode"}
         Which instances it picks from.
 

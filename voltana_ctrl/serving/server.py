@@ -157,23 +157,25 @@ def _quiet_when_full(what: str) -> Callable[[asyncio.AbstractEventLoop, dict[str
 
 
 def listen(host: str, port: int, *, what: str) -> list[socket.socket]:
-    """Sockets that clients can connect to, before anything is promised.
+    """Sockets that listen already, so that a port that is taken is found out before all else.
+
+    Before a URL is printed, that is, and before a GPU is touched. Whoever asked closes them.
 
     Parameters
     ----------
     host : str
         Name or address; one socket for each address that it has.
     port : int
-        0 for any that is free.
+        0 to 65535; with 0 each address gets a port of its own that is free.
     what : str
         Who listens, for errors.
 
     Raises
     ------
     ConfigError
-        If there is no such port.
+        If the port is not within 0 to 65535, or the host is no name that can be looked up.
     BackendError
-        If it cannot be listened on.
+        If the host has no address, or one that cannot be listened on.
 
     Examples
     --------
@@ -190,6 +192,8 @@ def listen(host: str, port: int, *, what: str) -> list[socket.socket]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, _, _, _, address in dict.fromkeys(found):
             made.append(socket.create_server(address[:2], family=family, backlog=_BACKLOG))
+    except UnicodeError as error:  # such as a part of more than 63 characters
+        raise ConfigError(f"{what}: host: expected a name or an address, got {host!r}") from error
     except OSError as error:
         for one in made:
             one.close()

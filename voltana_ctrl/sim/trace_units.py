@@ -27,7 +27,20 @@ _FITTING_FRAC = 0.99
 
 
 def on_quanta(stamps: Stamps) -> bool:
-    """Whether all stamps are multiples of 3 s, in milliseconds and give or take one."""
+    """Whether all stamps, read as milliseconds, are within 1 ms of a multiple of 3 s.
+
+    So are those of Mooncake's published traces, which tells their unit.
+
+    Parameters
+    ----------
+    stamps : ndarray, shape (n,)
+        As the file has them.
+
+    Examples
+    --------
+    >>> on_quanta(np.array([0.0, 3000.0, 5999.0])), on_quanta(np.array([0.0, 1500.0]))
+    (True, False)
+    """
     return bool(np.all(np.abs(stamps - QUANTUM_MS * np.rint(stamps / QUANTUM_MS)) <= 1.0))
 
 

@@ -144,7 +144,19 @@ class HeldGpu:
                 self.cap_inert = False
 
     def fail(self, error: BackendError, t_s: float) -> None:
-        """It does not answer; one that is lost may have lost what was set, too."""
+        """Note that the GPU did not answer, and why.
+
+        Once the driver says that it is gone, or it has never answered, or not for longer than
+        :data:`~voltana_ctrl.backends.meter.FRESH_S`, what was set on it is taken for lost, so that
+        the next apply sets it again.
+
+        Parameters
+        ----------
+        error : BackendError
+            What the driver said.
+        t_s : float
+            When, on the backend's clock.
+        """
         self.failure = str(error)
         self.meter.fail(t_s, self.failure, lost=isinstance(error, GpuLost))
         if not self.meter.alive(t_s):

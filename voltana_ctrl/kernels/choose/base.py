@@ -9,7 +9,11 @@ oldest_wait_s, floor_mhz, ceiling_mhz) -> freq_mhz``
 rows : records of PROFILE_DTYPE, the believed coefficients per clock of this instance
 padded : int64, executed size of every batch size
 params, memory : float64, settings of this instance and what it remembers (writable)
+t_s : time now
+running_req, kv_tok : requests that this iteration decodes, and their tokens in the KV cache
 waiting_tok : prompt tokens not prefilled yet, this iteration's `batch_tok` included
+oldest_wait_s : how long the oldest of those prompts has waited
+floor_mhz, ceiling_mhz : between which clocks it may choose
 """
 
 from numba import types

@@ -65,6 +65,8 @@ def batch_s(row, pace_frac, tok, typical_tok):
 def squared_tok(waiting_tok, ahead_tok, long_tok, typical_tok):
     """Squared context that is left to attend to: the coefficient of the quadratic time.
 
+    The last ``a`` tokens of a prompt of ``l`` attend to ``l^2 - (l - a)^2 = a (2 l - a)``.
+
     Of the prompts that wait, the first `ahead_tok` tokens end with one of `long_tok`, whose
     last tokens cost most; the others have typical length.
     """
@@ -88,16 +90,18 @@ def until_done_s(present_s, asked_s, delay_s):
 
 @njit(F8(F8, F8, F8, F8))
 def late_frac(slack_s, sd_s, over_s, skew_frac):
-    """Part of the requests that are late, where slack is left to the one that waits longest.
+    """Bound on the part of requests that are late; it may exceed 1.
 
-    Those that wait are spread evenly over `over_s`, and what they wait for varies by `sd_s`: of a
-    part ``u`` of them less than ``u over + slack`` may be added to it, so that
+    Requests come evenly over `over_s`. The first of them has `slack_s` left, and one that comes a
+    part ``u`` of the span later has ``slack + u over``. What all of them wait for varies by
+    ``sd Z``, where ``Z`` has mean 0 and variance 1. The part that is late is
 
         ``int_0^1 P(sd Z > slack + u over) du <= (sd / over) L(slack / sd)``
 
-    is late, with the unit loss ``L(z) = E[max(0, Z - z)]``. It is ``phi(z) - z (1 - Phi(z))`` of a
-    normal ``Z`` and ``exp(-1 - z)`` of an exponential one, as what comes in clusters is, which
-    has the weight `skew_frac`.
+    with the unit loss ``L(z) = E[max(0, Z - z)]``. For a normal ``Z`` it is
+    ``phi(z) - z (1 - Phi(z))``. What comes in clusters is nearer to an exponential one less its
+    mean, whose loss is ``exp(-1 - z)`` above ``z = -1`` and ``-z`` below; that has the weight
+    `skew_frac`.
     """
     if not over_s > 0.0:
         return 0.0 if slack_s >= 0.0 else 1.0
@@ -180,7 +184,8 @@ def _next_late_frac(
     )
     noise_s = params[NOISE_FRAC] * (done_s + next_s)
     sd_s = math.sqrt((more_s - next_s) * (more_s - next_s) + noise_s * noise_s)
-    # Less than one cluster is expected where the spread is larger than the mean.
+    # Less than one cluster is expected where the spread is larger than the mean. With more of them
+    # their sum becomes normal: the weight falls with the square of their number.
     skew_frac = 1.0
     if arrived_tok > sd_tok:
         skew_frac = (sd_tok / arrived_tok) ** 4
@@ -275,6 +280,7 @@ def _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed):
         params[DELAY_S],
     )
     if not doomed:
+        # As if what waits had come evenly over the time that it takes to serve.
         left_s = params[TTFT_S] - waiting.oldest_s
         if late_frac(left_s - head_s, noise_frac * head_s, head_s, 0.0) > miss_frac:
             return False
@@ -316,14 +322,24 @@ def needed_clock(
     floor_mhz,
     ceiling_mhz,
 ):
-    """Lowest clock between floor and ceiling at which this iteration keeps the targets.
+    """Lowest clock [MHz] at which this iteration keeps the targets; updates `memory`.
 
-    Decode: the iteration is within the ITL target. Prefill: the oldest prompt is done within
-    the TTFT target, and so is all that waits behind it; and so are prompts that arrive while
-    this iteration runs, served in the next one at the ceiling together with what may arrive by
-    then, but for the part that the promise allows (:func:`late_frac`). Up to the thrifty clock
-    hardly any may be late even at the thrifty clock: below it a clock saves next to nothing per
-    token, above it every token costs more. Actuation delay counts.
+    It is at least the floor and at most the ceiling, and the ceiling if no clock is enough. The
+    arguments are those of :data:`~voltana_ctrl.kernels.choose.base.GOVERNOR_SIGNATURE`.
+
+    Decode: the iteration, and the part of earlier lateness that it is to make up for, take no
+    longer than the ITL target less the share of the time that prompts take on a colocated
+    instance. The iteration is taken to run at its clock at once.
+
+    Prefill (:func:`_in_time`), where the delay until a clock runs counts: the oldest prompt is done
+    within the TTFT target, and so is what waits behind it, served at this clock or the
+    thrifty one, whichever is higher. So are prompts that arrive while this iteration runs, served
+    in the next one at the ceiling, but for the part that the promise allows (:func:`late_frac`).
+    A clock below the thrifty one saves next to nothing, so it must pass a stricter test: of what
+    arrives until the oldest prompt is done, a tenth of that part may be late at the thrifty clock.
+
+    A long prompt that no clock serves in time any more asks for the thrifty clock only. A clock
+    that was raised stays for the dwell time.
     """
     _watch(params, memory, t_s, running_req, waiting_tok, batch_tok)
     behind_s = max(0.0, memory[BEHIND_S]) / params[REPAY_TOK]
