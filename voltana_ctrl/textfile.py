@@ -277,7 +277,8 @@ def parquet_rows(path: Path) -> list[dict[str, Any]]:
             f"{path}: Parquet needs pyarrow (pip install pyarrow), or write CSV"
         ) from error
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        # `parquet.read_table` would load pandas where it is installed, which takes a second.
+        rows: list[dict[str, Any]] = parquet.ParquetFile(path).read().to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ConfigError(f"{path}: cannot be read as Parquet: {error}") from error
     return rows
