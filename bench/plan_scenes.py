@@ -266,7 +266,8 @@ def _trace(wake_s: float) -> Scene:
 
 
 CUT_S, LIFT_S = WARMUP_S + 600.0, WARMUP_S + 1500.0
-CUT = {"duration_s": 2400.0, "fleet": "2P2D", "rate": 65.0, "deadline_s": 1800.0}
+#: Half an hour after the cut, so that what waited then has the time that it was given.
+CUT = {"duration_s": 3600.0, "fleet": "2P2D", "rate": 65.0, "deadline_s": 1800.0}
 
 
 def kept(load: Workload, keep: np.ndarray) -> Workload:

@@ -342,3 +342,28 @@ def test_the_dear_block_is_spared_on_the_plant():
     # Per token: work that waited from before the window is served in it.
     per_token = [each["cost"] / each["tokens_out"] for each in (ours, at_once)]
     assert per_token[0] < 0.97 * per_token[1]
+
+
+@pytest.mark.parametrize("moves_frac", [0.0, 0.5, 1.0])
+def test_who_comes_later_is_due_as_deadlines_went(moves_frac):
+    """With as much time as the others, or all at six: told by the deadlines of the newest."""
+    deferral, memory = Deferral(), Deferral().init()
+    rate, allowed_s, lead_s = 2.0, 1000.0, 100.0
+    deadlines: list[float] = []
+    for second in range(401):
+        t_s = float(second)
+        due_s = allowed_s + moves_frac * t_s
+        deadlines += [due_s] * int(rate)
+        backlog = Backlog(
+            deadline_s=deadlines, prompt_tok=[100.0] * len(deadlines), arrived_req=rate
+        )
+        memory = deferral.count(memory, t_s, backlog)
+    end_s = np.array([200.0, 400.0, 600.0, 900.0, 1500.0])
+    come, due = deferral.flows(memory, end_s, lead_s=lead_s)
+    # Whoever comes, counted one by one.
+    later_s = np.arange(0.0, 1500.0, 0.5) + 0.25
+    due_at_s = allowed_s + moves_frac * (400.0 + later_s) - lead_s - 400.0
+    for k, end in enumerate(end_s):
+        held = np.sum(np.array(deadlines) - 400.0 - lead_s <= end)
+        expected = held + np.sum((due_at_s <= end) & (later_s <= end))
+        assert due[k] == pytest.approx(min(expected, come[k]), rel=0.03, abs=20.0)

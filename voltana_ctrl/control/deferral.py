@@ -19,6 +19,8 @@ __all__ = ["Deferral", "DeferralMemory"]
 
 #: How long the rate at which they come is remembered.
 _MEMORY_S = 300.0
+#: How long it is remembered how deadlines went.
+_DUE_MEMORY_S = 60.0
 #: A plan lets in so many mean answers before the deadline: of exponential lengths one in 20,000 is
 #: longer. Whatever it says, and whoever suffers from it, the last chance is shorter.
 _LONGEST, _LAST = 10.0, 5.0
@@ -36,6 +38,11 @@ class DeferralMemory:
         Discounted time and arrivals.
     allowed_s : float
         Time that the newest have; 0 before there was any.
+    moves_frac : float
+        By how much later who comes a second later is due: 1 where each has as much time as the
+        others, 0 where all are due at one time.
+    newest_s, came_s : float
+        Deadline of the newest and when it came; negative before there was any.
     deadline_s : ndarray, shape (k,)
         Of those that are held, ascending.
 
@@ -50,6 +57,9 @@ class DeferralMemory:
     arrived_req: float
     allowed_s: float
     deadline_s: F64
+    moves_frac: float = 1.0
+    newest_s: float = -1.0
+    came_s: float = -1.0
 
     def __post_init__(self) -> None:
         freeze_fields(self, ("deadline_s",), (np.asarray(self.deadline_s).size,))
@@ -100,12 +110,19 @@ class Deferral:
             dt_s = t_s - memory.t_s
             kept = math.exp(-dt_s / _MEMORY_S)
             span_s, arrived_req = kept * span_s + dt_s, kept * arrived_req + backlog.arrived_req
-        allowed_s = memory.allowed_s
-        if backlog.arrived_req > 0.0 and len(backlog):
-            allowed_s = max(0.0, float(backlog.deadline_s[-1]) - t_s)
+        memory = replace(
+            memory, t_s=t_s, span_s=span_s, arrived_req=arrived_req, deadline_s=backlog.deadline_s
+        )
+        if backlog.arrived_req == 0.0 or not len(backlog):
+            return memory
+        newest_s, moves_frac = float(backlog.deadline_s[-1]), memory.moves_frac
+        if t_s > memory.came_s >= 0.0:
+            passed_s = t_s - memory.came_s
+            moved_frac = min(1.0, max(0.0, (newest_s - memory.newest_s) / passed_s))
+            moves_frac += -math.expm1(-passed_s / _DUE_MEMORY_S) * (moved_frac - moves_frac)
         return replace(
-            memory, t_s=t_s, span_s=span_s, arrived_req=arrived_req, allowed_s=allowed_s,
-            deadline_s=backlog.deadline_s,
+            memory, allowed_s=max(0.0, newest_s - t_s), moves_frac=moves_frac, newest_s=newest_s,
+            came_s=t_s,
         )  # fmt: skip
 
     def lead_s(self, ttft_s: float, residence_s: float, *, last: bool = False) -> float:
@@ -142,7 +159,9 @@ class Deferral:
         rate_req_s, held = memory.rate_req_s, float(len(memory.deadline_s))
         left_s = memory.deadline_s - memory.t_s - lead_s
         due = np.searchsorted(left_s, end_s, side="right").astype(np.float64)
-        due += rate_req_s * np.maximum(end_s - max(0.0, memory.allowed_s - lead_s), 0.0)
+        after_s = np.maximum(end_s - max(0.0, memory.allowed_s - lead_s), 0.0)
+        # Who comes u seconds from now is due `moves u` after the newest.
+        due += rate_req_s * np.minimum(after_s / max(memory.moves_frac, 1e-3), end_s)
         come = held + rate_req_s * end_s
         return come, np.minimum(due, come)
 
