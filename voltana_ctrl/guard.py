@@ -45,9 +45,9 @@ class Guard:
     spec : FleetSpec
         The fleet.
     slew_mhz_s : float
-        Largest fall of a floor per second; by default as good as none.
+        How many MHz a floor may fall per second; the default is too much to bind.
     stale_s : float
-        Age in seconds; where all readings are older, the decision is replaced.
+        Age of readings; where those of all instances are older, the decision is replaced.
     hold_s : float
         How long the last decision stands in for one that may not be applied.
     kv_full_frac : float
@@ -113,12 +113,13 @@ class Guard:
         observation : Observation
             What it was made on.
         last : Decision, optional
-            What was applied before.
+            The decision that was applied last; None at the first tick.
 
         Returns
         -------
         Decision
-            Its status says why, where it is not the controller's own.
+            The proposed one, made safe. If a stand-in replaces it, its status says why
+            (``STALE``, ``FAILED``, ...); a decision that is held keeps its own `t_s`.
         """
         state = observation.state
         status = proposed.status

@@ -44,7 +44,7 @@ class ActuatorMemory:
     since_s : ndarray, shape (n,)
         When it was chosen.
     mean_w : ndarray, shape (n,)
-        Mean power since then.
+        Mean power since then, the latest weighing most.
     refused : ndarray of bool, shape (n,)
         Instances that did not obey a cap; nothing but clock locks for them.
     t_s : float
@@ -144,18 +144,24 @@ class ActuatorChooser(Controller):
         Parameters
         ----------
         memory : ActuatorMemory
-            Of the last tick.
+            What :meth:`decide` returned at the last tick.
         """
         others = float(np.count_nonzero(memory.chosen >= 0))
         return {**self._inner_notes(memory.inner), "other_actuators": others}
 
     def settings(self, memory: ActuatorMemory) -> tuple[ActuatorSetting | None, ...]:
-        """Setting of each instance; None where its clock is locked.
+        """Setting that is in force on each instance.
 
         Parameters
         ----------
         memory : ActuatorMemory
-            Of the last tick.
+            What :meth:`decide` returned at the last tick.
+
+        Returns
+        -------
+        tuple of ActuatorSetting or None, length n
+            None where nothing but the clock lock that `inner` asks for is used. A setting may lock
+            the clock, too, together with what else it sets.
         """
         return tuple(
             choice.table.settings[number] if number >= 0 else None

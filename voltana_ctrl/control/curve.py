@@ -32,13 +32,14 @@ class Curve:
     Parameters
     ----------
     arrival_req_s : ndarray, shape (n_loads,)
-        Loads.
+        Loads [req/s].
     power_w : ndarray, shape (n_loads,)
-        Least power; inf where the promises cannot be kept.
+        Least mean power at each load; inf where the promises cannot be kept.
     floor_row : ndarray of int, shape (n_loads,)
-        Row of the clock (of the floor, where a governor runs above it).
+        Row of the profile's table, and so of the clock, at which it is drawn; where a governor
+        runs above it, the row of the floor.
     miss_frac : ndarray, shape (n_loads,)
-        Share of requests predicted to miss.
+        Share of requests that are predicted to miss a promise there.
     """
 
     arrival_req_s: F64
@@ -56,18 +57,22 @@ class Target:
     active : ndarray of bool, shape (n,)
         Who takes new work.
     route_frac : ndarray, shape (n,)
-        Share of the arrivals of its phase.
+        Share of the arrivals that each instance gets; the shares of a phase add up to 1.
     floor_mhz : ndarray, shape (n,)
         Lowest clock; the clock itself where no governor runs.
     power_w : ndarray, shape (n,)
-        Predicted mean power.
+        Predicted mean power; 0 where an instance gets more than it can serve.
     price_j_req : ndarray, shape (n,)
-        Marginal energy of one more request there.
+        Marginal energy of one more request there. Beyond what the instance can serve no energy
+        tells it, and a price stands that is ten times the highest of its group.
     feasible : bool
-        Whether the promises can be kept; if not, everybody is active and fast.
+        Whether all phases can keep the promises. In one that cannot, every usable instance is
+        active, with a share by its speed, and its floor is no higher than helps to serve more of
+        the requests in time.
     forgone_j : ndarray, shape (n_phases,)
         Energy that the active set of each phase has cost more than the best one would have, since
-        the two began to differ; see :meth:`TargetOptimiser.plan`.
+        the two began to differ. Negative while a change has yet to be earned back; see
+        :meth:`TargetOptimiser.plan`.
     """
 
     active: Bool
@@ -85,7 +90,7 @@ class LeastPower:
     Parameters
     ----------
     instance : InstanceSpec
-        Which.
+        The instance.
     slo, margin_frac, delay_s, governed
         See :class:`voltana_ctrl.control.TargetOptimiser`.
     pace_frac : tuple of float
@@ -142,12 +147,17 @@ class LeastPower:
         self._itl_margin_frac = margin_frac[1]
 
     def at(self, lengths: Lengths) -> Callable[[F64], Curve]:
-        """Curve at these lengths: a function of loads [req/s], each > 0.
+        """Curve at these lengths, as a function of the load.
 
         Parameters
         ----------
         lengths : Lengths
-            Of the requests.
+            Prompt and output lengths of the requests.
+
+        Returns
+        -------
+        callable
+            Takes an array of loads [req/s], each > 0, and returns their :class:`Curve`.
         """
         if self.instance.role is Role.PREFILL:
             return self._prefill(lengths)
@@ -214,7 +224,12 @@ class LeastPower:
         arrival_req_s : float
             Load of this instance.
         lengths : Lengths
-            Of the requests.
+            Prompt and output lengths of the requests.
+
+        Returns
+        -------
+        float
+            Between 0 and 0.4: iterations are to be so much shorter, relative.
 
         Examples
         --------
@@ -245,7 +260,7 @@ class LeastPower:
         Parameters
         ----------
         lengths : Lengths
-            Of the requests.
+            Prompt and output lengths of the requests.
         """
         row = self.rows[-1]
         if self.instance.role is Role.PREFILL:
@@ -255,12 +270,12 @@ class LeastPower:
         return float(1.0 / (growth_s * max(1.0, lengths.output_tok - 1.0)))
 
     def station(self, lengths: Lengths, *, aim_s: float | None = None) -> tuple[Any, ...]:
-        """The decode station at these lengths, as its kernels take it.
+        """The decode station at these lengths, as the arguments that its kernels take.
 
         Parameters
         ----------
         lengths : Lengths
-            Of the requests.
+            Prompt and output lengths of the requests.
         aim_s : float, optional
             Iteration time that the governor aims at; the promise less its margin by default.
         """

@@ -33,18 +33,20 @@ class DeferralMemory:
     Parameters
     ----------
     t_s : float
-        Time of the last look; negative before the first.
+        Time of the last look; negative until there was any such request.
     span_s, arrived_req : float
-        Discounted time and arrivals.
+        Seconds since the first look, and requests that came after it, both discounted with a time
+        constant of 300 s.
     allowed_s : float
-        Time that the newest have; 0 before there was any.
+        Time that a request is expected to have when it comes: at the last look at which any had
+        come, how long it was until the latest deadline of all that were held. 0 before.
     moves_frac : float
         By how much later who comes a second later is due: 1 where each has as much time as the
         others, 0 where all are due at one time.
     newest_s, came_s : float
-        Deadline of the newest and when it came; negative before there was any.
+        That latest deadline, and the time of that look; negative before there was any.
     deadline_s : ndarray, shape (k,)
-        Of those that are held, ascending.
+        Times by which those that are held are due, ascending.
 
     Examples
     --------
@@ -66,7 +68,7 @@ class DeferralMemory:
 
     @property
     def rate_req_s(self) -> float:
-        """Rate at which they come."""
+        """Requests that may wait and come per second; 0 until a second look."""
         return self.arrived_req / self.span_s if self.span_s > 0.0 else 0.0
 
 
@@ -99,9 +101,15 @@ class Deferral:
         memory : DeferralMemory
             Not changed.
         t_s : float
-            Now.
+            Time of this look.
         backlog : Backlog
             What is held, and what came since the last look.
+
+        Returns
+        -------
+        DeferralMemory
+            The same memory as long as nothing was ever held. What came before the first look does
+            not count toward the rate: nobody knows in what time it came.
         """
         if memory.t_s < 0.0 and backlog.arrived_req == 0.0 and not len(backlog):
             return memory
@@ -133,9 +141,14 @@ class Deferral:
         ttft_s : float
             Time to the first token that is promised to others.
         residence_s : float
-            Mean time in decode.
+            Mean time of a request in decode.
         last : bool
-            At the last chance, and not as planned.
+            Whether it is the last chance that is asked for, and not the plan.
+
+        Returns
+        -------
+        float
+            Seconds: `ttft_s` and ten times `residence_s`, at the last chance five times.
         """
         return ttft_s + (_LAST if last else _LONGEST) * residence_s
 
@@ -154,7 +167,8 @@ class Deferral:
         Returns
         -------
         come_req, due_req : ndarray, shape (n_steps,)
-            Requests, those that are held now among them.
+            Requests since now by each time, those that are held now among them: how many will
+            have come, and how many of those must have been let in.
         """
         rate_req_s, held = memory.rate_req_s, float(len(memory.deadline_s))
         left_s = memory.deadline_s - memory.t_s - lead_s
@@ -166,7 +180,7 @@ class Deferral:
         return come, np.minimum(due, come)
 
     def pace_req_s(self, memory: DeferralMemory, *, lead_s: float) -> float:
-        """Lowest steady rate at which all that are held are let in in time; without a plan.
+        """Lowest steady rate [req/s] at which all that are held are let in in time; without a plan.
 
         Parameters
         ----------

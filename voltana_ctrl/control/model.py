@@ -42,11 +42,11 @@ class LinearModel:
     a, b, e : ndarray, shapes (n_state, n_state), (n_state, n_input), (n_state, n_disturbance)
         State, input and disturbance matrices.
     c : ndarray, shape (n_state,)
-        What is left of the linearisation.
+        The constant that makes the model exact where it was linearised.
     dt_s : float
         Period; 0 for continuous time.
     states, inputs, disturbances : tuple of str
-        Names, with their units as suffix.
+        Names of the components of x, u and w, with their units as suffix.
 
     Raises
     ------
@@ -82,12 +82,17 @@ class LinearModel:
             object.__setattr__(self, name, array)
 
     def step(self, state: Any, inputs: Any, disturbances: Any) -> Matrix:
-        """State after one period.
+        """State after one period; of a continuous model (`dt_s` of 0) its rate of change.
 
         Parameters
         ----------
         state, inputs, disturbances : array_like, shape (n_state,), (n_input,), (n_disturbance,)
-            Held over the period.
+            The state now, and what is held over the period.
+
+        Returns
+        -------
+        ndarray, shape (n_state,)
+            In the units of `states`; of a continuous model per second.
         """
         after: Matrix = (
             self.a @ np.asarray(state, dtype=np.float64)
@@ -98,17 +103,22 @@ class LinearModel:
         return after
 
     def discrete(self, dt_s: float) -> LinearModel:
-        """Zero-order hold of a continuous model.
+        """Zero-order hold of a continuous model: exact where inputs change only between periods.
 
         Parameters
         ----------
         dt_s : float
             Period, > 0.
 
+        Returns
+        -------
+        LinearModel
+            The same states, inputs and disturbances, in steps of `dt_s`.
+
         Raises
         ------
         ConfigError
-            If the model is discrete already.
+            If the period is not positive, or the model is discrete already.
         """
         positive("LinearModel.discrete(dt_s)", dt_s)
         if self.dt_s != 0.0:
@@ -130,12 +140,17 @@ class LinearModel:
         )
 
     def steady(self, inputs: Any, disturbances: Any) -> Matrix:
-        """State that these inputs and disturbances hold for ever.
+        """State that does not change while these inputs and disturbances are held.
 
         Parameters
         ----------
         inputs, disturbances : array_like, shape (n_input,), (n_disturbance,)
-            Held.
+            In the units of their names.
+
+        Returns
+        -------
+        ndarray, shape (n_state,)
+            In the units of `states`.
 
         Raises
         ------
@@ -191,12 +206,26 @@ class LinearModel:
 
 
 def prefill_model(dt_s: float) -> LinearModel:
-    """Prefill queue over one period: an integrator.
+    """Prefill queue over one period: an integrator, ``q+ = q + dt (arrivals - service)``.
+
+    Its state is `queue_tok`, queued prompt tokens; its input `service_tok_s`, prompt tokens that
+    are processed per second; its disturbance `arrival_tok_s`, prompt tokens that arrive per second.
+    Nothing stops at an empty queue: the state may become negative.
 
     Parameters
     ----------
     dt_s : float
         Period.
+
+    Returns
+    -------
+    LinearModel
+        Discrete, with period `dt_s`.
+
+    Raises
+    ------
+    ConfigError
+        If the period is not positive.
 
     Examples
     --------
@@ -224,16 +253,22 @@ def decode_model(
     Parameters
     ----------
     profile : Profile
-        Of the instance.
+        Profile of the instance.
     freq_mhz, running_req, kv_tok : float
-        Where to linearise.
+        Where to linearise: clock, requests in the batch, their tokens in the KV cache.
     lengths : Lengths
-        Of the requests.
+        Prompt and output lengths of the requests.
+
+    Returns
+    -------
+    LinearModel
+        In continuous time, with the states `running_req` and `kv_tok`, the input `freq_mhz` and the
+        disturbance `arrival_req_s`.
 
     Raises
     ------
     ConfigError
-        If the clock is not on the ladder, or the batch not finite, as in a point of more load
+        If the clock lies outside the ladder, or the batch is not finite, as in a point of more load
         than can be served.
 
     Examples
@@ -282,7 +317,13 @@ def decode_steps(
     freq_mhz, running_req, kv_tok : ndarray, shape (n,)
         Where to linearise.
     lengths : Lengths
-        Of the requests.
+        Prompt and output lengths of the requests.
+
+    Returns
+    -------
+    a, b, e, c : ndarray, shapes (n, 2, 2), (n, 2, 1), (n, 2, 1), (n, 2)
+        Matrices of :class:`LinearModel` with states (requests, KV tokens), input clock [MHz] and
+        disturbance arrivals [req/s].
 
     Examples
     --------
@@ -337,16 +378,16 @@ def zero_order_hold(a: Matrix, forced: Matrix, dt_s: float) -> tuple[Matrix, Mat
     Parameters
     ----------
     a : ndarray, shape (k, n, n)
-        State matrices.
+        State matrices A.
     forced : ndarray, shape (k, n, p)
-        Matrices of all that is held.
+        Matrices F of all that is held: inputs, disturbances, constant.
     dt_s : float
         Period.
 
     Returns
     -------
-    a, forced : ndarray
-        Of the discrete systems.
+    a, forced : ndarray, shapes (k, n, n), (k, n, p)
+        A and F of the discrete systems ``x+ = A x + F v``.
 
     Examples
     --------

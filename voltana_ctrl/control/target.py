@@ -130,12 +130,13 @@ class TargetOptimiser:
     ) -> Target:
         """Least-power target at this load.
 
-        The active set changes when it has cost as much more than the best one as the change costs:
-        whatever comes afterwards, no more than twice the least is spent (the rule of ski rental,
-        Karlin et al. 1988). A change costs the wake-up, and a tail: while running requests are
-        served to their end on the old set, half of what the two sets differ in is lost. A set that
-        cannot keep the promises changes at once; who joins decode then will have to drain one day,
-        and that has to be earned before somebody leaves again.
+        The active set changes when it has cost as much more than the best one as the change costs
+        (the rule of ski rental, Karlin et al. 1988: for one change at a steady load, no more than
+        twice the least is spent); once it is the best, what it has cost is forgotten. A change
+        costs the wake-up, and a tail: while running requests are served to their end on the old
+        set, half of what the two sets differ in is lost. A set that cannot keep the promises, or
+        has too few spare, changes at once. Who joins to decode must earn that it will drain one
+        day, before somebody leaves again.
 
         Parameters
         ----------
@@ -144,16 +145,15 @@ class TargetOptimiser:
         active : ndarray of bool, shape (n,), optional
             Who is active now; kept unless a change pays.
         usable : ndarray of bool, shape (n,), optional
-            Who is alive; all by default.
+            Who can serve; all by default. A phase without any is planned as if all could.
         belief : Belief, optional
             What was learnt about the instances; what the profiles say by default.
         forgone_j : sequence of float
-            Of the last target, one per phase.
+            `forgone_j` of the last target, one number [J] per phase.
         lasted_s : float
-            Time since it.
+            Seconds since the last target.
         doubt_frac : float
-            How uncertain the load is, relative: a smaller active set must be able to serve so much
-            more, since it would have to grow again at once.
+            How uncertain the load is: a set that drops an instance must serve so much more.
         present_req : ndarray, shape (n,), optional
             Requests that wait or run at each instance, which tell how long one stays (Little's
             law); by default as long as is promised.
@@ -201,7 +201,7 @@ class TargetOptimiser:
         Parameters
         ----------
         instance : InstanceSpec
-            Which.
+            One of the fleet.
         loads_req_s : ndarray, shape (n_loads,)
             Arrivals per second at this instance, > 0.
         lengths : Lengths
@@ -222,7 +222,7 @@ class TargetOptimiser:
 
     @property
     def phases(self) -> list[list[I64]]:
-        """Groups of equal instances, by phase: prefill and decode, or both at once."""
+        """Groups of equal instances (their numbers) by phase: prefill, decode; or one for both."""
         return self._groups
 
     def supplies(self, lengths: Lengths, belief: Belief | None = None) -> list[Supply] | None:
@@ -275,9 +275,9 @@ class TargetOptimiser:
         return supplies
 
     def overload_frac(self, load: Load, route_frac: F64, belief: Belief | None = None) -> float:
-        """ITL margin, on top of the governors' own, that pays where promises cannot be kept.
+        """ITL margin on top of the governors' own that pays where promises cannot be kept; 0 else.
 
-        The most of any decode instance, see :meth:`LeastPower.overload_frac`.
+        The largest of any decode instance, see :meth:`LeastPower.overload_frac`.
 
         Parameters
         ----------

@@ -17,9 +17,9 @@ class KalmanState:
     Parameters
     ----------
     mean : ndarray, shape (k,)
-        Of the state, before the next measurement.
+        Expected state, before the next measurement.
     covariance : ndarray, shape (k, k)
-        Of its error.
+        Covariance of the error of `mean`.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def kalman_step(
     Parameters
     ----------
     state : KalmanState
-        Prediction for now.
+        Prediction for the time of the measurement.
     transition, process : ndarray, shape (k, k)
         A, and the covariance of w.
     output : ndarray, shape (m, k)
@@ -60,6 +60,11 @@ def kalman_step(
         y; None where nothing was measured.
     noise : ndarray, shape (m, m)
         Covariance of v.
+
+    Returns
+    -------
+    KalmanState
+        Prediction for the next step.
 
     Examples
     --------
@@ -108,9 +113,10 @@ class ArrivalState:
     dispersion_frac : float
         Variance of counts over their mean: 1 for Poisson arrivals, more for bursty ones.
     surprise_frac : float
-        Latest standardised innovation of the rate.
+        By how many standard deviations the latest count differed from what was expected; negative
+        where fewer arrived.
     burst : bool
-        Whether it was beyond what the filter expects.
+        Whether that was more than `burst_sigma_frac`, upwards or downwards.
 
     Examples
     --------
@@ -134,10 +140,10 @@ class Forecast:
     Parameters
     ----------
     mean_req_s : float
-        Expected mean rate.
+        Expected rate.
     low_req_s, high_req_s : float
-        Interval for the *count* of the horizon over its length: uncertainty of the rate and
-        randomness of the arrivals both.
+        Interval for the *count* of the horizon, divided by its length. It covers both the
+        uncertainty of the rate and the randomness of the arrivals.
 
     Examples
     --------
@@ -166,13 +172,13 @@ class ArrivalEstimator:
         Standard deviation of the level after one second of walking, per square root of the
         rate: 0.1 lets a rate of 25 req/s move by 0.5 req/s.
     length_drift_frac : float
-        The same for lengths, relative.
+        Standard deviation of a mean length after one second of walking, relative to it.
     length_spread_frac : float
-        Spread of a single length over its mean.
+        Standard deviation of a single request's length over the mean length.
     period_s : float, optional
-        Of the load, 86,400 for a day; none by default.
+        Period of the load, 86,400 for a day; none by default.
     harmonics : int
-        Of the period.
+        How many harmonics of the period are learned; without a period it does nothing.
     burst_sigma_frac : float
         Standardised innovation that counts as a burst.
     start_req_s, start_prompt_tok, start_output_tok : float
@@ -221,7 +227,7 @@ class ArrivalEstimator:
         return 1 if self.period_s is None else 1 + 2 * self.harmonics
 
     def init(self, *, t_s: float = 0.0) -> ArrivalState:
-        """State before the first count."""
+        """State before the first count, which covers the time from `t_s` on."""
         mean = np.zeros(self._size)
         mean[0] = self.start_req_s
         return ArrivalState(
@@ -248,7 +254,7 @@ class ArrivalEstimator:
         state : ArrivalState
             Not changed.
         t_s : float
-            Now.
+            Time of this update, later than that of the last one.
         arrived_req, arrived_tok : float
             Requests that arrived, and their prompt tokens.
         finished_req, finished_tok : float
@@ -295,27 +301,33 @@ class ArrivalEstimator:
         )
 
     def rate_req_s(self, state: ArrivalState, *, t_s: float | None = None) -> float:
-        """Arrival rate at a time, now by default; never negative."""
+        """Arrival rate at a time, by default that of the latest update; never negative."""
         at_s = state.t_s if t_s is None else t_s
         return max(0.0, float(self._output(at_s) @ state.rate.mean))
 
     def lengths_tok(self, state: ArrivalState) -> tuple[float, float]:
-        """Mean prompt and output length; at least one token."""
+        """Mean prompt length and mean output length [tok], each at least 1."""
         return max(1.0, float(state.prompt.mean[0])), max(1.0, float(state.output.mean[0]))
 
     def forecast(
         self, state: ArrivalState, *, horizon_s: float, coverage_frac: float = 0.9
     ) -> Forecast:
-        """Mean rate over the next `horizon_s`, and where its count will lie.
+        """Rate of arrivals over the next `horizon_s`, with an interval for how many will come.
 
         Parameters
         ----------
         state : ArrivalState
-            Of the latest update.
+            What the latest :meth:`update` returned; the horizon begins at its time.
         horizon_s : float
-            Length.
+            Length of the horizon.
         coverage_frac : float
-            Probability of the interval.
+            Probability that the count lies in the interval.
+
+        Returns
+        -------
+        Forecast
+            The rate expected in the middle of the horizon, and bounds of the count over
+            `horizon_s`, all in requests per second.
 
         Raises
         ------

@@ -12,7 +12,7 @@ from voltana_ctrl.checks import F64, I64, count, fraction, freeze_fields
 from voltana_ctrl.errors import ConfigError, ShapeError
 from voltana_ctrl.types import RequestBatch
 
-#: Whole numbers that name classes.
+#: The whole numbers by which the host tells requests apart, one per request.
 Keys = ArrayLike
 
 #: Bins are of one token up to 16 and then grow by 6 %, which bounds the error of a quantile.
@@ -21,14 +21,15 @@ _EDGES_TOK = np.unique(np.round(np.concatenate([np.arange(17), 16.0 * 1.06 ** np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestClasses:
-    """How requests are told apart: by the host's key, or by prompt length.
+    """How requests are sorted into classes: by a number that the host gives, or by prompt length.
 
     Parameters
     ----------
     prompt_edges_tok : tuple of int
         Prompt lengths at which the next class begins; used where `host_classes` is 0.
     host_classes : int
-        How many keys the host gives, 0 to below this; larger ones count as the last.
+        How many classes the host tells apart by the numbers 0, 1, ...; larger numbers count as the
+        last class. With 0, the default, what the host says is ignored.
 
     Raises
     ------
@@ -71,10 +72,15 @@ class RequestClasses:
 
         Parameters
         ----------
-        request_class : array_like of int
-            The host's keys.
-        prompt_tok : array_like
+        request_class : array_like of int, shape (n,)
+            The number that the host gave each request.
+        prompt_tok : array_like, shape (n,)
             Prompt lengths.
+
+        Returns
+        -------
+        ndarray of int, shape (n,)
+            From 0 to below the number of classes.
         """
         if self.host_classes:
             keys: I64 = np.clip(np.asarray(request_class, np.int64), 0, self.host_classes - 1)
@@ -91,8 +97,8 @@ class LengthState:
 
     Parameters
     ----------
-    weight_req : ndarray, shape (n_classes, n_bins)
-        Counts; the last row of classes is over all.
+    weight_req : ndarray, shape (n_classes + 1, n_bins)
+        Discounted counts; the last row is over all classes.
 
     Examples
     --------
@@ -110,18 +116,18 @@ class LengthState:
 class LengthEstimator:
     """Online quantiles of output length by class.
 
-    A histogram over bins of nearly constant ratio, discounted per request of the class; a
-    quantile is exact to a bin, 6 %. A class with fewer than `least_req` requests answers with
-    all classes together.
+    A histogram over bins of nearly constant ratio; a quantile is exact to a bin, 6 %. Each new
+    request of a class discounts what was counted for it by ``1 / memory_req``. A class with fewer
+    than `least_req` requests answers with all classes together.
 
     Parameters
     ----------
     classes : RequestClasses
         How requests are told apart.
     memory_req : float
-        Requests of a class that are remembered.
+        How many of its latest requests a class remembers, about.
     least_req : float
-        Fewer than these are not trusted.
+        A class with fewer (discounted) requests is not trusted by itself.
 
     Raises
     ------
@@ -130,6 +136,9 @@ class LengthEstimator:
 
     Examples
     --------
+    A prompt of 100 tokens is of class 1, "64-255", whatever number the host gave.
+
+    >>> from voltana_ctrl.types import RequestBatch
     >>> estimator = LengthEstimator()
     >>> done = RequestBatch(request=range(99), request_class=[0] * 99, prompt_tok=[100] * 99,
     ...     output_tok=range(1, 100), ttft_s=[0.1] * 99, itl_s=[0.03] * 99,
@@ -193,12 +202,12 @@ class LengthEstimator:
     def quantile_tok(
         self, state: LengthState, request_class: int, quantile_frac: float, *, made_tok: float = 0.0
     ) -> float:
-        """Output length that this fraction of a class stays below.
+        """Output length [tok] that this fraction of a class does not exceed, to a bin.
 
         Parameters
         ----------
         state : LengthState
-            What was seen.
+            What :meth:`update` returned.
         request_class : int
             See :meth:`RequestClasses.of`.
         quantile_frac : float
@@ -209,7 +218,7 @@ class LengthEstimator:
         Returns
         -------
         float
-            At least `made_tok`, and 1; NaN before anything was seen.
+            Tokens, at least `made_tok` and at least 1; NaN before anything was seen.
 
         Raises
         ------
@@ -234,7 +243,7 @@ class LengthEstimator:
         return max(1.0, float(made_tok), _middle_tok(k))
 
     def mean_tok(self, state: LengthState, request_class: int) -> float:
-        """Mean output length of a class; of all where it has too few; NaN before the first."""
+        """Mean output length [tok] of a class; of all where it has too few; NaN before any."""
         weight = state.weight_req[request_class]
         if weight.sum() < self.least_req:
             weight = state.weight_req[-1]

@@ -25,14 +25,18 @@ def write_json(values: Mapping[str, Any], path: str | Path) -> None:
     Parameters
     ----------
     values : mapping
-        What to write; NaN is refused.
+        What to write: numbers, text, lists and mappings of such.
     path : str or Path
-        Where.
+        The file. A pipe or ``/dev/stdout``, which cannot be replaced, is written as it is.
 
     Raises
     ------
     ConfigError
         If the file cannot be written.
+    ValueError
+        If a number is NaN or infinite, which JSON has not.
+    TypeError
+        If a value is none that JSON has.
 
     Examples
     --------

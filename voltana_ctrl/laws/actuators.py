@@ -28,12 +28,13 @@ class ActuatorTable:
     settings : tuple of ActuatorSetting
         Those that set more than the SM clock.
     loads : tuple of (phase, batch_req, context_tok)
-        At which they were measured.
+        Loads at which they were measured.
     clocks_mhz : ndarray, shape (n_clocks,)
         Clock locks that they are compared with.
     saving_w : ndarray, shape (n_loads, n_settings, n_clocks)
-        Power that the setting surely saves against the lock while it is surely no slower; minus
-        infinity where it is not so, and where it was not measured.
+        Power that the setting surely saves against the lock while it is surely no slower: the
+        lower bound of its confidence interval, not its mean. Minus infinity where it is not surely
+        so, where the saving is too small to count, and where either was not measured.
     inert : ndarray of bool, shape (n_loads, n_settings)
         Whether the setting makes no difference to a lock at its clock.
 
@@ -60,7 +61,13 @@ class ActuatorTable:
         Parameters
         ----------
         saving_w : ndarray, shape (n_loads_at_hand, n_settings)
-            Savings against the lock in question.
+            Savings against the lock in question: rows of the table's `saving_w` at its clock.
+
+        Returns
+        -------
+        int
+            Place in `settings` of the one whose least saving is largest; -1 if none saves at all
+            of the loads, or no load is given.
         """
         if saving_w.size == 0:
             return -1
@@ -79,7 +86,12 @@ class ActuatorTable:
         phase : {"decode", "prefill"}
             What runs.
         batch_req, context_tok : float
-            Requests at once, and context of each.
+            Requests at once, and tokens of context of each.
+
+        Returns
+        -------
+        list of int
+            Places in `loads`.
         """
         here = [k for k, load in enumerate(self.loads) if load[0] == phase]
         found: list[int] = []
@@ -97,7 +109,12 @@ class ActuatorTable:
         Parameters
         ----------
         phase : {"decode", "prefill"}
-            Which.
+            What runs.
+
+        Returns
+        -------
+        list of int
+            Places in `loads`.
         """
         return [k for k, load in enumerate(self.loads) if load[0] == phase]
 

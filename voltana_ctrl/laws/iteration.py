@@ -55,7 +55,7 @@ def at_clock(profile: Profile, freq_mhz: ArrayLike) -> Any:
 def decode_s(
     rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
 ) -> F64:
-    """Time of one decode iteration.
+    """Time [s] of one decode iteration.
 
     ``host + max(floor, max(base + req n, roof_base + roof n) + kv K)``: weights are streamed
     whatever the batch, and each request adds to that; once computing, which grows faster with
@@ -70,6 +70,11 @@ def decode_s(
         Requests in the batch and their tokens in the KV cache.
     padded_req : array_like, optional
         Executed size of the batch (``profile.padded_batch()[n]``); without it `running_req`.
+
+    Returns
+    -------
+    ndarray
+        Seconds.
 
     Examples
     --------
@@ -137,6 +142,11 @@ def decode_j(
     rows, running_req, kv_tok, padded_req
         See :func:`decode_s`.
 
+    Returns
+    -------
+    ndarray
+        Joules.
+
     Examples
     --------
     >>> from voltana_ctrl import load_profile
@@ -163,6 +173,11 @@ def batch_j(rows: Any, running_req: ArrayLike, kv_tok: ArrayLike) -> F64:
     running_req, kv_tok : array_like
         Requests in the batch and their tokens in the KV cache.
 
+    Returns
+    -------
+    ndarray
+        Joules.
+
     Examples
     --------
     >>> from voltana_ctrl import load_profile
@@ -185,7 +200,7 @@ def prefill_s(
     square_tok2: ArrayLike | None = None,
     prompts_req: ArrayLike = 1.0,
 ) -> F64:
-    """Time of one prefill iteration [s].
+    """Time [s] of one prefill iteration that runs alone.
 
     ``prefill_base_s + prefill_tok_s new_tok + prefill_tok2_s square_tok2
     + prefill_req_s prompts_req``: a launch, work for each token, attention to all that stands
@@ -202,6 +217,11 @@ def prefill_s(
         ``new_tok^2``, is right for one whole prompt and for nothing else.
     prompts_req : array_like
         Prompts that begin in the iteration.
+
+    Returns
+    -------
+    ndarray
+        Seconds.
 
     Examples
     --------
@@ -227,12 +247,19 @@ def prefill_j(
     square_tok2: ArrayLike | None = None,
     prompts_req: ArrayLike = 1.0,
 ) -> F64:
-    """Energy of one prefill iteration; idle power while the host works.
+    """Energy [J] of a prefill iteration that runs alone; idle power while the host works.
+
+    Prompts that run beside decode draw `prefill_beside_w` more, which is not in it.
 
     Parameters
     ----------
     rows, new_tok, square_tok2, prompts_req
         See :func:`prefill_s`.
+
+    Returns
+    -------
+    ndarray
+        Joules.
 
     Examples
     --------
@@ -253,9 +280,14 @@ def kv_transfer_s(profile: Profile, prompt_tok: ArrayLike) -> F64:
     Parameters
     ----------
     profile : Profile
-        Its link and KV size.
+        The link's latency and bandwidth, and the bytes of KV cache per token, are taken from it.
     prompt_tok : array_like
-        Length of the prompt.
+        Tokens of the prompt.
+
+    Returns
+    -------
+    ndarray
+        Seconds.
 
     Examples
     --------

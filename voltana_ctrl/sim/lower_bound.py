@@ -44,23 +44,24 @@ EDGES_REQ = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """The least that a schedule which keeps its promise does inside a window.
+    """What any schedule that keeps its promise must do inside a window, and what bounds it there.
 
     Parameters
     ----------
     prompts_req, prompt_tok, prompt_tok2 : float
-        Prompts begun, their tokens, and the sum of ``end^2 - start^2`` of their positions.
+        At least so many prompts begun, prompt tokens computed (without those that are cached), and
+        so large a sum of ``end^2 - start^2`` of their positions.
     prefills : int
-        Iterations that prefill.
+        At least so many iterations that prefill.
     decode_tok, context_tok, decode_s : ndarray, shape (n,)
-        Per request: tokens decoded, tokens of context read for them, and the most time that it may
-        spend being decoded.
+        Per request: tokens decoded at least, tokens of context read for them at least, and the
+        most time [s] that it may spend being decoded.
     at_once_req : int
-        Most requests that can be there at the same time.
+        Most requests that can be there to be decoded at the same time.
     may_miss_req : int
         Requests that may miss one of both promises, of which nothing is demanded.
     moved_tok : float
-        Prompt tokens whose KV cache moves to a decode instance.
+        Prompt tokens, at least, whose KV cache moves to a decode instance.
 
     Examples
     --------
@@ -86,18 +87,24 @@ class Demand:
 def least_demand(
     fleet: FleetSpec, workload: Workload, from_s: float, until_s: float, slo: Slo
 ) -> Demand:
-    """The least that a schedule which keeps its promise does in ``[from_s, until_s)``.
+    """What any schedule that keeps its promise must do in ``[from_s, until_s)``.
 
     Parameters
     ----------
     fleet : FleetSpec
         The fleet; its fastest iteration tells what can be put off.
     workload : Workload
-        Open loop.
+        The requests. They must arrive at times that are known (an open loop), which is not
+        checked. Requests with a patience of their own may wait and demand nothing.
     from_s, until_s : float
         The window, in which requests that arrive are judged.
     slo : Slo
-        The promise.
+        The promise; the share of requests that its `attainment` lets miss is left out.
+
+    Returns
+    -------
+    Demand
+        Of the window.
 
     Examples
     --------

@@ -74,12 +74,17 @@ def keep_physical(theta):
 
 @njit(F8(F8_1, F8_2, F8_1, F8, F8, F8), allocates=True)
 def rls_step(theta, cov, phi, target, forget, limit):
-    """One update in place; returns the error before it.
+    """Update `theta` and `cov` in place by one record; returns the error before the update.
 
     Recursive least squares with directional forgetting (Kulhavy; Bittanti, Bolzern & Campi,
     Automatica 26 (1990)): old information is discounted only along `phi`, so that what a
-    record says nothing about is kept and the covariance cannot wind up. An error counts as at
-    most `limit` times the spread that the covariance allows for it.
+    record says nothing about is kept and the covariance cannot wind up. `theta` and `phi` have
+    shape (N_TERMS,), `cov` (N_TERMS, N_TERMS).
+
+    The step is taken with the error clipped to plus or minus `limit`, in the unit of `target`;
+    the error that is returned is not clipped. Nothing changes where `cov` leaves no spread along
+    `phi`. For numerical safety the diagonal of `cov` grows by RIPPLE at each update, all of it is
+    scaled down to the trace MOST_TRACE, and `theta` is kept physical.
     """
     gain = np.empty(N_TERMS)
     spread = 0.0
@@ -116,9 +121,10 @@ def rls_step(theta, cov, phi, target, forget, limit):
 
 @njit(types.boolean(F8_1, F8_2, F8_1, F8_1, F8, F8, F8))
 def learn_one(theta, cov, phi, notes, target, beside, forget):
-    """Gate, update, and note the error; True if the error says that the machine drifted.
+    """Update by one record and note its error; True if the errors say that the machine drifted.
 
-    `beside` is what another model says of its part of the target.
+    In the update an error counts as at most GATE mean errors. `beside` is what another model says
+    of its part of the target.
     """
     predicted = beside
     for a in range(N_TERMS):
@@ -148,7 +154,7 @@ def note_alarm(notes):
 
 @njit(F8(F8_1, F8_1))
 def said(theta, phi):
-    """What a model says of its part, relative to the prior."""
+    """Prediction of a model for its part of the target, ``theta . phi``, relative to the prior."""
     total = 0.0
     for a in range(N_TERMS):
         total += theta[a] * phi[a]
@@ -157,7 +163,7 @@ def said(theta, phi):
 
 @njit(F8(F8_2, F8_1))
 def doubt(cov, phi):
-    """Variance of what a model says, in that of a record."""
+    """Variance of a model's prediction, in units of the variance of one record (NOISE squared)."""
     total = 0.0
     for a in range(N_TERMS):
         for b in range(N_TERMS):
@@ -167,7 +173,7 @@ def doubt(cov, phi):
 
 @njit(types.void(F8_1, F8_2, F8_1, F8_1, F8, F8, F8))
 def learn_guarded(theta, cov, phi, notes, target, beside, forget):
-    """`learn_one`, afresh after an alarm."""
+    """:func:`learn_one`; after an alarm the covariance goes back to the prior, `theta` stays."""
     if learn_one(theta, cov, phi, notes, target, beside, forget):
         restart(cov)
         note_alarm(notes)

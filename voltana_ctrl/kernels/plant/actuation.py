@@ -55,9 +55,12 @@ def accrue(one, rows, now_s):
 
 @njit(F8(INST, TABLES, I8_2))
 def price_iteration(one, tables, padded):
-    """Length of the present iteration at the present clock; sets the power it draws.
+    """Length [s] of the present iteration at the present clock; notes the clock and the power.
 
-    A power cap below what the clock would draw throttles: the highest clock within it.
+    A power cap below what the clock would draw throttles: the iteration runs at the highest clock
+    within the cap, or at the lowest of all if none is. Written are `run_k` (row of that clock),
+    `power_w` and `decode_power_frac` (decode's share of the energy). The length contains
+    `slow_frac` and `jitter_frac`, but no stall after a clock change, which :func:`proceed` adds.
     """
     kind = one["type"]
     k = min(one["clock_k"], one["clamp_k"])
