@@ -65,12 +65,18 @@ PARQUET_KEY = b"voltana-ctrl"
 
 
 def plain(value: Any) -> Any:
-    """Values of JSON; arrays as lists, tables as columns, nested values as objects.
+    """Value of this package as values that JSON can hold.
 
     Parameters
     ----------
     value : object
         Anything of :mod:`voltana_ctrl.types`.
+
+    Returns
+    -------
+    object
+        Arrays become lists, tables a list for each column, dataclasses dicts, members of an enum
+        their names. Other values come back as they are.
 
     Examples
     --------
@@ -104,6 +110,11 @@ def log_header(fleet: FleetSpec, **more: Any) -> dict[str, Any]:
     **more
         Further values of JSON.
 
+    Returns
+    -------
+    dict
+        Values for :func:`log_line`.
+
     Examples
     --------
     >>> from voltana_ctrl import load_profile
@@ -122,6 +133,11 @@ def log_tick(record: TickRecord) -> dict[str, Any]:
     ----------
     record : TickRecord
         The tick.
+
+    Returns
+    -------
+    dict
+        Values for :func:`log_line`: the fields of the record, and `applied` or `advised`.
 
     Examples
     --------
@@ -205,6 +221,11 @@ def log_line(values: Mapping[str, Any]) -> bytes:
     values : mapping
         What :func:`log_header` or :func:`log_tick` made.
 
+    Returns
+    -------
+    bytes
+        One line of JSON with its line end.
+
     Examples
     --------
     >>> log_line({"number": 0})
@@ -220,6 +241,13 @@ def log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     ----------
     path : Path
         The file; ``.parquet`` by its name.
+
+    Yields
+    ------
+    number : int
+        Line in the file, counted from 1; the first is the header.
+    values : dict
+        What stands there. A last line without its end is left out: its writer died.
 
     Raises
     ------
@@ -258,6 +286,11 @@ def log_files(path: Path) -> list[Path]:
         The log's name, such as ``ticks.jsonl``, or the folder of one log. A file that was put
         aside stands for itself.
 
+    Returns
+    -------
+    list of Path
+        Oldest first. Where there is none, the name alone, which then cannot be read.
+
     Raises
     ------
     ConfigError
@@ -295,6 +328,11 @@ def put_aside(path: Path) -> list[Path]:
     ----------
     path : Path
         The log's name.
+
+    Returns
+    -------
+    list of Path
+        Files named as the log with a number, such as ``ticks-000001.jsonl``.
 
     Raises
     ------
@@ -338,17 +376,22 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def log_fleet(header: Mapping[str, Any]) -> FleetSpec:
-    """Fleet of a log.
+    """Fleet that a log is of.
 
     Parameters
     ----------
     header : mapping
-        The first line, as :func:`log_lines` gives it.
+        Values of the first line: the second item of what :func:`log_lines` yields first.
+
+    Returns
+    -------
+    FleetSpec
+        With the profiles that were in force.
 
     Raises
     ------
-    ConfigError, KeyError, TypeError
-        If it is not that of a log.
+    ConfigError, KeyError, TypeError, ValueError
+        If it is not the first line of a log.
 
     Examples
     --------
@@ -389,6 +432,11 @@ def log_observation(values: Mapping[str, Any]) -> Observation:
     values : mapping
         As :func:`plain` gives them.
 
+    Returns
+    -------
+    Observation
+        What was read at that tick.
+
     Raises
     ------
     ShapeError, KeyError, TypeError
@@ -423,7 +471,12 @@ def log_applied(values: Mapping[str, Any]) -> Decision:
     Parameters
     ----------
     values : mapping
-        The tick, as :func:`log_lines` gives it.
+        Values of the tick: the second item of what :func:`log_lines` yields.
+
+    Returns
+    -------
+    Decision
+        As it was before it was written.
 
     Raises
     ------
@@ -449,6 +502,11 @@ def log_decision(values: Mapping[str, Any]) -> Decision:
     ----------
     values : mapping
         As :func:`plain` gives them.
+
+    Returns
+    -------
+    Decision
+        As it was before it was written.
 
     Raises
     ------

@@ -54,7 +54,8 @@ class ClockThread:
     owners : collection of int
         User ids besides root and our own that may have written the file.
     on_handed : callable, optional
-        Told in this thread what holds, whenever that changes, with the policy's name.
+        Called in this thread with the order that holds and the name of its policy, whenever one
+        of them changes.
 
     Examples
     --------
@@ -107,12 +108,12 @@ class ClockThread:
         atexit.register(self.close)
 
     def ask(self, freq_mhz: float) -> None:
-        """Have this clock set soon.
+        """Have this clock set soon; one that was asked for before and is not set yet is dropped.
 
         Parameters
         ----------
         freq_mhz : float
-            A supported clock.
+            A supported clock in MHz.
         """
         self._at_work = True
         if freq_mhz != self.asked_mhz or self._done_mhz is None:
@@ -122,18 +123,24 @@ class ClockThread:
             self._asked.set()
 
     def settle(self, limit_s: float = 5.0) -> bool:
-        """Wait until what was asked for has been tried; whether it has.
+        """Wait until the clock that was asked for last has been set, or refused.
 
         Parameters
         ----------
         limit_s : float
-            How long to wait.
+            Seconds to wait at most.
+
+        Returns
+        -------
+        bool
+            False if that took longer than `limit_s`. True says that it was tried, not that it
+            succeeded: `refused` counts the failures.
         """
         return self._idle.wait(limit_s)
 
     @property
     def set_s(self) -> float:
-        """Median time from asking until a set has returned; 0 before the first."""
+        """Median seconds from asking until a set has returned, of the last 64; 0 before any."""
         return median(self._took_s) if self._took_s else 0.0
 
     def _run(self) -> None:

@@ -67,20 +67,27 @@ _MAKERS: Mapping[str, _Make] = MappingProxyType(
 def governor_of_policy(
     policy: str, instance: InstanceSpec, slo: Slo, *, delay_s: float, dwell_s: float = 0.0
 ) -> CompiledGovernor | None:
-    """What chooses an engine's clock before each iteration; None where the floor is the clock.
+    """Governor that a policy puts into one engine, where it chooses the clock of each iteration.
 
     Parameters
     ----------
     policy : str
-        Name, with or without routers.
+        Name, with or without routers: ``mpc`` or ``mpc+jsq``.
     instance : InstanceSpec
         The engine.
     slo : Slo
-        Promises.
+        Promises on TTFT and ITL.
     delay_s : float
-        From asking for a clock until it runs.
+        Seconds from asking for a clock until it runs. Governors that plan for no delay leave it
+        alone, and `dwell_s` too.
     dwell_s : float
-        Least time from a change to the next lowering.
+        Least seconds from a change of the clock to the next lowering.
+
+    Returns
+    -------
+    CompiledGovernor or None
+        None where the policy has no such governor, or where its name is not known: the engine
+        then runs at the floor that the policy asks for.
 
     Examples
     --------
@@ -88,7 +95,8 @@ def governor_of_policy(
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> slo = Slo(ttft_s=0.6, itl_s=0.06)
     >>> governor = governor_of_policy("mpc+jsq", fleet.instances[1], slo, delay_s=0.02)
-    >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)  # for 80 running requests
+    >>> # 80 requests run with 35,000 tokens in the KV cache; none waits; 210 to 1410 MHz allowed
+    >>> governor.step(80, 3.5e4, 0, 0.0, 210.0, 1410.0)
     285.0
     >>> governor_of_policy("static-1005", fleet.instances[1], slo, delay_s=0.02) is None
     True

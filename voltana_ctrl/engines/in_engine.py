@@ -57,28 +57,38 @@ _MAX_ERRORS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InEngineSettings:
-    """What a plugin inside an engine is to do; the fields are the keys of the table above.
+    """What a plugin inside an engine is to do.
+
+    The fields are the keys of the table in :mod:`voltana_ctrl.engines.in_engine`.
 
     Parameters
     ----------
     mode : {"observe", "act"}
-        Whether clocks are set.
-    profile : str, optional
-        Needed to act.
+        Whether the plugin only counts, or sets the clock, too.
+    profile : str
+        Profile of the instance, by name or file; needed to act.
     slo : Slo, optional
-        Needed to act.
+        Promises on TTFT and ITL; needed to act.
     gpus : tuple of str
-        Needed to act.
+        UUIDs of the instance's GPUs; needed to act.
     role : Role, optional
-        Where the engine cannot tell.
-    setter, limits, lock_dir, library : Path, optional
-        Files.
+        What the instance does; the engine is asked where it is None.
+    setter : Path, optional
+        Socket of the privileged setter; without it the clock is set from this process.
     policy : str
-        Whose governor chooses clocks.
+        Policy whose governor chooses clocks, until an order names another.
+    limits : Path, optional
+        File in which the node's agent hands over its orders.
     limits_uid : int, optional
-        User who may write `limits`.
-    fpm, worker_id, base : str
-        Address to publish at, id sent, scheduler to extend.
+        User id that may write `limits`, besides root and the engine's own user.
+    lock_dir, library : Path, optional
+        Folder of the GPUs' lock files, and driver library; the system's where they are None.
+    fpm : str
+        ZeroMQ address to publish forward-pass metrics at; nothing is published where it is empty.
+    worker_id : str
+        Id that is sent with them.
+    base : str
+        Scheduler class to extend, as ``module.Class``; vLLM's own where it is empty.
 
     Raises
     ------
@@ -125,6 +135,16 @@ class InEngineSettings:
         ----------
         environment : mapping of str to str
             Usually ``os.environ``.
+
+        Returns
+        -------
+        InEngineSettings
+            The file counts where no variable says otherwise; defaults where neither does.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read, has a key that is not known, or a value is wrong.
         """
         told: dict[str, Any] = {}
         path = environment.get(f"{_PREFIX}CONFIG")
@@ -174,18 +194,23 @@ class InEngine:
     settings : InEngineSettings
         What to do.
     role : Role
-        What the engine says it does.
+        What the engine says it does; `settings.role` goes first.
     dp_rank : int
-        Its data-parallel rank.
+        Its data-parallel rank; each rank publishes at a port, or a file, of its own.
     acts : bool
         False never sets a clock, whatever the settings say: for hooks that are called after
         an iteration.
     publishes : bool
         False publishes nothing, whatever the settings say.
 
+    Raises
+    ------
+    ConfigError, BackendError
+        If the settings cannot be followed: no such profile, or a GPU that cannot be held.
+
     Examples
     --------
-    >>> engine = InEngine(InEngineSettings(), Role.DECODE)
+    >>> engine = InEngine(InEngineSettings(), Role.DECODE)  # mode observe: no clock is asked for
     >>> engine.before(running_req=12, kv_used_tok=6000)
     >>> engine.after(ForwardPass(wall_s=0.02, decode_req=12.0))
     >>> engine.iterations, engine.asked_mhz
@@ -282,14 +307,17 @@ class InEngine:
 
     @property
     def delay_s(self) -> float:
-        """From asking for a clock until it runs, as measured at the start and while running."""
+        """Seconds from asking for a clock until it runs.
+
+        Measured at the start where clocks are set, and followed while running; else 0.025.
+        """
         if self._clock is None or self._clock.set_s == 0.0:
             return self._delay_s
         return self._delay_s - self._call_s + self._clock.set_s
 
     @property
     def asked_mhz(self) -> float | None:
-        """Clock that was asked for last; None where none is ever set."""
+        """Clock in MHz that was asked for last; None where none is ever set."""
         return None if self._clock is None else self._clock.asked_mhz
 
     @property
@@ -306,16 +334,22 @@ class InEngine:
         batch_tok: float = 0.0,
         oldest_wait_s: float = 0.0,
     ) -> None:
-        """Choose the clock of the iteration that is about to run; returns at once.
+        """Choose the clock of the iteration that is about to run, and ask for it.
+
+        It returns at once: a thread sets the clock. Nothing happens where none is ever set.
 
         Parameters
         ----------
-        running_req, kv_used_tok : float
-            Requests that decode in it, and their KV.
-        waiting_tok, batch_tok : float
-            Prompt tokens not prefilled yet, and those of them that this iteration takes.
+        running_req : float
+            Requests that decode in this iteration.
+        kv_used_tok : float
+            Tokens that they hold in the KV cache.
+        waiting_tok : float
+            Prompt tokens that are not prefilled yet, those of this iteration included.
+        batch_tok : float
+            Those of them that this iteration prefills.
         oldest_wait_s : float
-            How long the oldest of them has waited.
+            Seconds that the oldest of these prompts has waited.
         """
         clock = self._clock
         if clock is None:
@@ -354,14 +388,19 @@ class InEngine:
             self._publisher.send(one)
 
     def failed(self, error: Exception) -> bool:
-        """Note that a hook failed; whether it should be left alone from now on.
+        """Note that a hook failed.
 
-        The engine goes on; where clocks were set they are given back.
+        The engine goes on. At the tenth failure this is closed, which gives clocks back.
 
         Parameters
         ----------
         error : Exception
             What was raised.
+
+        Returns
+        -------
+        bool
+            Whether hooks are to be left alone from now on: True from the tenth failure on.
         """
         self.errors += 1
         if self.errors == 1:
@@ -389,7 +428,7 @@ def _rank_address(address: str, dp_rank: int) -> str:
 
 
 def settings_of_process() -> InEngineSettings:
-    """Settings from this process's environment, told once in the log."""
+    """Settings from this process's environment (:meth:`InEngineSettings.read`), and log them."""
     settings = InEngineSettings.read(os.environ)
     _log.info("voltana-ctrl: mode %s, forward-pass metrics %s", settings.mode, settings.fpm or "-")
     return settings

@@ -33,11 +33,11 @@ class Histogram:
     Parameters
     ----------
     edges_s : tuple of float
-        Upper edges, ascending; the last is infinite.
+        Upper edges of the buckets in seconds, ascending; the last is infinite.
     counts : tuple of float
-        How many lie at or below each.
+        How many values lie at or below each edge, as Prometheus counts; so the last is all.
     total_s : float
-        Sum of all.
+        Sum of all values in seconds.
 
     Examples
     --------
@@ -50,14 +50,19 @@ class Histogram:
     total_s: float
 
     def since(self, before: Histogram | None) -> list[tuple[float, int]]:
-        """How many more there are, by the upper edge of their bucket; none where it starts anew.
-
-        What is beyond the last edge counts as twice that.
+        """How many values each bucket has got since an earlier page.
 
         Parameters
         ----------
         before : Histogram, optional
-            An earlier page.
+            The same histogram on an earlier page.
+
+        Returns
+        -------
+        list of (edge_s, count)
+            Upper edge in seconds and number of values, for buckets that got some. Twice the last
+            finite edge stands for what lies beyond it. Empty where there is no earlier page, the
+            edges are others, or a count fell because the engine has started anew.
 
         Examples
         --------
@@ -81,14 +86,20 @@ class Histogram:
 
 
 def judged_edge_s(histogram: Histogram, promised_s: float) -> float:
-    """From where on a request counts as missed: the highest edge at or below the promise.
+    """Longest time that a histogram can show to be within a promise.
 
     Parameters
     ----------
     histogram : Histogram
-        Of an engine.
+        TTFT or ITL of an engine.
     promised_s : float
-        The promise.
+        The promise in seconds.
+
+    Returns
+    -------
+    float
+        The highest edge at or below the promise, in seconds; 0 if there is none. A request whose
+        bucket ends above it counts as missed, one whose bucket ends there as kept.
 
     Examples
     --------
@@ -105,7 +116,7 @@ class LatencyDeltas:
     Parameters
     ----------
     prefills, decodes : bool
-        Which halves its instance is asked for.
+        Whether TTFT and whether ITL of its instance count: by what its role does.
 
     Examples
     --------
@@ -162,12 +173,19 @@ class LatencyDeltas:
             pending.extend([value_s] * min(count, _MOST_PENDING))
 
     def finished(self, instance: int) -> RequestBatch:
-        """Halves since the last call: of TTFT without a decode instance, of ITL without a prefill.
+        """Halves of requests since the last call.
 
         Parameters
         ----------
         instance : int
-            Its index in the fleet.
+            Index of the engine in the fleet.
+
+        Returns
+        -------
+        RequestBatch
+            First the halves with a TTFT, whose `decode_instance` is -1, then those with an ITL,
+            whose `prefill_instance` is -1. What a half does not know is 0; lengths are the mean of
+            all requests since the engine's start.
         """
         ttft_s, itl_s = list(self._ttft_s), list(self._itl_s)
         self._ttft_s.clear()
@@ -186,12 +204,17 @@ class LatencyDeltas:
         )
 
     def edges(self, slo: Slo) -> dict[str, float]:
-        """From where on requests count as missed, ``ttft`` and ``itl``, as far as it is known.
+        """Longest times that still count as kept, see :func:`judged_edge_s`.
 
         Parameters
         ----------
         slo : Slo
             The promises.
+
+        Returns
+        -------
+        dict of str to float
+            ``ttft`` and ``itl`` in seconds; without those whose histogram no page has shown.
         """
         return {
             name: judged_edge_s(self.latest[name], promised_s)
@@ -218,7 +241,7 @@ class HalvesPaired:
     Parameters
     ----------
     wait_s : float
-        How long a half waits.
+        Seconds that a half waits for its other.
 
     Raises
     ------
@@ -245,14 +268,19 @@ class HalvesPaired:
         )  # fmt: skip
 
     def whole(self, t_s: float, finished: RequestBatch) -> RequestBatch:
-        """Requests that are whole now; those that came whole are left as they are.
+        """Take whole requests and halves in, and hand out what is done.
 
         Parameters
         ----------
         t_s : float
-            The time.
+            Time now, in seconds; the same clock at every call.
         finished : RequestBatch
-            Whole ones and halves.
+            Whole requests, and halves as :meth:`LatencyDeltas.finished` makes them.
+
+        Returns
+        -------
+        RequestBatch
+            Requests that came whole, then pairs of halves, then halves that waited too long.
         """
         half = (finished.prefill_instance < 0) != (finished.decode_instance < 0)
         first, second = self._waiting

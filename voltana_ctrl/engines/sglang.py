@@ -49,11 +49,16 @@ class BatchHook:
         Parameters
         ----------
         run_batch : callable
-            SGLang's own.
+            SGLang's own ``Scheduler.run_batch``.
         scheduler, batch : object
-            Its scheduler and the batch.
+            SGLang's scheduler, and the batch that is to run.
         *args, **kwargs
-            Passed on.
+            Passed on to `run_batch`.
+
+        Returns
+        -------
+        object
+            What `run_batch` returned.
         """
         if self._off:
             return run_batch(scheduler, batch, *args, **kwargs)
@@ -122,7 +127,7 @@ class BatchHook:
 
 
 def role_of(scheduler: Any) -> Role:
-    """What an engine does, from its disaggregation mode."""
+    """What an engine does, from its disaggregation mode: colocated where it has none."""
     mode = getattr(scheduler, "disaggregation_mode", None)
     roles = {"prefill": Role.PREFILL, "decode": Role.DECODE}
     return roles.get(str(getattr(mode, "value", mode)), Role.COLOCATED)

@@ -156,21 +156,44 @@ class EngineBackend:
         return self._fpm.counts
 
     def judged_edges_s(self, slo: Slo) -> dict[str, dict[str, float]]:
-        """From where on a request counts as missed where histograms tell, by id and latency.
+        """Longest times that count as kept where finished requests come from histograms.
+
+        A histogram tells a time only up to the edge of its bucket, so that a promise is judged by
+        the highest edge at or below it. A request at that edge has kept the promise, one beyond
+        has missed it.
 
         Parameters
         ----------
         slo : Slo
             The promises.
+
+        Returns
+        -------
+        dict of str to dict of str to float
+            By the id of an instance, then ``ttft`` and ``itl``, in seconds. An instance whose page
+            has shown no histogram is left out.
         """
         return self._scraper.judged_edges_s(slo)
 
     def delay_s(self) -> dict[str, float]:
-        """From asking for a clock until it runs, by instance, as plugins in engines measured it."""
+        """Seconds from asking for a clock until it runs, as plugins in engines measured it.
+
+        Returns
+        -------
+        dict of str to float
+            By the id of the instance; those without such a plugin are left out.
+        """
         return dict(self._fpm.delay_s)
 
     def problems(self) -> dict[str, str]:
-        """What is wrong with the readings of each instance, by its id: engine, then GPUs."""
+        """What is wrong with the readings of instances, in words.
+
+        Returns
+        -------
+        dict of str to str
+            By the id of the instance: what its engine has, then what its GPUs have. An instance
+            with which nothing is wrong is left out.
+        """
         told = dict(self._scraper.problems)
         for name, problem in self._gpu_problems().items():
             told[name] = f"{told[name]}; {problem}" if name in told else problem
@@ -178,6 +201,13 @@ class EngineBackend:
 
     def read(self) -> Observation:
         """State of all instances now, and what happened since the last read.
+
+        Returns
+        -------
+        Observation
+            Iterations only of engines with forward-pass metrics, without energy. Finished requests
+            are exact with `traffic`; else they come from histograms, and may be halves where
+            `pairs` is False.
 
         Raises
         ------

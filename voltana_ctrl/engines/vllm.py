@@ -42,7 +42,12 @@ def role_of(vllm_config: Any) -> Role:
     Parameters
     ----------
     vllm_config : VllmConfig
-        Of the engine.
+        Configuration of the engine, as vLLM hands it to its plugins.
+
+    Returns
+    -------
+    Role
+        Prefill for ``kv_producer``, decode for ``kv_consumer``, else colocated.
     """
     transfer = getattr(vllm_config, "kv_transfer_config", None)
     roles = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE}
@@ -69,12 +74,14 @@ def _dp_rank(vllm_config: Any) -> int:
 
 
 class StatHook:
-    """Iterations as vLLM's statistics tell them.
+    """Counts, and publishes, the iterations that vLLM's statistics tell of; sets no clock.
+
+    It publishes only where the scheduler is not ours, which else does.
 
     Parameters
     ----------
     vllm_config : VllmConfig
-        Of the engine.
+        Configuration of the engine.
     engine_index : int
         Its data-parallel rank.
     """
@@ -173,14 +180,14 @@ def _batch_of_counts(stats: Any, since_s: float) -> dict[str, float]:
 
 
 class SchedulerHook:
-    """What our scheduler class does beside vLLM's own.
+    """What our scheduler class does beside vLLM's own: it chooses clocks and publishes iterations.
 
     Parameters
     ----------
     scheduler : object
-        vLLM's scheduler.
+        vLLM's scheduler, whose queue and KV cache are looked at.
     vllm_config : VllmConfig
-        Of the engine.
+        Configuration of the engine.
     """
 
     def __init__(self, scheduler: Any, vllm_config: Any) -> None:
@@ -222,7 +229,7 @@ class SchedulerHook:
         Parameters
         ----------
         output : SchedulerOutput
-            Of the batch.
+            What vLLM scheduled for this batch.
         """
         engine = self.engine
         if engine is None:

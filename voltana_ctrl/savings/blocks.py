@@ -31,17 +31,22 @@ class Block:
     Parameters
     ----------
     run, number : int
-        Starts of the controller before it, and blocks of this start; from 0.
+        How often the controller was started before, and blocks before it since the last
+        start.
     at_policy : bool
         Whether the policy ran; else the highest clock.
-    start_s, length_s, washout_s : float
-        When it began, how long it was to be, and how much of its start does not count.
+    start_s : float
+        When it began, on the clock of the loop.
+    length_s, washout_s : float
+        Seconds that it was to last, and seconds at its start that do not count.
     from_s, until_s : float
-        Readings between which it counts; the same before any does.
-    unseen_s, after_s : float
-        For how much of it readings were old or an instance was away; time seen after it.
+        Times of the readings between which it counts; the same before any does.
+    unseen_s : float
+        Seconds of it in which readings were old or an instance was away.
+    after_s : float
+        Seconds seen after its end, in which its last requests may have finished.
     energy_j : float
-        Energy drawn.
+        Joules drawn between `from_s` and `until_s`.
     finished_tok, iterated_tok : float
         Tokens generated, as told by requests that finished, and by iterations.
     judged_req, met_req : int
@@ -75,12 +80,12 @@ class Block:
 
     @property
     def span_s(self) -> float:
-        """Time that counts."""
+        """Seconds of it that count."""
         return self.until_s - self.from_s
 
     @property
     def spoiled(self) -> str | None:
-        """Why it does not count; None if it does."""
+        """Why the block counts for no proof, in words; None if it counts."""
         whole_s = self.length_s - self.washout_s
         if self.counter_fell:
             return "an energy counter fell"
@@ -106,7 +111,8 @@ class BlockMeter:
     slo : Slo, optional
         What requests are judged by; none are judged without.
     washout_s : float, optional
-        Start of each block that does not count; a fifth of it, at most 120 s, by default.
+        Seconds at the start of each block that do not count; a fifth of the block, at most 120 s,
+        by default.
     chosen : sequence of int, optional
         Indices of instances whose energy and requests count; all by default.
     ids : sequence of str
@@ -148,14 +154,20 @@ class BlockMeter:
         self.add(record.observation, record.notes)
 
     def add(self, observation: Observation, notes: Mapping[str, float]) -> None:
-        """Take one tick.
+        """Take one tick; one without the marks of a switchback belongs to no block.
 
         Parameters
         ----------
         observation : Observation
             What was read.
         notes : mapping of str to float
-            Those of the tick, with the marks of the switchback.
+            Notes of the tick, among them the marks that
+            :class:`~voltana_ctrl.savings.SwitchbackController` makes.
+
+        Raises
+        ------
+        ConfigError
+            If the washout is not shorter than the block.
         """
         state, before = observation.state, self._state
         if before is not None and len(before) == len(state) and before.t_s <= state.t_s:
@@ -259,7 +271,13 @@ class BlockMeter:
         )
 
     def without_energy(self) -> tuple[str, ...]:
-        """Names of the instances that count and whose energy never moved."""
+        """Names of the instances that count and whose energy never moved: nobody measures them.
+
+        Returns
+        -------
+        tuple of str
+            Their `ids`, or ``instance 0`` and so on where none were given.
+        """
         if self._moved is None:
             return ()
         chosen = range(len(self._moved)) if self._chosen is None else self._chosen
@@ -274,23 +292,29 @@ def read_blocks(
     washout_s: float | None = None,
     instances: Sequence[str] = (),
 ) -> BlockMeter:
-    """Blocks of the ticks in some logs.
+    """Read logs of one fleet and sum their ticks into blocks.
 
     Parameters
     ----------
     paths : sequence of Path
-        In the order in which they were written.
+        Files of the logs, in the order in which they were written.
     slo : Slo, optional
-        That of the log, where it has one, by default.
+        What requests are judged by; that of the first file, where it has one, by default.
     washout_s : float, optional
         See :class:`BlockMeter`.
     instances : sequence of str
-        Ids of those that count; all by default.
+        Ids of the instances whose energy and requests count; all by default.
+
+    Returns
+    -------
+    BlockMeter
+        Its `blocks` in the order of time.
 
     Raises
     ------
     ConfigError
-        If a file cannot be read, is no log of ticks, or has no such instance.
+        If there is no file, or one cannot be read, is no log of ticks, is of another fleet, or has
+        no such instance.
 
     Examples
     --------

@@ -60,12 +60,17 @@ class Interval:
         return self.low <= number <= self.high
 
     def scaled(self, factor: _Figure) -> Interval:
-        """All three numbers times `factor` >= 0.
+        """All three numbers times a factor, such as a change of unit.
 
         Parameters
         ----------
         factor : float
-            The factor.
+            Not negative.
+
+        Returns
+        -------
+        Interval
+            In the new unit.
         """
         return Interval(value=self.value * factor, low=self.low * factor, high=self.high * factor)
 
@@ -79,26 +84,27 @@ class Savings:
     pairs, left_out : int
         Pairs of blocks that count, and blocks that do not: spoiled, or without a partner.
     block_s, washout_s : float
-        Length of a block, and of the part at its start that does not count.
+        Seconds of a block, and of the part at its start that does not count.
     saving_frac : Interval
-        Saving of joules per output token.
+        By which fraction the policy needs fewer joules per output token than the highest clock.
     policy_j_tok, highest_j_tok : float
-        Joules per output token in both kinds of block.
+        Joules per output token in blocks of the policy, and in those at the highest clock.
     policy_w, highest_w : float
-        Mean power in both.
+        Mean power in watts in the same blocks.
     policy_attainment_frac, highest_attainment_frac : float, optional
         Fraction of requests that met TTFT and ITL, of those that began and ended in a block;
         None without an SLO.
     attainment_gap_frac : Interval, optional
-        Policy less highest, by the same pairs.
+        Attainment under the policy less that at the highest clock, by the same pairs.
     load_gap_frac : Interval
         Tokens served under the policy over those served at the highest clock, less 1.
     saved_kwh : Interval
-        Saved in the blocks of the policy that count.
+        Kilowatt-hours saved in the blocks of the policy that count.
     saved_kwh_day : Interval
-        What running the policy all the time saves per day at this load.
+        Kilowatt-hours per day that running the policy all the time would save at this load.
     saved_cost_day, saved_co2_g_day : Interval, optional
-        That in money and in grams of CO2, where price and intensity are given.
+        The same in money and in grams of CO2 per day; None where no price or no intensity was
+        given.
 
     Examples
     --------
@@ -129,11 +135,11 @@ class Savings:
     saved_co2_g_day: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values of JSON."""
+        """All figures as plain values of JSON, and `SCHEMA` under ``schema``."""
         return {"schema": SCHEMA, **asdict(self)}
 
     def text(self) -> str:
-        """A few lines for people."""
+        """The figures as a few lines for people."""
         saving, gap = self.saving_frac, self.attainment_gap_frac
         lines = [
             f"saving {_percent(saving)} of joules per output token, 95 % interval"

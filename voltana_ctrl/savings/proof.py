@@ -72,7 +72,7 @@ def savings_of_log(
     price_kwh: float | None = None,
     co2_g_kwh: float | None = None,
 ) -> Savings:
-    """Savings from logs of ticks.
+    """What a policy saved against the highest clock, from the log of a switchback.
 
     Parameters
     ----------
@@ -82,18 +82,25 @@ def savings_of_log(
     slo : Slo, optional
         What attainment is judged by; that of the log, where it has one, by default.
     washout_s : float, optional
-        Start of each block that does not count; a fifth of it, at most 120 s, by default.
+        Seconds at the start of each block that do not count; a fifth of the block, at most 120 s,
+        by default.
     instances : sequence of str
-        Ids, where only their energy shall count, with the requests they served; all by default.
+        Ids of instances, where only their energy and the requests that they served shall count; all
+        by default.
     price_kwh, co2_g_kwh : float, optional
         Price of a kilowatt-hour in any currency, and grams of CO2 emitted for it.
+
+    Returns
+    -------
+    Savings
+        Estimates with their 95 % intervals.
 
     Raises
     ------
     EvidenceRefused
-        If the log cannot carry a claim.
+        If the log cannot carry a claim: fewer than six pairs of blocks, for instance.
     ConfigError
-        If it cannot be read.
+        If it cannot be read, is of several fleets, or has no such instance.
 
     Examples
     --------
@@ -112,19 +119,24 @@ def savings_of_log(
 def estimate_savings(
     meter: BlockMeter, *, price_kwh: float | None = None, co2_g_kwh: float | None = None
 ) -> Savings:
-    """Savings from the blocks of a meter.
+    """What a policy saved against the highest clock, from the blocks of a meter.
 
     Parameters
     ----------
     meter : BlockMeter
-        What was measured.
+        Blocks as a running loop filled them, or :func:`~voltana_ctrl.savings.read_blocks` did.
     price_kwh, co2_g_kwh : float, optional
         See :func:`savings_of_log`.
+
+    Returns
+    -------
+    Savings
+        Estimates with their 95 % intervals.
 
     Raises
     ------
     EvidenceRefused
-        If they cannot carry a claim.
+        If the blocks cannot carry a claim.
 
     Examples
     --------

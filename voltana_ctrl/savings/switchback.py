@@ -45,9 +45,14 @@ def at_policy(block: int, seed: int) -> bool:
     Parameters
     ----------
     block : int
-        Counted from 0; blocks 2p and 2p + 1 are a pair.
+        Number of the block, counted from 0; blocks 2p and 2p + 1 are a pair.
     seed : int
-        Of the order within pairs.
+        Seed from which the order within pairs is drawn.
+
+    Returns
+    -------
+    bool
+        True for one block of every pair, False for the other.
 
     Examples
     --------
@@ -61,18 +66,18 @@ def at_policy(block: int, seed: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchbackMemory:
-    """What the controller remembers: that of the policy, and where it stands.
+    """What the controller remembers between ticks.
 
     Parameters
     ----------
     inner : object
         Memory of the policy.
     start_s : float, optional
-        Time of the first tick; None before it.
+        Time of the first tick in seconds; None before it.
     block : int
-        Number of the present block.
+        Number of the present block, counted from 0.
     age_s : float
-        Time since it began.
+        Seconds since that block began.
 
     Examples
     --------
@@ -87,24 +92,27 @@ class SwitchbackMemory:
 
 
 class SwitchbackController(Controller):
-    """A policy in some blocks, the highest clock in the others.
+    """A policy in some blocks of time, the highest clock in the others.
 
-    The policy is asked in every block, so that what it estimates stays fresh; in blocks at the
-    highest clock its answer is replaced by what servers do without it: everybody active, equal
-    shares, and the highest clock, or the highest uniform one that keeps the power budget.
+    Blocks come in pairs, one of each kind, in an order drawn anew for every pair. The policy is
+    asked in every block, so that what it estimates stays fresh. In blocks at the highest clock its
+    answer is replaced by what servers do without it: everybody active, equal shares, and the
+    highest clock, or the highest uniform one that keeps `power_budget`.
 
     Parameters
     ----------
     inner : Controller
         The policy.
     block_s : float
-        Length of a block, of at least ten periods.
+        Length of a block in seconds, of at least ten periods of the policy; minutes are usual.
     seed : int
-        Of the order within pairs.
+        Seed from which the order within pairs is drawn, see :func:`at_policy`.
     power_budget : PowerBudget, optional
-        What the fleet may draw in blocks at the highest clock, too.
+        What the fleet may draw. It is kept here in blocks at the highest clock only: in the
+        others the policy keeps its own, so give it the same.
     in_force : callable, optional
-        Whether decisions are carried out, now; ticks are not marked while they are not.
+        Returns whether decisions are carried out now. While they are not, no tick is marked as one
+        of a block, so that it counts for no proof.
 
     Raises
     ------
@@ -154,16 +162,22 @@ class SwitchbackController(Controller):
         self._in_force = in_force
 
     def init(self) -> SwitchbackMemory:
-        """Before the first block."""
+        """Memory before the first tick, with which the first block begins."""
         return SwitchbackMemory(inner=self.inner.init())
 
     def notes(self, memory: SwitchbackMemory) -> Mapping[str, float]:
-        """Block and arm of the latest decision, beside what the policy notes.
+        """Block and kind of block of the latest decision, beside what the policy notes.
 
         Parameters
         ----------
         memory : SwitchbackMemory
-            Of the latest tick.
+            What the latest decision returned.
+
+        Returns
+        -------
+        mapping of str to float
+            `BLOCK_NOTE`, `POLICY_NOTE`, `LENGTH_NOTE` and `AGE_NOTE` with what the policy notes;
+            the latter alone while decisions are not carried out.
         """
         told = dict(self._inner_notes(memory.inner))
         if not self._in_force():

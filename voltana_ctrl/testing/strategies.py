@@ -63,7 +63,7 @@ def _shipped() -> tuple[Profile, ...]:
 
 
 def slos() -> st.SearchStrategy[Slo]:
-    """Promises from tight to loose.
+    """Strategy for promises from tight to loose.
 
     Examples
     --------
@@ -83,12 +83,15 @@ def slos() -> st.SearchStrategy[Slo]:
 
 @st.composite
 def profiles(draw: Any, *, gpus: int | None = None) -> Profile:
-    """Profiles cut from shipped ones: some of the clocks, faster or slower, more or less power.
+    """Strategy for profiles cut from shipped ones.
+
+    They have two to five of the clocks, the highest among them, take half to twice the time, and
+    draw half to twice the power.
 
     Parameters
     ----------
     gpus : int, optional
-        Tensor parallel degree, 1 or 4; any by default.
+        Tensor parallel degree, one that a shipped profile has, such as 1 or 4; any by default.
 
     Examples
     --------
@@ -127,16 +130,16 @@ def profiles(draw: Any, *, gpus: int | None = None) -> Profile:
 def instances(
     draw: Any, *, role: Role | None = None, profile: Profile | None = None, id: str = "one"
 ) -> InstanceSpec:
-    """Single instances with the profile's limits or tighter ones.
+    """Strategy for single instances, with the limits of their profile or tighter ones.
 
     Parameters
     ----------
     role : Role, optional
-        What it does; any by default.
+        Role of the instance; drawn by default.
     profile : Profile, optional
-        What it is; drawn by default.
+        Profile of the instance; drawn by default.
     id : str
-        Its name.
+        Id of the instance.
 
     Examples
     --------
@@ -168,14 +171,15 @@ def fleets(
     colocated: bool | None = None,
     heterogeneous: bool | None = None,
 ) -> FleetSpec:
-    """Fleets: prefill and decode apart or colocated, alike or mixed, tensor parallel or not.
+    """Strategy for fleets: prefill and decode apart or colocated, alike or mixed.
 
     Parameters
     ----------
     max_prefill, max_decode : int
-        Largest number of each; of colocated ones the larger of both.
+        Largest number of instances of each role; a colocated fleet has up to the larger of both.
     colocated : bool, optional
-        Only such, or none such; both by default.
+        True draws colocated fleets only, False such with prefill and decode apart; None draws
+        both.
     heterogeneous : bool, optional
         Whether instances may differ in profile, clocks and limits; drawn by default.
 
@@ -221,7 +225,7 @@ def fleet_states(
     busy: bool = True,
     flooded: bool = False,
 ) -> FleetState:
-    """States that a fleet can be in.
+    """Strategy for states that a fleet can be in.
 
     Parameters
     ----------
@@ -230,11 +234,12 @@ def fleet_states(
     dead : bool
         Whether some instances, or all, may not answer.
     stale : bool
-        Whether readings may be old, up to an hour.
+        Whether readings may be old, up to an hour; without, they are at most 1 s old.
     busy : bool
         Whether there may be work.
     flooded : bool
-        Every queue is far longer than can be served in time, and KV is full.
+        Whether every instance has a queue far longer than can be served in time, and those that
+        decode a full batch and a full KV cache; `busy` is then left alone.
 
     Examples
     --------
@@ -294,7 +299,7 @@ def observations(
     busy: bool = True,
     flooded: bool = False,
 ) -> Observation:
-    """Readings of a fleet: its state, some iterations, some finished requests.
+    """Strategy for readings of a fleet: its state, some iterations, some finished requests.
 
     Parameters
     ----------
@@ -363,17 +368,17 @@ def _finished(draw: Any, fleet: FleetSpec) -> RequestBatch:
 def decisions(
     draw: Any, fleet: FleetSpec, *, raw: bool = False, statuses: tuple[Status, ...] = (Status.OK,)
 ) -> Decision:
-    """Decisions on a fleet.
+    """Strategy for decisions on a fleet.
 
     Parameters
     ----------
     fleet : FleetSpec
         The fleet.
     raw : bool
-        As a careless policy proposes them: clocks off the ladder, shares that do not sum to
-        one, anybody parked. What the guard is for.
+        Whether decisions are those of a careless policy, which the guard is for: clocks off the
+        ladder, shares that do not sum to one, anybody parked.
     statuses : tuple of Status
-        To draw from.
+        Statuses to draw from.
 
     Examples
     --------
@@ -413,12 +418,12 @@ def decisions(
 
 @st.composite
 def requests(draw: Any, *, instances: int | None = None) -> Request:
-    """Requests as a router sees them.
+    """Strategy for requests as a router sees them.
 
     Parameters
     ----------
     instances : int, optional
-        Length of a host score, which some then carry.
+        Number of instances; some requests then carry a `host_score` of that length, else none does.
 
     Examples
     --------
@@ -443,14 +448,14 @@ def requests(draw: Any, *, instances: int | None = None) -> Request:
 
 @st.composite
 def workloads(draw: Any, *, max_requests: int = 30, closed_loop: bool = True) -> Workload:
-    """Short workloads, possibly without a request.
+    """Strategy for short workloads, possibly without a request.
 
     Parameters
     ----------
     max_requests : int
         Largest number of requests.
     closed_loop : bool
-        Whether clients may wait for their answers.
+        Whether some workloads are of clients that wait for an answer before they ask again.
 
     Examples
     --------

@@ -86,17 +86,20 @@ class _Orphan:
 
 
 class Watchdog:
-    """The controller's end of the pipe.
+    """Starts a process that gives the hardware back if this one dies or falls silent.
 
     Parameters
     ----------
     locks : sequence of LockFile
-        Kept open by the watchdog until the hardware is given back.
+        Lock files of the hardware. The other process keeps them open until it ends: after the
+        farewell of :meth:`close`, or, if this process dies, once it has given the hardware back
+        or has tried for 60 s.
     idle_s : float
-        A controller that has not called :meth:`seen` for so long counts as dead, too.
+        Seconds without a call of :meth:`seen` after which no beat is sent any more. The
+        watchdog takes that for death, and acts 1.5 s after the last beat.
     on_acted : callable, optional
-        Told when the watchdog gave the hardware back although this process lives (it was
-        frozen or idle): what was set is no longer in force.
+        Called, in a thread, when the watchdog gave the hardware back although this process lives,
+        because it was frozen or idle: what was set is no longer in force.
 
     Raises
     ------
@@ -142,7 +145,7 @@ class Watchdog:
 
     @property
     def answers(self) -> bool:
-        """Whether it lives and answers: only then may anything be lowered."""
+        """Whether it lives, and has answered within 1 s: only then may a clock be lowered."""
         asked_s = self._asked_s
         return self.running and (asked_s is None or time.monotonic() - asked_s < _ANSWER_S)
 
@@ -183,12 +186,12 @@ class Watchdog:
         return _Orphan(int(said[1]), child.stdin, child.stdout)
 
     def arm(self, records: Sequence[FoundGpu | FoundFile]) -> None:
-        """Say what is about to be touched; before touching it.
+        """Tell the watchdog what is about to be touched, before it is touched.
 
         Parameters
         ----------
         records : sequence of FoundGpu or FoundFile
-            Everything touched so far and the new.
+            How everything touched so far, and what is new, is to be given back.
 
         Raises
         ------
@@ -247,7 +250,10 @@ class Watchdog:
             self._beats.join()
 
     def close(self) -> None:
-        """Dismiss it: the hardware is given back."""
+        """Dismiss the watchdog, since the hardware is given back; may be called twice.
+
+        In a forked child it does nothing.
+        """
         if os.getpid() != self._pid or self._closing.is_set():
             return
         self._stop_beating()
@@ -256,12 +262,18 @@ class Watchdog:
         _reap(self._child)
 
     def abandon(self, limit_s: float) -> list[str]:
-        """Let it give the hardware back; what could not be, in words.
+        """Let the watchdog give the hardware back, as if this process had died.
 
         Parameters
         ----------
         limit_s : float
-            How long to wait for it; it goes on afterwards.
+            Seconds to wait for it; it goes on afterwards.
+
+        Returns
+        -------
+        list of str
+            What could not be given back within that time, in words; empty if all was, or
+            if the watchdog was dismissed before.
         """
         if os.getpid() != self._pid or self._closing.is_set():
             return []

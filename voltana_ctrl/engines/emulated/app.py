@@ -42,16 +42,25 @@ _ITL_S = (
 class EngineApp:
     """ASGI application of an emulated engine.
 
-    Prompts are counted in words, or are the token ids themselves; answers are numbers. A request
-    with ``kv_transfer_params`` is prefilled for another engine, or was by another one, as vLLM has
-    it. ``POST /emulate`` changes `slow_frac` and `hung`, for rehearsing faults.
+    A prompt of text has as many tokens as words, a list as many as it has items, whether these are
+    token ids or texts. Answers are numbers counted up, one a token.
+
+    Prefill and decode are handed over as in vLLM, by ``kv_transfer_params``. With
+    ``do_remote_decode`` the answer brings the parameters for the decode engine. A request with
+    ``do_remote_prefill`` is not prefilled again: it starts once its KV cache would be here.
+
+    ``POST /emulate`` with ``slow_frac`` or ``hung`` rehearses a slow or a hung engine, and
+    ``GET /emulate`` tells whether the emulation keeps its times.
+
+    The engine iterates only within the lifespan of the application, so that a server must run
+    with it, as uvicorn does by default.
 
     Parameters
     ----------
     engine : EmulatedEngine
-        The engine.
+        The engine, which is run by this application.
     model : str
-        Its name.
+        Name of the model, as clients see it.
 
     Raises
     ------
@@ -61,6 +70,7 @@ class EngineApp:
     Examples
     --------
     >>> import uvicorn
+    >>> # where `engine` was made as the example of EmulatedEngine makes one
     >>> uvicorn.run(EngineApp(engine), port=8000)  # doctest: +SKIP
     """
 
@@ -146,7 +156,7 @@ class EngineApp:
             raise Refused(404, "not_found_error", "no such path")
 
     def page(self) -> bytes:
-        """Metrics page as it is now."""
+        """Metrics page as it is now, in Prometheus' text format."""
         from prometheus_client import generate_latest
 
         batch = self._engine.batch

@@ -25,11 +25,11 @@ class Job:
     Parameters
     ----------
     prompt_tok, output_tok : int
-        Lengths.
+        Tokens of its prompt, and tokens that it is to generate.
     arrived_s : float
-        When it came.
+        When it came, in seconds.
     tell : callable
-        Told how many of its tokens are there.
+        Called with the number of tokens generated so far, at each new one.
     moved : bool
         Whether its prompt was prefilled elsewhere, and its KV cache has been moved here.
 
@@ -58,9 +58,9 @@ class Plan:
     Parameters
     ----------
     batch_req, kv_tok : int
-        Requests that decode in it, and KV tokens held.
+        Requests that decode in it, and KV tokens that all requests hold.
     chunk_req, chunk_tok, begun_req : int
-        Prompts of which a part is prefilled, tokens of it, and those of them that begin.
+        Prompts of which a part is prefilled, tokens of these parts, and prompts that begin with it.
     chunk_tok2 : float
         Squared context that these attend to: the coefficient of the quadratic time.
 
@@ -90,7 +90,7 @@ class Batch:
     Parameters
     ----------
     instance : InstanceSpec
-        Its limits.
+        Limits of the engine: batch, KV cache, prefill budget.
 
     Examples
     --------
@@ -148,7 +148,13 @@ class Batch:
         job.gone = True
 
     def plan(self) -> Plan:
-        """Admit, make room, and choose what the next iteration does."""
+        """Admit requests, make room for them, and choose what the next iteration does.
+
+        Returns
+        -------
+        Plan
+            To be handed to :meth:`finish` once the iteration has run.
+        """
         self._forget()
         one = self.instance
         prefilling = sum(job.context_tok > 0 for job in self.prefill)

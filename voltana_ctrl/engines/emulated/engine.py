@@ -37,10 +37,10 @@ class Card(Protocol):
 
     @property
     def clock_mhz(self) -> float:
-        """SM clock that runs."""
+        """SM clock in MHz that runs now."""
 
     def draw(self, power_w: float) -> None:
-        """Draw so much from now on."""
+        """Draw `power_w` watts from now on."""
 
 
 @dataclass(slots=True)
@@ -82,9 +82,9 @@ class EmulatedEngine:
     inside : InEngine
         The plugin in it.
     slow_frac : float
-        Every iteration takes so much longer than the profile says; may be changed meanwhile.
+        Every iteration takes so many times as long as the profile says; may be changed meanwhile.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Examples
     --------
@@ -131,14 +131,21 @@ class EmulatedEngine:
     async def generate(
         self, *, prompt_tok: int, output_tok: int, moved: bool = False
     ) -> Any:  # an asynchronous generator of int
-        """Take a request in, and yield the number of its tokens as they come.
+        """Take a request in, and yield 1, 2 and so on as its tokens come.
+
+        Whoever stops iterating before the last one has left: the request is dropped.
 
         Parameters
         ----------
         prompt_tok, output_tok : int
-            Lengths.
+            Tokens of its prompt, and tokens that it is to generate.
         moved : bool
-            Whether it was prefilled elsewhere, which has made its first token.
+            Whether it was prefilled elsewhere; it starts when its KV cache would be here.
+
+        Yields
+        ------
+        int
+            Tokens that are there, up to `output_tok`.
         """
         tokens: asyncio.Queue[int] = asyncio.Queue()
         job = Job(

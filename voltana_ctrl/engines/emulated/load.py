@@ -19,12 +19,14 @@ __all__ = ["Answers", "play"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answers:
-    """How requests were answered, in the order of the workload; NaN where one failed.
+    """How the requests that were sent were answered, in the order of the workload.
 
     Parameters
     ----------
-    arrival_s, ttft_s, itl_s : ndarray, shape (k,)
-        When each was sent, from the start; its time to first token; its mean gap between tokens.
+    arrival_s : ndarray, shape (k,)
+        Seconds from the start at which each request was sent.
+    ttft_s, itl_s : ndarray, shape (k,)
+        Its time to first token and its mean gap between tokens, in seconds; NaN where it failed.
 
     Examples
     --------
@@ -38,12 +40,17 @@ class Answers:
     itl_s: F64
 
     def attainment(self, slo: Slo) -> tuple[float, float]:
-        """Fractions that met TTFT and ITL; one that failed has missed both.
+        """Which part of the requests met the promises; one that failed has missed both.
 
         Parameters
         ----------
         slo : Slo
             The promises.
+
+        Returns
+        -------
+        ttft_frac, itl_frac : float
+            Fractions that met the TTFT and the ITL; NaN without a request.
         """
         answered = np.isfinite(self.ttft_s)
         met_ttft = answered & (self.ttft_s <= slo.ttft_s)
@@ -65,22 +72,28 @@ async def play(
     Parameters
     ----------
     url : str
-        Of the server, without a path.
+        Address of the server, without a path.
     workload : Workload
-        Open loop: arrival times and lengths.
+        Arrival times and lengths. Requests are sent at these times, whatever was answered.
     dilation : float
-        How many times as long everything takes.
+        Factor on the times between arrivals; 2 sends half as many a second.
     on_answer : callable, optional
-        Told when a request was answered, its TTFT and its ITL.
+        Called for each whole answer with the monotonic time of its last token, its TTFT and its
+        ITL, all in seconds.
     stop : callable
-        Whether to send no more.
+        Returns whether to send no more; answers that are still awaited are then given up.
     limit_s : float
-        Longest time of one answer.
+        Seconds after which an answer counts as failed.
+
+    Returns
+    -------
+    Answers
+        Of the requests that were sent. Times are as they passed here, not divided by `dilation`.
 
     Raises
     ------
     ConfigError
-        If aiohttp is not installed.
+        If aiohttp is not installed, or `dilation` is not positive.
 
     Examples
     --------

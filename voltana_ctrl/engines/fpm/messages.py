@@ -47,7 +47,7 @@ class OtherVersion(BadMessage):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardPass:
-    """One iteration of an engine, and what waits behind it.
+    """One iteration of an engine, and what waits behind it; all counts are 0 unless told.
 
     Parameters
     ----------
@@ -56,21 +56,22 @@ class ForwardPass:
     dp_rank : int
         Data-parallel rank; each has a scheduler of its own.
     number : int
-        Counts the messages of a rank.
+        Counts the messages of a rank upwards, so that lost ones are noticed.
     wall_s : float
-        Time of the iteration; 0 in a heartbeat.
+        Seconds that the iteration took; 0 in a heartbeat.
     prefill_req, prefill_tok, prefill_kv_tok : float
         Requests prefilled, prompt tokens computed for them, KV tokens read for them.
     decode_req, decode_kv_tok : float
-        Requests that decoded, and their context.
+        Requests that decoded, and the tokens that they hold in the KV cache.
     queued_prefill_req, queued_prefill_tok : float
-        Prompts that wait.
+        Prompts that wait for prefill, and their tokens.
     queued_decode_req, queued_decode_kv_tok : float
-        Requests that wait with KV: preempted, or in transfer from prefill.
+        Requests that wait with KV, preempted or in transfer from prefill, and its tokens.
     clock_mhz : float
         Clock that our plugin asked for before the iteration; 0 where it did not.
     delay_s : float
-        From asking for a clock until it runs, as our plugin measured it; 0 where nobody did.
+        Seconds from asking for a clock until it runs, as our plugin measured it; 0 where nobody
+        did.
 
     Examples
     --------
@@ -103,19 +104,27 @@ class ForwardPass:
 def decode_forward_pass(frames: Sequence[bytes]) -> ForwardPass:
     """Forward pass from the frames of a ZeroMQ message.
 
-    What a message does not hold counts as 0, what it holds beyond is left alone.
+    The message is the last frame, either alone or within the envelope of Dynamo's event plane,
+    which is taken off. Numbers that it does not hold count as 0, fields that are not known are left
+    alone, and a message without a version counts as one of version 1.
 
     Parameters
     ----------
     frames : sequence of bytes
-        As received; the last one counts.
+        As received from an engine or from Dynamo.
+
+    Returns
+    -------
+    ForwardPass
+        The iteration; a heartbeat where it took no time.
 
     Raises
     ------
     OtherVersion
-        If the message is of another version.
+        If the message is of a version that is not known here.
     BadMessage
-        If it is no forward-pass message.
+        If it is longer than 64 KiB, is no MessagePack map, has neither ``wall_time`` nor
+        ``scheduled_requests``, or holds a value of the wrong kind or size.
     ConfigError
         If msgpack is not installed.
 
