@@ -239,6 +239,7 @@ def freeze_fields(
     Examples
     --------
     >>> from dataclasses import dataclass
+    >>> from voltana_ctrl.checks import F64
     >>> @dataclass(frozen=True)
     ... class Power:
     ...     power_w: F64

@@ -92,7 +92,7 @@ class MpcController(CascadeController):
         Parameters
         ----------
         memory : CascadeMemory
-            Of that controller's last tick.
+            Memory of that controller after its last tick.
         """
         memory = super().taken_over(memory)
         if memory.ahead is None:
@@ -106,7 +106,7 @@ class MpcController(CascadeController):
         Parameters
         ----------
         memory : CascadeMemory
-            Of the last tick.
+            Memory after the last tick.
         """
         noted = super().notes(memory)
         if memory.ahead is not None and self._ahead.looks(memory.ahead):

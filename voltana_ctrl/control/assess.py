@@ -40,8 +40,11 @@ class Assessment:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> import numpy as np
+    >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
+    >>> from voltana_ctrl.control.assess import Assessor
     >>> from voltana_ctrl.laws import length_moments
+    >>> from voltana_ctrl.types import Belief, Load
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
     >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.035), delay_s=0.1)
@@ -91,12 +94,14 @@ class Assessor:
     fleet : FleetSpec
         The fleet, as believed.
     slo : Slo
-        Promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> import numpy as np
+    >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
     >>> from voltana_ctrl.laws import length_moments
+    >>> from voltana_ctrl.types import Belief, Load
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
     >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
@@ -199,8 +204,9 @@ class Assessor:
 
         Examples
         --------
-        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
         >>> from voltana_ctrl.laws import length_moments
+        >>> from voltana_ctrl.types import Load
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
         >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
@@ -232,7 +238,8 @@ class Assessor:
         Examples
         --------
         >>> from dataclasses import replace
-        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
+        >>> from voltana_ctrl.types import Belief
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
         >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.0), delay_s=0.025)
@@ -280,8 +287,10 @@ class Assessor:
 
         Examples
         --------
-        >>> from voltana_ctrl import load_profile
+        >>> import numpy as np
+        >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
         >>> from voltana_ctrl.laws import length_moments
+        >>> from voltana_ctrl.types import Load
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
         >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
@@ -329,7 +338,8 @@ class Assessor:
 
         Examples
         --------
-        >>> from voltana_ctrl import load_profile
+        >>> import numpy as np
+        >>> from voltana_ctrl import FleetSpec, Slo, load_profile
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> worst_w = np.array([one.table["prefill_power_w"] for one in fleet.instances])
         >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
@@ -380,7 +390,8 @@ class Assessor:
 
         Examples
         --------
-        >>> from voltana_ctrl import load_profile
+        >>> import numpy as np
+        >>> from voltana_ctrl import FleetSpec, Slo, load_profile
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> worst_w = np.array([one.table["prefill_power_w"] for one in fleet.instances])
         >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))

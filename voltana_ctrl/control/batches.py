@@ -29,7 +29,7 @@ class Batches:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> Batches(fleet, 0.06).holds_req(fleet.max_mhz, context_tok=400.0)
     array([576., 576.])
@@ -50,7 +50,7 @@ class Batches:
         Parameters
         ----------
         state : FleetState
-            Of the fleet.
+            State of the fleet now.
         """
         found = np.array(state.queue_req, dtype=np.float64)
         for i in np.flatnonzero(state.running_req > 0.0).tolist():

@@ -135,6 +135,7 @@ def target_within(
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> from voltana_ctrl.control import TargetOptimiser
     >>> from voltana_ctrl.laws import length_moments
+    >>> from voltana_ctrl.types import Load
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
     >>> load = Load(arrival_req_s=60.0, lengths=length_moments([240, 240], [200, 200]))

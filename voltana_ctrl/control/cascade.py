@@ -97,7 +97,7 @@ class CascadeController(Controller):
     fleet : FleetSpec
         The fleet, as believed.
     slo : Slo
-        Promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     period_s : float
         Time between decisions.
     target_period_s : float
@@ -212,7 +212,7 @@ class CascadeController(Controller):
         Parameters
         ----------
         memory : CascadeMemory
-            Of the last tick.
+            Memory after the last tick.
         """
         known = self._load
         return known.load(memory.load), known.doubt_frac(memory.load), known.changes(memory.load)
@@ -225,7 +225,7 @@ class CascadeController(Controller):
         Parameters
         ----------
         memory : CascadeMemory
-            Of that controller's last tick.
+            Memory of that controller after its last tick.
         """
         return replace(memory, target=None, serving=None, overload_frac=0.0)
 
@@ -235,7 +235,7 @@ class CascadeController(Controller):
         Parameters
         ----------
         memory : CascadeMemory
-            Of the last tick.
+            Memory after the last tick.
         """
         return self._regime.regime(memory.regime)
 
@@ -245,7 +245,7 @@ class CascadeController(Controller):
         Parameters
         ----------
         memory : CascadeMemory
-            Of the last tick.
+            Memory after the last tick.
         """
         belief = memory.belief
         noted = {

@@ -102,7 +102,8 @@ class LeastPower:
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> import numpy as np
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> from voltana_ctrl.laws import length_moments
     >>> decode = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b")).instances[1]
     >>> least = LeastPower(decode, Slo(ttft_s=0.6, itl_s=0.06), margin_frac=(0.02, 0.035),
@@ -233,7 +234,7 @@ class LeastPower:
 
         Examples
         --------
-        >>> from voltana_ctrl import FleetSpec, load_profile
+        >>> from voltana_ctrl import FleetSpec, Slo, load_profile
         >>> from voltana_ctrl.laws import length_moments
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> least = LeastPower(fleet.instances[1], Slo(ttft_s=0.6, itl_s=0.06),

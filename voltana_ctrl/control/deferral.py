@@ -50,6 +50,7 @@ class DeferralMemory:
 
     Examples
     --------
+    >>> from voltana_ctrl.control.deferral import Deferral
     >>> Deferral().init().allowed_s
     0.0
     """
@@ -77,6 +78,8 @@ class Deferral:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.types import Backlog
     >>> deferral = Deferral()
     >>> backlog = Backlog(deadline_s=[600.0, 900.0], prompt_tok=[100.0, 100.0], arrived_req=2.0)
     >>> memory = deferral.count(deferral.init(), 0.0, backlog)

@@ -31,7 +31,8 @@ def at_rest(fleet: FleetSpec, period_s: float) -> tuple[FleetSpec, tuple[Depth, 
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from dataclasses import replace
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> from voltana_ctrl.types import Rest
     >>> plain = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> l20 = FleetSpec(tuple(

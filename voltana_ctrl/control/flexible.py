@@ -56,14 +56,16 @@ class Split:
     fleet : FleetSpec
         The fleet, as believed; who may change its role says so.
     slo : Slo
-        Promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     tuning : Tuning, optional
         Of the controllers; the default if left out.
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
+    >>> from dataclasses import replace
+    >>> from voltana_ctrl import FleetSpec, FleetState, Role, Slo, load_profile
     >>> from voltana_ctrl.laws import length_moments
+    >>> from voltana_ctrl.types import Load
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> split = Split(FleetSpec.parse("2P2D", profile).flexible(), Slo(ttft_s=0.6, itl_s=0.06))
     >>> heavy = Load(arrival_req_s=60.0, lengths=length_moments([200], [400]))
@@ -113,7 +115,7 @@ class Split:
         roles : tuple of Role
             As they are, or are about to be.
         state : FleetState
-            Of the fleet.
+            State of the fleet now.
         load : Load
             What arrives.
         doubt_frac : float
@@ -284,7 +286,7 @@ class FlexibleController(Controller):
     fleet : FleetSpec
         The fleet, as believed; see ``FleetSpec.flexible``.
     slo : Slo
-        Promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     make : callable (fleet) -> CascadeController
         Makes the controller of a fleet whose roles stay.
     hold_s : float
@@ -341,7 +343,7 @@ class FlexibleController(Controller):
         Parameters
         ----------
         memory : FlexibleMemory
-            Of the last tick.
+            Memory after the last tick.
         """
         prefill = sum(role is Role.PREFILL for role in memory.roles)
         return {**self._of(memory.roles).notes(memory.inner), "prefill_instances": float(prefill)}

@@ -49,7 +49,7 @@ class IterationGovernor(CompiledGovernor):
     instance : InstanceSpec
         The instance whose clock it chooses.
     slo : Slo
-        Targets.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     profile : Profile, optional
         Tables it predicts with; the instance's own by default.
     margin_frac : tuple of float, optional
@@ -184,6 +184,7 @@ class IterationGovernor(CompiledGovernor):
         --------
         >>> from dataclasses import replace
         >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+        >>> from voltana_ctrl.types import Belief
         >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
         >>> fleet = FleetSpec.parse("1P1D", profile)
         >>> governor = IterationGovernor(fleet.instances[1], Slo(ttft_s=0.6, itl_s=0.06))

@@ -72,7 +72,7 @@ def takes_time(fleet: FleetSpec, period_s: float) -> bool:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> takes_time(FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b")), 1.0)
     False
     """
@@ -122,7 +122,7 @@ class Lookahead:
     fleet : FleetSpec
         The fleet, as believed.
     slo : Slo
-        Promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     target : TargetOptimiser
         Knows what an instance draws and can carry.
     period_s : float
@@ -145,7 +145,8 @@ class Lookahead:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.control import TargetOptimiser
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> slo = Slo(ttft_s=0.6, itl_s=0.06)
     >>> ahead = Lookahead(fleet, slo, TargetOptimiser(fleet, slo))
@@ -236,7 +237,7 @@ class Lookahead:
         memory : LookaheadMemory
             Not changed.
         observation : Observation
-            Of the fleet.
+            What was read from the fleet.
         """
         state, backlog = observation.state, observation.backlog
         if memory.forecast.t_s >= state.t_s:
@@ -272,7 +273,7 @@ class Lookahead:
         memory : LookaheadMemory
             What :meth:`count` returned.
         state : FleetState
-            Of the fleet.
+            State of the fleet now.
         """
         if memory.standby is None:
             return None
@@ -288,7 +289,7 @@ class Lookahead:
         memory : LookaheadMemory
             What :meth:`look` returned.
         t_s : float
-            Now.
+            Time now.
         residence_s : float
             Mean time of a request in decode.
         """
@@ -329,7 +330,7 @@ class Lookahead:
         memory : LookaheadMemory
             What :meth:`count` returned.
         state : FleetState
-            Of the fleet.
+            State of the fleet now.
         load : Load
             What arrives now; its lengths are taken for those of what will arrive.
         belief : Belief
@@ -387,7 +388,7 @@ class Lookahead:
         Parameters
         ----------
         memory : LookaheadMemory
-            Of the last tick.
+            Memory after the last tick.
         """
         outlook = self._forecaster.outlook(memory.forecast)
         noted = {

@@ -55,6 +55,7 @@ class LinearModel:
 
     Examples
     --------
+    >>> from voltana_ctrl.control.model import prefill_model
     >>> model = prefill_model(0.1)
     >>> model.step([100.0], [2000.0], [1500.0])
     array([50.])
@@ -180,6 +181,7 @@ class LinearModel:
 
         Examples
         --------
+        >>> from voltana_ctrl.control.model import prefill_model
         >>> system = prefill_model(0.1).to_control()
         >>> system.state_labels, system.input_labels
         (['queue_tok'], ['service_tok_s', 'arrival_tok_s', 'one'])
@@ -273,6 +275,7 @@ def decode_model(
 
     Examples
     --------
+    >>> import numpy as np
     >>> from voltana_ctrl import load_profile
     >>> from voltana_ctrl.laws import decode_equilibrium, length_moments
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
@@ -327,6 +330,7 @@ def decode_steps(
 
     Examples
     --------
+    >>> import numpy as np
     >>> from voltana_ctrl import load_profile
     >>> from voltana_ctrl.laws import length_moments
     >>> table = load_profile("a100-sxm-80gb/llama-3.1-8b").table
@@ -391,6 +395,7 @@ def zero_order_hold(a: Matrix, forced: Matrix, dt_s: float) -> tuple[Matrix, Mat
 
     Examples
     --------
+    >>> import numpy as np
     >>> a, forced = zero_order_hold(np.array([[[-1.0]]]), np.array([[[1.0]]]), 0.5)
     >>> a.round(4).item(), forced.round(4).item()
     (0.6065, 0.3935)

@@ -133,7 +133,7 @@ class Plan:
         Parameters
         ----------
         after_s : float
-            Seconds.
+            Seconds since the plan was made.
 
         Returns
         -------
@@ -149,7 +149,7 @@ class Plan:
         Parameters
         ----------
         after_s : float
-            Seconds.
+            Seconds since the plan was made.
 
         Returns
         -------
@@ -173,6 +173,7 @@ def steps_to_s(reach_s: float) -> tuple[float, ...]:
 
     Examples
     --------
+    >>> from voltana_ctrl.control.situation import STEPS_S
     >>> steps_to_s(120.0) == STEPS_S, sum(steps_to_s(1800.0))
     (True, 1980.0)
     """

@@ -62,6 +62,7 @@ def with_spare(spare: float, wanted: Bool, speed_req_s: F64, serves: Callable[[F
 
     Examples
     --------
+    >>> import numpy as np
     >>> two_serve = lambda rest: rest.sum() >= 2
     >>> wanted = np.array([True, True, False, False, False])
     >>> with_spare(1.0, wanted, np.array([5.0, 5.0, 5.0, 9.0, 0.0]), two_serve)

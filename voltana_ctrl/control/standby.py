@@ -58,7 +58,8 @@ class Standby:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> import numpy as np
+    >>> from voltana_ctrl import FleetSpec, FleetState, load_profile
     >>> fleet = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> standby = Standby(fleet, [np.array([0]), np.array([1, 2])], [0, 1])
     >>> state = FleetState.idle(3)
@@ -87,7 +88,7 @@ class Standby:
         memory : StandbyMemory
             Not changed.
         state : FleetState
-            Of the fleet.
+            State of the fleet now.
         """
         empty = (state.running_req + state.queue_req) <= 0.0
         asleep = ~memory.on & (empty | memory.asleep)
@@ -103,7 +104,7 @@ class Standby:
         memory : StandbyMemory
             What :meth:`look` returned.
         state : FleetState
-            Of the fleet.
+            State of the fleet now.
         """
         serves: Bool = memory.on & (memory.ready_s <= state.t_s + 1e-9)
         return serves & state.alive
@@ -120,7 +121,7 @@ class Standby:
         memory : StandbyMemory
             What :meth:`look` returned.
         state : FleetState
-            Of the fleet.
+            State of the fleet now.
         wanted : sequence of float, length n_groups
             How many should serve or wake.
         """
@@ -162,7 +163,7 @@ class Standby:
         Parameters
         ----------
         state : FleetState
-            Of the fleet.
+            State of the fleet now.
         supplies : sequence of Supply, length n_groups
             What one instance of each group carries.
         reserve : callable

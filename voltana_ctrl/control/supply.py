@@ -36,6 +36,7 @@ class Supply:
 
     Examples
     --------
+    >>> from voltana_ctrl.control.supply import supply_of
     >>> supply = supply_of([1.0, 2.0, 3.0], [70.0, 85.0, 110.0], facets=3)
     >>> supply.most_req_s, supply.power_w(2.5)
     (3.0, 97.5)
@@ -69,6 +70,7 @@ def lower_hull(x: F64, y: F64) -> list[int]:
 
     Examples
     --------
+    >>> import numpy as np
     >>> lower_hull(np.array([0.0, 1.0, 2.0]), np.array([0.0, 3.0, 2.0]))
     [0, 2]
     """
@@ -113,6 +115,7 @@ def supply_of(
 
     Examples
     --------
+    >>> import numpy as np
     >>> supply_of([1.0, 2.0], [70.0, np.inf], facets=2).alpha_j_req
     array([0., 0.])
     """
@@ -175,7 +178,7 @@ def drain_of(
     running_req : float
         How many run.
     lengths : Lengths
-        Of the requests.
+        Prompt and output lengths of the requests.
     itl_s : float
         Time between tokens that is promised.
 
@@ -226,10 +229,11 @@ def leaving_j(
     stays_s : float
         Time that a request spends there at most.
     slo : Slo
-        Promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
 
     Examples
     --------
+    >>> import numpy as np
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> from voltana_ctrl.laws import length_moments
     >>> decode = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b")).instances[1]

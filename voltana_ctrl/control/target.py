@@ -205,7 +205,7 @@ class TargetOptimiser:
         loads_req_s : ndarray, shape (n_loads,)
             Arrivals per second at this instance, > 0.
         lengths : Lengths
-            Of the requests.
+            Prompt and output lengths of the requests.
 
         Examples
         --------
@@ -233,7 +233,7 @@ class TargetOptimiser:
         Parameters
         ----------
         lengths : Lengths
-            Of the requests.
+            Prompt and output lengths of the requests.
         belief : Belief, optional
             What was learnt about the instances.
 

@@ -68,6 +68,8 @@ def kalman_step(
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.estimate import KalmanState
     >>> one = np.eye(1)
     >>> state = KalmanState(mean=[0.0], covariance=[[1.0]])
     >>> kalman_step(state, one, 0 * one, one, np.array([2.0]), one).mean
@@ -120,6 +122,7 @@ class ArrivalState:
 
     Examples
     --------
+    >>> from voltana_ctrl.estimate import ArrivalEstimator
     >>> ArrivalEstimator().init().burst
     False
     """

@@ -54,6 +54,7 @@ def split_iterations(
 
     Examples
     --------
+    >>> from voltana_ctrl import IterationBatch
     >>> both = IterationBatch(instance=[0], t_s=[1.0], wall_s=[0.1], freq_mhz=[1410.0],
     ...     batch_req=[10], prefill_tok=[30], kv_tok=[0], energy_j=[40.0])
     >>> split_iterations(both)
@@ -161,6 +162,7 @@ class LedgerState:
 
     Examples
     --------
+    >>> from voltana_ctrl.estimate import EnergyLedger
     >>> EnergyLedger(instances=2).init().past.shape
     (1, 2, 5)
     """
@@ -193,6 +195,7 @@ class LedgerState:
 
         Examples
         --------
+        >>> from voltana_ctrl.estimate import EnergyLedger
         >>> sorted(EnergyLedger(instances=2).init().per_class())
         ['energy_j_req', 'energy_j_tok', 'finished_req', 'itl_s', 'ttft_s']
         """
@@ -233,6 +236,7 @@ class EnergyLedger:
 
     Examples
     --------
+    >>> from voltana_ctrl import IterationBatch, RequestBatch
     >>> ledger = EnergyLedger(instances=2)
     >>> ran = IterationBatch(instance=[0, 1], t_s=[0.1, 0.2], wall_s=[0.1, 0.1],
     ...     freq_mhz=[1410.0] * 2, batch_req=[0, 1], prefill_tok=[50, 0], kv_tok=[0, 51],

@@ -151,6 +151,7 @@ class ForecastMemory:
 
     Examples
     --------
+    >>> from voltana_ctrl.estimate import Forecaster
     >>> Forecaster().init().t_s
     -1.0
     """
@@ -278,7 +279,7 @@ class Forecaster:
         memory : ForecastMemory
             Not changed.
         t_s : float
-            Now.
+            Time now.
         arrived_req : float
             Requests since the last update.
 
@@ -469,6 +470,7 @@ def read_forecast(path: str | Path) -> OwnForecast:
     Examples
     --------
     >>> import pathlib, tempfile
+    >>> import numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder) / "load.csv"
     ...     _ = path.write_text("t_s,req_s\n0,10\n100,30\n")

@@ -55,6 +55,7 @@ class HeadroomMemory:
 
     Examples
     --------
+    >>> from voltana_ctrl.estimate import MarginState
     >>> memory = HeadroomMemory(tracked=MarginState(raw_frac=[0.0, 0.0]), short_req=[0.0] * 64)
     >>> float(memory.short_req.sum())
     0.0
@@ -75,7 +76,7 @@ class HeadroomFilter:
     fleet : FleetSpec
         The fleet; a colocated one hands nothing off.
     slo : Slo
-        Promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     tuning : Tuning, optional
         Step, set point and range of the margins; the defaults if left out.
 
@@ -130,7 +131,7 @@ class HeadroomFilter:
         Parameters
         ----------
         memory : HeadroomMemory
-            Of the time before.
+            Memory before this update.
         finished : RequestBatch
             Their lengths and latencies.
         running_req : float

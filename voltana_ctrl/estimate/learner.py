@@ -78,8 +78,9 @@ class OnlineLearner:
 
     Examples
     --------
+    >>> import numpy as np
     >>> from voltana_ctrl import FleetSpec, IterationBatch, load_profile
-    >>> from voltana_ctrl.estimate import predict_decode
+    >>> from voltana_ctrl.estimate import FleetTables, predict_decode
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> learner = OnlineLearner(FleetTables.of(fleet))
     >>> slow = predict_decode(learner.prior, 1, 1410.0, 64, 25_000).time_s * 1.3

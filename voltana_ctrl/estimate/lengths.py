@@ -102,6 +102,7 @@ class LengthState:
 
     Examples
     --------
+    >>> from voltana_ctrl.estimate import LengthEstimator
     >>> LengthEstimator().init().weight_req.sum()
     np.float64(0.0)
     """

@@ -127,7 +127,7 @@ class LoadFilter:
         observation : Observation
             What was read.
         memory : LoadMemory
-            Of the time before.
+            Memory before this update.
         """
         state, finished = observation.state, observation.finished
         span_s, arrived_req = memory.span_s, memory.arrived_req

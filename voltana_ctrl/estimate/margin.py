@@ -97,6 +97,7 @@ def track(
 
     Examples
     --------
+    >>> import numpy as np
     >>> round(track(0.1, np.array([True, False]), eta_frac=0.01, miss_frac=0.005,
     ...             min_frac=-0.4), 4)
     0.1099
@@ -133,6 +134,7 @@ class MarginTracker:
 
     Examples
     --------
+    >>> from voltana_ctrl import RequestBatch, Slo
     >>> tracker = MarginTracker(slo=Slo(ttft_s=0.6, itl_s=0.06))
     >>> state = tracker.init()
     >>> late = RequestBatch(request=[0], request_class=[0], prompt_tok=[9], output_tok=[5],

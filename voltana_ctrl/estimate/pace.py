@@ -53,7 +53,8 @@ class PaceMemory:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.estimate import PaceFilter
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> PaceFilter(fleet).init().known.shape[0]
     2
@@ -90,7 +91,9 @@ class PaceFilter:
 
     Examples
     --------
+    >>> import numpy as np
     >>> from voltana_ctrl import FleetSpec, FleetState, IterationBatch, Observation, load_profile
+    >>> from voltana_ctrl.laws import decode_s
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> decode = fleet.instances[1]
     >>> step_s = float(decode_s(decode.table[-1], 64.0, 25_000.0))
@@ -159,7 +162,7 @@ class PaceFilter:
         Parameters
         ----------
         memory : PaceMemory
-            Of the time before; not changed.
+            Memory before this update; not changed.
         observation : Observation
             State, and iterations where the engine tells them.
         prompt_tok : float

@@ -44,6 +44,7 @@ class FleetTables:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.types import PROFILE_DTYPE
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> tables = FleetTables.of(fleet)
     >>> tables.table.shape == (4, 81, len(PROFILE_DTYPE)), len(tables.rows(3))
@@ -162,6 +163,7 @@ def predict_decode(
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.estimate import FleetTables
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> answer = predict_decode(FleetTables.of(fleet), 1, [705.0, 1410.0], 64, 25_000)
     >>> answer.time_s.round(4), answer.power_w.round(0)
@@ -210,6 +212,7 @@ def predict_prefill(
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.estimate import FleetTables
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> float(predict_prefill(FleetTables.of(fleet), 0, 1410.0, 1000).time_s.round(4))
     0.0755
@@ -240,6 +243,7 @@ class InstancePredictor:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.estimate import FleetTables
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> predictor = InstancePredictor(FleetTables.of(fleet), 1)
     >>> round(predictor.itl_s(1410.0, 64, 25_000), 4)

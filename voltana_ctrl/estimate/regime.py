@@ -74,6 +74,7 @@ class RegimeFilter:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.estimate import RegimeMemory
     >>> filter = RegimeFilter(FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b")))
     >>> filter.regime(RegimeMemory())
     <Regime.OPEN: 'arrivals set the token rate: ...'>
@@ -97,7 +98,7 @@ class RegimeFilter:
         observation : Observation
             What was read.
         memory : RegimeMemory
-            Of the time before.
+            Memory before this update.
         """
         state = observation.state
         if memory.t_s < 0.0 or state.t_s <= memory.t_s:

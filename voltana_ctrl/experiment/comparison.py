@@ -89,6 +89,7 @@ class Comparison:
 
     Examples
     --------
+    >>> from voltana_ctrl.experiment.grid import DEFAULT_SLO
     >>> found = Comparison(fleet="2P2D", profile="p", workload="w", slo=DEFAULT_SLO, runs=())
     >>> found.to_dict()["schema"], found.complete
     ('voltana-ctrl/compare/2', True)
@@ -328,7 +329,7 @@ def compare(
     tick_s : float
         Control period.
     slo : Slo
-        The promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     policies : sequence of str
         Names, see :func:`voltana_ctrl.policies.find_policy`.
     settings : PlantSettings, optional

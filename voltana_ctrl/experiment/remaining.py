@@ -32,6 +32,7 @@ class TimeLeft:
 
     Examples
     --------
+    >>> from voltana_ctrl.experiment import Done
     >>> from voltana_ctrl.experiment.grid import plan_runs
     >>> grid = plan_runs(rates_req_s=[5.0, 9.0], policies=["static-max"], duration_s=9.0)
     >>> left = TimeLeft(grid, (), 1)

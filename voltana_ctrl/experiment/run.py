@@ -60,7 +60,7 @@ class Run:
     fleet : FleetSpec
         The fleet.
     slo : Slo
-        The promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     workload : str or Workload
         Name of a generator, or a trace.
     rate_req_s : float, optional
@@ -102,7 +102,7 @@ class Run:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> slo = Slo(ttft_s=0.6, itl_s=0.06)
     >>> run = Run(policy="static-max", fleet=fleet, slo=slo, workload="sharegpt",

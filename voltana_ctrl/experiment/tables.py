@@ -40,6 +40,7 @@ def write_json(values: Mapping[str, Any], path: str | Path) -> None:
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_json({"runs": []}, Path(folder) / "out.json")
@@ -94,6 +95,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_rows([{"policy": "mine", "energy_j": 3.0}], Path(folder) / "out.csv")

@@ -42,6 +42,7 @@ def refuse_unknown(grid: Grid, draws: int) -> None:
 
     Examples
     --------
+    >>> from dataclasses import replace
     >>> from voltana_ctrl import FleetSpec, load_profile
     >>> from voltana_ctrl.experiment.grid import plan_runs
     >>> own = replace(load_profile("a100-sxm-80gb/llama-3.1-8b"), name="gpu/own", band=None)

@@ -45,6 +45,7 @@ def read_actuators(
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> import tempfile
     >>> head = "phase,freq_mhz,batch_req,asked_tok,kv_tok,wall_s,wall_se_s,energy_j,power_se_w"
     >>> with tempfile.TemporaryDirectory() as folder:

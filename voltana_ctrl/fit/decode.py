@@ -55,6 +55,7 @@ class DecodeTime:
 
     Examples
     --------
+    >>> import numpy as np
     >>> law = DecodeTime(
     ...     form="line", clock_mhz=np.array([700.0, 1400.0]), base_s=np.array([0.02, 0.01]),
     ...     req_s=np.array([2e-4, 1e-4]), kv_s=np.array([1e-7, 1e-7]),
@@ -88,6 +89,7 @@ class DecodeTime:
 
         Examples
         --------
+        >>> import numpy as np
         >>> flat = np.array([0.01])
         >>> law = DecodeTime(form="line", clock_mhz=np.array([1400.0]), base_s=flat, req_s=flat,
         ...                  kv_s=flat, base_sd_s=flat, req_sd_s=flat, kv_sd_s=flat)
@@ -112,6 +114,7 @@ class DecodeTime:
 
         Examples
         --------
+        >>> import numpy as np
         >>> flat = np.array([0.01])
         >>> law = DecodeTime(form="line", clock_mhz=np.array([1400.0]), base_s=flat, req_s=flat,
         ...                  kv_s=0 * flat, base_sd_s=flat, req_sd_s=flat, kv_sd_s=flat)
@@ -162,6 +165,8 @@ def fit_decode_time(
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.fit import IterationTable
     >>> n = np.array([1.0, 8, 64, 1, 8, 64])
     >>> kv = n * np.array([100.0, 100, 100, 900, 900, 900])
     >>> zero = 0 * n

@@ -27,6 +27,7 @@ def draw_diagnostics(result: FitResult, figure: Any) -> None:
     Examples
     --------
     >>> from matplotlib.figure import Figure  # doctest: +SKIP
+    >>> from voltana_ctrl.fit import fit_table
     >>> figure = Figure(figsize=(10, 8))  # doctest: +SKIP
     >>> draw_diagnostics(fit_table("table.csv"), figure)  # doctest: +SKIP
     >>> figure.savefig("diagnostics.png")  # doctest: +SKIP

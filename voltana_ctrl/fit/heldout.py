@@ -74,6 +74,7 @@ class Laws:
 
         Examples
         --------
+        >>> from voltana_ctrl.fit import IterationTable
         >>> table = IterationTable(
         ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
         ...     square_tok2=[0], wall_s=[1.0], energy_j=[60.0])
@@ -98,6 +99,7 @@ class Laws:
 
         Examples
         --------
+        >>> from voltana_ctrl.fit import IterationTable
         >>> table = IterationTable(
         ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
         ...     square_tok2=[0], wall_s=[1.0], energy_j=[60.0])
@@ -127,6 +129,7 @@ class Laws:
 
         Examples
         --------
+        >>> from voltana_ctrl.fit import IterationTable
         >>> table = IterationTable(
         ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
         ...     square_tok2=[0], wall_s=[1.0], energy_j=[60.0])
@@ -235,6 +238,7 @@ def fit_laws(
 
     Examples
     --------
+    >>> from voltana_ctrl.fit import IterationTable
     >>> one = IterationTable(
     ...     phase=("decode",), freq_mhz=[1410], batch_req=[1], kv_tok=[9], prefill_tok=[0],
     ...     square_tok2=[0], wall_s=[0.01], energy_j=[3.0])
@@ -292,6 +296,7 @@ def idle_power_w(table: IterationTable) -> float | None:
 
     Examples
     --------
+    >>> from voltana_ctrl.fit import IterationTable
     >>> table = IterationTable(
     ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
     ...     square_tok2=[0], wall_s=[2.0], energy_j=[120.0])
@@ -335,6 +340,8 @@ def hold_out(
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.fit import IterationTable, fit_laws
     >>> n = np.array([1.0, 8, 32, 64, 128])
     >>> zero = 0 * n
     >>> table = IterationTable(

@@ -63,6 +63,8 @@ def fit_table(
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.fit import IterationTable
     >>> f, n, c = (a.ravel() for a in np.meshgrid(
     ...     [600.0, 800, 1000, 1200, 1300, 1400], [1.0, 8, 32, 64], [200.0, 2000]))
     >>> g, zero = f / 1e3, 0 * f

@@ -92,6 +92,7 @@ class PowerLaw:
 
         Examples
         --------
+        >>> import numpy as np
         >>> nan = float("nan")
         >>> law = PowerLaw(
         ...     rise_frac=1.0, knee_mhz=1000.0, prefill_static_w=50.0, prefill_dynamic_w=200.0,
@@ -113,6 +114,7 @@ class PowerLaw:
 
         Examples
         --------
+        >>> import numpy as np
         >>> nan = float("nan")
         >>> law = PowerLaw(
         ...     rise_frac=0.0, knee_mhz=1000.0, prefill_static_w=50.0, prefill_dynamic_w=200.0,
@@ -136,6 +138,7 @@ class PowerLaw:
 
         Examples
         --------
+        >>> import numpy as np
         >>> nan = float("nan")
         >>> law = PowerLaw(
         ...     rise_frac=0.0, knee_mhz=1000.0, prefill_static_w=nan, prefill_dynamic_w=nan,
@@ -198,6 +201,8 @@ def fit_power(
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.fit import IterationTable
     >>> f = np.arange(600.0, 1401.0, 50.0)
     >>> g, zero = f / 1e3, 0 * f
     >>> power_w = 60 + 190 * g * (1 + 0.8 * np.maximum(0, g - 1.1)) ** 2

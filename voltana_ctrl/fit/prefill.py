@@ -49,6 +49,7 @@ class PrefillTime:
 
     Examples
     --------
+    >>> import numpy as np
     >>> zero = np.zeros(2)
     >>> law = PrefillTime(
     ...     clock_mhz=np.array([700.0, 1400.0]), base_s=np.array([0.01, 0.01]),
@@ -78,6 +79,7 @@ class PrefillTime:
 
         Examples
         --------
+        >>> import numpy as np
         >>> one = np.array([1.0])
         >>> law = PrefillTime(clock_mhz=1400 * one, base_s=one, tok_s=one, tok2_s=one,
         ...                   base_sd_s=one, tok_sd_s=one, tok2_sd_s=one)
@@ -108,6 +110,7 @@ class PrefillTime:
 
         Examples
         --------
+        >>> import numpy as np
         >>> one = np.array([1.0])
         >>> law = PrefillTime(clock_mhz=1400 * one, base_s=one, tok_s=one, tok2_s=0 * one,
         ...                   base_sd_s=one, tok_sd_s=one, tok2_sd_s=one)
@@ -155,6 +158,8 @@ def fit_prefill_time(
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.fit import IterationTable
     >>> tok = np.array([128.0, 512, 2048, 8192, 2048])
     >>> square = tok**2 / np.array([1, 1, 1, 1, 4])
     >>> zero = 0 * tok
@@ -196,6 +201,8 @@ def prompts_take_time(table: IterationTable, *, tok2_s: float | None = None) -> 
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.fit import IterationTable
     >>> tok = np.array([512.0, 2048, 8192, 2048, 2048, 8192, 8192])
     >>> prompts = np.array([1.0, 1, 1, 4, 16, 4, 64])
     >>> zero, square = 0 * tok, tok**2 / prompts
@@ -355,6 +362,8 @@ def capped_from_mhz(table: IterationTable) -> float:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.fit import IterationTable
     >>> f = np.array([900.0, 1000, 1100, 1200, 1300, 1400])
     >>> zero = 0 * f
     >>> wall_s = 100 / np.minimum(f, 1210)

@@ -46,6 +46,7 @@ class FitResult:
 
     Examples
     --------
+    >>> from voltana_ctrl.fit import IterationTable, Laws
     >>> empty = IterationTable(
     ...     phase=(), freq_mhz=[], batch_req=[], kv_tok=[], prefill_tok=[], square_tok2=[],
     ...     wall_s=[], energy_j=[])
@@ -237,6 +238,7 @@ def foreign_lines(result: FitResult, name: str, like: Profile) -> list[str]:
     Examples
     --------
     >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.fit import FitResult, IterationTable, Laws
     >>> empty = IterationTable(
     ...     phase=(), freq_mhz=[], batch_req=[], kv_tok=[], prefill_tok=[], square_tok2=[],
     ...     wall_s=[], energy_j=[])

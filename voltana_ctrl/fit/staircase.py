@@ -77,6 +77,8 @@ def detect_batch_steps(table: IterationTable) -> tuple[tuple[int, int], ...] | N
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.fit import IterationTable
     >>> n = np.array([8 * k + j for k in range(1, 9) for j in (0, 1)], dtype=float)
     >>> zero = 0 * n
     >>> table = IterationTable(

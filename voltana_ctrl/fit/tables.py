@@ -208,6 +208,7 @@ class IterationTable:
 
         Examples
         --------
+        >>> import numpy as np
         >>> table = IterationTable(
         ...     phase=("idle",), freq_mhz=[1410], batch_req=[0], kv_tok=[0], prefill_tok=[0],
         ...     square_tok2=[0], wall_s=[1.0], energy_j=[60.0])
@@ -255,6 +256,7 @@ def read_table(
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "table.csv")

@@ -42,6 +42,7 @@ class ActuatorTable:
     --------
     Measured with 8 and with 32 requests: it speaks for 20 requests, not for 40.
 
+    >>> import numpy as np
     >>> loads = (("decode", 8, 512), ("decode", 32, 512))
     >>> table = ActuatorTable(settings=(), loads=loads, clocks_mhz=np.array([705.0]),
     ...                       saving_w=np.empty((2, 0, 1)), inert=np.empty((2, 0), bool))
@@ -164,6 +165,7 @@ def compare_actuators(
     A cap that holds 20 ms at 200 W, where the lock that is as fast draws 250 W.
 
     >>> from dataclasses import replace
+    >>> import numpy as np
     >>> from voltana_ctrl import load_profile
     >>> from voltana_ctrl.types import ActuatorPoint
     >>> def point(freq_mhz, wall_s, power_w, cap_w=None):

@@ -40,6 +40,7 @@ class DecodeEquilibrium:
     Examples
     --------
     >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import decode_equilibrium
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> at = decode_equilibrium(profile.table[-1], 10.0, 203.0, 434.0)
     >>> isinstance(at, DecodeEquilibrium), float(at.rho_frac.round(3))
@@ -145,6 +146,7 @@ class PrefillEquilibrium:
     Examples
     --------
     >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import prefill_equilibrium
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> at = prefill_equilibrium(profile.table[-1], 10.0, 240.0, profile.idle_w)
     >>> isinstance(at, PrefillEquilibrium), float(at.service_s.round(4))

@@ -18,7 +18,7 @@ def at_clock(profile: Profile, freq_mhz: ArrayLike) -> Any:
     Parameters
     ----------
     profile : Profile
-        Of the instance.
+        Profile of the instance.
     freq_mhz : array_like
         Clocks, any shape.
 
@@ -150,6 +150,7 @@ def decode_j(
     Examples
     --------
     >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import decode_s
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> power_w = decode_j(profile.table, 60, 26040) / decode_s(profile.table, 60, 26040)
     >>> power_w[[0, -1]].round(1)
@@ -181,6 +182,7 @@ def batch_j(rows: Any, running_req: ArrayLike, kv_tok: ArrayLike) -> F64:
     Examples
     --------
     >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import decode_s
     >>> row = load_profile("a100-sxm-80gb/llama-3.1-8b").table[-1]
     >>> power_w = row["decode_power_w"] + batch_j(row, 60, 26040) / decode_s(row, 60, 26040)
     >>> float(power_w.round(1))
@@ -321,7 +323,9 @@ def paced(rows: Any, prefill_frac: float, decode_frac: float) -> Any:
 
     Examples
     --------
+    >>> import numpy as np
     >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl.laws import decode_s
     >>> rows = load_profile("a100-sxm-80gb/llama-3.1-8b").table
     >>> slow = paced(rows, 1.0, 1.3)
     >>> bool(np.allclose(decode_s(slow, 64.0, 25_000.0), 1.3 * decode_s(rows, 64.0, 25_000.0)))

@@ -77,6 +77,7 @@ class PolicySetup:
 
     Examples
     --------
+    >>> from voltana_ctrl import PowerBudget
     >>> setup = PolicySetup(power_budget=PowerBudget.parse("0:1200,60:840"))
     >>> setup.limit_w(59.0), setup.limit_w(59.9), PolicySetup().limit_w(0.0)
     (1200.0, 840.0, inf)

@@ -124,7 +124,7 @@ def static_best(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     fleet : FleetSpec
         The machines.
     slo : Slo
-        The promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     setup : PolicySetup
         With `trials`.
 
@@ -135,7 +135,8 @@ def static_best(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.policies import PolicySetup
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> static_best(fleet, Slo(ttft_s=0.6, itl_s=0.06), PolicySetup())
     Traceback (most recent call last):

@@ -107,6 +107,7 @@ def dilated(profile: Profile, dilation: float) -> Profile:
 
     Examples
     --------
+    >>> from voltana_ctrl import load_profile
     >>> one = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> ten = dilated(one, 10.0)
     >>> ten.name, bool((ten.table["decode_base_s"] == 10.0 * one.table["decode_base_s"]).all())

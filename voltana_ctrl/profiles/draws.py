@@ -46,6 +46,7 @@ def draw_profile(profile: Profile, rng: np.random.Generator) -> Profile:
 
     Examples
     --------
+    >>> import numpy as np
     >>> from voltana_ctrl import load_profile
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> drawn = draw_profile(profile, np.random.default_rng(0))
@@ -113,7 +114,8 @@ def draw_fleet(fleet: FleetSpec, rng: np.random.Generator) -> FleetSpec:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> import numpy as np
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> drawn = draw_fleet(fleet, np.random.default_rng(0))
     >>> drawn.instances[0].profile is drawn.instances[3].profile

@@ -31,6 +31,7 @@ class ArrivalProcess(Protocol):
     Examples
     --------
     >>> import numpy as np
+    >>> from voltana_ctrl.sim.arrivals import Poisson
     >>> process: ArrivalProcess = Poisson()
     >>> times_s = process.sample(10.0, 60.0, np.random.default_rng(0))
     >>> 500 < times_s.size < 700

@@ -36,6 +36,7 @@ class Bill:
     >>> from voltana_ctrl import FleetSpec, load_profile
     >>> from voltana_ctrl.sim.plant import Plant
     >>> from voltana_ctrl.sim.workload import make_workload
+    >>> from voltana_ctrl.types import Steps
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> plant = Plant(fleet, make_workload("fixed", rate_req_s=2.0, duration_s=20.0, seed=0))
     >>> bill = Bill(plant, Steps.parse("0:0.2,5:0.4"), None, 0.0, 10.0)

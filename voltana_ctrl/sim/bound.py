@@ -110,6 +110,7 @@ def fluid_bound_w(fleet: FleetSpec, load: FluidLoad, slo: Slo) -> float:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.sim.bound import FluidLoad
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> load = FluidLoad(prefill_tok_s=2400.0, prefill_tok2_s=0.0, decode_tok_s=2020.0,
     ...                  context_tok=434.0)

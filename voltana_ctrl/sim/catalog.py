@@ -29,6 +29,7 @@ class LengthModel(Protocol):
     Examples
     --------
     >>> import numpy as np
+    >>> from voltana_ctrl.sim.catalog import describe
     >>> model: LengthModel = describe("fixed", prompt_tok=7).prompt
     >>> model.sample(np.random.default_rng(0), 3).tolist()
     [7, 7, 7]
@@ -105,6 +106,7 @@ class WorkloadKind:
 
     Examples
     --------
+    >>> from voltana_ctrl.sim.catalog import describe
     >>> describe("azure-code").status
     'published'
     """
@@ -136,6 +138,7 @@ class WorkloadKind:
 
         Examples
         --------
+        >>> from voltana_ctrl.sim.catalog import describe
         >>> describe("azure-conv").arrivals(20.0)
         Gamma(cv=1.09)
         """

@@ -177,6 +177,7 @@ class FaultSchedule:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.faults import Failure, Slowdown
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> schedule = FaultSchedule(fleet, [
     ...     Failure(instance="decode-0", from_s=10.0, until_s=40.0),
@@ -280,6 +281,7 @@ def fault_rows(faults: Iterable[Fault]) -> list[dict[str, Any]]:
 
     Examples
     --------
+    >>> from voltana_ctrl.sim.faults import Slowdown
     >>> fault_rows([Slowdown(instance="decode-0", slow_frac=1.5, from_s=30.0)])
     [{'fault': 'slowdown', 'instance': 'decode-0', 'slow_frac': 1.5, 'from_s': 30.0,
       'until_s': None}]

@@ -65,6 +65,7 @@ class Demand:
 
     Examples
     --------
+    >>> import numpy as np
     >>> nothing = np.zeros(0)
     >>> Demand(prompts_req=0.0, prompt_tok=0.0, prompt_tok2=0.0, prefills=0, decode_tok=nothing,
     ...        context_tok=nothing, decode_s=nothing, at_once_req=0, may_miss_req=0,
@@ -108,7 +109,7 @@ def least_demand(
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> load = make_workload("fixed", rate_req_s=10.0, duration_s=100.0, seed=0)
@@ -200,7 +201,7 @@ def lower_bound_w(
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("2P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> load = make_workload("sharegpt", rate_req_s=10.0, duration_s=200.0, seed=0)

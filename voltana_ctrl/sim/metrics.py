@@ -126,6 +126,7 @@ def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.sim.metrics import snapshot
     >>> from voltana_ctrl.sim.plant import Plant
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))

@@ -36,7 +36,7 @@ class PowerMeter:
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl import FleetSpec, PowerBudget, load_profile
     >>> from voltana_ctrl.sim.plant import Plant
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
@@ -101,7 +101,7 @@ def refuse_below_idle(budget: PowerBudget, fleet: FleetSpec) -> None:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, PowerBudget, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> refuse_below_idle(PowerBudget.parse("500"), fleet)
     """

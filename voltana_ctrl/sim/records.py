@@ -28,7 +28,7 @@ def starting_instances(fleet: FleetSpec, kind: Any) -> Any:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> starting_instances(fleet, [0, 0])["clock_k"]
     array([80, 80])
@@ -82,7 +82,8 @@ def tell_depth(one: Any, spec: InstanceSpec, depth: Depth) -> None:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.sim.records import starting_instances
     >>> fleet = FleetSpec.parse("1P1D", load_profile("l20/qwen2.5-7b"))
     >>> one = starting_instances(fleet, [0, 0])[1]
     >>> float(one["asleep_w"]), bool(one["sleeps"])
@@ -105,6 +106,7 @@ def starting_requests(workload: Workload) -> Any:
 
     Examples
     --------
+    >>> from voltana_ctrl.sim.workload import Workload
     >>> workload = Workload(name="one", arrival_s=[0.0], prompt_tok=[9], output_tok=[5],
     ...                     duration_s=1.0)
     >>> starting_requests(workload)["todo_tok"]

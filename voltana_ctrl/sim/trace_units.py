@@ -38,6 +38,7 @@ def on_quanta(stamps: Stamps) -> bool:
 
     Examples
     --------
+    >>> import numpy as np
     >>> on_quanta(np.array([0.0, 3000.0, 5999.0])), on_quanta(np.array([0.0, 1500.0]))
     (True, False)
     """
@@ -63,6 +64,8 @@ def unit_s_of(source: Source, stamps: Stamps, *, usually_s: bool = False) -> flo
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.sim.trace_rows import Source
     >>> bailian = 0.8 * np.arange(100)  # seconds
     >>> unit_s_of(Source("trace"), bailian), unit_s_of(Source("trace"), 1000.0 * bailian)
     (1.0, 0.001)
@@ -113,6 +116,8 @@ def block_tok_of(source: Source, prompt_tok: I64, blocks: I64) -> int:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.sim.trace_rows import Source
     >>> lengths = np.array([30, 1000, 6758])
     >>> block_tok_of(Source("trace"), lengths, -(-lengths // 16))
     16

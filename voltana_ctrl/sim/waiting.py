@@ -87,6 +87,8 @@ def deferred_figures(rows: Any, end_s: float) -> dict[str, int | None]:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.kernels import layout
     >>> rows = np.zeros(3, dtype=layout.REQUEST_DTYPE)
     >>> rows["state"] = layout.DONE, layout.DONE, layout.DEFERRED
     >>> rows["deadline_s"], rows["done_s"] = 60.0, [50.0, 70.0, -1.0]

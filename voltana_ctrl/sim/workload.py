@@ -275,6 +275,7 @@ class Workload:
 
         Examples
         --------
+        >>> from voltana_ctrl.sim.workload import make_workload
         >>> w = make_workload("sharegpt", 10.0, 60.0, seed=0)
         >>> w.window(30.0).duration_s
         30.0
@@ -324,6 +325,7 @@ class Workload:
 
         Examples
         --------
+        >>> from voltana_ctrl.sim.workload import make_workload
         >>> make_workload("sharegpt", 10.0, 60.0, seed=0).closed_loop(32).concurrency
         32
         """
@@ -360,6 +362,8 @@ class Workload:
 
         Examples
         --------
+        >>> import numpy as np
+        >>> from voltana_ctrl.sim.workload import make_workload
         >>> w = make_workload("sharegpt", 10.0, 60.0, seed=0).deferred(0.3, 1800.0)
         >>> bool(0.25 < np.isfinite(w.patience_s).mean() < 0.35)
         True
@@ -419,6 +423,7 @@ class Workload:
 
         Examples
         --------
+        >>> from voltana_ctrl.sim.workload import make_workload
         >>> make_workload("fixed", 10.0, 60.0, seed=0).prefix_blocks(0).size
         0
         """
@@ -437,6 +442,7 @@ class Workload:
 
         Examples
         --------
+        >>> from voltana_ctrl.sim.workload import make_workload
         >>> make_workload("fixed", 10.0, 60.0, seed=0).summary()["prompt_mean_tok"]
         512.0
         """

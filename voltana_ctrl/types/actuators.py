@@ -194,6 +194,8 @@ class LimitRanges:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.types import ActuatorSetting, Limits
     >>> ranges = LimitRanges(cap_min_w=[100.0, np.inf], cap_max_w=[400.0, 0.0],
     ...                      cpu_min_mhz=[np.inf] * 2, cpu_max_mhz=[0.0] * 2,
     ...                      mem_clocks_mhz=((810.0, 1593.0), ()))
@@ -298,6 +300,7 @@ def limits_of(settings: Sequence[ActuatorSetting | None]) -> Limits | None:
 
     Examples
     --------
+    >>> from voltana_ctrl.types import ActuatorSetting
     >>> limits_of([None, ActuatorSetting(freq_mhz=1410.0, power_cap_w=250.0)]).power_cap_w
     array([ inf, 250.])
     >>> limits_of([None, ActuatorSetting(freq_mhz=1410.0)]) is None

@@ -104,6 +104,7 @@ class Backlog:
 
         Examples
         --------
+        >>> from dataclasses import replace
         >>> Backlog.empty().behind(replace(Backlog.empty(), arrived_req=2.0)).arrived_req
         2.0
         """

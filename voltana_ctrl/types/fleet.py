@@ -133,7 +133,7 @@ class FleetSpec:
 
         Examples
         --------
-        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl import Role, load_profile
         >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
         >>> FleetSpec.parse("2P1D", profile).in_roles([Role.COLOCATED] * 3).colocated
         True
@@ -157,7 +157,7 @@ class FleetSpec:
 
         Examples
         --------
-        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl import Role, load_profile
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> fleet.check_roles([Role.DECODE, Role.DECODE])
         Traceback (most recent call last):
@@ -211,7 +211,7 @@ class FleetSpec:
         prefill, decode : int
             How many of each, >= 1.
         profile : Profile
-            Of every instance.
+            Profile of every instance.
         gpus_per_node : int
             Instances are packed onto nodes of this many GPUs, in order.
 

@@ -89,7 +89,7 @@ class InstanceSpec:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import Role, load_profile
     >>> decode = InstanceSpec(id="d0", role=Role.DECODE,
     ...                       profile=load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> decode.kv_capacity_tok
@@ -198,7 +198,7 @@ class InstanceSpec:
 
         Examples
         --------
-        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl import Role, load_profile
         >>> from voltana_ctrl.types import Rest
         >>> one = InstanceSpec(id="d0", role=Role.DECODE, off=Rest(power_w=20.0, wake_s=40.0),
         ...                    profile=load_profile("a100-sxm-80gb/llama-3.1-8b"))

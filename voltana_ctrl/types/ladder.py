@@ -65,6 +65,7 @@ def row_nearest(clocks_mhz: F64, freq_mhz: float) -> int:
 
     Examples
     --------
+    >>> import numpy as np
     >>> row_nearest(np.array([210.0, 300.0, 390.0]), 260.0)
     1
     """

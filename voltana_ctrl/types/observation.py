@@ -365,6 +365,7 @@ def joined(kind: type[_Batch], batches: Sequence[_Batch]) -> _Batch:
 
     Examples
     --------
+    >>> from voltana_ctrl import RequestBatch
     >>> len(joined(RequestBatch, [RequestBatch.empty()] * 2))
     0
     """
@@ -402,6 +403,7 @@ class Observation:
 
     Examples
     --------
+    >>> from voltana_ctrl import FleetState
     >>> len(Observation(state=FleetState.idle(2)).iterations)
     0
     """
@@ -435,6 +437,7 @@ class Observation:
         Examples
         --------
         >>> from dataclasses import replace
+        >>> from voltana_ctrl import FleetState
         >>> seen = Observation(state=replace(FleetState.idle(2), arrived_req=[3.0, 1.0]))
         >>> seen.behind(seen).state.arrived_req
         array([6., 2.])

@@ -78,6 +78,8 @@ def with_idle_w(table: Any, idle_w: float) -> Any:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl.kernels.layout import PROFILE_DTYPE
     >>> rows = np.zeros(2, dtype=PROFILE_DTYPE)
     >>> rows["idle_w"] = 55.0, 60.0
     >>> with_idle_w(rows, 80.0)["idle_w"]

@@ -105,6 +105,7 @@ def check_rest(label: str, rest: object, idle_w: float) -> None:
 
     Examples
     --------
+    >>> from voltana_ctrl.types import Rest
     >>> check_rest("off", Rest(power_w=61.0), 60.0)
     Traceback (most recent call last):
     voltana_ctrl.errors.ConfigError: off.power_w: expected at most 60, its idle_w, got 61

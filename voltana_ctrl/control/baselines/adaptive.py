@@ -65,7 +65,7 @@ class AdaptiveController(Controller):
     fleet : FleetSpec
         The fleet.
     slo : Slo
-        Promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     believed : FleetSpec, optional
         Profiles to start from, instance by instance; the fleet's own by default.
     ladder_mhz : sequence of float, optional
@@ -170,7 +170,7 @@ class AdaptiveController(Controller):
         Parameters
         ----------
         memory : AdaptiveMemory
-            Of the last tick.
+            Memory after the last tick.
         """
         ttft, itl = self.tracker.applied_frac(memory.margins)
         return {"margin_ttft_frac": float(ttft), "margin_itl_frac": float(itl)}

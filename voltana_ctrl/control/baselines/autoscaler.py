@@ -69,7 +69,7 @@ class AutoscalerController(Controller):
     fleet : FleetSpec
         The fleet, as believed; of a colocated one the engines are counted once.
     slo : Slo
-        The promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     interval_s, look_s : float
         Time between two decisions of the slow and of the fast loop.
     down_frac : float

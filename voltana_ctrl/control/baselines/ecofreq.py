@@ -29,7 +29,7 @@ class EcoFreqGovernor(CompiledGovernor):
     instance : InstanceSpec
         The instance whose clock it chooses.
     slo : Slo
-        Its targets.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     profile : Profile, optional
         Tables it predicts with; the instance's own by default.
     ladder_mhz : sequence of float, optional

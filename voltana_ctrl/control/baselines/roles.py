@@ -30,6 +30,7 @@ class RoleMemory:
 
     Examples
     --------
+    >>> from voltana_ctrl import Role
     >>> RoleMemory(roles=(Role.PREFILL, Role.DECODE)).changed_s
     -inf
     """
@@ -51,7 +52,7 @@ class RoleController(Controller):
     fleet : FleetSpec
         The fleet, as believed; who may change its role says so.
     slo : Slo
-        The promises.
+        Promised TTFT and ITL, and the share of requests that must meet each.
     hold_s, period_s : float
         Least time between two changes; time between decisions.
 
@@ -62,6 +63,7 @@ class RoleController(Controller):
 
     Examples
     --------
+    >>> from dataclasses import replace
     >>> from voltana_ctrl import FleetSpec, FleetState, Observation, Slo, load_profile
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> fleet = FleetSpec.parse("1P2D", profile).flexible()
