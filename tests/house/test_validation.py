@@ -17,7 +17,7 @@ def page(root, monkeypatch):
 
 
 #: Tables of what controllers do, which learn more often than the plant does: five units apart.
-OF_CONTROLLERS = ("l20-control", "refit-headline")
+OF_CONTROLLERS = ("l20-control", "l20-headline", "refit-headline")
 
 
 def compare(page, root, stem, made):
@@ -118,4 +118,5 @@ def test_l20_control(page, root):
     believed = l20.load_profile(l20.NAME)
     made = {"l20-control": l20.control_table(believed), "l20-within": l20.within_table(believed)}
     made["l20-further"] = l20.boost_table(believed, "further")
+    made["l20-headline"] = l20.headline_table()
     compare(page, root, "l20", made)
