@@ -159,6 +159,11 @@ class Assessor:
             How long a clock stays until the next can be asked for.
         burst_sd_frac : float
             Standard deviations of arrivals that prefill keeps room for.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Supported clocks in MHz.
         """
         lengths = load.lengths
         needed_mhz = np.empty(len(state))
@@ -202,6 +207,11 @@ class Assessor:
             Count energy above what the instance draws once it is parked: who drains is parked
             the sooner, the faster it is.
 
+        Returns
+        -------
+        ndarray, shape (n,)
+            Supported clocks in MHz.
+
         Examples
         --------
         >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
@@ -234,6 +244,11 @@ class Assessor:
             Batches.
         belief : Belief
             Pace and highest clock of each instance.
+
+        Returns
+        -------
+        float
+            Requests, summed over the fleet; 0 where every batch keeps the promise.
 
         Examples
         --------
@@ -314,6 +329,11 @@ class Assessor:
             What :meth:`worst_power_w` returned.
         clock_mhz : ndarray, shape (n,)
             Clocks.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Watts.
         """
         return self._raised(worst_w, clock_mhz)[1]
 

@@ -78,6 +78,11 @@ class Controller(ABC):
     def decide(self, observation: Observation, memory: Any) -> tuple[Decision, Any]:
         """Decision for this tick, and the memory for the next.
 
+        Returns
+        -------
+        decision, memory
+            What to apply, and what to pass in at the next tick.
+
         Raises
         ------
         ShapeError

@@ -51,6 +51,11 @@ class Batches:
         ----------
         state : FleetState
             State of the fleet now.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Requests.
         """
         found = np.array(state.queue_req, dtype=np.float64)
         for i in np.flatnonzero(state.running_req > 0.0).tolist():
@@ -71,6 +76,11 @@ class Batches:
             At these clocks.
         context_tok : float
             Tokens of a request, on average.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Requests; 0 where not even one keeps the ITL.
         """
         held = np.zeros(len(self._fleet))
         known: dict[tuple[int, float, int, int], float] = {}

@@ -114,7 +114,7 @@ class CascadeController(Controller):
         Power that the fleet may draw, or a function of the time that tells it; or its steps, each
         of them known from when it is announced.
     target : TargetOptimiser, optional
-        The target layer; one with these settings if left out.
+        The target layer; one with the settings above if left out.
     load : LoadFilter, optional
         Estimates what arrives; one with default settings if left out.
     measured_delay_s : callable
@@ -207,12 +207,18 @@ class CascadeController(Controller):
         )
 
     def estimate(self, memory: CascadeMemory) -> tuple[Load, float, bool]:
-        """What arrives, the standard deviation of its rate, relative, and whether lengths change.
+        """What arrives, how uncertain its rate is, and whether lengths are changing.
 
         Parameters
         ----------
         memory : CascadeMemory
             Memory after the last tick.
+
+        Returns
+        -------
+        load, doubt_frac, changes
+            Arrivals and lengths; the standard deviation of the arrival rate, relative to it;
+            whether those that arrive have other prompts than those that finished.
         """
         known = self._load
         return known.load(memory.load), known.doubt_frac(memory.load), known.changes(memory.load)
@@ -246,6 +252,12 @@ class CascadeController(Controller):
         ----------
         memory : CascadeMemory
             Memory after the last tick.
+
+        Returns
+        -------
+        dict
+            Values by name; `clamped_ID_mhz` stands there only for instances that get less than
+            their highest clock.
         """
         belief = memory.belief
         noted = {

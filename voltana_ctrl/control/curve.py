@@ -262,6 +262,11 @@ class LeastPower:
         ----------
         lengths : Lengths
             Prompt and output lengths of the requests.
+
+        Returns
+        -------
+        float
+            Requests per second, without a look at the promises.
         """
         row = self.rows[-1]
         if self.instance.role is Role.PREFILL:

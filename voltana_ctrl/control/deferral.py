@@ -189,6 +189,11 @@ class Deferral:
         ----------
         memory, lead_s
             See :meth:`flows`.
+
+        Returns
+        -------
+        float
+            Requests per second; where none is held, the rate at which they come.
         """
         if not len(memory.deadline_s):
             return memory.rate_req_s

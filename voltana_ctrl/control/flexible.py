@@ -47,8 +47,8 @@ class Split:
     The cost of an arrangement is its least power at the load at hand, and for every request a
     second that it cannot carry what late requests cost. Turning a machine costs the power that it
     draws while it drains and turns. An arrangement that carries the load is left when it has cost
-    as much more than the best one as the change to that costs: whatever comes afterwards, no more
-    than twice the least is spent (the rule of ski rental, Karlin et al. 1988), as in
+    as much more than the best one as the change to that costs (the rule of ski rental, Karlin et
+    al. 1988: for one change at a steady load, no more than twice the least is spent), as in
     :meth:`voltana_ctrl.control.TargetOptimiser.plan`. One that does not carry it is left at once.
 
     Parameters
@@ -58,7 +58,7 @@ class Split:
     slo : Slo
         Promised TTFT and ITL, and the share of requests that must meet each.
     tuning : Tuning, optional
-        Of the controllers; the default if left out.
+        Settings that the controllers have, too; the defaults if left out.
 
     Examples
     --------
@@ -113,20 +113,26 @@ class Split:
         Parameters
         ----------
         roles : tuple of Role
-            As they are, or are about to be.
+            What each machine does, or is about to do.
         state : FleetState
             State of the fleet now.
         load : Load
             What arrives.
         doubt_frac : float
-            How much more than that another arrangement must carry.
+            How much more than that another arrangement must carry: 0.1 for 10 %.
         changes : bool
             Whether lengths are changing, so that nobody knows how long new answers are. Then
             decode must carry the batches of those that stay with it and not all that run: who
             turns keeps its own to the end, and is taken back at once if answers prove long. And
             both phases must carry half as much again.
         grown_req : float
-            By how much batches are going to grow soon.
+            By how many requests all batches together are going to grow soon.
+
+        Returns
+        -------
+        roles, (saved_w, change_j)
+            Who should do what, the power that it saves and the energy that the change takes; the
+            present roles and zeros where none is better.
         """
         supplies = self._both.supplies(load.lengths)
         decodes = np.array([role is Role.DECODE for role in roles])
@@ -255,13 +261,13 @@ class FlexibleMemory:
     roles : tuple of Role
         What each machine was last told to be.
     inner : CascadeMemory
-        Of the controller for this arrangement.
+        Memory of the controller for this arrangement.
     looked_s, changed_s : float
-        When the arrangement was last looked at, and changed.
+        When the arrangement was last looked at, and when it was last changed.
     forgone_j : float
-        What it has cost more than the best one since it was the best itself.
+        Energy that it has cost more than the best one since it was the best itself.
     running_req : float
-        What ran at the last look.
+        Requests that ran at the last look.
     """
 
     roles: tuple[Role, ...]
@@ -292,7 +298,7 @@ class FlexibleController(Controller):
     hold_s : float
         Least time between two changes that only save power.
     tuning : Tuning, optional
-        Of the controllers.
+        Settings that the controllers have, too; the defaults if left out.
 
     Raises
     ------

@@ -27,6 +27,11 @@ def thrifty_row(profile_table: np.ndarray) -> int:
     profile_table : ndarray, dtype PROFILE_DTYPE
         Rows of an instance, ascending clocks.
 
+    Returns
+    -------
+    int
+        Row of `profile_table`.
+
     Examples
     --------
     >>> from voltana_ctrl import load_profile

@@ -312,6 +312,11 @@ class Lookahead:
         ----------
         load : Load
             What arrives.
+
+        Returns
+        -------
+        float
+            Seconds.
         """
         return max(1.0, load.lengths.output_tok - 1.0) * self._slo.itl_s
 

@@ -305,6 +305,12 @@ class Planner:
         ----------
         situation : Situation
             Where the fleet is and what is expected.
+
+        Returns
+        -------
+        Plan
+            Its status says whether it may be applied, and whether its counts are the best whole
+            numbers or only rounded up.
         """
         self._assign(situation)
         status = _solved(self.relaxed)

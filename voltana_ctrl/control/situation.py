@@ -171,6 +171,11 @@ def steps_to_s(reach_s: float) -> tuple[float, ...]:
     reach_s : float
         Seconds.
 
+    Returns
+    -------
+    tuple of float
+        Seconds; a whole step may end beyond what was asked for.
+
     Examples
     --------
     >>> from voltana_ctrl.control.situation import STEPS_S

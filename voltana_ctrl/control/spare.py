@@ -23,6 +23,11 @@ def spare_count(spare: float, n_active: int = 1) -> int:
     n_active : int
         How many are active.
 
+    Returns
+    -------
+    int
+        How many; a share is rounded up.
+
     Raises
     ------
     ConfigError

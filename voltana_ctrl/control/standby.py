@@ -105,6 +105,11 @@ class Standby:
             What :meth:`look` returned.
         state : FleetState
             State of the fleet now.
+
+        Returns
+        -------
+        ndarray of bool, shape (n,)
+            Who is on, awake and alive.
         """
         serves: Bool = memory.on & (memory.ready_s <= state.t_s + 1e-9)
         return serves & state.alive

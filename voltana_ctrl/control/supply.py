@@ -32,7 +32,7 @@ class Supply:
     drain_s : float
         Time from the last new request until the instance is empty, on average.
     drain_w : float
-        Power meanwhile, without what serving the same requests takes elsewhere.
+        Mean power meanwhile, less what serving the same requests would take elsewhere.
 
     Examples
     --------
@@ -56,6 +56,11 @@ class Supply:
         ----------
         load_req_s : float
             Requests per second at this instance.
+
+        Returns
+        -------
+        float
+            Watts.
         """
         return float(np.max(self.alpha_j_req * load_req_s + self.beta_w))
 
@@ -174,13 +179,18 @@ def drain_of(
     Parameters
     ----------
     instance : InstanceSpec
-        Which, a decoding one.
+        One that decodes.
     running_req : float
-        How many run.
+        Requests that run there.
     lengths : Lengths
         Prompt and output lengths of the requests.
     itl_s : float
         Time between tokens that is promised.
+
+    Returns
+    -------
+    time_s, energy_j
+        Seconds, and all that the instance draws in them, in joules.
 
     Examples
     --------
@@ -230,6 +240,11 @@ def leaving_j(
         Time that a request spends there at most.
     slo : Slo
         Promised TTFT and ITL, and the share of requests that must meet each.
+
+    Returns
+    -------
+    float
+        Joules, at least 0.
 
     Examples
     --------

@@ -38,14 +38,14 @@ def split_iterations(
     Parameters
     ----------
     iterations : IterationBatch
-        With energy; NaN and negative count as 0.
+        Iterations with their energy; NaN and negative count as 0.
     prefill_frac : array_like, shape (k,), optional
         Part of each *mixed* iteration that is prefill, as predicted; by tokens if left out.
 
     Returns
     -------
-    tuple of ndarray, shape (k,)
-        Their sum is the energy of the iteration.
+    decode_j, prefill_j : ndarray, shape (k,)
+        Joules; their sum is the energy of the iteration.
 
     Raises
     ------
@@ -122,7 +122,7 @@ class RequestCost:
     request, request_class : ndarray of int, shape (k,)
         The host's number, and the class as :class:`RequestClasses` counts it.
     prefill_j, decode_j : ndarray, shape (k,)
-        Energy.
+        Energy of each request in either phase.
 
     Examples
     --------
@@ -193,6 +193,12 @@ class LedgerState:
     def per_class(self) -> dict[str, F64]:
         """Means per class: requests, energy, latencies; each of shape (n_classes,).
 
+        Returns
+        -------
+        dict
+            `finished_req`; `energy_j_req` and `energy_j_tok`, joules per request and per output
+            token; `ttft_s` and `itl_s`.
+
         Examples
         --------
         >>> from voltana_ctrl.estimate import EnergyLedger
@@ -222,7 +228,7 @@ class EnergyLedger:
     Parameters
     ----------
     instances : int
-        In the fleet.
+        How many the fleet has.
     classes : RequestClasses
         How requests are told apart.
     sample_s, keep_s : float
@@ -286,13 +292,18 @@ class EnergyLedger:
         state : LedgerState
             Not changed.
         t_s : float
-            Now, at or after the latest update.
+            Time now, at or after the latest update.
         iterations : IterationBatch
-            Since the last update; rows of unknown instances are left out.
+            Iterations since the last update; rows of unknown instances are left out.
         finished : RequestBatch
-            Since the last update.
-        prefill_frac : array_like, optional
-            Of mixed iterations, see :func:`split_iterations`.
+            Requests that finished since the last update.
+        prefill_frac : array_like, shape (k,), optional
+            Part of each mixed iteration that is prefill, see :func:`split_iterations`.
+
+        Returns
+        -------
+        state, cost
+            What to pass in next, and the energy of each request in `finished`, in its order.
 
         Raises
         ------

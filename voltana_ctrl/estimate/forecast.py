@@ -60,7 +60,7 @@ class Outlook:
     Parameters
     ----------
     edges_s : ndarray, shape (n_cells + 1,)
-        Leads between which rates are means; the first is 0.
+        Leads (seconds from now) between which rates are means; the first is 0.
     now_req_s : float
         Rate now.
     mean_req_s, reserve_req_s : ndarray, shape (n_cells,)
@@ -95,6 +95,11 @@ class Outlook:
         ----------
         lead_s : array_like, shape (n,)
             Seconds from now.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Requests per second.
         """
         middle_s = 0.5 * (self.edges_s[1:] + self.edges_s[:-1])
         at: F64 = np.interp(lead_s, [0.0, *middle_s], [self.now_req_s, *self.mean_req_s])
@@ -112,6 +117,11 @@ class Outlook:
             Seconds from now.
         ahead_s : float
             Longest time that it takes to act.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Requests per second, infinite where too little has been seen.
         """
         known_s = np.minimum(lead_s, ahead_s)
         cell = np.searchsorted(self.edges_s, known_s, side="right") - 1
@@ -147,7 +157,7 @@ class ForecastMemory:
     spread : ndarray, shape (n_cells, n_forecasts)
         Weighted sum of their squares.
     season : ArrivalState, optional
-        Of the seasonal filter.
+        State of the seasonal filter, where there is one.
 
     Examples
     --------
@@ -409,6 +419,12 @@ class Forecaster:
         ----------
         memory : ForecastMemory
             What :meth:`update` returned.
+
+        Returns
+        -------
+        Outlook
+            Leads count from the last update. Before the first forecast the mean is 0 and the
+            reserve infinite.
         """
         cells = len(self._ends)
         mean = memory.issued_req_s[-1, np.arange(cells), memory.used]

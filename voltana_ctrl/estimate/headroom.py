@@ -49,7 +49,7 @@ class HeadroomMemory:
     Parameters
     ----------
     tracked : MarginState
-        The integrators.
+        The integrators of the margins, see :mod:`voltana_ctrl.estimate.margin`.
     short_req : ndarray, shape (64,)
         Weighted requests by decoded tokens, 1 to 64 and more.
 
@@ -106,12 +106,12 @@ class HeadroomFilter:
         )  # fmt: skip
 
     def init(self, added_frac: tuple[float, float] = (0.0, 0.0)) -> HeadroomMemory:
-        """Nothing finished yet.
+        """Memory before anything has finished.
 
         Parameters
         ----------
         added_frac : tuple of float
-            What an earlier run had to add to the margins of TTFT and ITL.
+            What an earlier run had to add to the margins of TTFT and ITL; begun with.
         """
         short_req = np.zeros(_LONG_TOK)
         short_req[-1] = _PRIOR_REQ
@@ -168,6 +168,11 @@ class HeadroomFilter:
             What :meth:`update` returned.
         noise_frac : float
             Standard deviation of an iteration's time about what is expected.
+
+        Returns
+        -------
+        float
+            Relative, such as 0.03 for 3 %.
         """
         if not (self._hands_off or noise_frac > 0.0):
             return 0.0
@@ -205,6 +210,12 @@ class HeadroomFilter:
             What is kept free in any case.
         noise_frac : float
             See :meth:`hand_off_frac`.
+
+        Returns
+        -------
+        ndarray, shape (2,)
+            Of TTFT and ITL, relative: a prediction times one plus the margin must be within the
+            promise.
         """
         ttft, itl = self._tracker.applied_frac(memory.tracked)
         hand_off = self.hand_off_frac(memory, noise_frac)

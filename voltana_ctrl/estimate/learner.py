@@ -201,6 +201,11 @@ class OnlineLearner:
 
         Twice the recent mean error from the start or a drift alarm until `settle_records`
         later; 0 otherwise. Columns are prefill and decode.
+
+        Returns
+        -------
+        ndarray, shape (n, 2)
+            Relative, of prefill and decode time.
         """
         from voltana_ctrl.kernels.learn.rls import SINCE
 

@@ -218,6 +218,11 @@ class LoadFilter:
         ----------
         memory : LoadMemory
             What :meth:`update` returned.
+
+        Returns
+        -------
+        float
+            Relative to the rate.
         """
         if not memory.steady_req > 0.0:
             return float("inf")
@@ -239,6 +244,11 @@ class LoadFilter:
         ----------
         memory : LoadMemory
             What :meth:`update` returned.
+
+        Returns
+        -------
+        Load
+            Arrivals of the whole fleet, and the moments of the lengths.
         """
         count, prompt, prompt2, decoded, context, context2 = memory.moments + self._prior
         mean = finished_tok = prompt / count

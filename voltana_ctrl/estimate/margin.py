@@ -95,6 +95,11 @@ def track(
     min_frac : float
         It is clipped here after every outcome.
 
+    Returns
+    -------
+    float
+        The integrator afterwards, a relative margin, at least `min_frac`.
+
     Examples
     --------
     >>> import numpy as np
@@ -243,7 +248,7 @@ class MarginTracker:
         return np.minimum(state.raw_frac, self.max_frac)
 
     def bound_frac(self, *, finished_req: int, late_req: int) -> float:
-        """Largest possible fraction of misses, see the module.
+        """Largest possible fraction of misses; the proof stands in the docstring of the module.
 
         Parameters
         ----------
@@ -251,6 +256,11 @@ class MarginTracker:
             Requests, from the start, over which it holds.
         late_req : int
             At most so many others finish between a decision and its outcome.
+
+        Returns
+        -------
+        float
+            A fraction of the requests, which holds whatever the outcomes are; it may exceed 1.
         """
         count("MarginTracker.bound_frac: finished_req", finished_req)
         count("MarginTracker.bound_frac: late_req", late_req, minimum=0)

@@ -74,13 +74,13 @@ class Comparison:
     notes : tuple of str
         What to keep in mind when reading the figures, as sentences.
     seeds : tuple of int
-        Of the runs that were asked for.
+        Seeds of the runs that were asked for.
     planned : int, optional
         How many runs were asked for; more than there are if it was stopped before its end.
     command : tuple of str
         The command line, where there was one.
     profiles : tuple of Profile
-        Those of the fleet; not in the JSON.
+        Profiles of the fleet; not in the JSON.
     uncertainty : tuple of dict
         Savings with their intervals, where they were asked for; see
         :func:`voltana_ctrl.experiment.uncertainty.savings_intervals`.
@@ -254,7 +254,7 @@ class Comparison:
         write_rows(series_rows(self.runs, self.details), path)
 
     def to_study(self) -> Study:
-        """As the report takes it."""
+        """What the functions of :mod:`voltana_ctrl.report` take."""
         return Study(comparison=self.to_dict(), details=self.details, profiles=self.profiles)
 
     def write_html(self, path: str | Path) -> None:

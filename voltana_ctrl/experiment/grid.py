@@ -53,7 +53,7 @@ class Done:
     Parameters
     ----------
     index : int
-        Which of the grid's runs.
+        Position of the run in `runs` of the grid.
     figures : dict
         Named as in the JSON of ``compare``; ``detail`` too, where it was asked for.
     took_s : float
@@ -144,7 +144,7 @@ class Grid:
         Parameters
         ----------
         executor : concurrent.futures.Executor, optional
-            Where; this process if left out.
+            Where runs go; this process if left out.
         store : ResultStore, optional
             Keeps every run, and has those of earlier tries, which are not run again.
 

@@ -67,6 +67,11 @@ class TimeLeft:
         ----------
         since_s : float
             Seconds since the runs were begun.
+
+        Returns
+        -------
+        float
+            Seconds until all runs have ended.
         """
         spent_s = max(0.0, self._workers * since_s - sum(self._took_s.values()))
         expected_s = {k: self._prior_s[k] * self._ratio(self._policy[k]) for k in self._open}

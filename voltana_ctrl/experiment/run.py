@@ -70,8 +70,8 @@ class Run:
     concurrency : int, optional
         Closed loop with this many clients instead.
     seed : int
-        Of workload, routing and noise. Of a trace that is longer than the run, seed 0 takes the
-        beginning, and each other one a window of its own.
+        Seed of workload, routing and noise. Of a trace that is longer than the run, seed 0 takes
+        the beginning, and each other one a window of its own.
     duration_s, warmup_s, tick_s : float
         Window, time before it, control period.
     settings : PlantSettings
@@ -184,6 +184,11 @@ class Run:
         ----------
         workload : Workload
             The requests.
+
+        Returns
+        -------
+        float
+            Seconds.
         """
         output_tok = workload.output_tok
         if workload.concurrency is None:

@@ -124,6 +124,11 @@ def dataframe(rows: Sequence[Mapping[str, Any]]) -> DataFrame:
     rows : sequence of mapping
         Column to value.
 
+    Returns
+    -------
+    pandas.DataFrame
+        One line a row, with a column for each key.
+
     Raises
     ------
     ConfigError

@@ -87,6 +87,12 @@ class DecodeTime:
         freq_mhz : array_like
             Clocks.
 
+        Returns
+        -------
+        base_s, req_s, kv_s : ndarray
+            Seconds per iteration, per executed request and per KV token, of the shape of
+            `freq_mhz`.
+
         Examples
         --------
         >>> import numpy as np
@@ -111,6 +117,11 @@ class DecodeTime:
         ----------
         freq_mhz, padded_req, kv_tok : array_like
             Clock, executed batch, tokens in the KV cache.
+
+        Returns
+        -------
+        ndarray
+            Seconds.
 
         Examples
         --------

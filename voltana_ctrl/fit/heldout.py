@@ -72,6 +72,11 @@ class Laws:
         table : IterationTable
             Loads and clocks.
 
+        Returns
+        -------
+        ndarray, shape (n,)
+            Seconds of each row.
+
         Examples
         --------
         >>> from voltana_ctrl.fit import IterationTable
@@ -96,6 +101,11 @@ class Laws:
         ----------
         table : IterationTable
             Loads and clocks.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Seconds.
 
         Examples
         --------
@@ -126,6 +136,11 @@ class Laws:
         ----------
         table : IterationTable
             Loads and clocks.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Joules.
 
         Examples
         --------
@@ -231,6 +246,11 @@ def fit_laws(
     near : Laws, optional
         Fit of a larger table of which this one is a fold.
 
+    Returns
+    -------
+    Laws
+        None for each law that the table has no rows for.
+
     Raises
     ------
     ConfigError
@@ -293,6 +313,11 @@ def idle_power_w(table: IterationTable) -> float | None:
     ----------
     table : IterationTable
         Measured iterations.
+
+    Returns
+    -------
+    float or None
+        Watts.
 
     Examples
     --------

@@ -90,6 +90,11 @@ class PowerLaw:
         freq_mhz : array_like
             Clocks.
 
+        Returns
+        -------
+        ndarray
+            1 up to the knee.
+
         Examples
         --------
         >>> import numpy as np
@@ -111,6 +116,11 @@ class PowerLaw:
         ----------
         freq_mhz : array_like
             Clocks.
+
+        Returns
+        -------
+        ndarray
+            Watts, never above the cap.
 
         Examples
         --------
@@ -135,6 +145,11 @@ class PowerLaw:
         ----------
         freq_mhz, time_s, batch_req, kv_tok : array_like
             Clock, time of the iteration, requests, tokens in the KV cache.
+
+        Returns
+        -------
+        ndarray
+            Joules; the cap is not looked at.
 
         Examples
         --------

@@ -77,6 +77,12 @@ class PrefillTime:
         freq_mhz : array_like
             Clocks.
 
+        Returns
+        -------
+        base_s, tok_s, tok2_s : ndarray
+            Seconds per iteration, per prompt token and per square token, of the shape of
+            `freq_mhz`.
+
         Examples
         --------
         >>> import numpy as np
@@ -107,6 +113,11 @@ class PrefillTime:
         ----------
         freq_mhz, prefill_tok, square_tok2, prompts_req : array_like
             Clock, prompt tokens, sum of ``end^2 - start^2``, prompts.
+
+        Returns
+        -------
+        ndarray
+            Seconds.
 
         Examples
         --------
@@ -359,6 +370,11 @@ def capped_from_mhz(table: IterationTable) -> float:
     ----------
     table : IterationTable
         Prefill rows with energy; the larger loads count, those that every clock has.
+
+    Returns
+    -------
+    float
+        MHz.
 
     Examples
     --------

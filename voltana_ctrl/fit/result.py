@@ -110,6 +110,11 @@ class FitResult:
         ----------
         phase : {"decode", "prefill"}
             Which law.
+
+        Returns
+        -------
+        float
+            At least 1.
         """
         rows = self.table.of(phase)
         held = self.errors(phase, "time", "batch")
@@ -134,6 +139,11 @@ class FitResult:
         batch_req : float, optional
             Requests in the batch. Beyond the largest measured one the error of that one, held
             out, is taken to grow in proportion to how far the batch lies beyond.
+
+        Returns
+        -------
+        float
+            Relative: 0.05 for 5 %.
         """
         inside = self._inside_frac(phase, freq_mhz)
         by_batch = self.errors(phase, "time", "batch")

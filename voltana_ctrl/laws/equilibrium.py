@@ -79,6 +79,11 @@ def decode_equilibrium(
     context_tok : array_like
         Time-averaged context c of a running request (:func:`length_moments`).
 
+    Returns
+    -------
+    DecodeEquilibrium
+        Arrays of the shape to which rows and loads broadcast.
+
     Examples
     --------
     >>> from voltana_ctrl import load_profile
@@ -184,6 +189,11 @@ def prefill_equilibrium(
     batch_req : array_like
         Requests that share one iteration and its base time; ``inf`` leaves the base out, the
         least that any batching reaches.
+
+    Returns
+    -------
+    PrefillEquilibrium
+        Arrays of the shape to which rows and loads broadcast.
 
     Examples
     --------

@@ -20,6 +20,11 @@ def length_moments(prompt_tok: ArrayLike, output_tok: ArrayLike) -> Lengths:
     prompt_tok, output_tok : array_like, shape (n,)
         Lengths of each request.
 
+    Returns
+    -------
+    Lengths
+        Moments over the requests; those of the context are over time.
+
     Raises
     ------
     ShapeError

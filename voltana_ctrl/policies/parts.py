@@ -112,6 +112,11 @@ class PolicySetup:
         ----------
         t_s : float
             Time of the decision.
+
+        Returns
+        -------
+        float
+            Watts.
         """
         if self.power_budget is None:
             return float("inf")

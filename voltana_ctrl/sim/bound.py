@@ -39,7 +39,7 @@ class FluidLoad:
     context_tok : float
         Time-averaged context of a running request.
     transfer_w : float
-        Power of KV transfers.
+        Mean power of KV transfers.
 
     Examples
     --------
@@ -61,9 +61,14 @@ def fluid_load(workload: Workload, from_s: float, until_s: float) -> FluidLoad:
     Parameters
     ----------
     workload : Workload
-        Open loop.
+        The requests, which arrive at times that are known (an open loop).
     from_s, until_s : float
-        The window.
+        The window, on the clock of the arrivals.
+
+    Returns
+    -------
+    FluidLoad
+        Its `transfer_w` is left at 0.
 
     Examples
     --------

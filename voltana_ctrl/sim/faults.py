@@ -262,6 +262,11 @@ class FaultSchedule:
         ----------
         from_s, until_s : float
             The window.
+
+        Returns
+        -------
+        float
+            Watts.
         """
         edges_s = np.unique(np.clip([from_s, *self.edges_s, until_s], from_s, until_s))
         dead_s = np.zeros(len(self._fleet))

@@ -68,11 +68,11 @@ class Plant:
     Parameters
     ----------
     fleet : FleetSpec
-        What is simulated.
+        The fleet that is simulated.
     workload : Workload
-        What arrives.
+        The requests that arrive.
     settings : PlantSettings, optional
-        Actuation, noise.
+        Delays of clock sets, noise, and how routers see the fleet; the defaults if left out.
     governors : sequence of Governor, optional
         One per instance; all compiled with one kernel, or all Python. Without, decisions
         write the clocks.
@@ -87,7 +87,7 @@ class Plant:
     faults : sequence of Fault
         What goes wrong and when, see :mod:`voltana_ctrl.sim.faults`.
     seed : int
-        Of random routing and noise.
+        Seed of random routing and noise.
 
     Raises
     ------

@@ -75,7 +75,10 @@ class PowerMeter:
         self._plant.advance(until_s)
 
     def over_budget_frac(self) -> float:
-        """Share of the samples so far whose mean power is above the budget at their middle."""
+        """Share of the samples so far whose mean power is above the budget at their middle.
+
+        NaN before the first sample of 100 ms is over.
+        """
         edge_s = self._edge_s[: len(self._energy_j)]
         power_w = np.diff(self._energy_j) / np.diff(edge_s)
         middle_s = (edge_s[1:] + edge_s[:-1]) / 2.0

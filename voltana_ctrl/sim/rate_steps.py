@@ -109,6 +109,11 @@ class RateSteps:
         ----------
         from_s, until_s : float
             Seconds from the start of the warm-up, the second one later.
+
+        Returns
+        -------
+        float
+            Requests per second.
         """
         expected = self._expected(np.array([from_s, until_s]))
         return float((expected[1] - expected[0]) / (until_s - from_s))
@@ -138,6 +143,11 @@ class RateSteps:
             Span in seconds, > 0.
         rng : numpy.random.Generator
             Source of randomness, advanced by the call.
+
+        Returns
+        -------
+        ndarray, shape (n_requests,)
+            Seconds from the start, ascending.
 
         Raises
         ------

@@ -57,6 +57,11 @@ def unit_s_of(source: Source, stamps: Stamps, *, usually_s: bool = False) -> flo
     usually_s : bool
         Whether such files are in seconds unless they are strange.
 
+    Returns
+    -------
+    float
+        Such as 0.001 for milliseconds.
+
     Raises
     ------
     ConfigError

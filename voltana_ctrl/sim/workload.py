@@ -386,16 +386,16 @@ class Workload:
         return dataclasses.replace(self, patience_s=np.where(chosen, deadline_s, self.patience_s))
 
     def due_within(self, end_s: float, grace_s: float) -> Workload:
-        """The same, with deadlines no later than `end_s`, or `grace_s` after the arrival.
+        """The same, with deadlines no later than `end_s` or `grace_s` after arrival, the later one.
 
         So a run cannot save energy by leaving work behind.
 
         Parameters
         ----------
         end_s : float
-            Time in seconds.
+            Time in seconds by which what may wait is due.
         grace_s : float
-            Everybody may take so long, > 0.
+            Time that every request has at least, in seconds, > 0.
 
         Returns
         -------

@@ -248,15 +248,21 @@ class LimitRanges:
         return bool(caps and cpus and (mem_mhz is None or mem_mhz in self.mem_clocks_mhz[instance]))
 
     def held(self, limits: Limits | None) -> Limits | None:
-        """Limits that can be set: within the range, never lower than asked for.
+        """Limits that can be set, as near as there are to what is asked for.
 
-        A cap below the lowest becomes the lowest, a memory clock the next higher one; what
-        cannot be set at all is left as it was found (infinity).
+        A cap or CPU clock outside its range becomes the nearest end of it, a memory clock the next
+        higher one. What cannot be set at all, such as a memory clock above the highest, is left as
+        it was found (infinity).
 
         Parameters
         ----------
         limits : Limits, optional
             What is asked for.
+
+        Returns
+        -------
+        Limits or None
+            None where nothing is left that can be set.
         """
         if limits is None:
             return None

@@ -91,6 +91,11 @@ class Backlog:
         ----------
         t_s : float
             Time on the loop's clock.
+
+        Returns
+        -------
+        int
+            Requests of those that are held.
         """
         return int(np.searchsorted(self.deadline_s, t_s, side="right"))
 

@@ -68,6 +68,11 @@ class PowerBudget(Steps):
         ----------
         t_s : float
             Seconds on the loop's clock.
+
+        Returns
+        -------
+        float
+            Watts.
         """
         return self.at(t_s)
 
@@ -78,6 +83,11 @@ class PowerBudget(Steps):
         ----------
         t_s : float
             Seconds on the loop's clock.
+
+        Returns
+        -------
+        PowerBudget
+            Steps that begin later than `t_s` plus the notice are left out.
         """
         told = tuple(
             (from_s, limit_w) for from_s, limit_w in self.steps if from_s - self.notice_s <= t_s
@@ -93,6 +103,11 @@ class PowerBudget(Steps):
         ----------
         from_s, until_s : float
             Seconds on the loop's clock.
+
+        Returns
+        -------
+        float
+            Watts.
         """
         soon_s = min(until_s, from_s + self.notice_s)
         inside = [limit_w for t_s, limit_w in self.steps if from_s < t_s <= soon_s]

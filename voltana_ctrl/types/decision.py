@@ -90,6 +90,11 @@ class Slo:
     def parse(cls, text: str) -> Slo:
         """SLO from ``ttft=0.6,itl=0.06,attainment=0.99``, in seconds.
 
+        Parameters
+        ----------
+        text : str
+            `ttft` and `itl` must be there; `attainment` is 0.99 if left out.
+
         Raises
         ------
         ConfigError
@@ -134,9 +139,9 @@ class Decision:
     active : ndarray of bool, shape (n,)
         Whether the instance takes new work; the others drain and idle.
     price_j_req : ndarray, shape (n,)
-        Marginal cost of one more request.
+        Marginal energy of one more request there, which routers compare.
     limits : Limits, optional
-        Other actuators.
+        What other actuators (power cap, memory and CPU clock) are set to; as they are without.
     belief : Belief, optional
         What governors and routers should believe about the instances; without one they keep what
         they believed.
@@ -242,6 +247,18 @@ class Decision:
         status: Status = Status.OK,
     ) -> Decision:
         """Fail-safe: everybody active, equal shares, highest clock (or `floor_mhz` up).
+
+        Parameters
+        ----------
+        fleet : FleetSpec
+            The fleet.
+        t_s : float
+            When it is made, on the loop's clock.
+        floor_mhz, ceiling_mhz : ndarray, shape (n,), optional
+            Lowest and highest clocks; the ceiling is the highest supported clock if left out, the
+            floor is the ceiling.
+        status : Status
+            Whether it may be applied.
 
         Examples
         --------

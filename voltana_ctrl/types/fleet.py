@@ -104,6 +104,11 @@ class FleetSpec:
     def flexible(self) -> FleetSpec:
         """The same fleet, all of whose prefill and decode instances may change between the two.
 
+        Returns
+        -------
+        FleetSpec
+            A new one; this one stays as it is.
+
         Raises
         ------
         ConfigError
@@ -130,6 +135,11 @@ class FleetSpec:
         ----------
         roles : sequence of Role
             One per instance.
+
+        Returns
+        -------
+        FleetSpec
+            A new one; this one stays as it is.
 
         Examples
         --------
@@ -232,10 +242,19 @@ class FleetSpec:
     def parse(cls, text: str, profile: Profile, *, gpus_per_node: int = 8) -> FleetSpec:
         """Fleet from ``2P2D`` (prefill, decode) or ``4C`` (colocated).
 
+        Parameters
+        ----------
+        text : str
+            So many instances of either kind, each at least 1; small letters will do.
+        profile : Profile
+            Profile of every instance.
+        gpus_per_node : int
+            Instances are packed onto nodes of this many GPUs, in order.
+
         Raises
         ------
         ConfigError
-            If the text is neither.
+            If the text is neither, or asks for more than 4,096 instances.
 
         Examples
         --------

@@ -227,6 +227,11 @@ class InstanceSpec:
 
         None means every clock; entries above the highest become the highest.
 
+        Returns
+        -------
+        list of int
+            Ascending.
+
         Examples
         --------
         >>> from voltana_ctrl import FleetSpec, load_profile

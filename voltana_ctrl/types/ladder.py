@@ -23,6 +23,11 @@ def row_up(clocks_mhz: F64, freq_mhz: float) -> int:
     freq_mhz : float
         Any clock.
 
+    Returns
+    -------
+    int
+        Position in `clocks_mhz`.
+
     Examples
     --------
     >>> import numpy as np
@@ -43,6 +48,11 @@ def row_down(clocks_mhz: F64, freq_mhz: float) -> int:
     freq_mhz : float
         Any clock.
 
+    Returns
+    -------
+    int
+        Position in `clocks_mhz`.
+
     Examples
     --------
     >>> import numpy as np
@@ -62,6 +72,11 @@ def row_nearest(clocks_mhz: F64, freq_mhz: float) -> int:
         Ascending.
     freq_mhz : float
         Any clock, such as one that was read.
+
+    Returns
+    -------
+    int
+        Position in `clocks_mhz`.
 
     Examples
     --------

@@ -363,6 +363,11 @@ def joined(kind: type[_Batch], batches: Sequence[_Batch]) -> _Batch:
     batches : sequence
         Any number of them.
 
+    Returns
+    -------
+    batch of that kind
+        Empty without any.
+
     Examples
     --------
     >>> from voltana_ctrl import RequestBatch

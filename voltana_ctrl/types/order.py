@@ -45,10 +45,9 @@ class Order:
     alone_mhz : float, optional
         Ceiling once the order has lapsed. Left out it is that of the order, as under a power
         budget, which holds when nobody decides any more; a policy's own ceiling ends with it.
-    ttft_margin_frac, itl_margin_frac : float, optional
-    prefill_pace_frac, decode_pace_frac, able_mhz : float, optional
+    ttft_margin_frac, itl_margin_frac, prefill_pace_frac, decode_pace_frac, able_mhz : optional
         What is to be believed of the instance, see :class:`~voltana_ctrl.types.Belief`; what was
-        believed before where they are left out.
+        believed before where all are left out.
     delay_s : float, optional
         From asking for a clock until it runs; what the node has measured where it is left out.
     active : bool
@@ -134,6 +133,12 @@ class Order:
         delay_s : float
             What was measured here, where the order has no delay.
 
+        Returns
+        -------
+        Belief or None
+            Arrays of length 1. Where only part is told, the rest are the default margins, the
+            profile's pace, the ceiling, and this delay.
+
         Examples
         --------
         >>> order = Order(floor_mhz=600.0, ceiling_mhz=1410.0, decode_pace_frac=1.2)
@@ -160,7 +165,12 @@ class Order:
         Parameters
         ----------
         held_s : float
-            Since it was asked for.
+            Seconds since it was asked for.
+
+        Returns
+        -------
+        Order
+            Times that are left of what is announced count from then on.
 
         Examples
         --------
@@ -191,7 +201,12 @@ class Order:
         Parameters
         ----------
         held_s : float
-            Since it was asked for.
+            Seconds since it was asked for.
+
+        Returns
+        -------
+        Order
+            With the highest clock that is allowed as floor and ceiling.
         """
         now = self.after(held_s)
         ceiling_mhz = now.ceiling_mhz if now.alone_mhz is None else now.alone_mhz
@@ -206,6 +221,11 @@ class Order:
 
     def plain(self) -> dict[str, Any]:
         """Values for JSON; what stands at its default is left out.
+
+        Returns
+        -------
+        dict
+            Of numbers, text, tuples and truth values; :meth:`parse` reads it.
 
         Examples
         --------

@@ -252,6 +252,11 @@ class Profile:
     def padded_batch(self, max_batch: int | None = None) -> I64:
         """Executed size of every batch, shape (max_batch + 1,).
 
+        Returns
+        -------
+        ndarray of int, shape (max_batch + 1,)
+            The size that runs for a batch of so many requests, by their number.
+
         Examples
         --------
         >>> from voltana_ctrl import load_profile

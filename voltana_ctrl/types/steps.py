@@ -155,6 +155,11 @@ class Steps:
         ----------
         t_s : float
             Seconds on the loop's clock.
+
+        Returns
+        -------
+        float
+            In the unit of the values.
         """
         held = [value for from_s, value in self.steps if from_s <= t_s]
         return held[-1] if held else self.steps[0][1]
@@ -166,6 +171,11 @@ class Steps:
         ----------
         from_s, until_s : float
             The span.
+
+        Returns
+        -------
+        ndarray, shape (n_edges,)
+            Seconds, ascending.
 
         Examples
         --------
@@ -182,6 +192,11 @@ class Steps:
         ----------
         from_s, until_s : float
             The span, of some length.
+
+        Returns
+        -------
+        float
+            In the unit of the values, weighted by time.
 
         Examples
         --------
