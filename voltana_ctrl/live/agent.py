@@ -51,7 +51,7 @@ class Switchable(Protocol):
         """Whether decisions are carried out: not without hardware, nor after :meth:`release`."""
 
     def read(self) -> Observation:
-        """State now."""
+        """State now, and what happened since the last read."""
 
     def apply(self, decision: Decision) -> None:
         """Carry out a decision."""
@@ -70,15 +70,16 @@ class AgentSettings:
     Parameters
     ----------
     mode : {"observe", "advise", "act"}
-        Watch; say what a policy would do; do it.
+        Only read; say what the policy would do; do it.
     kill_file : Path, optional
-        The file whose appearance gives the hardware back.
+        File whose appearance gives the hardware back; looked for in mode ``act`` only.
     switchback_s : float, optional
-        Length of the blocks in which policy and highest clock alternate.
+        Seconds of the blocks in which policy and highest clock alternate, see
+        :class:`~voltana_ctrl.savings.SwitchbackController`; none without.
     seed : int
-        Of their order.
+        Seed from which the order of these blocks is drawn.
     power_budget : PowerBudget, optional
-        What the fleet may draw at the highest clock, too.
+        What the fleet may draw in blocks at the highest clock. The policy keeps its own budget.
     ceiling_mhz : ndarray, shape (n,), optional
         Clocks that are never passed, see
         :func:`~voltana_ctrl.live.node.power_ceilings_mhz`.
@@ -132,21 +133,22 @@ class Agent:
     controller : Controller, optional
         The policy; none where the agent only observes.
     settings : AgentSettings, optional
-        Mode and the rest; observes without.
+        Mode and the rest; without, the agent only observes.
     observers : sequence of Observer
-        Log and metrics.
+        Told every tick, such as a log and an exporter of metrics.
     period_s : float
-        Time between readings where there is no controller.
+        Seconds between readings where there is no controller.
     router : Router, optional
-        Told every decision that is applied, where requests are routed in this process.
+        Router in this process, which is told every decision that is applied.
     say : callable
-        Told what people should know, a line at a time.
+        Called with what people should know, a line at a time.
 
     Raises
     ------
     ConfigError
-        If mode, controller and backend do not fit together: a backend that could set anything
-        is refused unless the mode is "act".
+        If mode, controller and backend do not fit together: a backend that could set anything is
+        refused unless the mode is ``act``, and one that could not is refused there. Also if the
+        kill file is there from the start.
 
     Examples
     --------
@@ -217,16 +219,18 @@ class Agent:
 
     @property
     def killed(self) -> str | None:
-        """Why the hardware was given back before the end; None while it was not."""
+        """Why the hardware is to be given back before the end, in words; None unless killed."""
         return None if self._kill is None else self._kill.reason
 
     def kill(self, reason: str = "a call") -> None:
-        """Give the hardware back and go on reading.
+        """Have the hardware given back, and go on reading; does nothing unless the mode is ``act``.
+
+        It returns at once: a thread gives the hardware back.
 
         Parameters
         ----------
         reason : str
-            For people.
+            Why, in words.
         """
         if self._kill is not None:
             self._kill.kill(reason)
@@ -239,9 +243,9 @@ class Agent:
         Parameters
         ----------
         duration_s : float
-            How long at most.
+            Seconds to run at most.
         stop : callable
-            Whether to end.
+            Returns whether to end.
 
         Raises
         ------
@@ -257,12 +261,12 @@ class Agent:
 
     @contextlib.contextmanager
     def killed_by_signal(self, number: int = signal.SIGUSR1) -> Iterator[None]:
-        """Let a signal kill, within; in the main thread of a program.
+        """Context in which a signal calls :meth:`kill`; only in the main thread of a program.
 
         Parameters
         ----------
         number : int
-            The signal.
+            The signal; its handler of before is put back at the end.
         """
 
         def handle(_number: int, _frame: FrameType | None) -> None:

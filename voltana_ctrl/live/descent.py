@@ -59,7 +59,7 @@ class DescentMemory:
     lid_mhz : ndarray, shape (n,)
         Clock below which nothing is asked for yet.
     stepped_s : ndarray, shape (n,)
-        When it was lowered last, or returned.
+        Time of its last step; after a return, the time from which it may come down again.
     judged_req, missed_req : ndarray, shape (2, n)
         Requests that finished and those of them that missed, TTFT and ITL, forgetting the old.
     missing_s : ndarray, shape (n,)
@@ -74,11 +74,11 @@ class DescentMemory:
         Where the profile is not believed, decode and prefill; once it is not, only when it is right
         to within half the band again.
     clock_mhz : ndarray, shape (n,)
-        Of the latest iteration; 0 before the first.
+        Clock of the latest iteration; 0 before the first.
     returned : ndarray, shape (n,)
         How often it returned to the highest clock.
     t_s : float
-        Of the last decision.
+        Time of the last decision in seconds.
     """
 
     inner: Any
@@ -110,9 +110,10 @@ class Descent(Controller):
     inner : Controller
         The policy.
     slo : Slo
-        Promises.
+        Promises on TTFT and ITL. The time between two steps is half the TTFT.
     band_frac : float
-        A profile is believed whose times are off by no more than this.
+        Factor less 1 by which iterations may take longer or shorter than the profile says, on
+        average, before it is not believed: 0.2 is from 1/1.2 to 1.2 times its time.
 
     Raises
     ------
@@ -147,7 +148,7 @@ class Descent(Controller):
         self._padded = [one.profile.padded_batch(one.max_batch) for one in self.fleet.instances]
 
     def init(self) -> DescentMemory:
-        """Everybody at the highest clock."""
+        """Memory before the first decision: everybody at the highest clock."""
         n = len(self.fleet)
         return DescentMemory(
             inner=self.inner.init(),
@@ -166,12 +167,19 @@ class Descent(Controller):
         )
 
     def notes(self, memory: DescentMemory) -> Mapping[str, float]:
-        """How many instances are not all the way down, and how often any returned.
+        """Where the descent stands, beside what the policy notes.
 
         Parameters
         ----------
         memory : DescentMemory
-            Of the latest tick.
+            What the latest decision returned.
+
+        Returns
+        -------
+        mapping of str to float
+            ``descending``, instances that are not allowed their lowest clock yet;
+            ``returned_to_highest``, returns of all instances so far; ``profile_not_believed`` and
+            ``profile_not_compared_yet``, instances that stay at the highest clock for that.
         """
         return {
             **self._inner_notes(memory.inner),

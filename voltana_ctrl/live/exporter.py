@@ -73,7 +73,7 @@ class Exporter:
     classes : RequestClasses, optional
         Classes of requests; by prompt length if left out.
     window_s : float
-        Time over which energy per token and attainment are taken.
+        Seconds over which energy per token and attainment are taken.
     unread : collection of str
         Ids of instances whose GPUs nobody reads. There is no series of their clock, power and
         energy, and no energy per token while one of them is up. There is none of the power of an
@@ -290,12 +290,18 @@ class Exporter:
                 self._notes.setdefault(name, self._note.labels(name)).set(value)
 
     def page(self) -> bytes:
-        """All metrics in the text format."""
+        """All metrics in Prometheus' text format."""
         page: bytes = self._client.generate_latest(self.registry)
         return page
 
     def asgi(self) -> Any:
-        """ASGI application that serves the page, for a server of the host's."""
+        """ASGI application that serves the page, to be mounted in a server of one's own.
+
+        Returns
+        -------
+        callable
+            It answers every path with the page.
+        """
         return self._client.make_asgi_app(self.registry)
 
     def serve(self, port: int, host: str = "127.0.0.1") -> int:
@@ -311,7 +317,7 @@ class Exporter:
         Returns
         -------
         int
-            The port.
+            The port that is listened on.
 
         Raises
         ------

@@ -27,38 +27,41 @@ _AHEAD_S = 3600.0
 class PolicyController(Controller):
     """A policy whose governors run here, at every tick, unless an engine hosts them.
 
-    Where no router obeys, what routes requests is not ours: an instance that the policy would park
-    gets work all the same, and a clock by its own queue and batch alone; prices are 0.
+    Where no router sends requests as decided, an instance that the policy would park gets work all
+    the same. Everybody then counts as active with equal shares, prices are 0, and such an instance
+    gets a clock by its own queue and batch alone.
 
     Parameters
     ----------
     fleet : FleetSpec
         The fleet.
     inner : Controller, optional
-        The policy's own, or the line to a controller elsewhere; `first` stands without one.
+        Controller of the policy, or a :class:`~voltana_ctrl.live.remote.RemoteController`.
     first : Decision, optional
-        What stands where there is no controller; highest clocks, or what governors choose, if
-        left out.
+        Decision that stands at every tick where there is no `inner`. If left out, clocks are the
+        highest, or, with `governors` or `held`, any that the instance supports.
     governors : sequence of Governor, optional
-        One per instance.
+        One per instance: each chooses its clock between the floor and the ceiling of the decision.
     parked : sequence of Governor, optional
-        Who chooses the clock of an instance that the policy would park; its highest without.
+        Who chooses the clock of an instance that the policy would park: one per instance. Without
+        them `governors` do, and without those it runs at its ceiling.
     held : collection of str
         Ids of instances whose clock somebody else chooses between floor and ceiling, such as the
         governor inside the engine: their floors are left as they are.
     routed : callable
-        Whether a router obeys, now.
+        Returns whether a router sends requests as decided, now.
     power_budget : PowerBudget, optional
-        Its steps are announced, for those who outlive this controller.
+        Budget whose steps of the next hour are announced as ceilings with every decision, for nodes
+        that outlive this controller. `inner` keeps the budget itself.
     delay_s : float
-        From asking for a clock until it runs, as measured here.
+        Seconds from asking for a clock until it runs, as measured here.
     period_s : float
-        Time between decisions.
+        Seconds between decisions.
 
     Raises
     ------
     ConfigError
-        If there are not as many governors as instances.
+        If there are governors, and not as many as instances.
 
     Examples
     --------
@@ -106,16 +109,21 @@ class PolicyController(Controller):
         self._belief: Belief | None = None
 
     def init(self) -> Any:
-        """Memory of the policy."""
+        """Memory of `inner` before its first decision; None without one."""
         return None if self._inner is None else self._inner.init()
 
     def notes(self, memory: Any) -> Mapping[str, float]:
-        """What the policy notes.
+        """What the policy notes about its latest decision.
 
         Parameters
         ----------
         memory : object
-            Of the latest tick.
+            What the latest decision returned.
+
+        Returns
+        -------
+        mapping of str to float
+            Names and numbers; empty where `inner` notes nothing.
         """
         return dict(self._inner_notes(memory))
 
@@ -189,19 +197,22 @@ def node_governors(
 
     Parameters
     ----------
-    fleet, slo
-        What is controlled, and the promises.
+    fleet : FleetSpec
+        The fleet.
+    slo : Slo
+        Promises on TTFT and ITL.
     policy : str
-        Whose governors.
+        Policy whose governors they are.
     delay_s : float
-        From asking for a clock until it runs.
+        Seconds from asking for a clock until it runs.
     period_s : float
-        Between two ticks: how long a queue may go unseen, which counts as delay.
+        Seconds between two ticks: a queue may go unseen for so long, which is added to the delay.
 
     Returns
     -------
     list of CompiledGovernor or None
-        None where the policy has none, and its floors are clocks.
+        None where the policy has no governor that runs apart from it: its floors are then the
+        clocks.
 
     Examples
     --------
@@ -251,34 +262,44 @@ def node_policy(
     spare: float = 0.0,
     forecast: OwnForecast | None = None,
 ) -> PolicyController:
-    """Shipped policy, or one's own, for nodes that are looked after from this process.
+    """Controller of a policy for GPUs whose clocks are set from this process.
 
     Parameters
     ----------
-    fleet, slo
-        What is controlled, and the promises.
+    fleet : FleetSpec
+        The fleet.
+    slo : Slo
+        Promises on TTFT and ITL.
     policy : str
-        Name, see :func:`voltana_ctrl.policies.find_policy`.
+        Name of a shipped policy, or of one's own, see :func:`voltana_ctrl.policies.find_policy`.
     period_s : float
-        Time between decisions.
+        Seconds between decisions.
     power_budget : PowerBudget, optional
-        What the fleet may draw.
+        What the fleet may draw, in watts over time.
     delay_s : float
-        From asking for a clock until it runs, as measured.
+        Seconds from asking for a clock until it runs, as measured.
     held : collection of str
-        Instances whose governor runs in the engine.
+        Ids of instances whose governor runs inside their engine.
     routed : callable
-        Whether a router obeys, now.
+        Returns whether a router sends requests as decided, now.
     learnt : Belief, optional
         What an earlier run of the same fleet has learnt, see
         :class:`~voltana_ctrl.live.state.StateFile`.
     spare : float
         Room for the loss of instances, see :class:`voltana_ctrl.policies.PolicySetup`.
+    forecast : callable, optional
+        One's own forecast of arrivals, see :class:`voltana_ctrl.estimate.Forecaster`.
+
+    Returns
+    -------
+    PolicyController
+        For a :class:`~voltana_ctrl.ControlLoop` or an :class:`~voltana_ctrl.live.Agent`.
 
     Raises
     ------
     ConfigError
-        If there is no such policy, or it knows no budgets and one is given.
+        If there is no such policy, it is ``bound``, which controls nothing, or it knows no budgets
+        and one is given.
 
     Examples
     --------
@@ -319,14 +340,20 @@ def fleet_policy(
     spare: float = 0.0,
     forecast: OwnForecast | None = None,
 ) -> PolicyController:
-    """Policy of a controller whose nodes and engines host the governors.
+    """Controller of a policy for nodes elsewhere, which host the governors or leave it to engines.
 
     Parameters
     ----------
     fleet, slo, policy, period_s, power_budget, delay_s, routed, learnt, spare, forecast
         See :func:`node_policy`.
     measured_delay_s : callable
-        Delays that nodes have measured, by the id of the instance.
+        Returns the delays in seconds that nodes have measured, by the id of the instance.
+
+    Returns
+    -------
+    PolicyController
+        Its clocks are floors where the policy has governors: those choose between it and the
+        ceiling.
 
     Raises
     ------

@@ -59,17 +59,18 @@ class HubBackend:
     fleet : FleetSpec
         The whole fleet.
     policy : str
-        Whose governors are to choose clocks between floor and ceiling; told with the orders.
+        Policy whose governors are to choose clocks between floor and ceiling; told with the
+        orders.
     silent_s : float
-        An instance that nobody has reported for so long is not alive, and a sender that has not
-        reported for so long is gone: another start of it may take its place.
+        Seconds after which an instance that nobody has reported is not alive, and a sender that
+        has not reported is gone: another start of it may then take its place.
     valid_s : float
-        How long an order holds without a newer one.
+        Seconds that an order holds without a newer one.
     budgeted : bool
         Whether ceilings are those of a power budget, see
         :func:`~voltana_ctrl.live.orders.orders_of`.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Raises
     ------
@@ -78,7 +79,8 @@ class HubBackend:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, FleetState, Observation, load_profile
+    >>> from voltana_ctrl.live.orders import Report
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> hub = HubBackend(fleet)
     >>> report = Report(kind="node", sender="n0", start="a", number=0, ids=("decode-0",),
@@ -132,7 +134,7 @@ class HubBackend:
         return self._fleet
 
     def routed(self) -> bool:
-        """Whether a router has reported a moment ago: without one nobody may be parked."""
+        """Whether a router has reported within `silent_s`: without one nobody may be parked."""
         return bool(self._routers(self._now_s()))
 
     def _routers(self, t_s: float) -> list[_Sender]:
@@ -143,7 +145,13 @@ class HubBackend:
         ]
 
     def links(self) -> list[LinkState]:
-        """Nodes and routers that have reported, and when they did last."""
+        """Nodes and routers that have reported, and how many seconds ago they did last.
+
+        Returns
+        -------
+        list of LinkState
+            In the order of their first report, those that have fallen silent included.
+        """
         t_s = self._now_s()
         return [
             LinkState(
@@ -156,11 +164,24 @@ class HubBackend:
         ]
 
     def delay_s(self) -> dict[str, float]:
-        """From asking for a clock until it runs, by id, as nodes and engines measured it."""
+        """Seconds from asking for a clock until it runs, as nodes and engines measured it.
+
+        Returns
+        -------
+        dict of str to float
+            By the id of the instance; those whose delay nobody has measured are left out.
+        """
         return dict(self._delay_s)
 
     def problems(self) -> dict[str, str]:
-        """Which instances nobody reports, and what their nodes say is wrong with the others."""
+        """What is wrong with instances, in words.
+
+        Returns
+        -------
+        dict of str to str
+            By the id of the instance: that no node reports it, that its node has fallen silent, or
+            what its node says is wrong. Those with which nothing is wrong are left out.
+        """
         t_s = self._now_s()
         return dict(self._told_problems) | {
             name: "no node reports it" if node is None else f"node {node} has fallen silent"
@@ -176,7 +197,12 @@ class HubBackend:
         Parameters
         ----------
         report : Report
-            Checked before.
+            As :func:`~voltana_ctrl.live.messages.decode_report` returned it, which has checked it.
+
+        Returns
+        -------
+        Orders
+            For the instances of the report; with the state of the whole fleet for a router.
 
         Raises
         ------
@@ -184,7 +210,7 @@ class HubBackend:
             If it is older than what its sender said last, another process reports under its
             name, or another node reports the same instances.
         BackendError
-            If there are no orders: nothing is decided yet, or any more.
+            If there are no orders: nothing is decided yet, or any more. The report was taken.
         """
         where = [self._fleet.ids.index(name) for name in report.ids]
         t_s = self._now_s()
@@ -270,7 +296,12 @@ class HubBackend:
         )
 
     def read(self) -> Observation:
-        """State of all instances as reported; counts and records since the last read.
+        """State of all instances as reported, and what was reported since the last read.
+
+        Returns
+        -------
+        Observation
+            Arrivals, iterations and finished requests are those since the last read.
 
         Raises
         ------
@@ -328,7 +359,7 @@ class HubBackend:
 
     @property
     def acts(self) -> bool:
-        """Whether orders are given, now."""
+        """Whether orders are given: not after :meth:`release`."""
         return not self._released
 
     def release(self) -> None:

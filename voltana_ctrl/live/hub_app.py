@@ -19,11 +19,17 @@ def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> A
     Parameters
     ----------
     hub : HubBackend
-        The fleet.
+        Backend that takes the reports.
     token : str
-        What they must show as a bearer token.
+        Bearer token that nodes and routers must show.
     page : StatusPage, optional
-        The status page, at ``/``.
+        Status page to serve at ``/``, with its own paths.
+
+    Returns
+    -------
+    starlette.applications.Starlette
+        A report is answered with orders; with 401 without the token, 413 if it is too long, 422 if
+        it is refused, and 503 while there are no orders.
 
     Raises
     ------

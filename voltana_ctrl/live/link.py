@@ -41,29 +41,29 @@ class ControllerLink:
     Parameters
     ----------
     url : str
-        The controller, such as ``https://10.0.0.1:8791``.
+        Address of the controller, such as ``https://10.0.0.1:8791``.
     token : str
-        Its bearer token.
+        Bearer token that the controller asks for.
     fleet : FleetSpec
         The whole fleet.
     sender : str
         Name of this node or router.
     ids : sequence of str
-        Its instances; of a router, those of the fleet.
+        Ids of the instances that it reports; of a router, those of the fleet.
     kind : {"node", "router"}
         Who reports.
     limit_s : float
-        How long an answer may take.
+        Seconds that an answer may take.
     hold_s : float
-        Longest that orders hold without newer ones, whatever they say.
+        Most seconds that orders hold without newer ones, whatever they say.
     tls_ca : Path, optional
         Certificates of the authorities that the controller's may be signed by; those of the
         system if left out.
     problems, delay_s : callable
-        What is wrong with instances, and the delays of their clocks as measured, both by id; told
-        with every report.
+        Return what is wrong with instances, in words, and the delays of their clocks in seconds,
+        both by the id of the instance; sent with every report.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Raises
     ------
@@ -153,12 +153,24 @@ class ControllerLink:
         self._news.set()
 
     def orders(self) -> Orders | None:
-        """The orders in force; None where there are none, or none any more."""
+        """The orders in force.
+
+        Returns
+        -------
+        Orders or None
+            None before the first ones, and once the last ones have lapsed.
+        """
         last = self._last
         return None if last is None or self._lapsed(*last) else last[0]
 
     def last(self) -> tuple[Orders, float] | None:
-        """The last orders that came, in force or not, and how long ago they were asked for."""
+        """The last orders that came, in force or not.
+
+        Returns
+        -------
+        (Orders, age_s) or None
+            With the seconds since they were asked for; None before the first ones.
+        """
         last = self._last
         return None if last is None else (last[0], max(0.0, self._now_s() - last[1]))
 

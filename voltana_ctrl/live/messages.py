@@ -55,12 +55,17 @@ class MessageRefused(VoltanaError, ValueError):
 
 
 def fleet_digest(fleet: FleetSpec) -> str:
-    """Short name of a fleet: the same where ids, roles and clocks are the same.
+    """Fingerprint of a fleet: the same where ids, roles and clocks are the same.
 
     Parameters
     ----------
     fleet : FleetSpec
         The fleet.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
 
     Examples
     --------
@@ -75,7 +80,7 @@ def fleet_digest(fleet: FleetSpec) -> str:
 
 
 def encode_report(report: Report, fleet: FleetSpec) -> bytes:
-    """Report as bytes.
+    """Report as bytes to be sent; what it says of problems is cut at 500 characters each.
 
     Parameters
     ----------
@@ -83,6 +88,16 @@ def encode_report(report: Report, fleet: FleetSpec) -> bytes:
         The report.
     fleet : FleetSpec
         The whole fleet.
+
+    Returns
+    -------
+    bytes
+        JSON, which :func:`decode_report` reads.
+
+    Raises
+    ------
+    MessageRefused
+        If it is longer than `MAX_BYTES`, or holds a number that is not finite.
 
     Examples
     --------
@@ -116,6 +131,11 @@ def decode_report(data: bytes, fleet: FleetSpec) -> Report:
         The message.
     fleet : FleetSpec
         The whole fleet.
+
+    Returns
+    -------
+    Report
+        All of it checked.
 
     Raises
     ------
@@ -162,7 +182,7 @@ def decode_report(data: bytes, fleet: FleetSpec) -> Report:
 
 
 def encode_orders(orders: Orders, fleet: FleetSpec) -> bytes:
-    """Orders as bytes.
+    """Orders as bytes to be sent.
 
     Parameters
     ----------
@@ -170,6 +190,16 @@ def encode_orders(orders: Orders, fleet: FleetSpec) -> bytes:
         The orders.
     fleet : FleetSpec
         The whole fleet.
+
+    Returns
+    -------
+    bytes
+        JSON, which :func:`decode_orders` reads.
+
+    Raises
+    ------
+    MessageRefused
+        If they are longer than `MAX_BYTES`, or hold a number that is not finite.
 
     Examples
     --------
@@ -201,6 +231,11 @@ def decode_orders(data: bytes, fleet: FleetSpec) -> Orders:
         The message.
     fleet : FleetSpec
         The whole fleet.
+
+    Returns
+    -------
+    Orders
+        All of them checked: no ceiling is above the highest clock of its instance.
 
     Raises
     ------

@@ -41,25 +41,32 @@ def node_clocks(
     lock_dir: Path = LOCK_DIR,
     library: Path | None = None,
 ) -> NvmlBackend:
-    """What sets the clocks of some instances of a fleet, and no others.
+    """Backend that sets the clocks of some instances of a fleet, and of no others.
 
     Parameters
     ----------
     fleet : FleetSpec
         The whole fleet.
     gpus : mapping of str to sequence of str
-        UUIDs of the GPUs of those instances, by id.
+        UUIDs of the GPUs of those instances, by the id of the instance.
     setter, lock_dir, library
         See :class:`~voltana_ctrl.backends.NvmlBackend`.
+
+    Returns
+    -------
+    NvmlBackend
+        For those instances alone, in the order of the fleet. It holds their GPUs until it is
+        closed.
 
     Raises
     ------
     ConfigError, BackendError
-        See :class:`~voltana_ctrl.backends.NvmlBackend`.
+        If no instance is named, or one that the fleet has not; else see
+        :class:`~voltana_ctrl.backends.NvmlBackend`.
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> def lower(uuid):
     ...     with node_clocks(fleet, {"decode-0": [uuid]}) as clocks:
@@ -84,13 +91,14 @@ def power_ceilings_mhz(fleet: FleetSpec, limit_w: Mapping[str, float]) -> F64:
     fleet : FleetSpec
         The fleet.
     limit_w : mapping of str to float
-        Power limit of each GPU of an instance, by its id; those left out have none.
+        Power limit in watts of each GPU of an instance, by the id of the instance; those left out
+        have none.
 
     Returns
     -------
     ndarray, shape (n,)
-        The lowest clock where even that may draw more: the limit itself is then the driver's
-        to keep.
+        MHz. The highest clock of instances without a limit. The lowest one where even that may
+        draw more: the limit itself is then the driver's to keep.
 
     Examples
     --------
@@ -115,12 +123,13 @@ class CappedGuard(Guard):
     spec : FleetSpec
         The fleet.
     ceiling_mhz : ndarray, shape (n,)
-        Never passed; see :func:`power_ceilings_mhz`.
+        Clocks that are never passed; see :func:`power_ceilings_mhz`.
     min_mhz : ndarray, shape (n,), optional
-        Nothing lower is asked for, unless the ceiling says so.
+        Clocks below which no decision goes, unless a ceiling is lower still; the lowest supported
+        ones by default.
     obeys : bool
-        Whether shares and active set were made by a controller that sees the whole fleet: they
-        are left alone, since a node that sees its own part alone would find the rest dead.
+        Whether decisions come from a controller that sees the whole fleet. Their shares and active
+        set are then left alone: a node that sees its own part only would find the rest dead.
     ranges : LimitRanges, optional
         What may be set besides SM clocks.
 
@@ -151,12 +160,17 @@ class CappedGuard(Guard):
     def shield(
         self, proposed: Decision, observation: Observation, last: Decision | None
     ) -> Decision:
-        """Decision that may be applied, see :meth:`voltana_ctrl.guard.Guard.shield`.
+        """Bring a decision within ceilings and floors, then shield it as the guard does.
 
         Parameters
         ----------
         proposed, observation, last
-            As of the guard.
+            As for :meth:`voltana_ctrl.guard.Guard.shield`.
+
+        Returns
+        -------
+        Decision
+            The one that may be applied.
         """
         highest = np.minimum(proposed.freq_max_mhz, self.ceiling_mhz)
         floor = np.maximum(proposed.freq_mhz, self.min_mhz)
@@ -180,20 +194,21 @@ class NodeBackend:
     reads : Backend
         State of the whole fleet.
     sets : NvmlBackend, optional
-        What :func:`node_clocks` made; None sets no clock.
+        What :func:`node_clocks` returned; without it no clock is set from here.
     hands : mapping of str to Path, optional
         File of :func:`~voltana_ctrl.engines.write_limits` that the engine of an instance reads.
     policy : str
-        Whose governor is to choose clocks there.
+        Policy whose governor is to choose clocks in those engines.
     valid_s : float
-        How long an order holds there without a newer one.
+        Seconds that an order in such a file holds without a newer one.
     actuators : bool
         Whether power caps and memory clocks of a decision are set, too.
     park_memory : bool
         Whether the memory clock of a parked instance without work is held at its lowest, where the
         driver lists several; it goes back to what it was when the instance takes work again.
     set_delay_s : float, optional
-        From asking for a clock until it runs, as measured where clocks are set from here.
+        Seconds from asking for a clock until it runs, as measured with `sets`; told by
+        :meth:`delay_s` for its instances.
 
     Raises
     ------
@@ -268,7 +283,7 @@ class NodeBackend:
 
     @property
     def acts(self) -> bool:
-        """Whether anything can be set, now."""
+        """Whether clocks are set or handed over: not without hardware, nor after release."""
         return (self._sets is not None or bool(self._hands)) and not self._released
 
     @property
@@ -277,7 +292,13 @@ class NodeBackend:
         return tuple(self._hands)
 
     def problems(self) -> dict[str, str]:
-        """Why instances do not answer, by id, as far as `reads` knows."""
+        """Why instances do not answer, in words, as far as `reads` knows.
+
+        Returns
+        -------
+        dict of str to str
+            By the id of the instance; those that answer are left out.
+        """
         return dict(self._read_problems())
 
     @property
@@ -286,11 +307,17 @@ class NodeBackend:
         return self._ranges if self._actuators else None
 
     def delay_s(self) -> dict[str, float]:
-        """From asking for a clock until it runs, by id, as measured here and in engines."""
+        """Seconds from asking for a clock until it runs, as measured here and in engines.
+
+        Returns
+        -------
+        dict of str to float
+            By the id of the instance; those whose delay nobody has measured are left out.
+        """
         return {**self._read_delay_s(), **self._set_delay_s}
 
     def read(self) -> Observation:
-        """What `reads` tells."""
+        """State of the whole fleet now, and what happened since the last read, from `reads`."""
         if self._sets is not None:
             self._unless_released(self._sets.read)  # it notices locks that somebody else reset
         seen = self._reads.read()
@@ -404,7 +431,7 @@ def _of_fleet(ranges: LimitRanges, chosen: Sequence[int], n: int) -> LimitRanges
 class KillSwitch:
     """Releases the hardware when a file appears, or when it is told to.
 
-    A thread of its own looks ten times a second, so that neither a loop that hangs nor a
+    A thread of its own looks every `period_s`, so that neither a loop that hangs nor a
     controller that computes keeps the hardware. Once released it stays so.
 
     Parameters
@@ -412,9 +439,11 @@ class KillSwitch:
     release : callable
         Gives the hardware back; called once, in the thread.
     file : Path, optional
-        The file whose appearance means: give it back.
+        File whose appearance releases the hardware.
     on_killed : callable, optional
-        Told why, after it was given back.
+        Called with one line that says why, after `release` has returned or raised.
+    period_s : float
+        Seconds between two looks for the file.
 
     Raises
     ------
@@ -457,18 +486,23 @@ class KillSwitch:
         Parameters
         ----------
         reason : str
-            For people.
+            Why, in words; the first reason stays.
         """
         self.reason = self.reason or reason
         self._told.set()
 
     def wait(self, limit_s: float) -> bool:
-        """Whether it was released, at the latest after so long.
+        """Wait until the hardware was released.
 
         Parameters
         ----------
         limit_s : float
-            How long to wait for it.
+            Seconds to wait at most.
+
+        Returns
+        -------
+        bool
+            Whether `release` has returned or raised; `failure` holds what it raised.
         """
         return self._killed.wait(limit_s)
 

@@ -31,7 +31,7 @@ class WatchController(Controller):
     fleet : FleetSpec
         The fleet.
     period_s : float
-        Time between readings.
+        Seconds between readings.
 
     Examples
     --------
@@ -73,25 +73,33 @@ class Advice:
     fleet : FleetSpec
         The fleet.
     say : callable
-        Told a line every `every_s`.
+        Called with a line every `every_s`.
     every_s : float
-        Time between two lines.
+        Seconds between two lines.
     unread : collection of str
         Ids of instances whose clock nobody reads; the line says that it is assumed.
     problems : callable
-        What is wrong with the readings of instances, by id.
+        Returns what is wrong with the readings of instances, in words, by the id of the instance.
 
     Raises
     ------
     ConfigError
-        If that is not positive.
+        If `every_s` is not positive.
 
     Examples
     --------
     >>> from voltana_ctrl import ControlLoop, FleetSpec, load_profile
+    >>> from voltana_ctrl.backends import SimBackend
+    >>> from voltana_ctrl.control import StaticController
+    >>> from voltana_ctrl.sim.workload import make_workload
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
-    >>> loop = ControlLoop(backend, controller, guard,
-    ...                    observers=[Advice(fleet, print)])  # doctest: +SKIP
+    >>> plant = SimBackend(fleet, workload=make_workload("fixed", rate_req_s=4.0, duration_s=9.0))
+    >>> said = []
+    >>> with ControlLoop(plant, StaticController(fleet, 1005),
+    ...                  observers=[Advice(fleet, said.append)]) as loop:
+    ...     loop.run(8.0)
+    >>> said[0].startswith("advice: prefill-0 ")
+    True
     """
 
     def __init__(
@@ -164,14 +172,19 @@ class Advice:
         ]
 
     def power_w(self, observation: Observation, freq_mhz: F64) -> F64:
-        """Power of every instance at its present load at these clocks, shape (n,).
+        """Power that the profile expects of every instance, see :func:`expected_power_w`.
 
         Parameters
         ----------
         observation : Observation
-            The load.
+            Present load.
         freq_mhz : ndarray, shape (n,)
-            Clocks.
+            Clock of each instance.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Watts.
         """
         return expected_power_w(self._fleet, self._tables, observation, freq_mhz)
 
@@ -179,18 +192,23 @@ class Advice:
 def expected_power_w(
     fleet: FleetSpec, tables: FleetTables, observation: Observation, freq_mhz: F64
 ) -> F64:
-    """Power of every instance at its present load at these clocks, by the profile, shape (n,).
+    """Power that the profile expects of every instance, under its present load at given clocks.
 
     Parameters
     ----------
     fleet : FleetSpec
         The fleet.
     tables : FleetTables
-        Its profiles.
+        Profiles of the fleet.
     observation : Observation
-        The load.
+        Present load. Where an instance has both to decode and to prefill, decode counts.
     freq_mhz : ndarray, shape (n,)
-        Clocks.
+        Clock of each instance, brought within what it supports.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        Watts; 0 of an instance that is not alive.
 
     Examples
     --------

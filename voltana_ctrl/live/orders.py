@@ -60,7 +60,7 @@ class Report:
     kind : {"node", "router"}
         Who reports.
     sender : str
-        Its name, its own among those of its kind.
+        Its name, which no other of its kind has.
     start : str
         What :func:`new_start` returned.
     number : int
@@ -71,9 +71,9 @@ class Report:
         State of these instances, in this order; iterations and finished requests name
         instances by their index in the whole fleet. A router tells of its own requests alone.
     problems : mapping of str to str
-        What is wrong with instances, in words, by id.
+        What is wrong with instances, in words, by the id of the instance.
     delay_s : mapping of str to float
-        From asking for a clock until it runs, as measured, by the id of the instance.
+        Seconds from asking for a clock until it runs, as measured, by the id of the instance.
 
     Examples
     --------
@@ -103,13 +103,13 @@ class Orders:
     number : int
         Counts the decisions of one start of the controller, from 0.
     valid_s : float
-        How long from now they hold without newer ones.
+        Seconds from now that they hold without newer ones.
     orders : mapping of str to Order
-        By the id of the instance.
+        The order for each instance, by its id.
     policy : str
-        Whose governors choose clocks between floor and ceiling.
+        Policy whose governors choose clocks between floor and ceiling.
     state : FleetState, optional
-        Of the whole fleet, for routers: what all of them and all engines told, merged.
+        State of the whole fleet, for routers: what all of them and all engines told, merged.
 
     Examples
     --------
@@ -134,14 +134,19 @@ def orders_of(
     Parameters
     ----------
     decision : Decision
-        For the whole fleet.
+        Decision for the whole fleet.
     fleet : FleetSpec
         The fleet.
     held_s : float
-        How long ago it was made: ceilings announced with it are so much nearer.
+        Seconds since it was made: ceilings announced with it are so much nearer.
     budgeted : bool
         Whether its ceilings are those of a power budget, which hold on when nobody decides any
         more. Those of a policy end with it: then an instance may go up to its highest clock.
+
+    Returns
+    -------
+    dict of str to Order
+        One for each instance of the fleet, by its id.
 
     Examples
     --------
@@ -176,11 +181,16 @@ def decision_of(orders: Mapping[str, Order], fleet: FleetSpec, *, t_s: float = 0
     Parameters
     ----------
     orders : mapping of str to Order
-        By the id of the instance.
+        The order for each instance, by its id.
     fleet : FleetSpec
         The fleet.
     t_s : float
-        When the decision counts as made.
+        Time in seconds at which the decision counts as made.
+
+    Returns
+    -------
+    Decision
+        For the whole fleet. It has a belief, roles or depths only where an order names them.
 
     Examples
     --------

@@ -34,14 +34,19 @@ LIMIT_VARIABLE = "VOLTANA_CTRL_GPU_POWER_LIMIT_W"
 
 
 def annotated_limit_w(text: str, where: str = "pod annotations") -> float | None:
-    r"""Power limit per GPU in the annotations file of the downward API; None without one.
+    r"""Power limit per GPU in the annotations file of the downward API.
 
     Parameters
     ----------
     text : str
-        Lines ``key="value"``, the value quoted and escaped.
+        Text of the file: lines ``key="value"``, the value quoted and escaped.
     where : str
         Name of the file, for errors.
+
+    Returns
+    -------
+    float or None
+        Watts; None without the annotation.
 
     Raises
     ------
@@ -92,7 +97,12 @@ def power_limits_w(
     annotations : Path, optional
         The annotations file of the downward API, for all.
     environment : mapping of str to str, optional
-        Where :data:`LIMIT_VARIABLE` is looked for.
+        Variables among which :data:`LIMIT_VARIABLE` is looked for, such as ``os.environ``.
+
+    Returns
+    -------
+    dict of str to float
+        Watts by the id of the instance; those without a limit are left out.
 
     Raises
     ------

@@ -44,13 +44,14 @@ class RemoteController(Controller):
     fleet : FleetSpec
         The whole fleet.
     link : ControllerLink
-        The line to it.
+        Line to the controller; whoever made it closes it.
     period_s : float
-        Time between decisions.
+        Seconds between decisions, at most 0.5.
     on_policy : callable, optional
-        Told the name of the policy whose governors are to choose clocks, when it changes.
+        Called at every tick after the first orders with the name of the policy whose governors are
+        to choose clocks.
     on_budget : callable, optional
-        Told whether the ceilings hold on when nobody decides, at every tick with orders.
+        Called at those ticks with whether the ceilings hold on when nobody decides.
 
     Raises
     ------
@@ -89,7 +90,7 @@ class RemoteController(Controller):
         self._link, self._on_policy, self._on_budget = link, on_policy, on_budget
 
     def init(self) -> RemoteMemory:
-        """No order yet."""
+        """Memory before the first decision, when there are no orders yet."""
         return RemoteMemory(gone=True)
 
     def notes(self, memory: RemoteMemory) -> Mapping[str, float]:
@@ -98,7 +99,12 @@ class RemoteController(Controller):
         Parameters
         ----------
         memory : RemoteMemory
-            Of the latest tick.
+            What the latest decision returned.
+
+        Returns
+        -------
+        mapping of str to float
+            ``controller_gone``: 1 while no orders are in force, else 0.
         """
         return {"controller_gone": float(memory.gone)}
 

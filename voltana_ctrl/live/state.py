@@ -47,9 +47,9 @@ class StateFile:
     fleet : FleetSpec
         The fleet.
     every_s : float
-        Time between two writings.
+        Seconds between two writings.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Raises
     ------
@@ -85,7 +85,13 @@ class StateFile:
         self._fails = False
 
     def read(self) -> Belief | None:
-        """What was learnt; None where there is nothing that can be used.
+        """What an earlier run has learnt.
+
+        Returns
+        -------
+        Belief or None
+            Margins are the largest of any instance; the rest is each one's own, and by its profile
+            where the file says nothing of it. None where nothing can be used.
 
         Examples
         --------
@@ -155,7 +161,7 @@ class StateFile:
         Parameters
         ----------
         belief : Belief
-            About the fleet.
+            What is believed of every instance of the fleet.
 
         Raises
         ------
@@ -179,7 +185,7 @@ class StateFile:
         Parameters
         ----------
         record : TickRecord
-            Of the control loop.
+            A tick of the control loop.
         """
         if record.applied.belief is not None:
             self._latest = record.applied.belief

@@ -38,9 +38,9 @@ class LinkState:
     name : str
         As it calls itself.
     heard_s : float
-        How long ago.
+        Seconds since it was heard last.
     up : bool
-        Whether that is short enough.
+        Whether that is so recent that it counts as there.
 
     Examples
     --------
@@ -67,21 +67,21 @@ class StatusBoard(logging.Handler):
     slo : Slo
         The promises.
     mode, policy : str
-        What is told at the head.
+        Mode of the agent and name of the policy, shown as they are.
     power_budget : PowerBudget, optional
         What the fleet may draw.
     problems : callable
-        What is wrong with instances, by id.
+        Returns what is wrong with instances, in words, by the id of the instance.
     links : callable
-        Nodes and routers that report.
+        Returns a :class:`LinkState` for every node and router that reports.
     routed : callable
-        Whether a router obeys.
+        Returns whether a router sends requests as decided.
     unread : collection of str
         Instances whose GPUs nobody reads: their clock and power are not told.
     window_s : float
-        Requests that finished so long ago still count for attainment.
+        Seconds for which a finished request counts for attainment.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Raises
     ------
@@ -171,7 +171,7 @@ class StatusBoard(logging.Handler):
         Parameters
         ----------
         text : str
-            In words.
+            What happened, in words; cut at 500 characters.
         """
         now_s = self._now_s()
         with self._lock_board:
@@ -191,14 +191,27 @@ class StatusBoard(logging.Handler):
         )
 
     def history(self) -> list[list[float]]:
-        """Points of the last hour: how many seconds ago, power [W], and at the highest clocks."""
+        """Power of the last hour, a point for every 5 s.
+
+        Returns
+        -------
+        list of [ago_s, power_w, highest_w]
+            Seconds before now, mean power drawn, and what the profile expects at the highest clocks
+            under the same load, in watts; oldest first.
+        """
         now_s = self._now_s()
         with self._lock_board:
             points = list(self._history)
         return [[round(now_s - t_s, 1), round(w, 1), round(high_w, 1)] for t_s, w, high_w in points]
 
     def status(self) -> dict[str, Any]:
-        """Everything as plain values for JSON; what is not known is None."""
+        """What a person wants to see of the fleet now.
+
+        Returns
+        -------
+        dict
+            Plain values for JSON, under the schema `SCHEMA`; what is not known is None.
+        """
         now_s = self._now_s()
         with self._lock_board:
             record, seen_s = self._record, self._seen_s

@@ -62,9 +62,9 @@ class StatusPage:
     Parameters
     ----------
     board : StatusBoard
-        What is shown.
+        Board whose status is shown.
     token : str, optional
-        What people must show where the page is not on a loopback address; None opens it to
+        Token that people must show where the page is not on a loopback address; None opens it to
         whoever names a loopback address, so that no page of elsewhere can read it through a name
         of its own.
     secure : bool
@@ -100,6 +100,11 @@ class StatusPage:
 
     def routes(self) -> list[Any]:
         """Routes of Starlette.
+
+        Returns
+        -------
+        list of starlette.routing.Route
+            The page at ``/``, and what it reads from under ``/v1``.
 
         Raises
         ------
@@ -222,6 +227,11 @@ def page_app(page: StatusPage) -> Any:
     ----------
     page : StatusPage
         The page.
+
+    Returns
+    -------
+    starlette.applications.Starlette
+        With the routes of the page.
 
     Raises
     ------

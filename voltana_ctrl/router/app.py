@@ -67,15 +67,15 @@ class Proxy:
     endpoints : sequence of Endpoint
         Its engines, in the same order.
     policy : str
-        Whose routers choose, see :func:`~voltana_ctrl.policies.find_policy`.
+        Policy whose routers choose, see :func:`~voltana_ctrl.policies.find_policy`.
     routers : PolicyRouters, optional
-        In place of those of `policy`.
+        Routers in place of those of `policy`.
     state : StateSource, optional
         Telemetry or a control loop; without it the router goes by what it sent itself.
     traffic : Traffic, optional
         Told what was sent where and how it ended, for telemetry in this process.
     limits : ProxyLimits, optional
-        Limits.
+        What one client may ask, and for how long; the defaults if left out.
     api_key : str, optional
         Bearer token that clients must show.
     engine_api_key : str, optional
@@ -166,7 +166,7 @@ class Proxy:
         Parameters
         ----------
         source : StateSource
-            Whose `state` is asked for each request.
+            Source whose `state` is looked at for each request.
         """
         self.counts.source = self.energy.source = source
 

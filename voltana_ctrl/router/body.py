@@ -89,18 +89,23 @@ class Asked:
 def read_request(
     content: bytes, *, path: str = COMPLETIONS[0], kind: str = "plain", keep: bool = False
 ) -> Asked:
-    """Read a request, with the fields that decide how it is handled checked.
+    """Read the body of a request, and check the fields that decide how it is handled.
 
     Parameters
     ----------
     content : bytes
-        JSON in UTF-8.
+        Body as it came: JSON in UTF-8.
     path : str
-        Where it was sent.
+        Path that the client called.
     kind : str
         How requests are handed over, see :func:`~voltana_ctrl.router.dialects.dialect_of`.
     keep : bool
         Whether the client may say what otherwise only a router does.
+
+    Returns
+    -------
+    Asked
+        What a router must know of it.
 
     Raises
     ------
@@ -173,7 +178,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def encoded(body: dict[str, Any]) -> bytes:
-    """Body as it is sent."""
+    """JSON of a body as bytes; :class:`BadBody` if a number in it is out of range."""
     try:
         return json.dumps(body, allow_nan=False).encode()
     except ValueError:
@@ -192,6 +197,11 @@ def spliced(content: bytes, extra: dict[str, Any]) -> bytes:
         A JSON object; anything else is returned as it is, without the fields.
     extra : dict
         The fields.
+
+    Returns
+    -------
+    bytes
+        The object with the fields.
 
     Raises
     ------
@@ -217,7 +227,12 @@ def vllm_prefill(body: dict[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     body : dict
-        The client's request.
+        JSON object of the client's request, which is left as it is.
+
+    Returns
+    -------
+    dict
+        JSON object for the prefill engine.
 
     Examples
     --------
@@ -263,17 +278,22 @@ class PromptLengths:
         self._chars_per_tok = _CHARS_PER_TOK
 
     def estimate(self, *, chars: int, tok: int) -> int:
-        """Tokens of the prompt or messages of a request, at least 1.
+        """Estimate the length of the prompt or messages of a request.
 
         Parameters
         ----------
         chars, tok : int
             Size of the prompt, see :class:`Asked`.
+
+        Returns
+        -------
+        int
+            Tokens, at least 1.
         """
         return max(1, tok + round(chars / self._chars_per_tok))
 
     def learn(self, *, chars: int, tok: int, prompt_tok: int) -> None:
-        """Compare with an engine's own count.
+        """Learn from an engine's own count; short texts are left alone.
 
         Parameters
         ----------

@@ -20,7 +20,7 @@ def dialect_of(endpoints: Sequence[Endpoint], *, colocated: bool) -> str:
     Parameters
     ----------
     endpoints : sequence of Endpoint
-        Of one kind.
+        Engines of one kind.
     colocated : bool
         Whether each instance does both phases.
 
@@ -60,12 +60,17 @@ def dialect_of(endpoints: Sequence[Endpoint], *, colocated: bool) -> str:
 
 
 def kv_transfer_params(content: bytes) -> Any:
-    """Reference to the KV cache that the prefill engine of vLLM keeps; None if there is none.
+    """Reference to the KV cache that the prefill engine of vLLM keeps for a request.
 
     Parameters
     ----------
     content : bytes
-        Its answer.
+        Answer of the prefill engine.
+
+    Returns
+    -------
+    object or None
+        What the decode engine is sent as ``kv_transfer_params``; None if the answer has none.
 
     Examples
     --------
@@ -85,9 +90,14 @@ def sglang_meeting(prefill: Endpoint, *, prompts: int | None = None) -> dict[str
     Parameters
     ----------
     prefill : Endpoint
-        Of the prefill engine.
+        Endpoint of the prefill engine.
     prompts : int, optional
         How many prompts, where the request brings a list of them: each has a number of its own.
+
+    Returns
+    -------
+    dict
+        Fields to add to the request; lists where `prompts` is given.
 
     Examples
     --------
@@ -122,6 +132,11 @@ def dynamo_pins(
         Prefill worker; None where one worker does both.
     decode : Endpoint
         Decode worker.
+
+    Returns
+    -------
+    dict
+        Field ``nvext`` to add to the request.
 
     Examples
     --------

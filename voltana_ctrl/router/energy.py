@@ -29,18 +29,18 @@ class RequestEnergy:
     Parameters
     ----------
     id : str
-        Of the request.
+        Id of the request, as in the header ``x-request-id`` of its answer.
     prefill_j, decode_j : float
-        Energy of its prompt and of its tokens, as shared with its batch.
+        Joules of its prompt and of its tokens, as shared with its batch.
     idle_j : float
-        Share of the power of instances that had nothing to do while it ran.
+        Its share, in joules, of what instances drew that had nothing to do while it ran.
     source : {"measured", "modelled"}
         Whether prefill and decode are attributed from measured iterations or from the profile;
         `idle_j` is always the idle power of the profile.
     prompt_tok, output_tok : int
-        Its lengths.
+        Tokens of its prompt and of its answer.
     prefill_instance, decode_instance : str
-        Where it ran.
+        Ids of the instances where it ran.
 
     Examples
     --------
@@ -62,19 +62,25 @@ class RequestEnergy:
 
     @property
     def total_j(self) -> float:
-        """All of it."""
+        """Sum of all three, in joules."""
         return self.prefill_j + self.decode_j + self.idle_j
 
     @property
     def header(self) -> str:
-        """As a structured header field (RFC 9651)."""
+        """Value of the header ``x-voltana-energy``: a structured field (RFC 9651), in joules."""
         return (
             f"prefill={self.prefill_j:.4f}, decode={self.decode_j:.4f}, idle={self.idle_j:.4f},"
             f" source={self.source}"
         )
 
     def usage(self) -> dict[str, Any]:
-        """As part of the `usage` of an answer."""
+        """The energy as it stands in the `usage` of an answer.
+
+        Returns
+        -------
+        dict
+            Joules of the three parts and in total, rounded to 0.1 mJ, and the source.
+        """
         return {
             "prefill_j": round(self.prefill_j, 4),
             "decode_j": round(self.decode_j, 4),
@@ -84,7 +90,7 @@ class RequestEnergy:
         }
 
     def json(self) -> dict[str, Any]:
-        """All fields, and the total."""
+        """All fields, and ``total_j``, as plain values of JSON."""
         return {**asdict(self), "total_j": self.total_j}
 
 
@@ -101,9 +107,9 @@ class EnergyBook:
     fleet : FleetSpec
         The fleet.
     source : StateSource, optional
-        Tells the clocks; the highest where there is none.
+        Tells the clocks, by which the profile's energies are taken; the highest ones without.
     keep_req : int
-        How many requests are remembered.
+        Number of requests whose energy is remembered.
 
     Raises
     ------
@@ -113,6 +119,7 @@ class EnergyBook:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.router.ledger import Flight
     >>> book = EnergyBook(FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b")))
     >>> flight = Flight(id="a", prompt_tok=1000, begin_s=0.0, prefill=0, decode=1, output_tok=11,
     ...                 batch_req=10.0, kv_tok=10_000.0)
@@ -147,14 +154,19 @@ class EnergyBook:
         self._lock = threading.Lock()
 
     def charge(self, flight: Flight, *, cached_tok: int = 0) -> RequestEnergy:
-        """Energy of a request that has ended.
+        """Charge a request that has ended, and remember its energy.
 
         Parameters
         ----------
         flight : Flight
-            With its places, lengths and mean batch.
+            The request, with its instances, lengths and mean batch.
         cached_tok : int
             Prompt tokens that the engine found in its prefix cache.
+
+        Returns
+        -------
+        RequestEnergy
+            As far as it is known now; a measured one is made final by the next tick.
         """
         prefill_j, decode_j = self._modelled(flight, cached_tok)
         energy = RequestEnergy(
@@ -193,7 +205,12 @@ class EnergyBook:
         Parameters
         ----------
         request_id : str
-            As in the header ``x-request-id`` of its answer.
+            Id as in the header ``x-request-id`` of its answer.
+
+        Returns
+        -------
+        RequestEnergy or None
+            None if there was no such request, or more than `keep_req` have ended since.
         """
         with self._lock:
             return self._book.get(request_id)

@@ -39,7 +39,7 @@ class EventReader:
     sequences : int
         How many sequences were asked for: prompts times samples.
     event_bytes : int
-        Longest event.
+        Bytes of the longest event that is taken.
 
     Attributes
     ----------
@@ -84,16 +84,21 @@ class EventReader:
 
     @property
     def rest(self) -> bytes:
-        """What came behind the last whole event."""
+        """Bytes that came behind the last whole event."""
         return bytes(self._held)
 
     def take(self, chunk: bytes) -> list[bytes]:
-        """Whole events that are there now.
+        """Take bytes of the stream in, and give out the events that are whole now.
 
         Parameters
         ----------
         chunk : bytes
             What came next, cut anywhere.
+
+        Returns
+        -------
+        list of bytes
+            Events with the blank line that ends them; each is given out once.
 
         Raises
         ------
@@ -117,12 +122,17 @@ class EventReader:
         return events
 
     def is_usage(self, event: bytes) -> dict[str, Any] | None:
-        """Object of an event that brings the usage of the whole request and no token, or None.
+        """Read an event that may bring the usage of the whole request and no token.
 
         Parameters
         ----------
         event : bytes
             A whole event.
+
+        Returns
+        -------
+        dict or None
+            The JSON object of such an event; None of any other.
         """
         if not _USAGE.search(event):
             return None

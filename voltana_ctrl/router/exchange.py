@@ -66,13 +66,13 @@ class Services:
     routers : PolicyRouters
         Choose instances.
     counts : InFlight
-        Who is where.
+        Requests in flight, by instance.
     energy : EnergyBook
-        What it cost.
+        Energy of requests that have ended.
     metrics : RouterMetrics
-        What happened, for Prometheus.
+        Counts for Prometheus.
     upstream : Upstream
-        The engines.
+        Connections to the engines.
     limits : ProxyLimits
         What one client may ask.
     keep : bool
@@ -84,7 +84,7 @@ class Services:
     lengths : PromptLengths
         Guesses the lengths of prompts.
     tok_per_event : dict of int to float
-        What events of an instance's streams brought, where it told its usage.
+        Mean tokens per event of an instance's streams, by its index, where it told its usage.
 
     Examples
     --------
@@ -111,9 +111,9 @@ class Exchange:
     Parameters
     ----------
     services : Services
-        Shared.
+        What all exchanges share.
     scope, receive, send
-        Of ASGI.
+        The request, as ASGI hands it to an application.
 
     Examples
     --------

@@ -33,12 +33,17 @@ ANSWER_ONLY = (
 
 
 def n_prompts(body: dict[str, Any]) -> int | None:
-    """Number of prompts where a request brings a list of them, else None.
+    """Number of prompts where a request brings a list of them.
 
     Parameters
     ----------
     body : dict
-        The request.
+        JSON object of the request.
+
+    Returns
+    -------
+    int or None
+        None where there is one prompt, such as a text or the token ids of one.
 
     Examples
     --------
@@ -52,12 +57,17 @@ def n_prompts(body: dict[str, Any]) -> int | None:
 
 
 def n_sequences(body: dict[str, Any]) -> int:
-    """Number of sequences in the answer to a request.
+    """Number of sequences in the answer to a request: its prompts times samples of each.
 
     Parameters
     ----------
     body : dict
-        The request.
+        JSON object of the request.
+
+    Returns
+    -------
+    int
+        At least 1.
 
     Examples
     --------
@@ -88,7 +98,7 @@ def _whole(value: object) -> int:
 
 
 def decodes_alone(body: dict[str, Any]) -> str | None:
-    """Why a request cannot be handed from a prefill engine of vLLM to a decode engine, or None.
+    """Why a request cannot be handed from a prefill engine of vLLM to a decode engine.
 
     The reference to a KV cache is one of one sequence, and a prompt that is rendered otherwise on
     the two engines would be read with the wrong cache: such requests go to the decode engine
@@ -97,7 +107,12 @@ def decodes_alone(body: dict[str, Any]) -> str | None:
     Parameters
     ----------
     body : dict
-        The request.
+        JSON object of the request.
+
+    Returns
+    -------
+    str or None
+        The reason in a few words; None where it can be handed over.
 
     Examples
     --------
@@ -121,16 +136,21 @@ def decodes_alone(body: dict[str, Any]) -> str | None:
 
 
 def refusal(body: dict[str, Any], *, kind: str, generating: bool) -> str | None:
-    """Why no engine of a fleet can answer a request rightly, or None.
+    """Why no engine of a fleet can answer a request rightly.
 
     Parameters
     ----------
     body : dict
-        The request.
+        JSON object of the request.
     kind : str
         How requests are handed over, see :func:`~voltana_ctrl.router.dialects.dialect_of`.
     generating : bool
-        Whether it is neither of the two kinds of completions, and generates.
+        Whether its path is one that generates without being one of the two completions.
+
+    Returns
+    -------
+    str or None
+        What is wrong and what to do, in words for the client; None where it can be answered.
 
     Examples
     --------

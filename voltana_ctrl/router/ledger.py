@@ -30,13 +30,13 @@ class Flight:
     Parameters
     ----------
     id : str
-        Told to client and engines.
+        Id that client and engines are told.
     prompt_tok : int
-        Length of the prompt, estimated where it is text.
+        Tokens of the prompt, estimated where it is text.
     begin_s : float
-        When it came.
+        When it came, in seconds on the clock of :class:`InFlight`; so are all times here.
     prefill, decode : int
-        Where it is; -1 while nowhere.
+        Indices of the instances that it is or was at; -1 before.
     first_s, last_s : float
         Time of the first and of the latest token; NaN before. Where tokens do not show one by
         one, the first is that of the end of its prefill.
@@ -46,9 +46,11 @@ class Flight:
         Prompt tokens that the prefill engine found in its prefix cache; None where the answer
         to the client is what tells.
     batch_req, kv_tok : float
-        Mean load of the decode instance meanwhile, once it has ended.
+        Mean requests, and tokens in the KV cache, at its decode instance meanwhile; once it has
+        left that.
     idle_j : float
-        Its share of the power of instances that had nothing to do meanwhile, once it has ended.
+        Its share, in joules, of what instances drew that had nothing to do meanwhile; once it has
+        ended.
     give_up : callable, optional
         Called with an instance that is gone: it is sent to another while it has no token, and
         ended otherwise.
@@ -93,7 +95,7 @@ class InFlight:
     traffic : Traffic, optional
         Told what was sent where, for telemetry in this process.
     clock : callable, optional
-        Seconds; monotonic time if left out.
+        Returns seconds that never go back; monotonic time if left out.
 
     Examples
     --------
@@ -151,9 +153,14 @@ class InFlight:
         Parameters
         ----------
         request_id : str
-            Told to client and engines.
+            Id that client and engines are told.
         prompt_tok : int
-            Its length.
+            Tokens of its prompt, estimated where it is text.
+
+        Returns
+        -------
+        Flight
+            To be handed to all other methods, and to :meth:`end` at last.
         """
         self._share_idle()
         self.total_req += 1
@@ -163,7 +170,7 @@ class InFlight:
         return flight
 
     def enter_prefill(self, flight: Flight, instance: int) -> None:
-        """Count it as waiting or being prefilled there."""
+        """Count a request as waiting or being prefilled at an instance, by its index."""
         flight.prefill = instance
         self._wake(instance)
         self._queue_req[instance] += 1
@@ -174,7 +181,7 @@ class InFlight:
             self.traffic.routed(instance, prompt_tok=flight.prompt_tok)
 
     def leave_prefill(self, flight: Flight) -> None:
-        """Count it as prefilled; `flight.prefill` stays."""
+        """Count a request as prefilled; `flight.prefill` stays."""
         i = flight.prefill
         if math.isnan(flight.first_s):
             flight.first_s = self.clock()
@@ -184,7 +191,7 @@ class InFlight:
             self._rest(i)
 
     def enter_decode(self, flight: Flight, instance: int) -> None:
-        """Count it as generating there, from the moment it is sent."""
+        """Count a request as generating at an instance from the moment it is sent there."""
         self._wake(instance)
         self._advance(instance)
         flight.decode = instance
@@ -197,7 +204,7 @@ class InFlight:
         flight._marks = (one[0], one[1], one[2])
 
     def token(self, flight: Flight, tok: int = 1) -> None:
-        """Count tokens that came."""
+        """Count tokens of a request that came just now."""
         flight.last_s = self.clock()
         if flight.output_tok == 0:
             flight.first_s = flight.last_s
@@ -226,7 +233,7 @@ class InFlight:
             flight.last_s = self.clock()
 
     def leave_decode(self, flight: Flight) -> None:
-        """Count it as gone from its decode instance; `flight.decode` stays."""
+        """Count a request as gone from its decode instance; `flight.decode` stays."""
         if not flight._held_tok:
             return
         j = flight.decode
@@ -241,14 +248,14 @@ class InFlight:
             flight.kv_tok = span[2] / span[0]
 
     def retract(self, flight: Flight) -> None:
-        """Forget where it was: it will be sent anew, elsewhere."""
+        """Forget where a request was: it will be sent anew, elsewhere."""
         self.leave_prefill(flight)
         self.leave_decode(flight)
         flight.prefill = flight.decode = -1
         flight.cached_tok = None
 
     def end(self, flight: Flight) -> None:
-        """Count it as gone, however it ended; once per :meth:`begin`."""
+        """Count a request as gone, however it ended; once per :meth:`begin`."""
         self.leave_prefill(flight)
         self.leave_decode(flight)
         self._share_idle()
@@ -281,9 +288,9 @@ class InFlight:
         Parameters
         ----------
         instance : int
-            Which.
+            Index of the instance in the fleet.
         at_least_s : float
-            Longer, where it is known when it will be asked again.
+            Seconds that it is passed over at least, where it is asked again no sooner.
         """
         self._failures[instance] += 1
         doublings = min(self._failures[instance] - 1, 10)
@@ -296,7 +303,7 @@ class InFlight:
         Parameters
         ----------
         instance : int
-            One that is gone without a word: nothing else ends the waiting.
+            Index of an instance that is gone without a word: nothing else ends the waiting.
         """
         for flight in tuple(self._flights):
             is_there = id(flight) in self._waiting[instance]
@@ -311,19 +318,19 @@ class InFlight:
         self._heard_s[instance] = self.clock()
 
     def failures(self, instance: int) -> int:
-        """How often it failed since it last answered."""
+        """How often an instance failed since it last answered."""
         return self._failures[instance]
 
     def heard_s(self, instance: int) -> float:
-        """When it last answered or sent a token."""
+        """Time at which an instance last answered or sent a token; minus infinity before."""
         return self._heard_s[instance]
 
     def is_down(self, instance: int) -> bool:
-        """Whether it failed a moment ago."""
+        """Whether an instance is passed over now, since it failed, see :meth:`failed`."""
         return self._failures[instance] > 0 and self.clock() < self._down_until_s[instance]
 
     def in_flight_req(self, instance: int) -> int:
-        """Requests that were sent there and have not ended."""
+        """Requests that were sent to an instance from here and have not ended there."""
         return self._queue_req[instance] + self._running_req[instance]
 
     def own(self, *, arrived_req: F64, arrived_tok: F64) -> FleetState:
@@ -332,7 +339,12 @@ class InFlight:
         Parameters
         ----------
         arrived_req, arrived_tok : ndarray, shape (n,)
-            What was sent to each instance since the last time.
+            Requests, and tokens of their prompts, sent to each instance since the last time.
+
+        Returns
+        -------
+        FleetState
+            Clocks, power and energy of it mean nothing.
         """
         now_s = self.clock()
         waits = []
@@ -353,7 +365,14 @@ class InFlight:
         )
 
     def state(self) -> FleetState:
-        """State of the fleet now, as far as it is known here."""
+        """State of the fleet now, as far as it is known here.
+
+        Returns
+        -------
+        FleetState
+            Loads are the larger of our count and of telemetry that is at most 2 s old. An instance
+            that is passed over is not alive.
+        """
         now_s = self.clock()
         n = len(self.fleet)
         told = None if self.source is None else self.source.state

@@ -25,27 +25,32 @@ class ProxyLimits:
     Parameters
     ----------
     body_bytes, header_bytes : int
-        Largest request.
+        Bytes of the largest body and of the largest headers of a request.
     answer_bytes : int
-        Largest answer of an engine in one piece, and largest event of a stream.
+        Bytes of the largest answer of an engine in one piece, and of the largest event of a stream.
     held_bytes : int
-        Bodies and answers of all requests together, but for the first 16 KiB of each.
+        Bytes of bodies and answers of all requests together, but for the first 16 KiB of each.
     in_flight_req, connections : int
         Requests at once; the next is told to come again (429). Connections at once, idle ones too.
     attempts : int
         How often a request is sent before its first token, at most.
     header_s, body_s : float
-        Time for a request to arrive.
-    connect_s, first_token_s, total_s : float
-        Time for an engine to take the connection, for its first token, for all of an answer.
+        Seconds for the headers and for the body of a request to arrive.
+    connect_s : float
+        Seconds for an engine to take a connection.
+    first_token_s : float
+        Seconds from the arrival of a request that streams until its first token, whatever the
+        attempts; then it is answered with 504.
+    total_s : float
+        Seconds for all of an answer.
     stall_s : float
-        Time for a client to read on before it is cut off.
+        Seconds that a client may read nothing before it is cut off.
     silence_s : float
-        Time before a client that waits for the first token of a stream is sent a comment.
+        Seconds after which a client that waits for the first token of a stream is sent a comment.
     probe_s : float
-        Between two looks at whether an engine lives.
+        Seconds between two looks at whether an engine lives.
     drain_s : float
-        Time that requests get to end after SIGTERM.
+        Seconds that requests get to end after SIGTERM.
     keep_energy_req : int
         Latest requests whose energy can be asked for.
 

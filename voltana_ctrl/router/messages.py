@@ -33,13 +33,13 @@ class UpstreamFailed(BackendError):
     message : str
         What happened; never text of the request.
     instances : tuple of int
-        Who failed.
+        Indices of the instances that failed.
     down : bool
         Whether they may be gone, rather than have trouble with this request.
     answer : Answer, optional
-        What they said.
+        Their answer, where they gave one.
     is_late : bool
-        Whether they said nothing in time.
+        Whether they gave none in time.
     is_absent : bool
         Whether nobody was there to take the request.
     is_unreachable : bool
@@ -86,17 +86,18 @@ class Call:
     Parameters
     ----------
     path : str
-        Such as ``/v1/completions``.
+        Path that the client called, such as ``/v1/completions``.
     asked : Asked
         Its body, read.
     headers : list of (bytes, bytes)
         Its headers, names in lower case.
     flight : Flight
-        Where it is.
+        Where the request is, and how far.
     share : Share
-        Of the memory for requests and answers.
+        Its share of the memory for requests and answers.
     comment : callable
-        Told the comments with which an engine keeps the connection alive before its first token.
+        Called with headers and comment where an engine keeps the connection alive before its first
+        token.
     client_id : bytes or None
         How the client names the request.
 
@@ -130,16 +131,21 @@ class Call:
 
     @property
     def request_id(self) -> str:
-        """Told to engines; a new one for each attempt, which may meet the last one there."""
+        """Id that engines are told: each attempt has its own, for the last may still run."""
         return self.flight.id if not self.attempt else f"{self.flight.id}-{self.attempt}"
 
     def content(self, extra: dict[str, Any] | None = None) -> bytes:
-        """Body with what the router adds.
+        """Body as it is sent to an engine, with the fields that the router adds.
 
         Parameters
         ----------
         extra : dict, optional
-            Besides the wish to be told the usage.
+            Fields to add, besides the wish to be told the usage.
+
+        Returns
+        -------
+        bytes
+            JSON; as the client sent it where nothing is added.
         """
         added = dict(extra or {})
         if self.asked.options is not None and not self.plain:
@@ -154,17 +160,17 @@ class Answer:
     Parameters
     ----------
     status : int
-        Of HTTP.
+        Status of HTTP.
     headers : list of (bytes, bytes)
-        Those to pass on.
+        Headers to pass on to the client.
     instance : int
-        Who says it.
+        Index of the instance that says it.
     content : bytes
         The body, where it is whole.
     begun : list of bytes
         The first events of a stream.
     reader : EventReader, optional
-        Of a stream; None where the answer is whole.
+        Reader of a stream; None where the answer is whole.
     response : aiohttp.ClientResponse, optional
         Where the rest of a stream comes from.
     companion : asyncio.Task, optional
@@ -192,6 +198,11 @@ class Answer:
 
     async def events(self) -> AsyncIterator[list[bytes]]:
         """Yield the events of a stream, as many at once as came.
+
+        Yields
+        ------
+        list of bytes
+            Whole events, first those of `begun`; possibly none.
 
         Raises
         ------

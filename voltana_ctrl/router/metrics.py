@@ -43,11 +43,11 @@ class RouterMetrics:
     Parameters
     ----------
     counts : InFlight
-        Who is where.
+        Requests in flight and instances that are passed over.
     energy : EnergyBook
-        Joules so far.
+        Joules spent so far.
     slo : Slo
-        What streams are judged by.
+        Promises that streams are judged by.
 
     Raises
     ------
@@ -96,9 +96,9 @@ class RouterMetrics:
         Parameters
         ----------
         name : str
-            Of the counter, without prefix and ``_total``.
+            Name of the counter without prefix and ``_total``.
         *labels : str
-            Values of its labels.
+            Values of the counter's labels, in their order.
         by : int
             How much it grows.
         """
@@ -110,7 +110,7 @@ class RouterMetrics:
         Parameters
         ----------
         flight : Flight
-            With its times, and its lengths as the engine counts them.
+            The request, with its times, and its lengths as the engine counts them.
         """
         further_tok = flight.output_tok - 1
         ttft_s = flight.first_s - flight.begin_s
@@ -126,7 +126,7 @@ class RouterMetrics:
             self.count("streams_met", objective, name, by=is_met)
 
     def page(self) -> bytes:
-        """All metrics in the text format."""
+        """All metrics in Prometheus' text format."""
         page: bytes = self._client.generate_latest(self._registry)
         return page
 

@@ -56,10 +56,15 @@ class BodyReader:
         **options
             See :func:`~voltana_ctrl.router.body.read_request`.
 
+        Returns
+        -------
+        Asked
+            What a router must know of it.
+
         Raises
         ------
         BadBody
-            See :func:`~voltana_ctrl.router.body.read_request`; or if it takes too long.
+            See :func:`~voltana_ctrl.router.body.read_request`; or if it takes more than 20 s.
         """
         if len(content) <= _INLINE_BYTES:
             return read_request(content, **options)

@@ -33,9 +33,9 @@ class PolicyRouters:
     """Routers of a policy, for a server that sends the requests itself.
 
     It is a `Router` for decode and can be given to :class:`~voltana_ctrl.ControlLoop`, whose
-    decisions it hands to both routers; `controller` is the one of the policy, `slo` what it was
-    built for. Requests are to
-    be routed from one thread.
+    decisions it hands to both routers. `controller` is the one of the policy, `slo` what it was
+    built for, and `decode_at_arrival` says whether the policy chooses the decode instance before
+    prefill. Requests are to be routed from one thread.
 
     Parameters
     ----------
@@ -85,26 +85,36 @@ class PolicyRouters:
             router.update(decision)
 
     def prefill(self, request: Request, state: FleetState, *, tried: Set[int] = _NONE) -> int:
-        """Index of the instance to prefill on; of the only one, where the fleet is colocated.
+        """Choose the instance to prefill on; in a colocated fleet, the one that does both phases.
 
         Parameters
         ----------
         request : Request
-            What is known of it.
+            The request.
         state : FleetState
-            As fresh as it is at hand.
+            State of the fleet, as fresh as it is at hand.
         tried : set of int
             Instances that failed this request; used again only where no other is left.
+
+        Returns
+        -------
+        int
+            Index in the fleet, of an instance that is alive unless none is.
         """
         return self._pick("prefill", request, state, tried)
 
     def route(self, request: Request, state: FleetState, *, tried: Set[int] = _NONE) -> int:
-        """Index of the instance to decode on.
+        """Choose the instance to decode on.
 
         Parameters
         ----------
         request, state, tried
             See :meth:`prefill`.
+
+        Returns
+        -------
+        int
+            Index in the fleet, of an instance that is alive unless none is.
         """
         return self._pick("decode", request, state, tried)
 

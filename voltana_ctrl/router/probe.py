@@ -33,11 +33,11 @@ class Prober:
     upstream : Upstream
         The engines.
     counts : InFlight
-        Told who failed and who is back.
+        Told which instances failed and which are back.
     every_s : float
-        Pace while all is well.
+        Seconds between two probes while all is well; at most 1 s after a failure.
     told : callable, optional
-        Told the instance of each probe that failed.
+        Called with the index of the instance at each probe that failed.
 
     Examples
     --------

@@ -29,7 +29,7 @@ def proxy_server(
     proxy : Proxy
         The router; its limits on headers and draining are enforced here.
     host, port
-        Where to listen; port 0 for any.
+        Address and port to listen on; with port 0 any that is free.
     tls_cert, tls_key : Path, optional
         Certificate chain and its key, for HTTPS.
 

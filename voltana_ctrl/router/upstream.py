@@ -67,11 +67,11 @@ class Upstream:
     colocated : bool
         Whether each instance does both phases.
     connect_s : float
-        Time for a connection to be made.
+        Seconds for a connection to be made.
     answer_bytes : int
-        Longest answer in one piece, and longest event of a stream.
+        Bytes of the longest answer in one piece, and of the longest event of a stream.
     api_key : str, optional
-        Sent to engines as bearer token in place of the client's.
+        Bearer token that engines are sent in place of the client's.
     pass_authorization : bool
         Whether the client's own token is passed on.
     keep : bool
@@ -157,6 +157,11 @@ class Upstream:
         ----------
         call : Call
             The request.
+
+        Returns
+        -------
+        bool
+            False where one engine does both phases of it.
         """
         if self._colocated or not call.is_completion:
             return False
@@ -179,14 +184,21 @@ class Upstream:
         counts : InFlight
             Told where the request is.
         prefill : int
-            Where to prefill; where it is not shared, where to send it.
+            Index of the instance to prefill on, or to do all where it is not shared.
         pick_decode : callable
-            Asked for the decode instance when it is needed.
+            Returns the index of the decode instance, when it is needed.
+
+        Returns
+        -------
+        Answer
+            All of it, or its beginning up to the first token of a stream.
 
         Raises
         ------
+        RefusedAltered
+            If an engine refused what was added to the request: it may be sent without that.
         UpstreamFailed
-            If it may be sent to another instance.
+            If an engine failed it before its first token: it may be sent to another instance.
         """
         counts.enter_prefill(call.flight, prefill)
         if not self.is_shared(call):
@@ -217,18 +229,23 @@ class Upstream:
         Parameters
         ----------
         instance : int
-            Which.
+            Index of the instance.
         path : str
-            Such as ``/v1/models``.
+            Path of the page, such as ``/v1/models``.
         headers : list of (bytes, bytes)
-            Of the client.
+            Headers of the client, of which those are passed on that engines may see.
         limit_s : float
-            Time for all of it.
+            Seconds for all of it.
+
+        Returns
+        -------
+        Answer
+            All of it.
 
         Raises
         ------
         UpstreamFailed
-            If there is none, or not in time.
+            If there is no answer, none in time, or one with a status of 5xx.
         """
         try:
             async with asyncio.timeout(limit_s):
