@@ -183,7 +183,7 @@ def frozen_array(name: str, value: Any, shape: tuple[int, ...], dtype: Any = np.
     shape : tuple of int
         Shape that it must have.
     dtype : dtype
-        Of the copy.
+        Type of the copy.
 
     Returns
     -------
@@ -229,7 +229,7 @@ def freeze_fields(
     shape : tuple of int
         Shape that each must have.
     dtype : dtype
-        Of the copies.
+        Type of the copies.
 
     Raises
     ------

@@ -144,7 +144,10 @@ class Guard:
         )
 
     def changes(self, proposed: Decision, applied: Decision) -> tuple[str, ...]:
-        """What :meth:`shield` changed, in words; empty if nothing that matters."""
+        """What :meth:`shield` changed, in words; empty if nothing that matters.
+
+        That a clock was rounded to a supported one does not.
+        """
         said = []
         if proposed.status is not applied.status or applied.status is not Status.OK:
             said.append(f"replaced: {applied.status.name.lower()}")

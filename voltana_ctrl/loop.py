@@ -127,16 +127,22 @@ class ControlLoop:
 
     @property
     def state(self) -> FleetState:
-        """State of the latest tick, for routers; idle before the first."""
+        """State that the latest tick read, for routers; an idle fleet before the first."""
         return self._state or FleetState.idle(len(self.backend.spec))
 
     @property
     def applied(self) -> Decision | None:
-        """Decision of the latest tick."""
+        """Decision that the latest tick applied; None before the first."""
         return self._applied
 
     def tick(self) -> TickRecord:
-        """Turn once: read, decide, guard, apply, publish, record."""
+        """Turn once: read, decide, guard, apply, tell the router, tell the observers.
+
+        Returns
+        -------
+        TickRecord
+            What the observers are told, too.
+        """
         begin_s = time.perf_counter()
         observation = self.backend.read()
         decide_begin_s = time.perf_counter()
@@ -205,7 +211,7 @@ class ControlLoop:
             return Decision.highest(spec, t_s=t_s, status=Status.FAILED), self._memory
 
     def run(self, until_s: float) -> None:
-        """Tick every period until `until_s` on the loop's clock.
+        """Tick every period until `until_s` on the loop's clock, or until :meth:`stop`.
 
         Missed deadlines are skipped and counted in the next record, never made up for.
         """

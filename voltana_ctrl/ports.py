@@ -76,7 +76,7 @@ class Backend(Protocol):
         """The fleet behind it."""
 
     def read(self) -> Observation:
-        """State now, iterations and finished requests since the last read."""
+        """State now, and the iterations and finished requests since the last read."""
 
     def apply(self, decision: Decision) -> None:
         """Carry out a decision; idempotent; raises ActuationDenied where it cannot."""
@@ -108,13 +108,13 @@ class Predictor(Protocol):
     """Latency and power of one instance at (clock, load); pure."""
 
     def itl_s(self, freq_mhz: float, running_req: float, kv_used_tok: float) -> float:
-        """Time of a decode iteration."""
+        """Time [s] of a decode iteration."""
 
     def prefill_s(self, freq_mhz: float, new_tok: float) -> float:
-        """Time to prefill this many prompt tokens."""
+        """Time [s] to prefill this many prompt tokens."""
 
     def power_w(self, freq_mhz: float, running_req: float, kv_used_tok: float) -> float:
-        """Mean power while decoding."""
+        """Mean power [W] while decoding."""
 
 
 @runtime_checkable
@@ -131,7 +131,10 @@ class Router(Protocol):
     """
 
     def route(self, request: Request, state: FleetState) -> int:
-        """Index of the instance, of the phase that this router serves."""
+        """Index in the fleet of the instance that the request goes to.
+
+        It is one of the phase that this router serves.
+        """
 
     def update(self, decision: Decision) -> None:
         """Take shares, active set and prices of the latest decision."""
@@ -181,7 +184,7 @@ class Observer(Protocol):
     """
 
     def on_tick(self, record: TickRecord) -> None:
-        """Look at one tick; must not raise or block."""
+        """Look at one tick; it is called within the tick, so it must not raise or block."""
 
 
 # What a host may bring besides
@@ -194,12 +197,12 @@ class BackendExtras:
     Parameters
     ----------
     clock : Clock, optional
-        Its own time.
+        The backend's own time.
     limit_ranges : LimitRanges, optional
         What may be set besides the SM clock.
     acts, problems, delay_s : callable
-        Ask it whether decisions are in force, why instances do not answer, and how late clocks
-        come.
+        Without arguments. They tell whether decisions are in force; by the id of an instance why
+        it does not answer; and by the id, in seconds, how late its clocks come.
 
     Examples
     --------
@@ -222,9 +225,9 @@ class ControllerExtras:
     Parameters
     ----------
     period_s : float
-        Time between its decisions.
+        Time between its decisions; 0.1 where the controller does not say.
     notes : callable
-        Numbers that it wants seen in the records, of its memory.
+        Called with its memory; returns the numbers, by name, that it wants seen in the records.
 
     Examples
     --------

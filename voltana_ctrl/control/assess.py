@@ -28,7 +28,7 @@ class Assessment:
     state : FleetState
         Queues and batches.
     load : Load
-        What arrives.
+        Arrivals and their lengths.
     route_frac : ndarray, shape (n,)
         Share of the arrivals.
     active : ndarray of bool, shape (n,)
@@ -150,7 +150,7 @@ class Assessor:
         state : FleetState
             Queues and batches.
         load : Load
-            What arrives.
+            Arrivals and their lengths.
         route_frac : ndarray, shape (n,)
             Share of the arrivals.
         belief : Belief
@@ -241,7 +241,7 @@ class Assessor:
         Parameters
         ----------
         state : FleetState
-            Batches.
+            State of the fleet; its batches count.
         belief : Belief
             Pace and highest clock of each instance.
 
@@ -328,7 +328,7 @@ class Assessor:
         worst_w : ndarray, shape (n, n_clocks)
             What :meth:`worst_power_w` returned.
         clock_mhz : ndarray, shape (n,)
-            Clocks.
+            Clock of each instance.
 
         Returns
         -------

@@ -121,7 +121,7 @@ def target_within(
     load : Load
         All that arrives.
     target : Target
-        Of all that arrives.
+        Target for all that arrives.
     plan : callable
         Plans for a part of it.
 

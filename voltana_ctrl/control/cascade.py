@@ -47,17 +47,17 @@ class CascadeMemory:
     Parameters
     ----------
     load : LoadMemory
-        Behind the estimate of arrivals and lengths.
+        What the estimate of arrivals and lengths rests on.
     margin : HeadroomMemory
         Margins on top of the governors' own.
     regime : RegimeMemory
-        Behind the verdict on the regime.
+        What the verdict on the regime rests on.
     target : Target, optional
         The last target; None before the first.
     planned_s : float
         When it was planned.
     ahead : LookaheadMemory, optional
-        Behind the forecast, the plan and who is on; None where nothing takes time.
+        Forecast, plan and who is on; None where nothing takes time.
     serving : ndarray of bool, shape (n,), optional
         Who could take new work when the target was planned, where that is decided ahead.
     ceiling_mhz : ndarray, shape (n,), optional
@@ -67,9 +67,9 @@ class CascadeMemory:
     held_req : ndarray, shape (n,), optional
         What ran on each instance that was alive at the last look.
     hurries_s : float
-        Until when all decode as fast as they can, for those whose instance was lost.
+        Time until which all decode as fast as they can, for requests whose instance was lost.
     pace : PaceMemory
-        Behind the pace, the delay and the highest clock of every instance.
+        What is known of pace, delay and highest clock of every instance.
     belief : Belief
         What governors and routers were told last.
     """

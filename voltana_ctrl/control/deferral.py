@@ -102,7 +102,7 @@ class Deferral:
         Parameters
         ----------
         memory : DeferralMemory
-            Not changed.
+            What is known before this update; it is not changed.
         t_s : float
             Time of this look.
         backlog : Backlog

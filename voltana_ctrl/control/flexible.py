@@ -117,7 +117,7 @@ class Split:
         state : FleetState
             State of the fleet now.
         load : Load
-            What arrives.
+            Arrivals and their lengths.
         doubt_frac : float
             How much more than that another arrangement must carry: 0.1 for 10 %.
         changes : bool

@@ -183,7 +183,7 @@ class IterationGovernor(CompiledGovernor):
         belief : Belief
             What was learnt about the fleet.
         i : int
-            Which of its instances this one is.
+            Number of this instance in the fleet.
 
         Examples
         --------

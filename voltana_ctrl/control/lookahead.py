@@ -86,7 +86,7 @@ class LookaheadMemory:
     Parameters
     ----------
     forecast : ForecastMemory
-        Behind the forecast.
+        What the forecast rests on.
     standby : StandbyMemory, optional
         Who is on; None where waking takes no time, and who is on follows the load.
     deferral : DeferralMemory
@@ -235,7 +235,7 @@ class Lookahead:
         Parameters
         ----------
         memory : LookaheadMemory
-            Not changed.
+            What is known before this update; it is not changed.
         observation : Observation
             What was read from the fleet.
         """
@@ -311,7 +311,7 @@ class Lookahead:
         Parameters
         ----------
         load : Load
-            What arrives.
+            Arrivals and their lengths.
 
         Returns
         -------

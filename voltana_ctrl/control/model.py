@@ -109,7 +109,7 @@ class LinearModel:
         Parameters
         ----------
         dt_s : float
-            Period, > 0.
+            Length of the period, > 0.
 
         Returns
         -------
@@ -217,7 +217,7 @@ def prefill_model(dt_s: float) -> LinearModel:
     Parameters
     ----------
     dt_s : float
-        Period.
+        Length of the period.
 
     Returns
     -------
@@ -318,7 +318,7 @@ def decode_steps(
     rows, slopes : ndarray, dtype PROFILE_DTYPE, shape (n,)
         Coefficients at the clocks, and their change per MHz.
     freq_mhz, running_req, kv_tok : ndarray, shape (n,)
-        Where to linearise.
+        Where to linearise: clocks, requests in the batches, their tokens in the KV cache.
     lengths : Lengths
         Prompt and output lengths of the requests.
 
@@ -386,7 +386,7 @@ def zero_order_hold(a: Matrix, forced: Matrix, dt_s: float) -> tuple[Matrix, Mat
     forced : ndarray, shape (k, n, p)
         Matrices F of all that is held: inputs, disturbances, constant.
     dt_s : float
-        Period.
+        Length of the period.
 
     Returns
     -------

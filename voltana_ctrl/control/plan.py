@@ -71,7 +71,7 @@ class Planner:
     phases : sequence of int
         Phase of each group: 0 where requests start, 1 where they are decoded.
     wake_s, wake_j, idle_w, parked_w : ndarray, shape (n_groups,)
-        Of the instances of each group.
+        Waking time and energy, idle and parked power of one instance of each group.
     steps_s : sequence of float
         Lengths of the steps, see :func:`~voltana_ctrl.control.situation.steps_to_s`.
     defers : bool
@@ -304,7 +304,7 @@ class Planner:
         Parameters
         ----------
         situation : Situation
-            Where the fleet is and what is expected.
+            State of the fleet and what is expected.
 
         Returns
         -------

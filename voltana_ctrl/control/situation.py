@@ -169,7 +169,7 @@ def steps_to_s(reach_s: float) -> tuple[float, ...]:
     Parameters
     ----------
     reach_s : float
-        Seconds.
+        How far the plan is to reach, in seconds.
 
     Returns
     -------

@@ -26,7 +26,7 @@ class StandbyMemory:
     asleep : ndarray of bool, shape (n,)
         Who is parked and has been seen empty.
     ready_s : ndarray, shape (n,)
-        From when on an instance that was woken serves.
+        Time from which on an instance that was woken serves.
 
     Examples
     --------
@@ -86,7 +86,7 @@ class Standby:
         Parameters
         ----------
         memory : StandbyMemory
-            Not changed.
+            What is known before this update; it is not changed.
         state : FleetState
             State of the fleet now.
         """

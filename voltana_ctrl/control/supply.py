@@ -28,7 +28,7 @@ class Supply:
     alpha_j_req, beta_w : ndarray, shape (n_facets,)
         Slope and intercept of each facet.
     gap_w : float
-        By how much the curve lies above its hull at most.
+        How far the curve lies above its hull at most.
     drain_s : float
         Time from the last new request until the instance is empty, on average.
     drain_w : float
@@ -235,7 +235,7 @@ def leaving_j(
     instance, lengths
         See :func:`drain_of`.
     loads_req_s, power_w : ndarray, shape (n,)
-        Its least power against its load, infinite where the promises cannot be kept.
+        Loads of the instance and its least power at each, infinite where promises are not kept.
     stays_s : float
         Time that a request spends there at most.
     slo : Slo

@@ -55,7 +55,7 @@ def kalman_step(
     transition, process : ndarray, shape (k, k)
         A, and the covariance of w.
     output : ndarray, shape (m, k)
-        C.
+        C: what of the state is measured.
     measured : ndarray, shape (m,), optional
         y; None where nothing was measured.
     noise : ndarray, shape (m, m)
@@ -115,7 +115,7 @@ class ArrivalState:
     dispersion_frac : float
         Variance of counts over their mean: 1 for Poisson arrivals, more for bursty ones.
     surprise_frac : float
-        By how many standard deviations the latest count differed from what was expected; negative
+        How many standard deviations the latest count differed from what was expected; negative
         where fewer arrived.
     burst : bool
         Whether that was more than `burst_sigma_frac`, upwards or downwards.
@@ -255,7 +255,7 @@ class ArrivalEstimator:
         Parameters
         ----------
         state : ArrivalState
-            Not changed.
+            What is known before this update; it is not changed.
         t_s : float
             Time of this update, later than that of the last one.
         arrived_req, arrived_tok : float

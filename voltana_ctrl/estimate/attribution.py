@@ -290,7 +290,7 @@ class EnergyLedger:
         Parameters
         ----------
         state : LedgerState
-            Not changed.
+            What is known before this update; it is not changed.
         t_s : float
             Time now, at or after the latest update.
         iterations : IterationBatch

@@ -62,7 +62,7 @@ class Outlook:
     edges_s : ndarray, shape (n_cells + 1,)
         Leads (seconds from now) between which rates are means; the first is 0.
     now_req_s : float
-        Rate now.
+        Arrival rate now.
     mean_req_s, reserve_req_s : ndarray, shape (n_cells,)
         Expected rate, and the rate that is exceeded with the chance asked for; infinite while
         that is not known.
@@ -287,7 +287,7 @@ class Forecaster:
         Parameters
         ----------
         memory : ForecastMemory
-            Not changed.
+            What is known before this update; it is not changed.
         t_s : float
             Time now.
         arrived_req : float

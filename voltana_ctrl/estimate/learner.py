@@ -25,7 +25,7 @@ class Learned:
     terms_frac : ndarray, shape (n, n_models, 6)
         Scales (1 where the profile is right) and tilts (0).
     covariance : ndarray, shape (n, n_models, 6, 6)
-        Of the terms, in units of the record noise squared.
+        Covariance of the terms, in units of the record noise squared.
     notes : ndarray, shape (n, n_models, 6)
         Mean error, mean squared error, two drift sums, records since the last alarm, alarms.
     tile : ndarray of int, shape (n,)

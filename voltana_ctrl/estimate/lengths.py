@@ -173,7 +173,7 @@ class LengthEstimator:
         Parameters
         ----------
         state : LengthState
-            Not changed.
+            What is known before this update; it is not changed.
         finished : RequestBatch
             Requests with their class and output length.
 

@@ -89,7 +89,7 @@ def track(
     missed : ndarray of bool, shape (k,)
         Whether each request missed.
     eta_frac : float
-        Step per miss.
+        How far a miss raises the margin.
     miss_frac : float
         Fraction of misses at which it stands still, ``1 - a'``.
     min_frac : float
@@ -194,7 +194,7 @@ class MarginTracker:
         Parameters
         ----------
         state : MarginState
-            Not changed.
+            What is known before this update; it is not changed.
         finished : RequestBatch
             Their TTFT and ITL; NaN is a miss. Those that might wait do not count.
         """
@@ -212,7 +212,7 @@ class MarginTracker:
         Parameters
         ----------
         state : MarginState
-            Not changed.
+            What is known before this update; it is not changed.
         ttft_missed, itl_missed : array_like of bool, shape (k,)
             Outcomes in order; may differ in length, since TTFT is known earlier.
 

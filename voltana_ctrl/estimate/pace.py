@@ -45,7 +45,7 @@ class PaceMemory:
         Busy time since counts were last used, and the profile's time, prefill and decode, for what
         was done in it.
     told : ndarray of bool, shape (n,)
-        Whose iterations were told.
+        Instances whose iterations the engine has told.
     believed_s : ndarray, shape (n,)
         Delay of every instance before its readings say more.
     before : FleetState, optional
@@ -82,7 +82,7 @@ class PaceFilter:
     fleet : FleetSpec
         The fleet, as believed.
     delay_s : float
-        From asking for a clock until it runs, as believed before anything was read.
+        Time from asking for a clock until it runs, as believed before anything was read.
 
     Raises
     ------

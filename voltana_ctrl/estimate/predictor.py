@@ -233,7 +233,7 @@ class InstancePredictor:
     tables : FleetTables
         What is believed.
     instance : int
-        Which instance.
+        Number of the instance in the fleet.
 
     Raises
     ------
@@ -260,15 +260,15 @@ class InstancePredictor:
         self._prefill_one = prefill_one
 
     def itl_s(self, freq_mhz: float, running_req: float, kv_used_tok: float) -> float:
-        """Time of a decode iteration."""
+        """Time [s] of a decode iteration."""
         return float(self._decode_one(*self._decode, freq_mhz, running_req, kv_used_tok)[0])
 
     def prefill_s(self, freq_mhz: float, new_tok: float) -> float:
-        """Time to prefill this many prompt tokens."""
+        """Time [s] to prefill this many prompt tokens, without that of attention."""
         return float(self._prefill_one(*self._prefill, freq_mhz, new_tok, 0.0)[0])
 
     def power_w(self, freq_mhz: float, running_req: float, kv_used_tok: float) -> float:
-        """Mean power while decoding."""
+        """Mean power [W] while decoding."""
         return float(self._decode_one(*self._decode, freq_mhz, running_req, kv_used_tok)[2])
 
 

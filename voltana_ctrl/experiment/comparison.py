@@ -327,7 +327,7 @@ def compare(
         another window of a trace that is longer than the run; where there is none, the notes of
         the result say so.
     tick_s : float
-        Control period.
+        Time between two decisions.
     slo : Slo
         Promised TTFT and ITL, and the share of requests that must meet each.
     policies : sequence of str
@@ -335,7 +335,7 @@ def compare(
     settings : PlantSettings, optional
         Actuation and noise.
     belief_delay_s : float
-        From asking for a clock until it runs, as policies believe before they have seen any;
+        Time from asking for a clock until it runs, as policies believe before they have seen any;
         what it takes stands in `settings`.
     spare : float
         Instances that each phase should be able to lose: a whole number, or below 1 a share of

@@ -21,7 +21,7 @@ def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Itera
     Parameters
     ----------
     figures : sequence of mapping
-        Of the runs that have ended, named as in the JSON.
+        Figures of the runs that have ended, named as in the JSON.
     runs : sequence of Run
         What was asked for.
 

@@ -92,7 +92,7 @@ class Run:
     believed : FleetSpec, optional
         What the policy takes the fleet for, where its profiles are wrong.
     belief_delay_s : float
-        From asking for a clock until it runs, as the policy believes before it has seen any;
+        Time from asking for a clock until it runs, as the policy believes before it has seen any;
         what the plant takes stands in `settings`.
     spare : float
         How many active instances of each phase the policy should be able to lose.

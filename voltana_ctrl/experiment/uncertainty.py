@@ -31,7 +31,7 @@ def refuse_unknown(grid: Grid, draws: int) -> None:
     Parameters
     ----------
     grid : Grid
-        Its fleet.
+        The grid whose fleet is drawn from.
     draws : int
         How many are asked for.
 

@@ -167,7 +167,7 @@ def actuator_lines(profile: Profile) -> list[str]:
     Parameters
     ----------
     profile : Profile
-        With measured points.
+        A profile with measured points of other actuators.
 
     Examples
     --------

@@ -43,7 +43,7 @@ class DecodeTime:
     clock_mhz : ndarray, shape (m,)
         Measured clocks, ascending.
     base_s, req_s, kv_s : ndarray, shape (m,)
-        Per iteration, per executed request, per KV token.
+        Seconds per iteration, per executed request, per KV token.
     base_sd_s, req_sd_s, kv_sd_s : ndarray, shape (m,)
         Their standard deviations.
     floor_s, floor_sd_s : float
@@ -85,7 +85,7 @@ class DecodeTime:
         Parameters
         ----------
         freq_mhz : array_like
-            Clocks.
+            Clocks, any shape.
 
         Returns
         -------
@@ -153,11 +153,11 @@ def fit_decode_time(
     Parameters
     ----------
     table : IterationTable
-        Its decode rows count.
+        Measured iterations; the decode rows count.
     form : {"line", "line+floor", "roofline", "roofline+floor"}
-        What to fit.
+        Form of the law that is fitted.
     batch_steps : tuple of (upto_req, step_req)
-        Padding.
+        How batches are padded, see :class:`~voltana_ctrl.types.Profile`.
     kv_s : float, optional
         Known time per KV token at every clock, where the table cannot tell it.
     near : DecodeTime, optional

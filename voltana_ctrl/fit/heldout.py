@@ -171,7 +171,7 @@ class HeldOut:
     Parameters
     ----------
     phase : {"decode", "prefill"}
-        Which rows.
+        Phase of the rows.
     quantity : {"time", "energy"}
         What was predicted.
     split : {"batch", "clock"}
@@ -180,7 +180,7 @@ class HeldOut:
     mape_frac : float
         Mean absolute relative error over all held-out rows.
     unit : {"MHz", "requests", "tokens"}
-        Of the held-out values.
+        Unit of the held-out values.
     r2_frac : float
         Coefficient of determination of the same predictions.
     by : mapping of float to float
@@ -351,7 +351,7 @@ def hold_out(
     laws : Laws
         Fit of the whole table.
     phase : {"decode", "prefill"}
-        Whose rows are held out; those of the other phase stay.
+        Phase whose rows are held out; those of the other phase stay.
     split : {"batch", "clock"}
         What is held out.
     fixed : mapping of str to float, optional

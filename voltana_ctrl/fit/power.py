@@ -51,7 +51,7 @@ class PowerLaw:
     decode_static_w, decode_dynamic_w : float
         ``P0d`` and ``cd``; NaN without decode rows.
     decode_iter_j, decode_req_j, decode_kv_j : float
-        Per iteration, per request, per KV token.
+        Joules per iteration, per request, per KV token.
     cap_w : float
         Power at which the card is held; inf where no clock reached it.
     capped_mhz : float
@@ -88,7 +88,7 @@ class PowerLaw:
         Parameters
         ----------
         freq_mhz : array_like
-            Clocks.
+            Clocks, any shape.
 
         Returns
         -------
@@ -115,7 +115,7 @@ class PowerLaw:
         Parameters
         ----------
         freq_mhz : array_like
-            Clocks.
+            Clocks, any shape.
 
         Returns
         -------

@@ -41,7 +41,7 @@ class PrefillTime:
     clock_mhz : ndarray, shape (m,)
         Measured clocks, ascending.
     base_s, tok_s, tok2_s : ndarray, shape (m,)
-        Per iteration, per prompt token, per square token.
+        Seconds per iteration, per prompt token, per square token.
     base_sd_s, tok_sd_s, tok2_sd_s : ndarray, shape (m,)
         Their standard deviations.
     req_s, req_sd_s : float
@@ -75,7 +75,7 @@ class PrefillTime:
         Parameters
         ----------
         freq_mhz : array_like
-            Clocks.
+            Clocks, any shape.
 
         Returns
         -------
@@ -149,7 +149,7 @@ def fit_prefill_time(
     Parameters
     ----------
     table : IterationTable
-        Its prefill rows count.
+        Measured iterations; the prefill rows count.
     tok2_s : float, optional
         Known time per square token at every clock, where the table cannot tell it.
     per_prompt : bool
@@ -201,7 +201,7 @@ def prompts_take_time(table: IterationTable, *, tok2_s: float | None = None) -> 
     Parameters
     ----------
     table : IterationTable
-        Its prefill rows count.
+        Measured iterations; the prefill rows count.
     tok2_s : float, optional
         Known time per square token.
 

@@ -68,7 +68,7 @@ class FitResult:
         Parameters
         ----------
         phase : {"decode", "prefill"}
-            Which rows.
+            Phase of the rows.
         quantity : {"time", "energy"}
             What was predicted.
         split : {"batch", "clock"}
@@ -109,7 +109,7 @@ class FitResult:
         Parameters
         ----------
         phase : {"decode", "prefill"}
-            Which law.
+            Phase whose law is asked about.
 
         Returns
         -------
@@ -133,7 +133,7 @@ class FitResult:
         Parameters
         ----------
         phase : {"decode", "prefill"}
-            Which law.
+            Phase whose law is asked about.
         freq_mhz : float
             A clock within the measured range.
         batch_req : float, optional
@@ -192,9 +192,9 @@ class FitResult:
         Parameters
         ----------
         name : str
-            ``gpu/model``.
+            Name of the profile, ``gpu/model``.
         like : Profile
-            Where memory, transfer and what else no table of iterations tells come from.
+            Profile that gives memory, transfer and what else no table of iterations tells.
         ladder_mhz : iterable of float, optional
             Supported clocks, within the measured range; default the clocks measured.
         idle_w : float, optional
@@ -243,7 +243,7 @@ def foreign_lines(result: FitResult, name: str, like: Profile) -> list[str]:
     name : str
         ``gpu/model`` of the new profile.
     like : Profile
-        Where memory and transfer come from.
+        Profile that memory and transfer are taken from.
 
     Examples
     --------

@@ -62,7 +62,7 @@ def detect_batch_steps(table: IterationTable) -> tuple[tuple[int, int], ...] | N
     Parameters
     ----------
     table : IterationTable
-        Decode rows.
+        Measured iterations, decode rows only.
 
     Returns
     -------

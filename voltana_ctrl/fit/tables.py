@@ -65,7 +65,7 @@ class IterationTable:
     square_tok2 : ndarray, shape (n,)
         Sum over the prompts of ``end^2 - start^2`` of the positions processed.
     wall_s : ndarray, shape (n,)
-        Duration.
+        Duration of the iteration.
     energy_j : ndarray, shape (n,)
         Energy of the whole instance; NaN where it was not measured.
     gpus : int
@@ -204,7 +204,7 @@ class IterationTable:
         Parameters
         ----------
         mask : ndarray of bool, shape (n,)
-            Which to keep.
+            True for each row that is kept.
 
         Examples
         --------

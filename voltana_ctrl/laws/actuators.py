@@ -142,7 +142,7 @@ def compare_actuators(
     Parameters
     ----------
     profile : Profile
-        With measured points.
+        A profile with measured points of other actuators.
     clocks_mhz : ndarray, optional
         Clock locks to compare with; those of the profile by default.
     confidence_frac : float

@@ -71,7 +71,7 @@ def decode_equilibrium(
     Parameters
     ----------
     rows : ndarray, dtype PROFILE_DTYPE
-        Coefficients.
+        Rows of the `table` of a profile, or of :func:`voltana_ctrl.laws.at_clock`.
     arrival_req_s : array_like
         Requests per second.
     output_tok : array_like
@@ -179,7 +179,7 @@ def prefill_equilibrium(
     Parameters
     ----------
     rows : ndarray, dtype PROFILE_DTYPE
-        Coefficients.
+        Rows of the `table` of a profile, or of :func:`voltana_ctrl.laws.at_clock`.
     arrival_req_s : array_like
         Requests per second.
     prompt_tok, prompt_sd_tok : array_like

@@ -65,7 +65,7 @@ def decode_s(
     Parameters
     ----------
     rows : ndarray, dtype PROFILE_DTYPE
-        Coefficients.
+        Rows of the `table` of a profile, or of :func:`voltana_ctrl.laws.at_clock`.
     running_req, kv_tok : array_like
         Requests in the batch and their tokens in the KV cache.
     padded_req : array_like, optional
@@ -170,7 +170,7 @@ def batch_j(rows: Any, running_req: ArrayLike, kv_tok: ArrayLike) -> F64:
     Parameters
     ----------
     rows : ndarray, dtype PROFILE_DTYPE
-        Coefficients.
+        Rows of the `table` of a profile, or of :func:`voltana_ctrl.laws.at_clock`.
     running_req, kv_tok : array_like
         Requests in the batch and their tokens in the KV cache.
 
@@ -211,7 +211,7 @@ def prefill_s(
     Parameters
     ----------
     rows : ndarray, dtype PROFILE_DTYPE
-        Coefficients.
+        Rows of the `table` of a profile, or of :func:`voltana_ctrl.laws.at_clock`.
     new_tok : array_like
         Prompt tokens processed, summed over the batch.
     square_tok2 : array_like, optional
@@ -312,7 +312,7 @@ def paced(rows: Any, prefill_frac: float, decode_frac: float) -> Any:
     Parameters
     ----------
     rows : ndarray, dtype PROFILE_DTYPE
-        Coefficients.
+        Rows of the `table` of a profile, or of :func:`voltana_ctrl.laws.at_clock`.
     prefill_frac, decode_frac : float
         Time of prefill and of a decode iteration over what the rows say.
 

@@ -43,11 +43,11 @@ class PolicySetup:
     Parameters
     ----------
     tick_s : float
-        Control period.
+        Time between two decisions.
     power_budget : PowerBudget, optional
         What the fleet may draw. Policies that know budgets honour it, the others do not.
     delay_s : float
-        From asking for a clock until it runs, as measured on the machine.
+        Time from asking for a clock until it runs, as measured on the machine.
     governed : bool
         Whether something runs before every iteration of an engine; without, policies that can
         choose clocks by themselves bring no governors.
@@ -175,7 +175,7 @@ class Policy:
     name : str
         As on the command line.
     summary : str
-        One line.
+        What it does, in one line.
     source : str
         Where its rules come from.
     build : callable (fleet, slo, setup) -> PolicyParts

@@ -126,7 +126,7 @@ def static_best(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     slo : Slo
         Promised TTFT and ITL, and the share of requests that must meet each.
     setup : PolicySetup
-        With `trials`.
+        What is known of the run; its `trials` are needed.
 
     Raises
     ------

@@ -35,9 +35,9 @@ def draw_profile(profile: Profile, rng: np.random.Generator) -> Profile:
     Parameters
     ----------
     profile : Profile
-        With a band.
+        A profile with a band.
     rng : numpy.random.Generator
-        Of the draw.
+        Source of randomness, advanced by the call.
 
     Raises
     ------
@@ -103,9 +103,9 @@ def draw_fleet(fleet: FleetSpec, rng: np.random.Generator) -> FleetSpec:
     Parameters
     ----------
     fleet : FleetSpec
-        As believed.
+        The fleet, as believed.
     rng : numpy.random.Generator
-        Of the draw.
+        Source of randomness, advanced by the call.
 
     Raises
     ------

@@ -34,7 +34,7 @@ class CompiledRouter:
     params : sequence of float
         Settings that the kernel reads.
     seed : int
-        Of the random numbers that the kernel gets when a server calls it; the simulator
+        Seed of the random numbers that the kernel gets when a server calls it; the simulator
         draws its own.
 
     Raises

@@ -58,7 +58,7 @@ def random_router(fleet: FleetSpec, phase: Phase, *, seed: int = 0) -> CompiledR
     phase : {"prefill", "decode"}
         Which instances it picks from.
     seed : int
-        Of the random numbers when a server calls it; the simulator draws its own.
+        Seed of the random numbers when a server calls it; the simulator draws its own.
 
     Examples
     --------
@@ -154,7 +154,7 @@ def fadr_router(
     phase : {"prefill", "decode"}
         Which instances it picks from; made for decode.
     slo : Slo
-        Its ITL target is used.
+        Promises; the ITL is used.
     ladder_mhz : sequence of float or None
         The governors' ladder; None for every supported clock.
 
@@ -277,7 +277,7 @@ def two_choices_router(fleet: FleetSpec, phase: Phase, *, seed: int = 0) -> Comp
     phase : {"prefill", "decode"}
         Which instances it picks from.
     seed : int
-        Of the random numbers when a server calls it; the simulator draws its own.
+        Seed of the random numbers when a server calls it; the simulator draws its own.
 
     Examples
     --------

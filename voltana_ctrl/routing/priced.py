@@ -27,7 +27,7 @@ class PricedRouter(CompiledRouter):
     fleet : FleetSpec
         The fleet, as believed.
     slo : Slo
-        Its ITL target is used.
+        Promises; the ITL is used.
     phase : {"prefill", "decode"}
         Which instances it picks from.
     kv_full_frac : float

@@ -103,7 +103,7 @@ def fluid_bound_w(fleet: FleetSpec, load: FluidLoad, slo: Slo) -> float:
     fleet : FleetSpec
         The fleet.
     load : FluidLoad
-        Mean load.
+        Mean load of the fleet.
     slo : Slo
         Its ITL target bounds decode.
 

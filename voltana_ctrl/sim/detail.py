@@ -40,9 +40,9 @@ class RunDetail:
     batch_req : ndarray, shape (n, n_instances)
         Mean decode batch of its iterations; NaN where it decoded nothing.
     power_w : ndarray, shape (n, n_instances)
-        Mean power.
+        Mean power of each instance.
     prefill, decode : ndarray of int
-        Which instances do what.
+        Indices of the instances that prefill and that decode.
     quantile_frac : ndarray, shape (k,)
         Shares of the judged requests, ascending.
     ttft_s, itl_s : ndarray, shape (k,)

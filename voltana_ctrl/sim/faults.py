@@ -224,12 +224,12 @@ class FaultSchedule:
         Parameters
         ----------
         t_s : float
-            Time.
+            Simulated time.
 
         Returns
         -------
         alive : ndarray of bool, shape (n,)
-            Who lives.
+            Whether each instance lives.
         slow_frac : ndarray, shape (n,)
             Factors of iteration times.
         clamp_k : ndarray of int, shape (n,)

@@ -125,11 +125,11 @@ def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo:
     Parameters
     ----------
     simulated : Plant
-        After the run.
+        The plant, after the run.
     before, after : snapshots
         At the edges of the window.
     window_s : float
-        Its length.
+        Length of the window.
     slo : Slo
         What attainment is judged by.
 
@@ -203,7 +203,7 @@ def at_the_wall(figures: dict[str, Any], rest_of_server_w: float) -> dict[str, A
     Parameters
     ----------
     figures : dict
-        Of one run.
+        Figures of one run.
     rest_of_server_w : float
         What all servers of the fleet draw besides their GPUs; 0 where nobody knows.
 
@@ -273,7 +273,7 @@ def judged_latencies(simulated: Plant) -> tuple[Any, Any]:
     Parameters
     ----------
     simulated : Plant
-        After the run.
+        The plant, after the run.
 
     Returns
     -------

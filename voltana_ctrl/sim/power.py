@@ -65,7 +65,7 @@ class PowerMeter:
         Parameters
         ----------
         until_s : float
-            Simulated time.
+            Simulated time to stop at.
         """
         for edge_s in self._edge_s[len(self._energy_j) :]:
             if edge_s > until_s:

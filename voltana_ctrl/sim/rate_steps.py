@@ -192,7 +192,7 @@ class RateSteps:
         Returns
         -------
         arrival_s : ndarray, shape (n,)
-            New times.
+            Arrival times on the new clock.
         duration_s : float
             Span that they cover now.
 

@@ -78,7 +78,7 @@ def tell_depth(one: Any, spec: InstanceSpec, depth: Depth) -> None:
     spec : InstanceSpec
         What its sleep is like.
     depth : {"parked", "deep_parked", "asleep", "off"}
-        How deep.
+        How deep it is to sleep.
 
     Examples
     --------

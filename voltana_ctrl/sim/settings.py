@@ -18,7 +18,7 @@ class PlantSettings:
     actuation_s : float
         Dead time of a clock set; sets of one node follow one another.
     settle_s : float
-        From the end of the call until the clock has its new value.
+        Time from the end of the call until the clock has its new value.
     view_age_s : float
         Age of the state that compiled routers see.
     decode_at_arrival : bool

@@ -51,7 +51,7 @@ def unit_s_of(source: Source, stamps: Stamps, *, usually_s: bool = False) -> flo
     Parameters
     ----------
     source : Source
-        Its `time_unit` comes first.
+        The file; a `time_unit` that it was given comes first.
     stamps : ndarray
         As the file has them.
     usually_s : bool
@@ -110,7 +110,7 @@ def block_tok_of(source: Source, prompt_tok: I64, blocks: I64) -> int:
     Parameters
     ----------
     source : Source
-        Its `block_tok` is taken where the prompts do not tell another.
+        The file; the `block_tok` that it was given is taken where the prompts do not tell another.
     prompt_tok, blocks : ndarray of int
         Lengths, and how many blocks each has.
 

@@ -347,7 +347,7 @@ class Workload:
         deadline_s : float
             How long after their arrival they must have their answers, > 0.
         seed : int
-            Of the draw, >= 0.
+            Seed of the draw, >= 0.
 
         Returns
         -------

@@ -19,7 +19,7 @@ class Admission:
     rate_req_s : float
         So many a second; infinite lets everybody in at once, 0 nobody.
     due_s : float
-        Whose deadline is so near is let in whatever the rate, so that nothing is forgotten.
+        A request whose deadline is so near, in seconds, is let in whatever the rate.
 
     Raises
     ------
@@ -85,7 +85,7 @@ class Backlog:
         return len(self.deadline_s)
 
     def due_req(self, t_s: float) -> int:
-        """How many of them must have their answer by then.
+        """How many of those that are held must have their answer by `t_s`.
 
         Parameters
         ----------
@@ -100,12 +100,12 @@ class Backlog:
         return int(np.searchsorted(self.deadline_s, t_s, side="right"))
 
     def behind(self, before: Backlog) -> Backlog:
-        """Itself, with the counts of one before it that nobody has taken in.
+        """The same backlog, with the counts of an earlier one that nobody has taken in.
 
         Parameters
         ----------
         before : Backlog
-            Of the same fleet.
+            An earlier one of the same fleet.
 
         Examples
         --------

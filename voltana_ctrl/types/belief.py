@@ -36,7 +36,7 @@ class Belief:
     ttft_margin_frac, itl_margin_frac : ndarray, shape (n,)
         Margins on TTFT and ITL, > -1.
     delay_s : ndarray, shape (n,)
-        From asking for a clock until it runs, >= 0.
+        Time from asking for a clock until it runs, >= 0.
     prefill_pace_frac, decode_pace_frac : ndarray, shape (n,)
         Time of an iteration over what the profile says, > 0; 1.2 is 20 % slower.
     able_mhz : ndarray, shape (n,)

@@ -290,7 +290,7 @@ class TickRecord:
     Parameters
     ----------
     number : int
-        Counts from 0.
+        Number of the tick, from 0.
     observation : Observation
         What was read.
     proposed, applied : Decision

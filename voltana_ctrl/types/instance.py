@@ -182,14 +182,14 @@ class InstanceSpec:
 
     @property
     def parked_w(self) -> float:
-        """Power while parked and empty."""
+        """Power [W] while parked and empty."""
         if self.asleep_w is not None:
             return self.asleep_w
         parked_w = self.profile.parked_w
         return self.idle_w if parked_w is None else min(parked_w, self.idle_w)
 
     def rest(self, depth: Depth = "parked") -> Rest:
-        """Sleep of this depth, or of the deepest there is above it.
+        """Sleep of this depth; where there is none, the next less deep one that there is.
 
         Parameters
         ----------
@@ -213,7 +213,7 @@ class InstanceSpec:
 
     @property
     def least_rest_w(self) -> float:
-        """Power in the sleep that draws least, whatever it takes to wake from it."""
+        """Power [W] in the sleep that draws least, whatever it takes to wake from it."""
         return min(self.rest(depth).power_w for depth in DEPTHS)
 
     @property

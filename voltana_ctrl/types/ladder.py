@@ -69,7 +69,7 @@ def row_nearest(clocks_mhz: F64, freq_mhz: float) -> int:
     Parameters
     ----------
     clocks_mhz : ndarray, shape (n_clocks,)
-        Ascending.
+        The ladder, ascending.
     freq_mhz : float
         Any clock, such as one that was read.
 

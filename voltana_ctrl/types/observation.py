@@ -142,10 +142,10 @@ class FleetState:
         return len(self.alive)
 
     def bounded(self, fleet: FleetSpec) -> FleetState:
-        """The same, with what cannot be cut to what can: for states that somebody has told us.
+        """The same, with impossible numbers cut to the largest possible: for states from outside.
 
         KV tokens are at most the cache, clocks at most the highest of the ladder, requests at most
-        a million and what belongs to them in proportion.
+        a million, and tokens, times, power and energy at most what is far above any real number.
 
         Parameters
         ----------
@@ -292,11 +292,11 @@ class RequestBatch:
     request_class : ndarray of int, shape (k,)
         The host's class key.
     prompt_tok, output_tok : ndarray, shape (k,)
-        Lengths.
+        Prompt and output lengths.
     ttft_s, itl_s : ndarray, shape (k,)
         Time to first token; mean gap between tokens, 0 for a single token.
     prefill_instance, decode_instance : ndarray of int, shape (k,)
-        Where it ran.
+        Index in the fleet of the instances where it ran.
     deferred : ndarray of int, shape (k,)
         1 for a request that might wait: nobody was promised its TTFT (which counts from when it was
         let in) or its ITL. 0 unless told.
@@ -359,7 +359,7 @@ def joined(kind: type[_Batch], batches: Sequence[_Batch]) -> _Batch:
     Parameters
     ----------
     kind : type
-        Of the batches.
+        Class of the batches.
     batches : sequence
         Any number of them.
 
@@ -432,12 +432,13 @@ class Observation:
             object.__setattr__(self, "finished", RequestBatch.empty())
 
     def behind(self, before: Observation) -> Observation:
-        """Itself, with the counts and records of one before it that nobody has taken in.
+        """The same observation, with the counts and records of an earlier one that nobody took in.
 
         Parameters
         ----------
         before : Observation
-            Of the same fleet. Of records only the latest are kept where there are very many.
+            An earlier one of the same fleet. Where there are very many records, only the latest are
+            kept.
 
         Examples
         --------

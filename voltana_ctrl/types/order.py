@@ -49,11 +49,11 @@ class Order:
         What is to be believed of the instance, see :class:`~voltana_ctrl.types.Belief`; what was
         believed before where all are left out.
     delay_s : float, optional
-        From asking for a clock until it runs; what the node has measured where it is left out.
+        Time from asking for a clock until it runs; what the node has measured where it is left out.
     active : bool
         Whether the instance takes new work.
     route_frac, price_j_req : float
-        Its share of the new work of its phase, and what one more request costs.
+        Its share of the new work of its phase, and the energy that one more request costs.
     depth : {"parked", "deep_parked", "asleep", "off"}
         How deep it sleeps once it is parked and empty.
     role : Role, optional

@@ -72,7 +72,7 @@ def with_idle_w(table: Any, idle_w: float) -> Any:
     Parameters
     ----------
     table : ndarray, shape (n_clocks,), dtype PROFILE_DTYPE
-        Coefficients.
+        Rows of a profile.
     idle_w : float
         Idle power at the highest clock.
 
@@ -141,7 +141,7 @@ class Profile:
     summary : str
         One line on where it comes from.
     sources : mapping of str to mapping
-        Per group of coefficients: `status`, `source`, `error`.
+        For each group of coefficients its `status`, `source` and `error`.
     band : Band, optional
         How far all this may be from the truth; without one nothing is known of it.
     actuators : tuple of ActuatorPoint

@@ -76,7 +76,7 @@ class AdaptiveController(Controller):
         Settings of the margins. By default each metric may use a quarter of the allowed misses,
         so that both together hold the promise with half of it to spare.
     actuation_s : float
-        From asking for a clock until it holds.
+        Time from asking for a clock until it holds.
     learn : bool
         False keeps the tables and adapts the margins alone.
     period_s : float

@@ -34,7 +34,7 @@ class SaturationGate(Controller):
     kv_frac : float
         Share of its KV cache that may be used.
     due_s : float
-        Whose deadline is so near is let in all the same.
+        A request whose deadline is so near, in seconds, is let in all the same.
     period_s : float
         Time between decisions.
 

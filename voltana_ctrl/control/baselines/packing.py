@@ -33,7 +33,7 @@ class PackingMemory:
     n_active : int
         Decode instances that take new work.
     below_since_s : float, optional
-        Since when fewer would have been enough; None while they are not.
+        Time since which fewer would have been enough; None while they are not.
 
     Examples
     --------
