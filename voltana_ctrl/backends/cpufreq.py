@@ -34,7 +34,7 @@ class CpuPolicy:
     Parameters
     ----------
     folder : Path
-        Such as ``/sys/devices/system/cpu/cpufreq/policy0``.
+        Folder of the policy, such as ``/sys/devices/system/cpu/cpufreq/policy0``.
 
     Raises
     ------
@@ -69,12 +69,12 @@ class CpuPolicy:
 
     @property
     def path(self) -> Path:
-        """The file that is set."""
+        """File that is written to set the ceiling."""
         return self.folder / "scaling_max_freq"
 
     @property
     def clock_mhz(self) -> float:
-        """Ceiling in force."""
+        """Ceiling in force, in MHz."""
         return self._khz("scaling_max_freq") / 1000.0
 
     @property
@@ -83,12 +83,22 @@ class CpuPolicy:
         return os.access(self.path, os.W_OK)
 
     def supported(self, cpu_mhz: float) -> int:
-        """The clock in kilohertz, if it lies within the policy's range.
+        """Clock in kilohertz, if it lies within the range of the policy.
+
+        Parameters
+        ----------
+        cpu_mhz : float
+            Clock in MHz.
+
+        Returns
+        -------
+        int
+            The same in kHz, as the kernel wants it.
 
         Raises
         ------
         ActuationDenied
-            If it does not.
+            If it lies outside of the range.
         """
         khz = round(cpu_mhz * 1000.0)
         if not self.lowest_khz <= khz <= self.highest_khz:
@@ -129,12 +139,17 @@ class CpuPolicy:
 
 
 def cpu_policies(root: Path = CPUFREQ_DIR) -> tuple[CpuPolicy, ...]:
-    """All frequency policies of this machine, by number; none where the kernel shows none.
+    """All frequency policies of this machine.
 
     Parameters
     ----------
     root : Path
-        Where they are.
+        Folder in which the kernel shows them.
+
+    Returns
+    -------
+    tuple of CpuPolicy
+        In the order of their numbers; empty where the kernel shows none.
 
     Examples
     --------
@@ -155,14 +170,15 @@ class CpufreqBackend:
     Parameters
     ----------
     inner : Backend
-        The plant proper.
+        Backend that reads the fleet and carries out all but CPU clocks; closed with this one.
     policies : mapping of str to sequence of Path
         Folders of the frequency policies on which each instance's processes run, by its id;
         instances without one are left alone.
     lock_dir : Path
         Where lock files live; the same for all controllers of a machine.
     idle_s : float
-        Clocks are given back after so long without a read or an apply.
+        Seconds without a read or an apply after which clocks are given back; the next apply sets
+        them again.
 
     Raises
     ------
@@ -174,8 +190,10 @@ class CpufreqBackend:
     Examples
     --------
     >>> import tempfile
+    >>> from dataclasses import replace
+    >>> from pathlib import Path
     >>> from voltana_ctrl import Decision, FleetSpec, load_profile
-    >>> from voltana_ctrl.backends import SimBackend
+    >>> from voltana_ctrl.backends import CpufreqBackend, SimBackend
     >>> from voltana_ctrl.sim.workload import make_workload
     >>> from voltana_ctrl.types import Limits
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
@@ -250,7 +268,13 @@ class CpufreqBackend:
         )
 
     def read(self) -> Observation:
-        """State of the inner backend."""
+        """Observation of the inner backend.
+
+        Raises
+        ------
+        BackendError
+            If the backend is closed.
+        """
         if self._closed:
             raise BackendError("CpufreqBackend.read: the backend is closed; make a new one")
         self._lease.watchdog.seen()

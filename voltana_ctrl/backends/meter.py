@@ -65,9 +65,9 @@ class GpuReading:
     clock_mhz : float, optional
         SM clock now.
     power_w : float, optional
-        Power of the board.
+        Power of the board now.
     counter_j : float, optional
-        Energy counter since the driver was loaded.
+        Energy counter, in joules since the driver was loaded.
     reasons : int, optional
         Clock event reasons as bits. None is not "no reason": some drivers do not tell any.
     problems : tuple of str
@@ -106,7 +106,7 @@ class EnergyMeter:
     Parameters
     ----------
     highest_w : float
-        More than can be drawn, for telling a jump and a blank value.
+        Watts that are never drawn: what is above is a jump or a blank value, and left out.
 
     Examples
     --------
@@ -145,9 +145,9 @@ class EnergyMeter:
         t_s : float
             Time of the reading; one that is not later than the last adds no integrated power.
         power_w : float or None
-            Power then; None where it is not told.
+            Power in watts then; None where it is not told.
         counter_j : float or None
-            Energy counter then; None where there is none.
+            Energy counter in joules then; None where there is none.
 
         Returns
         -------
@@ -209,7 +209,7 @@ class GpuMeter:
     Parameters
     ----------
     highest_w : float
-        More than it can draw.
+        Watts that it never draws, see :class:`EnergyMeter`.
 
     Examples
     --------
@@ -263,9 +263,9 @@ class GpuMeter:
         Parameters
         ----------
         t_s : float
-            When.
+            Time of the attempt in seconds.
         problem : str
-            Why.
+            Why nothing could be read, in words.
         lost : bool
             Whether it is known to be gone; else it may be back at the next reading.
         """
@@ -279,20 +279,20 @@ class GpuMeter:
         return self._heard and not self._lost and not failing
 
     def age_s(self, t_s: float) -> float:
-        """Since anything was told."""
+        """Seconds since anything was told."""
         return max(0.0, t_s - self.read_s)
 
     def clock_mhz(self, t_s: float) -> float | None:
-        """SM clock; None where it was not told within :data:`FRESH_S`."""
+        """SM clock in MHz; None where it was not told within :data:`FRESH_S`."""
         return self._clock_mhz if t_s - self._clock_s <= FRESH_S else None
 
     def power_w(self, t_s: float) -> float | None:
-        """Power, told or from the counter; None where neither was within :data:`FRESH_S`."""
+        """Power in watts, told or from the counter; None without either within :data:`FRESH_S`."""
         return self._energy.power_w if t_s - self._power_s <= FRESH_S else None
 
     @property
     def energy_j(self) -> float:
-        """Energy since the first reading."""
+        """Joules since the first reading."""
         return self._energy.energy_j
 
     @property
@@ -324,13 +324,13 @@ class InstanceMeter:
     alive : bool
         Whether all of them answer.
     age_s : float
-        Age of the oldest reading.
+        Seconds since the GPU that was heard longest ago told anything.
     clock_mhz : float or None
-        Lowest SM clock; None unless all are told.
+        Lowest SM clock of them; None unless all tell theirs.
     power_w : float or None
-        Their power; None unless all are told.
+        Sum of their power in watts; None unless all tell theirs.
     energy_j : float
-        Their energy since the first reading.
+        Sum of their joules since the first reading.
     problem : str
         What is wrong with the readings, in words; empty where nothing is.
 
@@ -362,9 +362,14 @@ class InstanceMeter:
         gpus : sequence of GpuMeter
             At least one.
         t_s : float
-            Now.
+            Time now, on the clock of the readings.
         parts_frac : sequence of float, optional
             Part of each GPU's power and energy that is this instance's; all of it without.
+
+        Returns
+        -------
+        InstanceMeter
+            As of `t_s`.
         """
         parts_frac = [1.0] * len(gpus) if parts_frac is None else parts_frac
         clocks_mhz = [each for gpu in gpus if (each := gpu.clock_mhz(t_s)) is not None]

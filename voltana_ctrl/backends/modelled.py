@@ -19,7 +19,7 @@ __all__ = ["ModelledGpus"]
 
 
 class ModelledGpus:
-    """What the clocks would draw: for advice, and for tests without GPUs.
+    """GPUs on paper, which draw what the profile predicts: for advice, and tests without GPUs.
 
     Engines under it do not slow down with the clock; only power and energy are modelled, at
     the load that :meth:`take_load` was told last.
@@ -27,9 +27,9 @@ class ModelledGpus:
     Parameters
     ----------
     fleet : FleetSpec
-        The instances; their profiles predict.
+        The fleet, whose profiles predict power.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class ModelledGpus:
         Parameters
         ----------
         state : FleetState
-            Requests and KV per instance.
+            Queues, running requests and KV tokens of every instance; all else is left alone.
         """
         self._advance()
         if self._tables is None:
@@ -85,7 +85,13 @@ class ModelledGpus:
         self._t_s = t_s
 
     def read(self) -> Observation:
-        """Clock, power and energy now; everything else idle."""
+        """Clock, power and energy now; everything else is told as idle.
+
+        Raises
+        ------
+        BackendError
+            If it is closed.
+        """
         if self._closed:
             raise BackendError("ModelledGpus.read: it is closed; make a new one")
         self._advance()

@@ -110,11 +110,11 @@ class Mismatch:
     Parameters
     ----------
     tick : int
-        Number of the tick.
+        Number of the tick, counted from 0.
     name : str
-        Field of the decision.
+        Field of the decision that differs.
     recorded, got : str
-        Both values.
+        Its value in the log, and in the decision that was applied.
 
     Examples
     --------
@@ -134,7 +134,7 @@ class ReplayClock:
     Parameters
     ----------
     t_s : float
-        Time at the start.
+        Seconds that it shows at the start.
 
     Examples
     --------
@@ -146,7 +146,7 @@ class ReplayClock:
         self._t_s = t_s
 
     def now_s(self) -> float:
-        """Seconds on the recorded clock."""
+        """Seconds on the recorded clock: those of the latest reading."""
         return self._t_s
 
     def sleep_until_s(self, t_s: float) -> None:

@@ -20,13 +20,13 @@ class SimBackend:
     Parameters
     ----------
     fleet : FleetSpec
-        What is simulated.
+        Fleet that is simulated.
     workload : Workload
-        What arrives.
+        Requests that arrive.
     seed : int
-        Of routing and noise.
+        Seed from which routing and noise are drawn.
     settings : PlantSettings, optional
-        Actuation, noise, iteration log.
+        Delays of actuation, noise, and whether iterations are told; the defaults if left out.
     **plant_options
         Passed to :class:`voltana_ctrl.sim.plant.Plant`: governors, routers, judged_s, faults.
 

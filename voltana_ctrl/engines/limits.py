@@ -34,11 +34,12 @@ class Handed:
     order : Order
         The order.
     policy : str
-        Whose governor chooses the clock between floor and ceiling.
+        Policy whose governor chooses the clock between floor and ceiling.
     since_s : float
-        When it was asked for, on the clock since boot, which all processes of a machine share.
+        Time at which it was asked for, in seconds of ``time.monotonic()``, which all processes of a
+        machine share.
     valid_s : float
-        How long it holds from then on.
+        Seconds that it holds from then on.
 
     Examples
     --------
@@ -54,12 +55,18 @@ class Handed:
     valid_s: float
 
     def now(self, t_s: float) -> Order:
-        """The order as it stands now: in force, or, once it has lapsed, without a controller.
+        """The order as it stands at a time.
 
         Parameters
         ----------
         t_s : float
             Time on the same clock.
+
+        Returns
+        -------
+        Order
+            While it is in force, with ceilings announced for before `t_s` taken over. Once it has
+            lapsed, what an instance does without a controller: its floor is its ceiling.
         """
         held_s = max(0.0, t_s - self.since_s)
         # A time ahead of now is of another boot: nobody knows how old the order is.
@@ -84,11 +91,11 @@ def write_limits(
     order : Order
         What the controller decided for this instance.
     policy : str
-        Whose governor is to choose the clock.
+        Policy whose governor is to choose the clock.
     valid_s : float
-        How long it holds.
+        Seconds that it holds from `since_s` on; readers take 60 for more.
     since_s : float, optional
-        From when on, by ``time.monotonic()``; now if left out.
+        Time of ``time.monotonic()`` from which on it holds; now if left out.
 
     Raises
     ------
@@ -118,14 +125,19 @@ def write_limits(
 
 
 def read_limits(path: str | Path, *, owners: Collection[int] = ()) -> Handed | None:
-    """What was handed over in a file; None while there is none.
+    """Read the order that was handed over in a file.
 
     Parameters
     ----------
     path : str or Path
-        What :func:`write_limits` made.
+        File that :func:`write_limits` wrote.
     owners : collection of int
         User ids besides root and our own that may have written it.
+
+    Returns
+    -------
+    Handed or None
+        None while there is no such file.
 
     Raises
     ------

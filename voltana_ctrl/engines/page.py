@@ -23,7 +23,7 @@ class BadPage(BackendError):
 
 
 def read_engine_page(kind: str, text: str, *, worker_id: int | None = None) -> dict[str, float]:
-    """Fields that a page of an engine tells.
+    """Numbers that a page of an engine tells, by names that are the same for all engines.
 
     Parameters
     ----------
@@ -33,6 +33,12 @@ def read_engine_page(kind: str, text: str, *, worker_id: int | None = None) -> d
         The page.
     worker_id : int, optional
         Take only what Dynamo says of this worker, where a page speaks of several.
+
+    Returns
+    -------
+    dict of str to float
+        Such as ``running_req``, ``queue_req``, ``kv_frac``, ``finished_req`` and ``output_tok``;
+        those of all data-parallel engines together. What the page does not tell is left out.
 
     Raises
     ------
@@ -68,7 +74,7 @@ def read_engine_page(kind: str, text: str, *, worker_id: int | None = None) -> d
 
 
 def read_histograms(kind: str, text: str) -> dict[str, Histogram]:
-    """Histograms of TTFT and ITL on a page of an engine; those that it has.
+    """Histograms of TTFT and ITL on a page of an engine.
 
     Parameters
     ----------
@@ -76,6 +82,12 @@ def read_histograms(kind: str, text: str) -> dict[str, Histogram]:
         The engine; a Dynamo worker shows its engine's.
     text : str
         The page.
+
+    Returns
+    -------
+    dict of str to Histogram
+        ``ttft``, ``itl`` and ``token_itl``, see
+        :meth:`~voltana_ctrl.engines.latency.LatencyDeltas.take`; those that the page has.
 
     Raises
     ------
@@ -128,12 +140,17 @@ def _histogram(buckets: Iterable[_Sample], sums: Iterable[_Sample]) -> Histogram
 
 
 def read_dcgm_page(text: str) -> dict[str, GpuReading]:
-    """What DCGM exporter tells of each GPU, by UUID, as it stands there.
+    """What DCGM exporter tells of each GPU.
 
     Parameters
     ----------
     text : str
-        Its page.
+        Page of DCGM exporter.
+
+    Returns
+    -------
+    dict of str to GpuReading
+        By the UUID of the GPU; MIG slices are left out.
 
     Raises
     ------

@@ -21,9 +21,15 @@ def longest_prefill_s(
     instance : InstanceSpec
         The engine.
     prompt_tok : float
-        Its length; as much as the KV cache holds at most. :func:`longest_prompt_tok` guesses it.
+        Tokens of the prompt, which :func:`longest_prompt_tok` guesses; cut at what the KV cache
+        holds.
     clock_mhz : float
-        SM clock; the lowest supported one where it is not known.
+        SM clock in MHz; the lowest supported one where it is NaN, not known.
+
+    Returns
+    -------
+    float
+        Seconds.
 
     Examples
     --------
@@ -46,7 +52,12 @@ def longest_prompt_tok(queue_tok: float, kv_used_tok: float, running_req: float)
     Parameters
     ----------
     queue_tok, kv_used_tok, running_req : float
-        What it says of itself.
+        Prompt tokens that wait, tokens in the KV cache, and running requests, as it tells.
+
+    Returns
+    -------
+    float
+        Tokens.
 
     Examples
     --------

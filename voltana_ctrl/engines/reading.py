@@ -18,11 +18,11 @@ class EngineReading:
     Parameters
     ----------
     age_s : ndarray, shape (n,)
-        How old; infinite before the first word of an instance.
+        Seconds since an instance was heard; infinite before the first time.
     queue_req, queue_tok : ndarray, shape (n,)
-        Requests and tokens that wait.
+        Requests that wait, and their tokens.
     oldest_wait_s : ndarray, shape (n,)
-        Age of the oldest of them.
+        Seconds that the oldest of them has waited.
     running_req : ndarray, shape (n,)
         Requests that generate.
     kv_used_tok : ndarray, shape (n,)
@@ -30,7 +30,7 @@ class EngineReading:
     arrived_req, arrived_tok : ndarray, shape (n,)
         What arrived since the last read.
     freq_mhz, power_w, energy_j : ndarray, shape (n,)
-        SM clock, power, and energy since the source was first read.
+        SM clock in MHz, power in watts, and joules since the source was first read.
 
     Examples
     --------
@@ -57,13 +57,37 @@ class EngineReading:
 
     @classmethod
     def silent(cls, n: int, **told: object) -> EngineReading:
-        """Nothing is told but what is given."""
+        """Reading of `n` instances that tells nothing but what is given.
+
+        Parameters
+        ----------
+        n : int
+            Number of instances.
+        **told
+            Fields that are told; all others are NaN, and the age is infinite.
+
+        Returns
+        -------
+        EngineReading
+            The reading.
+        """
         unknown = {name: np.full(n, np.nan) for name in _NAMES}
         unknown["age_s"] = np.full(n, np.inf)
         return cls(**{**unknown, **told})  # type: ignore[arg-type]
 
     def filled_from(self, other: EngineReading) -> EngineReading:
-        """The same, with what `other` tells where this is silent; the age is the lower one."""
+        """The same reading, with what another one tells where this one is silent.
+
+        Parameters
+        ----------
+        other : EngineReading
+            Reading of the same fleet.
+
+        Returns
+        -------
+        EngineReading
+            Its age is the lower one of both.
+        """
         both = {
             name: np.where(np.isnan(getattr(self, name)), getattr(other, name), getattr(self, name))
             for name in _NAMES

@@ -67,13 +67,13 @@ class Scraper:
     dcgm_urls : sequence of str
         Pages of DCGM exporter, whose GPUs are those that endpoints name.
     period_s : float
-        From the end of a fetch to the next.
+        Seconds from the end of a fetch to the next.
     limit_s : float
-        Longest time of a fetch.
+        Seconds that a fetch may take.
     latency : bool
         Whether histograms of TTFT and ITL are read, too; of a page that speaks of one engine.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Raises
     ------
@@ -261,10 +261,15 @@ class Scraper:
         Parameters
         ----------
         t_s : float
-            Time of the reading.
+            Time of the reading, on the clock of `now_s`.
         freq_mhz : ndarray, shape (n,), optional
             Clocks by which a long prefill is told from a hang; those of DCGM exporter, else the
             lowest, without.
+
+        Returns
+        -------
+        EngineReading
+            Arrivals are those since the last call.
         """
         told = {name: np.full(self._n, np.nan) for name in _FIELDS}
         age_s = np.full(self._n, np.inf)
@@ -282,19 +287,32 @@ class Scraper:
         return EngineReading.silent(self._n, age_s=age_s, **told)
 
     def finished(self) -> RequestBatch:
-        """Halves of requests that finished since the last call, as histograms tell them."""
+        """Halves of requests that finished since the last call, as histograms tell them.
+
+        Returns
+        -------
+        RequestBatch
+            See :meth:`~voltana_ctrl.engines.latency.LatencyDeltas.finished`.
+        """
         with self._lock:
             told = [engine.latency.finished(i) for i, engine in self._engines.items()]
         some = [one for one in told if len(one)]
         return joined(RequestBatch, some)
 
     def judged_edges_s(self, slo: Slo) -> dict[str, dict[str, float]]:
-        """From where on requests of each engine count as missed, by its id.
+        """Longest times that still count as kept where histograms tell.
+
+        See :func:`~voltana_ctrl.engines.latency.judged_edge_s`.
 
         Parameters
         ----------
         slo : Slo
             The promises.
+
+        Returns
+        -------
+        dict of str to dict of str to float
+            By the id of an instance, then ``ttft`` and ``itl``, in seconds.
         """
         with self._lock:
             return {

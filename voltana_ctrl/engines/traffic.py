@@ -22,13 +22,13 @@ class FinishedRequest:
     Parameters
     ----------
     request, request_class : int
-        Number and class of the host.
+        Number that the router gave it, and its class.
     prompt_tok, output_tok : float
-        Lengths.
+        Tokens of its prompt and of its answer.
     ttft_s, itl_s : float
-        Time to first token; mean gap between tokens.
+        Seconds to its first token; mean seconds between its tokens.
     prefill_instance, decode_instance : int
-        Where it ran.
+        Indices of the instances where it ran.
 
     Examples
     --------
@@ -53,7 +53,7 @@ class Traffic:
     Parameters
     ----------
     n : int
-        Instances of the fleet.
+        Number of instances of the fleet.
     keep : int
         Finished requests kept until they are read; older ones are dropped.
 
@@ -81,7 +81,7 @@ class Traffic:
         instance : int
             Index in the fleet.
         prompt_tok : float
-            Its prompt.
+            Tokens of its prompt.
         """
         with self._lock:
             self._arrived[:, instance] += (1.0, prompt_tok)
@@ -98,7 +98,15 @@ class Traffic:
             self._finished.append(one)
 
     def read(self) -> tuple[F64, F64, RequestBatch]:
-        """Requests and prompt tokens routed, and requests finished, since the last read."""
+        """Take out what happened since the last read.
+
+        Returns
+        -------
+        arrived_req, arrived_tok : ndarray, shape (n,)
+            Requests that were sent to each instance, and tokens of their prompts.
+        finished : RequestBatch
+            Requests that have ended well.
+        """
         with self._lock:
             (arrived_req, arrived_tok), self._arrived = self._arrived, self._arrived * 0.0
             ended = list(self._finished)

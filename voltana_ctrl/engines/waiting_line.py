@@ -36,7 +36,7 @@ class WaitingLine:
         Parameters
         ----------
         t_s : float
-            Now.
+            Time now, in seconds.
         waiting_tok, arrived_tok : float
             Tokens, or requests where only they are told; more waiting than is accounted for
             counts as arrived.
@@ -59,11 +59,11 @@ class WaitingLine:
             self._parts.clear()  # what rounding left
 
     def oldest_s(self, t_s: float) -> float:
-        """Age of the oldest.
+        """Seconds that the oldest has waited; 0 where nobody waits.
 
         Parameters
         ----------
         t_s : float
-            Now.
+            Time now, in seconds.
         """
         return max(0.0, t_s - self._parts[0][0]) if self._parts else 0.0

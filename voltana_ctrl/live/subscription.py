@@ -42,9 +42,9 @@ class SubscribedRouters(PolicyRouters):
     fleet, policy, slo
         See :class:`~voltana_ctrl.router.policy.PolicyRouters`.
     valid_s : float
-        How long a decision holds without a newer one.
+        Seconds that a decision holds without a newer one.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Raises
     ------
@@ -96,7 +96,7 @@ class SubscribedRouters(PolicyRouters):
         Parameters
         ----------
         policy : str
-            Its name.
+            Name of the other policy.
         """
         if policy != self.policy:
             made = PolicyRouters(self.fleet, policy, self.slo)

@@ -49,9 +49,9 @@ def check_backend(
     make : callable
         Returns a fresh backend with at least four readings in it.
     wait : callable
-        Lets time pass for a backend, so that a clock settles; nothing by default.
+        Called with a backend to let time pass for it, so that a clock settles; nothing by default.
     given_back : callable, optional
-        Whether the hardware is as it was found; asked after close, where it is given.
+        Returns whether the hardware is as it was found; asked after close, where it is given.
     claims : collection of str
         Laws that not every backend keeps and this one claims to: ``clocks-read-back`` (a
         replay cannot), ``counts-since-read`` (needs traffic while it waits).

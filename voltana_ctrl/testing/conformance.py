@@ -57,7 +57,7 @@ class Law:
     mend : str
         What to change where it does not.
     check : callable (law, subject) -> None
-        Looks; calls :meth:`require` on the way.
+        Tries the object under test, and calls :meth:`require` with what must hold.
 
     Examples
     --------
@@ -77,28 +77,28 @@ class Law:
     check: Callable[[Law, Any], None]
 
     def require(self, holds: object, seen: str, **given: object) -> None:
-        """Go on if it holds.
+        """Raise unless something holds.
 
         Parameters
         ----------
         holds : bool
-            Whether it does.
+            Whether what the law says holds here.
         seen : str
-            What was seen where it does not.
+            What was seen where it does not, for the message.
         **given : object
             The input, for the message.
 
         Raises
         ------
         LawBroken
-            If it does not hold.
+            If `holds` is not true.
         """
         if not holds:
             raise LawBroken(self.name, self._told(seen, given))
 
     @contextmanager
     def watching(self, what: str, **given: object) -> Iterator[None]:
-        """Run code of the object under test; what it raises breaks the law.
+        """Context for code of the object under test: whatever it raises breaks the law.
 
         Parameters
         ----------

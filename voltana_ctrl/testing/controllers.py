@@ -62,7 +62,7 @@ def check_controller(
     make : callable (fleet, slo) -> object with init/decide
         The class of the policy, as ``compare`` takes it, or a function that builds it.
     fleets : sequence of FleetSpec, optional
-        What to try it on; by default disaggregated, tensor-parallel, colocated and mixed ones.
+        Fleets to try it on; by default disaggregated, tensor-parallel, colocated and mixed ones.
     slo : Slo
         The promises it is made for.
     claims : collection of str
@@ -82,7 +82,9 @@ def check_controller(
 
     Examples
     --------
+    >>> from voltana_ctrl import Decision
     >>> from voltana_ctrl.control import StaticController
+    >>> from voltana_ctrl.testing import check_controller
     >>> check_controller(lambda fleet, slo: StaticController(fleet, 1300), examples=2)
     >>> class Forgetful:
     ...     def __init__(self, fleet, slo): self.fleet = fleet

@@ -44,7 +44,7 @@ def check_router(
         The class of the router, as ``compare`` takes it, or a function that builds it. Its
         attribute `phase` says which instances it picks from, "decode" where it has none.
     fleets : sequence of FleetSpec, optional
-        What to try it on; by default disaggregated, tensor-parallel, colocated and mixed ones.
+        Fleets to try it on; by default disaggregated, tensor-parallel, colocated and mixed ones.
     slo : Slo
         The promises it is made for.
     claims : collection of str
@@ -64,6 +64,7 @@ def check_router(
     Examples
     --------
     >>> from voltana_ctrl.routing import shortest_router
+    >>> from voltana_ctrl.testing import check_router
     >>> check_router(lambda fleet, slo: shortest_router(fleet, "decode"), examples=2)
     >>> class First:
     ...     def __init__(self, fleet, slo): pass

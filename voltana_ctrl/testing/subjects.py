@@ -63,15 +63,15 @@ class Subject:
     Parameters
     ----------
     make : callable (fleet, slo) -> controller or router
-        As in ``compare``.
+        Makes the policy, as in ``compare``.
     fleet : FleetSpec
-        What it is made for.
+        Fleet that it is made for.
     slo : Slo
-        The promises.
+        Promises that it is made for.
     other : FleetSpec
         Another fleet that it can be made for; may be the same.
     examples : int
-        Inputs drawn per law.
+        Number of inputs drawn per law.
     """
 
     make: Callable[[FleetSpec, Slo], Any]
@@ -81,7 +81,7 @@ class Subject:
     examples: int
 
     def new(self) -> Any:
-        """A fresh one."""
+        """Make a fresh policy for the fleet and the promises."""
         return self.make(self.fleet, self.slo)
 
 

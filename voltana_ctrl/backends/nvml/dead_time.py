@@ -24,7 +24,7 @@ class SetsClocks(Protocol):
 
     @property
     def actuation_s(self) -> F64:
-        """Median duration of setting one instance's clock, shape (n,)."""
+        """Median seconds that setting an instance's clock takes, shape (n,)."""
 
     def read(self) -> Observation:
         """State now."""
@@ -40,9 +40,9 @@ class DeadTime:
     Parameters
     ----------
     call_s : ndarray, shape (n,)
-        Median duration of the driver calls that set an instance's clock.
+        Median seconds that the driver calls take that set an instance's clock.
     settle_s : ndarray, shape (n,)
-        Median time from their end until the clock is seen there; NaN where it was not seen.
+        Median seconds from their end until the clock is read back; NaN where it was not.
 
     Raises
     ------
@@ -65,15 +65,20 @@ class DeadTime:
             not_negative("DeadTime", float(value_s))
 
     def delay_s(self, *, unseen_settle_s: float = 0.02) -> float:
-        """From asking for new clocks until all of them run: `delay_s` of a controller.
+        """Seconds from asking for new clocks until all of them run: `delay_s` of a controller.
 
         Sets of one machine follow one another, so that the last instance waits for all calls.
 
         Parameters
         ----------
         unseen_settle_s : float
-            Settling time of instances whose clock was not seen to settle. Published figures lie
-            between 1 and 500 ms.
+            Settling time in seconds of instances whose clock was not seen to settle. Published
+            figures lie between 1 and 500 ms.
+
+        Returns
+        -------
+        float
+            Sum of all calls, and the longest settling.
         """
         settle_s = np.where(np.isnan(self.settle_s), unseen_settle_s, self.settle_s)
         return float(self.call_s.sum() + settle_s.max())
@@ -96,20 +101,20 @@ def measure_dead_time(
     Parameters
     ----------
     backend : NvmlBackend
-        Already open; a recorded or simulated plant needs no measuring.
+        Backend that is open to set clocks; a recorded or simulated plant needs no measuring.
     ceiling_mhz : ndarray, shape (n,), optional
-        Highest clocks to set.
+        Highest clocks to set; the highest supported ones by default.
     repeats : int
-        Times up and down.
+        How often each instance is set down and up.
     settle_limit_s : float
-        How long to watch for the clock after a set.
+        Seconds to watch for the clock after a set.
     now_s : callable
-        Clock to measure with.
+        Returns the seconds to measure with.
 
     Returns
     -------
     DeadTime
-        Calls and settling per instance.
+        Calls and settling of every instance.
 
     Raises
     ------

@@ -144,7 +144,7 @@ class Nvml:
         Parameters
         ----------
         number : int
-            As `nvidia-smi` counts.
+            Number of the GPU, as ``nvidia-smi`` counts, from 0.
 
         Raises
         ------

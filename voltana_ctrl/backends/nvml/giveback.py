@@ -67,11 +67,17 @@ class FoundGpu:
         return self.clock or self.memory or self.power_cap_w is not None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON, from which :func:`record_from` makes the record again."""
         return {"kind": "gpu", **asdict(self)}
 
     def restore(self) -> list[str]:
-        """Give it back; what could not be, in words."""
+        """Give the GPU back; what fails does not keep the rest from being given back.
+
+        Returns
+        -------
+        list of str
+            What could not be given back, in words; empty if all was.
+        """
         from voltana_ctrl.backends.nvml.driver import Nvml
 
         problems = []
@@ -131,11 +137,17 @@ class FoundFile:
         return True
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON, from which :func:`record_from` makes the record again."""
         return {"kind": "file", **asdict(self)}
 
     def restore(self) -> list[str]:
-        """Write it back; what could not be, in words."""
+        """Write the content back as it was found.
+
+        Returns
+        -------
+        list of str
+            Why it could not be written, in words; empty if it was.
+        """
         try:
             Path(self.path).write_text(self.text, encoding="ascii")
         except OSError as error:
@@ -152,6 +164,11 @@ def record_from(values: Any) -> FoundGpu | FoundFile:
     ----------
     values : mapping
         As `as_dict` gives them, perhaps through JSON.
+
+    Returns
+    -------
+    FoundGpu or FoundFile
+        The record.
 
     Raises
     ------
@@ -180,7 +197,7 @@ def record_from(values: Any) -> FoundGpu | FoundFile:
 
 
 def give_back(records: Sequence[FoundGpu | FoundFile]) -> list[str]:
-    """Restore everything; what could not be, in words.
+    """Give back everything that was touched.
 
     One that fails does not keep the others from being given back.
 
@@ -188,6 +205,11 @@ def give_back(records: Sequence[FoundGpu | FoundFile]) -> list[str]:
     ----------
     records : sequence of FoundGpu or FoundFile
         What was touched, and how it was found.
+
+    Returns
+    -------
+    list of str
+        What could not be given back, in words; empty if all was.
 
     Examples
     --------

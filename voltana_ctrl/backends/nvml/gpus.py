@@ -62,7 +62,7 @@ class NvmlBackend:
     Parameters
     ----------
     fleet : FleetSpec
-        What is controlled; the clocks of each instance must be supported by its GPUs.
+        Fleet to control; the clocks of each instance must be supported by its GPUs.
     gpus : mapping of str to sequence of str
         UUIDs of the GPUs of each instance, by its id; one clock for all GPUs of an instance.
     engine : callable, optional
@@ -79,16 +79,16 @@ class NvmlBackend:
     library : Path, optional
         The driver library, where it is not the system's.
     call_limit_s : float
-        How long a tick waits for driver calls.
+        Seconds that a read or an apply waits for driver calls.
     hang_limit_s : float
-        A driver that has not answered for so long is an error.
+        Seconds without an answer of the driver after which an apply raises.
     settle_s : float
-        A clock is compared with its lock only so long after a set.
+        Seconds after a set before a clock that is read is compared with its lock.
     idle_s : float
-        Hardware is given back after so long without a read or an apply; the next apply sets
-        it again.
+        Seconds without a read or an apply after which the hardware is given back; the next apply
+        sets it again.
     now_s : callable
-        Time that never goes back; that of the control loop.
+        Returns seconds that never go back, on the clock of the control loop.
 
     Raises
     ------
@@ -169,7 +169,7 @@ class NvmlBackend:
 
     @property
     def actuates(self) -> bool:
-        """Whether anything can be set."""
+        """Whether it was opened to set clocks, itself or through the setter."""
         return self._lease is not None or self._setter is not None
 
     @property
@@ -179,9 +179,9 @@ class NvmlBackend:
 
     @property
     def actuation_s(self) -> F64:
-        """Median duration of setting one instance's clock, shape (n,); 0 before the first.
+        """Median seconds that setting an instance's clock takes, shape (n,); 0 before the first.
 
-        The dead time of the control model, without the settling of the clock. Calls of one
+        It is the dead time of the control model without the settling of the clock. Calls of one
         node follow one another, so those of an instance's GPUs add up.
         """
         return np.array(
@@ -210,6 +210,12 @@ class NvmlBackend:
 
     def read(self) -> Observation:
         """State of all instances now; the last one known, with its age, where a driver hangs.
+
+        Returns
+        -------
+        Observation
+            Clock, power and energy as the GPUs tell them, the rest from `engine`. A clock that is
+            not told is the one that was set, else the highest; a power that is not told is 0.
 
         Raises
         ------
@@ -245,7 +251,13 @@ class NvmlBackend:
         return float(min(*locks_mhz, self._fleet.max_mhz[instance]))
 
     def problems(self) -> dict[str, str]:
-        """What is wrong with the readings of each instance's GPUs, by its id."""
+        """What is wrong with the readings of GPUs, in words.
+
+        Returns
+        -------
+        dict of str to str
+            By the id of the instance; those with which nothing is wrong are left out.
+        """
         t_s = self._now_s()
         told = {
             name: InstanceMeter.of([held.meter for held in group], t_s).problem
@@ -286,7 +298,7 @@ class NvmlBackend:
         instance : int
             Index in the fleet.
         freq_mhz : float
-            A supported clock.
+            A supported clock in MHz.
 
         Raises
         ------
@@ -477,7 +489,7 @@ class NvmlBackend:
         Parameters
         ----------
         limit_s : float
-            How long to wait for a driver that hangs.
+            Seconds to wait for a driver that hangs.
 
         Raises
         ------

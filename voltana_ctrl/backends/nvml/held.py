@@ -39,7 +39,7 @@ class GpuCapability:
     Parameters
     ----------
     uuid, name : str
-        The GPU.
+        UUID and name of the GPU.
     clamp_mhz : float or None
         Highest clock reached under a higher lock without an event reason: locks above are
         silently clamped. None if that was not seen.
@@ -48,10 +48,10 @@ class GpuCapability:
     energy_counter : bool
         Whether energy is counted by the board; else it is integrated from power.
     set_calls : int
-        Clock sets timed.
+        Clock sets that were timed, of late.
     set_call_s, set_call_p99_s : float
-        Median and 99th percentile of their duration; 0 before the first. The clock settles
-        after the call; the call alone is timed.
+        Median and 99th percentile of the seconds that they took; 0 before the first. The clock
+        settles after the call; the call alone is timed.
     locks_lost : int
         Times that a lock of ours was gone (reset by somebody else) and set again.
     energy_restarts : int

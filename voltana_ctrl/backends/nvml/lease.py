@@ -22,13 +22,13 @@ class Lease:
     Parameters
     ----------
     hardware : sequence of str
-        Names: UUIDs of GPUs, CPU frequency policies.
+        UUIDs of GPUs, and folders of CPU frequency policies.
     lock_dir : Path
         Where lock files live, the same for all controllers of a machine.
     idle_s : float
-        Hardware of a controller that does nothing for so long is given back.
+        Seconds after which the hardware of a controller that does nothing is given back.
     on_given_back : callable, optional
-        Told when the watchdog gave it back while this process lives.
+        Called when the watchdog gave it back while this process lives.
 
     Raises
     ------
@@ -81,12 +81,12 @@ class Lease:
 
     @contextmanager
     def touch(self, name: str, record: FoundGpu | FoundFile) -> Iterator[None]:
-        """Write down how something was found while it is set for the first time.
+        """Context in which something is set for the first time: writes down how it was found.
 
         Parameters
         ----------
         name : str
-            Of the hardware.
+            Name of the hardware, one of those that are held.
         record : FoundGpu or FoundFile
             How to give it back. Struck out again if the set inside is denied: then there is
             nothing to give back, and no way to.
@@ -120,7 +120,7 @@ class Lease:
         Parameters
         ----------
         watchdog_limit_s : float
-            How long to wait for the watchdog where this process itself is not able to.
+            Seconds to wait for the watchdog where this process itself cannot give it back.
 
         Raises
         ------

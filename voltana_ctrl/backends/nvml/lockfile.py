@@ -36,11 +36,11 @@ class LockFile:
     Parameters
     ----------
     hardware : str
-        Its name: the UUID of a GPU, the name of a CPU frequency policy.
+        Name of it: the UUID of a GPU, the folder of a CPU frequency policy.
     folder : Path
         Where lock files live, made if it is not there; the same for all controllers of a machine.
     wait_s : float
-        How long to wait for the watchdog of an owner that has just died.
+        Seconds to wait for the watchdog of an owner that has just died.
 
     Raises
     ------

@@ -40,9 +40,9 @@ class GpuMeters:
     library : Path, optional
         The driver library, where it is not the system's.
     call_limit_s : float
-        How long a read waits for the driver.
+        Seconds that a read waits for the driver.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Raises
     ------
@@ -53,7 +53,7 @@ class GpuMeters:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> with GpuMeters(fleet, {}) as meters:  # no GPUs: not even a driver is looked for
     ...     meters.read().state.freq_mhz
@@ -101,7 +101,7 @@ class GpuMeters:
 
     @property
     def caps_w(self) -> dict[str, float]:
-        """Power caps in force below the highest of the board, by GPU: somebody set them."""
+        """Power caps that somebody set below the highest of the board, in watts by UUID."""
         found = {}
         for uuid, (gpu, _) in self._gpus.items():
             cap_w, range_w = gpu.power_cap_w, gpu.power_cap_range_w
@@ -111,12 +111,18 @@ class GpuMeters:
 
     @property
     def covers(self) -> dict[str, tuple[str, ...]]:
-        """What readings cover besides one tenant's GPU (MIG, vGPU, modules), by GPU."""
+        """What readings cover besides one tenant's GPU (MIG, vGPU, modules), in words by UUID."""
         told = {uuid: gpu.covers for uuid, (gpu, _) in self._gpus.items()}
         return {uuid: sentences for uuid, sentences in told.items() if sentences}
 
     def problems(self) -> dict[str, str]:
-        """What is wrong with the readings of each instance's GPUs, by its id."""
+        """What is wrong with the readings of GPUs, in words.
+
+        Returns
+        -------
+        dict of str to str
+            By the id of the instance; those with which nothing is wrong are left out.
+        """
         told = {self._fleet.ids[i]: seen.problem for i, seen in self._seen(self._now_s()).items()}
         return {name: problem for name, problem in told.items() if problem}
 
@@ -131,6 +137,11 @@ class GpuMeters:
 
     def read(self) -> Observation:
         """Clock, power and energy now; the last ones with their age where a driver hangs.
+
+        Returns
+        -------
+        Observation
+            All else is told as idle.
 
         Raises
         ------

@@ -63,7 +63,12 @@ def listeners(pid: int) -> list[int]:
     Parameters
     ----------
     pid : int
-        Its number.
+        Number of the process.
+
+    Returns
+    -------
+    list of int
+        Numbers of those processes, ascending.
 
     Examples
     --------

@@ -104,9 +104,9 @@ class ClockRequest:
     Parameters
     ----------
     gpu : str
-        UUID.
+        UUID of the GPU.
     lo_mhz, hi_mhz : int or None
-        Clocks to hold it between; None to reset.
+        Clocks to hold it between; None gives its clock back to the driver.
 
     Examples
     --------
@@ -129,6 +129,11 @@ def parse_request(line: bytes, policy: SetterPolicy) -> ClockRequest:
         ``{"verb": "reset", "gpu": UUID}``; nothing more, nothing less.
     policy : SetterPolicy
         What is allowed.
+
+    Returns
+    -------
+    ClockRequest
+        What is to be set.
 
     Raises
     ------
@@ -189,11 +194,11 @@ class TokenBucket:
     Parameters
     ----------
     rate_req_s : float
-        Let through per second over the long run.
+        Requests let through per second over the long run.
     burst : int
-        Let through at once after a pause.
+        Requests let through at once after a pause.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Examples
     --------
@@ -212,7 +217,7 @@ class TokenBucket:
         self._t_s = now_s()
 
     def take(self) -> bool:
-        """Whether one more may pass now."""
+        """Let one more pass, or not: True if it may, which then counts."""
         t_s = self._now_s()
         gained = self._rate_req_s * max(0.0, t_s - self._t_s)
         self._tokens = min(float(self._burst), self._tokens + gained)

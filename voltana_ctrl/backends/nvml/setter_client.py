@@ -25,7 +25,7 @@ _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """Whose process is at the other end of a Unix socket, as the kernel says."""
+    """User id of the process at the other end of a Unix socket, as the kernel says."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
     return int(_PEER_CREDENTIALS.unpack(raw)[1])
 
@@ -36,11 +36,11 @@ class SetterClient:
     Parameters
     ----------
     path : Path
-        The setter's socket.
+        Socket on which the setter listens.
     on_lost : callable, optional
-        Told when the connection broke: the setter has then given everything back.
+        Called when the connection broke: the setter has then given everything back.
     limit_s : float
-        How long to wait for an answer.
+        Seconds to wait for an answer.
 
     Raises
     ------
@@ -70,7 +70,7 @@ class SetterClient:
 
     @property
     def quiet_s(self) -> float:
-        """How long nothing has been asked."""
+        """Seconds since anything was asked."""
         return time.monotonic() - self._asked_s
 
     def _connect(self) -> socket.socket:
@@ -104,7 +104,7 @@ class SetterClient:
         return connection
 
     def gpu(self, uuid: str) -> _RemoteGpu:
-        """Setter of one GPU's clock."""
+        """Setter of the clock of one GPU, by its UUID: `lock_clock` and `reset_clock`."""
         return _RemoteGpu(self, uuid)
 
     def ask(self, **request: str | int) -> None:

@@ -25,9 +25,9 @@ class Sweep:
     Parameters
     ----------
     folder : Path
-        Where lock files live; one that is not there has none.
+        Folder of the lock files; where there is no such folder there are none.
     every_s : float
-        Time between two looks.
+        Seconds between two looks.
     patience : int
         Looks at which an owner must have been dead or stopped while somebody holds on to the lock.
 
@@ -48,7 +48,13 @@ class Sweep:
         self._thread = threading.Thread(target=self._run, name="voltana-ctrl-sweep", daemon=True)
 
     def look(self) -> list[str]:
-        """Look once; names of the hardware that was given back."""
+        """Look once.
+
+        Returns
+        -------
+        list of str
+            Names of the hardware that was given back; what could not be is logged.
+        """
         with self._looking:
             given_back, problems = restore_abandoned(self._folder)
             held = left_by_the_lost(self._folder)

@@ -60,19 +60,24 @@ class Worker:
 
     @property
     def busy_s(self) -> float:
-        """How long the job that runs now has been running; 0 if none does."""
+        """Seconds that the job that runs now has been running; 0 if none does."""
         running = self._running
         return 0.0 if running is None else time.monotonic() - running[1]
 
     def run(self, function: Callable[[], Any], *, limit_s: float) -> Any:
-        """Result of a job, or what it raised.
+        """Run a job and wait for it; what it raises is raised here.
 
         Parameters
         ----------
         function : callable
-            The job.
+            The job, called without arguments.
         limit_s : float
-            How long to wait for it.
+            Seconds to wait for it.
+
+        Returns
+        -------
+        object
+            What the job returned.
 
         Raises
         ------

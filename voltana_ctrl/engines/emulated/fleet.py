@@ -352,7 +352,12 @@ def free_ports(n: int) -> list[int]:
     Parameters
     ----------
     n : int
-        How many.
+        Number of ports.
+
+    Returns
+    -------
+    list of int
+        Different ports; another process may take one before it is used.
 
     Raises
     ------

@@ -36,6 +36,11 @@ def encode_forward_pass(one: ForwardPass, pack: Callable[[object], bytes] | None
         Packs a value as MessagePack; looked for at every call without, which takes forty
         times as long as packing where msgpack is not installed.
 
+    Returns
+    -------
+    bytes
+        MessagePack, the last frame of a ZeroMQ message. Counts are cut to whole numbers.
+
     Examples
     --------
     >>> from voltana_ctrl.engines.fpm.messages import decode_forward_pass

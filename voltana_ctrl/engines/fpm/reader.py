@@ -51,11 +51,11 @@ class FpmCounts:
     restarts : int
         Times that a rank counted anew: its engine was restarted.
     bad, other_version : int
-        Refused: no forward-pass message; one of a version that is not known.
+        Messages refused that are no forward-pass messages, or of a version that is not known.
     strangers : int
-        Refused: of no instance of this fleet.
+        Messages refused that are of no instance of this fleet.
     dropped : int
-        Not read in time: nobody called :meth:`FpmReader.read`.
+        Messages dropped since nobody called :meth:`FpmReader.read` in time.
 
     Examples
     --------
@@ -92,7 +92,7 @@ class FpmReader:
     keep : int
         Messages kept until they are read; older ones are dropped, and counted.
     now_s : callable
-        Time that never goes back.
+        Returns seconds that never go back.
 
     Raises
     ------
@@ -126,7 +126,7 @@ class FpmReader:
         self._now_s = now_s
         self._counts = dict.fromkeys((field.name for field in fields(FpmCounts)), 0)
         self._ranks: dict[tuple[int, int], RankState] = {}
-        #: From asking for a clock until it runs, by instance, as plugins measured it.
+        #: Seconds from asking for a clock until it runs, by instance id, as plugins measured it.
         self.delay_s: dict[str, float] = {}
         self._of_worker: dict[str, int] = {}
         self._of_address: dict[str, set[int]] = {address: set() for address in addresses}
@@ -179,11 +179,11 @@ class FpmReader:
         Parameters
         ----------
         address : str
-            Where it came from.
+            ZeroMQ address that it came from.
         frames : sequence of bytes
-            The message.
+            Frames of the message.
         t_s : float
-            When.
+            Time at which it came, in seconds.
         """
         if len(self._inbox) == self._inbox.maxlen:
             self._counts["dropped"] += 1
@@ -197,7 +197,15 @@ class FpmReader:
         Parameters
         ----------
         t_s : float
-            Time of the reading.
+            Time of the reading, on the clock of `now_s`.
+
+        Returns
+        -------
+        reading : EngineReading
+            State of every instance, without clock, power and energy. Arrivals are those since the
+            last read.
+        iterations : IterationBatch
+            A row for each message of an iteration.
         """
         rows: list[tuple[int, float, ForwardPass]] = []
         for _ in range(len(self._inbox)):
@@ -344,7 +352,12 @@ def dynamo_fpm_addresses(folder: str | Path) -> tuple[str, ...]:
     Parameters
     ----------
     folder : str or Path
-        The folder ``DYN_FILE_KV``.
+        Folder that ``DYN_FILE_KV`` names.
+
+    Returns
+    -------
+    tuple of str
+        ZeroMQ addresses; empty where there is no such folder, or no worker.
 
     Examples
     --------

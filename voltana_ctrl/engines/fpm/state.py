@@ -26,11 +26,11 @@ class RankState:
     Parameters
     ----------
     prefills, decodes : bool
-        What its instance does.
+        Whether its instance prefills, and whether it decodes.
     budget_tok : float
         Tokens of its largest iteration; a prompt is cut where an iteration is full.
     longest_s : callable, optional
-        How long an iteration may be that prefills so many tokens.
+        Returns the seconds that an iteration may take that prefills a given number of tokens.
 
     Examples
     --------
@@ -60,7 +60,7 @@ class RankState:
         self._line = WaitingLine()
 
     def missing(self, one: ForwardPass) -> int:
-        """Messages lost before this one; -1 where the engine counts anew."""
+        """Number of messages lost before this one; -1 where the engine counts anew."""
         last = self.last
         if last is None or one.number == last.number == 0:  # the first, or never numbered
             return 0
@@ -76,7 +76,7 @@ class RankState:
         one : ForwardPass
             The message.
         t_s : float
-            When it came.
+            Time at which it came, in seconds.
         """
         self.last, self.seen_s = one, t_s
         if one.is_heartbeat:
@@ -126,7 +126,7 @@ class RankState:
         self.arrived_tok += max(0.0, grown_tok)
 
     def oldest_wait_s(self, t_s: float) -> float:
-        """Age of what waits longest."""
+        """Seconds that the oldest in the queue has waited at the time `t_s`; 0 without a queue."""
         return self._line.oldest_s(t_s)
 
     @property
