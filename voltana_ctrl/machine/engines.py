@@ -35,27 +35,27 @@ class FoundEngine:
     Parameters
     ----------
     url : str
-        Its address.
+        Address of the engine.
     kind : {"vllm", "sglang", "trtllm", "dynamo"}
-        By the names on its page of metrics.
+        What it is, by the names on its page of metrics.
     told : mapping of str to float
         What the page tells: queues, tokens and requests, by name.
     model : str, optional
-        What it serves.
+        Name of the model that it serves.
     role : {"prefill", "decode", "colocated"}, optional
         As its command line or its server's information has it; None where neither tells.
     worker_id : int, optional
-        Of a Dynamo worker; another one at every start.
+        Id of a Dynamo worker; another one at every start.
     fpm : str, optional
         Address of its forward-pass metrics, as its variables and Dynamo's discovery tell.
     bootstrap_port : int, optional
-        Where an SGLang prefill engine meets its decode engine.
+        Port where an SGLang prefill engine meets its decode engine.
     limits : str, optional
         File with the orders of the governor inside it, where it has one that acts.
     given : tuple of str
         UUIDs of the GPUs that the kubelet gave its pod.
     process : Process, optional
-        Who listens, where this user or Kubernetes tells.
+        Process that listens, where this user may know or Kubernetes tells.
 
     Examples
     --------
@@ -82,6 +82,11 @@ class FoundEngine:
         ----------
         held : mapping of int to iterable of str
             UUIDs by the number of the process that computes on them, as the driver tells.
+
+        Returns
+        -------
+        tuple of str
+            Empty where neither is known.
         """
         if self.process is None or self.process.pid is None:
             return self.given
@@ -90,7 +95,12 @@ class FoundEngine:
         return tuple(found) or self.given
 
     def read(self) -> FoundEngine:
-        """Read its page anew.
+        """Read its page of metrics anew.
+
+        Returns
+        -------
+        FoundEngine
+            The same engine with what the page tells now.
 
         Raises
         ------
@@ -118,6 +128,11 @@ def find_engines(
         Addresses to ask instead; one that does not answer is refused.
     pods : mapping of str to Process, optional
         Addresses in pods to ask besides, see :func:`~voltana_ctrl.machine.pods.read_pods`.
+
+    Returns
+    -------
+    list of FoundEngine
+        Those that answer with the metrics of an engine.
 
     Raises
     ------

@@ -49,7 +49,7 @@ def draft_fleet(
     Parameters
     ----------
     engines : sequence of FoundEngine
-        What answers.
+        Engines that answer.
     gpu_names : mapping of str to str
         Names of the GPUs by UUID.
     held : mapping of int to sequence of str
@@ -57,7 +57,12 @@ def draft_fleet(
     node : str
         Name of this machine.
     schema : str, optional
-        Where the schema of the file is, for editors.
+        Path or address of the file's JSON Schema, for editors.
+
+    Returns
+    -------
+    FleetDraft
+        Text of the file, and what in it is to be looked at.
 
     Examples
     --------

@@ -58,7 +58,7 @@ class GpuUse:
 
     @property
     def year_kwh(self) -> float | None:
-        """Energy of a year at rest; None where no rest was seen."""
+        """Kilowatt-hours of a year at rest; None where no rest was seen."""
         return None if self.idle_w is None else self.idle_w * _HOURS_A_YEAR / 1000.0
 
 
@@ -69,15 +69,15 @@ class EngineUse:
     Parameters
     ----------
     url, kind : str
-        The engine.
+        Address and kind of the engine.
     model, pod : str or None
-        What it serves, and the UID of its Kubernetes pod.
+        Model that it serves, and UID of its Kubernetes pod; None where they are not told.
     gpus : tuple of str
         UUIDs of the GPUs that it computes on; empty where that is not known.
     output_tok, finished_req : float or None
-        Output tokens and finished requests of the measurement.
+        Output tokens and finished requests meanwhile; None where they are not told.
     energy_j : float or None
-        Of its GPUs; None where it is not known which they are.
+        Joules of its GPUs meanwhile; None where it is not known which they are.
     hints : tuple of str
         What would draw less, or why something is not told.
 
@@ -101,7 +101,7 @@ class EngineUse:
 
     @property
     def token_j(self) -> float | None:
-        """Energy per output token; None where there was none."""
+        """Joules per output token; None where there was none."""
         return (
             None
             if self.energy_j is None or not self.output_tok
@@ -110,7 +110,7 @@ class EngineUse:
 
     @property
     def request_j(self) -> float | None:
-        """Energy per finished request; None where there was none."""
+        """Joules per finished request; None where there was none."""
         return (
             None
             if self.energy_j is None or not self.finished_req
@@ -125,7 +125,7 @@ class MachineUse:
     Parameters
     ----------
     duration_s : float
-        How long was measured.
+        Seconds that were measured.
     gpus : tuple of GpuUse
         Every GPU that answers.
     engines : tuple of EngineUse
@@ -156,7 +156,7 @@ class MachineUse:
         return not self.gpus and not self.engines
 
     def json(self) -> str:
-        """As one line of JSON."""
+        """All figures as one line of JSON."""
         values = {
             "schema": "voltana-ctrl/meter/1",
             "duration_s": self.duration_s,
@@ -170,12 +170,12 @@ class MachineUse:
         return json.dumps(values, separators=(",", ":"))
 
     def text(self, price_kwh: float | None = None) -> str:
-        """In plain words.
+        """The figures in plain words, as lines of text.
 
         Parameters
         ----------
         price_kwh : float, optional
-            Price of a kilowatt-hour, in any currency.
+            Price of a kilowatt-hour, in any currency, for the cost of a year at rest.
         """
         return "\n".join(self._lines(price_kwh))
 
@@ -237,20 +237,25 @@ def measure(
     now_s: Callable[[], float] = time.monotonic,
     stop: Callable[[], bool] = lambda: False,
 ) -> MachineUse:
-    """Measure for a while; sets nothing.
+    """Measure what GPUs draw and what engines make of it; sets nothing.
 
     Parameters
     ----------
     engines : sequence of FoundEngine
-        Engines, see :func:`find_engines`.
+        Engines of this machine, see :func:`~voltana_ctrl.machine.find_engines`.
     duration_s : float
-        How long.
+        Seconds to measure.
     library : Path, optional
         The driver library, where it is not the system's.
     sleep, now_s : callable
-        How time passes.
+        Waits for some seconds, and returns the time in seconds.
     stop : callable
         Asked after each sleep whether to end with what is measured so far.
+
+    Returns
+    -------
+    MachineUse
+        What could not be read is named in its `problems`.
 
     Raises
     ------

@@ -37,12 +37,17 @@ _LIMIT_S = 10.0
 
 
 def pod_gpus(record: Path = _DEVICES) -> dict[str, tuple[str, ...]]:
-    """UUIDs of GPUs by the UID of the pod that was given them; empty without a kubelet's record.
+    """Which GPUs the kubelet has given to which pods.
 
     Parameters
     ----------
     record : Path
-        The kubelet's record of devices.
+        File in which the kubelet records devices.
+
+    Returns
+    -------
+    dict of str to tuple of str
+        UUIDs of GPUs and MIG slices by the UID of the pod; empty where there is no such record.
 
     Examples
     --------
@@ -73,7 +78,7 @@ def pod_gpus(record: Path = _DEVICES) -> dict[str, tuple[str, ...]]:
 
 
 def read_pods(source: str, *, account: Path = _ACCOUNT) -> dict[str, Process]:
-    """Addresses at which engines in pods may listen, and the process behind each as its pod says.
+    """Addresses at which engines in pods may listen, as the list of pods tells.
 
     Parameters
     ----------
@@ -82,6 +87,11 @@ def read_pods(source: str, *, account: Path = _ACCOUNT) -> dict[str, Process]:
         API server, asked for the pods of the node that ``NODE_NAME`` names, or of all.
     account : Path
         Folder of the service account, with its token and the authority of the API server.
+
+    Returns
+    -------
+    dict of str to Process
+        By the address, the process that its pod describes, without a number.
 
     Raises
     ------

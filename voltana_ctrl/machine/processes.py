@@ -24,11 +24,11 @@ class Process:
     Parameters
     ----------
     pid : int or None
-        Its number; None of one that only its pod tells of.
+        Number of the process; None of one that only its pod tells of.
     command : tuple of str
-        Its command line.
+        Words of its command line.
     environment : mapping of str to str
-        What it was started with; empty where that is not told.
+        Variables that it was started with; empty where they are not told.
     pod : str, optional
         UID of its Kubernetes pod, as its control group names it.
     pod_name, node : str, optional
@@ -50,7 +50,18 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> Process:
-        """Look at a process; what cannot be read is empty."""
+        """Look at a process of this machine.
+
+        Parameters
+        ----------
+        pid : int
+            Number of the process.
+
+        Returns
+        -------
+        Process
+            What cannot be read is empty.
+        """
         folder = _PROC / str(pid)
         pairs = [one.partition("=") for one in _words(folder / "environ")]
         pod = re.search(r"pod([0-9a-f]{8}[-_0-9a-f]{28})", _text(folder / "cgroup"))
@@ -67,7 +78,18 @@ class Process:
         return names_engine(self.command)
 
     def option(self, name: str) -> str | None:
-        """Value of an option that it was started with; empty for a switch, None without it."""
+        """Value of an option on its command line.
+
+        Parameters
+        ----------
+        name : str
+            Option, such as ``--port``.
+
+        Returns
+        -------
+        str or None
+            Empty for an option without a value; None where it was not given.
+        """
         for number, word in enumerate(self.command):
             if word == name:
                 following = self.command[number + 1 : number + 2]
@@ -83,7 +105,7 @@ def names_engine(words: Iterable[str]) -> bool:
     Parameters
     ----------
     words : iterable of str
-        The words.
+        Words to look through.
 
     Examples
     --------
@@ -94,7 +116,12 @@ def names_engine(words: Iterable[str]) -> bool:
 
 
 def listeners() -> dict[int, Process | None]:
-    """Ports of this machine that somebody listens at, and who, where this user may know.
+    """TCP ports of this machine at which somebody listens.
+
+    Returns
+    -------
+    dict of int to Process or None
+        Who listens, by the port; None where this user may not know.
 
     Examples
     --------
@@ -121,12 +148,17 @@ def listeners() -> dict[int, Process | None]:
 
 
 def family(pid: int) -> set[int]:
-    """Numbers of a process and of all that descend from it: workers hold the GPUs.
+    """A process and all that descend from it, since an engine's workers hold its GPUs.
 
     Parameters
     ----------
     pid : int
-        The eldest.
+        Number of the process.
+
+    Returns
+    -------
+    set of int
+        Numbers of all of them, `pid` included.
     """
     parents: dict[int, list[int]] = {}
     for folder in _PROC.iterdir():

@@ -18,6 +18,11 @@ _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list:
 def fleet_schema() -> dict[str, Any]:
     """JSON Schema of the file that :func:`~voltana_ctrl.engines.load_endpoints` reads.
 
+    Returns
+    -------
+    dict
+        Plain values for JSON, of draft 7.
+
     Examples
     --------
     >>> instance = fleet_schema()["properties"]["instance"]["items"]

@@ -31,17 +31,17 @@ class LoadClient:
     Parameters
     ----------
     url : str
-        Of the engine, with or without ``/v1``.
+        Address of the engine, with or without ``/v1``.
     model : str, optional
         Name of the model; asked of the engine where it is not given.
     words : bool
-        Send prompts as words, to engines that take no token ids.
+        Whether prompts are sent as words, to engines that take no token ids.
     token_ids : tuple of int
-        Lowest and highest token id of prompts.
+        Token ids of prompts are drawn from the first up to, without it, the second.
     timeout_s : float
-        Longest silence of the engine.
+        Seconds that the engine may be silent.
     api_key : str, optional
-        Sent as bearer token.
+        Bearer token that the engine is sent.
 
     Raises
     ------
@@ -111,12 +111,17 @@ class LoadClient:
         await self._http.aclose()
 
     def prompt(self, tok: int) -> list[int] | str:
-        """Draw a prompt of so many tokens (words, where the engine takes no ids).
+        """Draw a prompt.
 
         Parameters
         ----------
         tok : int
-            Its length.
+            Number of its tokens, or of its words.
+
+        Returns
+        -------
+        list of int or str
+            Token ids; words, where the engine takes no ids.
         """
         if self._words:
             return " ".join(_WORDS[k] for k in self._rng.integers(len(_WORDS), size=tok))
@@ -125,12 +130,19 @@ class LoadClient:
         return ids
 
     def request(self, prompt_tok: int, output_tok: int) -> bytes:
-        """Body of a request with a new prompt, made before the time of its sending.
+        """Body of a request with a new prompt, so that nothing is drawn when it is to be sent.
 
         Parameters
         ----------
-        prompt_tok, output_tok : int
-            Lengths; the engine is asked not to stop early.
+        prompt_tok : int
+            Tokens of the prompt as the engine counts them, those that it adds included.
+        output_tok : int
+            Tokens to generate; the engine is asked not to stop early.
+
+        Returns
+        -------
+        bytes
+            JSON, for :meth:`stream`.
         """
         asked = max(1, prompt_tok - self.extra_tok)
         body = {

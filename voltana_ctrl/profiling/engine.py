@@ -23,28 +23,29 @@ class Engine:
     Parameters
     ----------
     url : str
-        Of the server.
+        Address of the server.
     gpus : tuple of str
         UUIDs of its GPUs, all of them; none leaves energy out.
     prefill_url, decode_url : str, optional
-        Where the phases have engines of their own.
+        Addresses of the engines of each phase, where they have their own; `url` else.
     prefill_gpus, decode_gpus : tuple of str
-        The GPUs of those.
+        UUIDs of the GPUs of those engines.
     model : str, optional
         Name of the model, where the server has several.
     words : bool
-        Send prompts as words, to a server that takes no token ids.
+        Whether prompts are sent as words, to a server that takes no token ids.
     token_ids : tuple of int
-        Lowest and highest token id of prompts; within the vocabulary.
+        Token ids of prompts are drawn from the first up to, without it, the second; all must be in
+        the vocabulary.
     api_key : str, optional
-        Of the server.
+        Bearer token that the server asks for.
     freq_mhz : float, optional
-        SM clock, where no GPU is given to read it from.
+        SM clock at which its GPUs run, where no GPU is given to read it from.
 
     Raises
     ------
     ConfigError
-        If there is neither a GPU nor a clock.
+        If there is neither a GPU nor a clock, or both; or GPUs of one phase only.
 
     Examples
     --------
@@ -81,12 +82,19 @@ class Engine:
             )
 
     def of(self, phase: Phase) -> tuple[str, tuple[str, ...]]:
-        """Address and GPUs of the engine of a phase; idle is taken of decode.
+        """Address and GPUs of the engine of a phase.
 
         Parameters
         ----------
         phase : {"idle", "decode", "prefill"}
-            Which.
+            The phase; at rest the decode engine is measured.
+
+        Returns
+        -------
+        url : str
+            Address of the engine.
+        gpus : tuple of str
+            UUIDs of its GPUs.
         """
         if phase == "prefill":
             return self.prefill_url or self.url, self.prefill_gpus or self.gpus
@@ -104,7 +112,7 @@ class ProfileRun:
     measured, skipped : int
         Points that were measured in this run, and points that an earlier run had left in the file.
     wall_s : float
-        How long the run took.
+        Seconds that the run took.
     left_out : int
         Points that are not in the file, since they were slower than a latency limit or were sure
         to be.
@@ -125,7 +133,7 @@ class ProfileRun:
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """The same as lines of text."""
+        """What was measured as lines of text: a summary, then the notes."""
         first = (
             f"{self.path}: {self.measured} points measured in {self.wall_s / 60.0:.0f} min,"
             f" {self.skipped} were there"

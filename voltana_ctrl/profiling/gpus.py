@@ -21,7 +21,11 @@ _STALE_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSample:
-    """One look at the GPUs of one engine; energy since they were opened, of all of them."""
+    """One look at the GPUs of one engine, at the time `t_s` in seconds of ``time.perf_counter``.
+
+    Energy is that of all of them since they were opened, the clock the lowest of them, the
+    temperature that of the hottest.
+    """
 
     t_s: float = 0.0
     energy_j: float = 0.0
@@ -37,7 +41,7 @@ class ProfiledGpus:
     groups : sequence of tuple of str
         UUIDs of the GPUs of each engine; may be empty.
     settings : sequence of ActuatorSetting
-        What will be set; nothing opens for reading only.
+        Everything that will be set; empty opens the GPUs for reading only.
     setter, restore_lock_mhz, lock_dir, library
         As of NvmlBackend.
 

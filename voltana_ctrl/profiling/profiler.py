@@ -53,11 +53,11 @@ def profile_engine(
     Parameters
     ----------
     engine : Engine
-        What is measured.
+        Engine that is measured.
     sweep : Sweep
-        Where, how long, and when to stop.
+        Points to measure, how long, and when to stop.
     out : str or Path
-        The table, CSV; appended to.
+        CSV file of the table, which is appended to.
     setter, restore_lock_mhz, lock_dir, library
         See :class:`voltana_ctrl.backends.NvmlBackend`.
     on_progress : callable, optional

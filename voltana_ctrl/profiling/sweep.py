@@ -28,20 +28,21 @@ _PREFILL_S = 0.3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfilePoint:
-    """One clock and load.
+    """One setting of the hardware and one load at which an engine is measured.
 
     Parameters
     ----------
     phase : {"idle", "decode", "prefill"}
-        What runs.
+        What the engine does meanwhile.
     asked_mhz : int
-        Clock that is set; 0 leaves the clock alone.
+        SM clock that is set; 0 leaves the clock alone.
     batch_req : int
         Requests at once; 0 when idle.
     asked_tok : int
-        Prompt of each request: the context that decode starts from, or what is prefilled.
+        Prompt tokens of each request: the context that decode starts from, or what is prefilled.
     power_cap_w, mem_mhz : int
-        Power cap of the engine and memory clock that are set; 0 leaves them as they were found.
+        Power cap of the engine (the sum over its GPUs) and memory clock that are set; 0 leaves them
+        as they were found.
 
     Examples
     --------
@@ -74,11 +75,23 @@ class ProfilePoint:
 
     @property
     def setting_text(self) -> str:
-        """The same in words."""
+        """What is set, in words."""
         return "clock as it is" if self.setting is None else str(self.setting)
 
     def no_easier(self, other: ProfilePoint) -> bool:
-        """Whether this point can be no faster than another: lower clock or cap, larger load."""
+        """Whether this point can be no faster than another: lower clock or cap, larger load.
+
+        Parameters
+        ----------
+        other : ProfilePoint
+            Another point of the same sweep.
+
+        Returns
+        -------
+        bool
+            True if all of it is as slow or slower: phase alike, no clock or cap above, no load
+            below.
+        """
         caps_w = [each.power_cap_w or np.inf for each in (self, other)]
         memory_mhz = [each.mem_mhz or np.inf for each in (self, other)]
         return (
@@ -105,37 +118,37 @@ class Sweep:
         Prefill: every prompt length in every number of simultaneous prompts; empty leaves
         prefill out.
     idle : bool
-        Measure the power of the engine at rest too, once per clock.
+        Whether the power of the engine at rest is measured, too, once per clock.
     caps_w, mem_clocks_mhz : tuple of int
         Power caps of the engine (the sum over its GPUs) and memory clocks: each is measured at
         the highest SM clock, at the same decode and prefill loads, to be compared with clock
-        locks. Assessor two clocks or more.
+        locks. They need two `clocks_mhz` or more.
     output_tok : int
         Tokens that a decode stream may generate while it is measured; with the longest context
         it must fit the engine's context length.
     steady_s : float
-        Each point is measured over so long.
+        Seconds over which each point is measured.
     min_steps : int
-        Iterations of decode at least; prefill takes at least three.
+        Iterations of decode that are measured at least; prefill takes at least three.
     settle_s : float
-        Wait after a clock set.
+        Seconds to wait after a clock set.
     pause_s : float
-        Cooling pause before every point.
+        Seconds of the cooling pause before every point.
     cool_c : int, optional
-        The pause lasts until no GPU is hotter.
+        Temperature in degrees Celsius above which no GPU is when the pause ends.
     cool_limit_s : float
-        Longest cooling pause.
+        Seconds of the longest cooling pause.
     temperature_limit_c : int
-        A hotter GPU ends the profile.
+        Temperature in degrees Celsius above which a GPU ends the profile.
     ttft_limit_s, itl_limit_s : float, optional
         A point whose median TTFT (of prefill) or gap between tokens (of decode) is above is
         left out, and with it those that can be no faster.
     breach_limit : int
-        So many such points in a row, of those measured, end the profile.
+        Number of such points in a row, of those measured, that ends the profile.
     point_limit_s : float
-        A point that takes longer ends the profile.
+        Seconds after which a point that is not done ends the profile.
     sample_s : float
-        How often the hardware is read meanwhile.
+        Seconds between two readings of the hardware meanwhile.
 
     Raises
     ------
@@ -209,9 +222,13 @@ class Sweep:
             )
 
     def points(self) -> tuple[ProfilePoint, ...]:
-        """All points in order: clocks from high to low; at each idle, decode, prefill.
+        """All points in the order in which they are measured.
 
-        Then power caps from high to low, then memory clocks, at the highest SM clock.
+        Returns
+        -------
+        tuple of ProfilePoint
+            Clocks from high to low, at each idle, decode and prefill; then power caps from high to
+            low, then memory clocks, both at the highest SM clock.
         """
         points: list[ProfilePoint] = []
         for mhz in sorted(self.clocks_mhz, reverse=True) or [0]:
@@ -238,12 +255,17 @@ class Sweep:
         return decode + prefill
 
     def duration_s(self, points: Sequence[ProfilePoint]) -> float:
-        """Estimated time to measure these points, before anything is known of the engine.
+        """Estimated time to measure some points, before anything is known of the engine.
 
         Parameters
         ----------
         points : sequence of ProfilePoint
-            Of this sweep.
+            Points of this sweep.
+
+        Returns
+        -------
+        float
+            Seconds.
         """
         total_s = self.settle_s * len({point.setting for point in points})
         for point in points:
@@ -263,9 +285,19 @@ def spread_clocks(supported_mhz: Sequence[int], clocks: int = 7) -> tuple[int, .
     Parameters
     ----------
     supported_mhz : sequence of int
-        What the GPU supports.
+        SM clocks that the GPU supports.
     clocks : int
-        How many, at least 3; fewer where the GPU has fewer.
+        Number of clocks, at least 3; fewer where the GPU has fewer.
+
+    Returns
+    -------
+    tuple of int
+        Supported clocks in MHz, ascending.
+
+    Raises
+    ------
+    ConfigError
+        If `clocks` is below 3, or the GPU supports none.
 
     Examples
     --------
@@ -289,11 +321,11 @@ class ProfilePlan:
     Parameters
     ----------
     points : tuple of ProfilePoint
-        Left to measure.
+        Points that are left to measure.
     done : int
         Points that the table holds already.
     duration_s : float
-        Estimated time for those left.
+        Estimated seconds to measure those left.
 
     Examples
     --------
@@ -334,14 +366,19 @@ def plan_profile(sweep: Sweep, out: str | Path) -> ProfilePlan:
     Parameters
     ----------
     sweep : Sweep
-        What to measure.
+        Points to measure.
     out : str or Path
-        The table; points in it are not measured again.
+        File of the table, which need not exist; points in it are not measured again.
+
+    Returns
+    -------
+    ProfilePlan
+        Points that the table lacks, in the order of the sweep.
 
     Raises
     ------
     ConfigError
-        If the table exists and is not one of ours.
+        If the table exists and is not one of ours, or has no columns for what is to be set.
 
     Examples
     --------

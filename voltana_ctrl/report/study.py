@@ -16,16 +16,18 @@ REFERENCE = "static-max"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Study:
-    """Runs of a comparison, grouped.
+    """Runs of a comparison, by policy and load.
+
+    A load is a request rate in requests per second, None for a closed loop.
 
     Parameters
     ----------
     comparison : mapping
-        As in the JSON of ``compare``.
+        Values as in the JSON that ``compare`` writes.
     details : tuple of RunDetail or None
         One per run, or none at all: then nothing over time and no latencies are drawn.
     profiles : tuple of Profile
-        Those of the fleet, for how well they are known.
+        Profiles of the fleet, which tell how well it is known.
 
     Raises
     ------
@@ -136,11 +138,11 @@ class Study:
         return float(self.comparison["slo"]["attainment"])
 
     def runs(self, policy: str, rate_req_s: float | None) -> list[dict[str, Any]]:
-        """One per seed."""
+        """Runs of a policy at a load, one per seed, as they stand in the JSON."""
         return [r for r in self.all_runs if (r["policy"], r["rate_req_s"]) == (policy, rate_req_s)]
 
     def detail(self, policy: str, rate_req_s: float | None) -> list[RunDetail]:
-        """One per seed, of those that have one."""
+        """Details of the runs of a policy at a load, one per seed that has them."""
         both = zip(self.all_runs, self.details, strict=False)
         return [
             detail
@@ -149,11 +151,11 @@ class Study:
         ]
 
     def values(self, policy: str, rate_req_s: float | None, key: str) -> list[float]:
-        """Figures of the seeds that have one."""
+        """Figures by their name in the JSON, of the seeds that have one."""
         return [r[key] for r in self.runs(policy, rate_req_s) if r.get(key) is not None]
 
     def mean(self, policy: str, rate_req_s: float | None, key: str) -> float | None:
-        """Mean over seeds; None if no seed has the figure."""
+        """Mean of a figure over seeds; None if no seed has it."""
         values = self.values(policy, rate_req_s, key)
         return sum(values) / len(values) if values else None
 
@@ -164,6 +166,11 @@ class Study:
 
         Of the bound, which serves no tokens, it is power; not in a closed loop, where a slower
         policy serves less, so that power says nothing.
+
+        Returns
+        -------
+        float or None
+            Fraction; None where one of both has no such figure.
         """
         keys = (
             ("wall_per_token_j", "wall_power_w") if wall else ("energy_per_token_j", "mean_power_w")
@@ -175,7 +182,7 @@ class Study:
         return None
 
     def above_bound_frac(self, policy: str, rate_req_s: float | None) -> float | None:
-        """Power above the fluid bound, as a share of the bound."""
+        """Power above the fluid bound, as a share of the bound; None without one."""
         bound_w = self.mean("bound", rate_req_s, "mean_power_w")
         power_w = self.mean(policy, rate_req_s, "mean_power_w")
         return None if not bound_w or power_w is None else power_w / bound_w - 1.0
@@ -190,6 +197,11 @@ class Study:
         """Policy of the least power among those that meet the SLO.
 
         In a closed loop slower policies serve less, so energy per token decides.
+
+        Returns
+        -------
+        str or None
+            Its name; None if no policy meets the SLO.
         """
         key = "energy_per_token_j" if rate_req_s is None else "mean_power_w"
         cost = {

@@ -101,9 +101,10 @@ class ByteBudget:
     Parameters
     ----------
     limit_bytes : int
-        Sum over all requests.
+        Bytes that all requests together may hold.
     free_bytes : int
-        So much of each request is not counted, so that short ones pass while long ones fill it.
+        Bytes of each request that are not counted, so that short ones pass while long ones fill
+        the budget.
 
     Examples
     --------
@@ -132,7 +133,7 @@ class Share:
     Parameters
     ----------
     budget : ByteBudget, optional
-        Of all requests.
+        Budget that all requests share.
     """
 
     def __init__(self, budget: ByteBudget | None = None) -> None:
@@ -146,7 +147,12 @@ class Share:
         Parameters
         ----------
         more_bytes : int
-            How many.
+            Number of bytes.
+
+        Returns
+        -------
+        bool
+            False if they do not fit; then nothing more is held.
         """
         budget = self._budget
         if budget is None:
@@ -175,6 +181,22 @@ async def read_body(
     share: Share | None = None,
 ) -> bytes:
     """Read the body of a request.
+
+    Parameters
+    ----------
+    scope, receive
+        The request, as ASGI hands it to an application.
+    limit_bytes : int
+        Longest body.
+    limit_s : float
+        Seconds for all of it to arrive.
+    share : Share, optional
+        Where its bytes are counted; without, only `limit_bytes` counts.
+
+    Returns
+    -------
+    bytes
+        All of the body.
 
     Raises
     ------
@@ -226,12 +248,12 @@ async def respond(
 
 
 def header(headers: Headers, name: bytes) -> bytes | None:
-    """First value of a header."""
+    """First value of a header, by its name in lower case; None without it."""
     return next((value for key, value in headers if key == name), None)
 
 
 def error_json(status: int, kind: str, message: str) -> bytes:
-    """Error in the form that clients of OpenAI's interface read."""
+    """Body of an answer that tells an error, as clients of OpenAI's interface read it."""
     return json.dumps(
         {"error": {"message": message, "type": kind, "param": None, "code": status}}
     ).encode()

@@ -53,23 +53,24 @@ def bounded_server(
     Parameters
     ----------
     app : ASGI application
-        What is served.
+        Application that is served.
     what : str
         What it is, for errors: `router`, `controller`.
     host, port
-        Where to listen; port 0 for any. Sockets of :func:`listen` given to `run` go first.
+        Address and port to listen on; with port 0 any that is free. Sockets of :func:`listen` that
+        `run` is given go first.
     header_bytes : int
-        Longest head of a request, that is its request line and headers.
+        Bytes of the longest head of a request, that is its request line and headers.
     header_s : float
-        How long the head may take to come.
+        Seconds that the head may take to come.
     stall_s : float
-        How long a client may take nothing of its answer before it is cut off.
+        Seconds that a client may take nothing of its answer before it is cut off.
     connections : int
-        How many at once, idle ones too, and never more than half of the files that this process
+        Connections at once, idle ones too, and never more than half of the files that this process
         may have open. A further one takes the place of the one that has gone the longest
         without a request; where each has one, it is told to come again (503).
     drain_s : float
-        How long requests may take to end once it stops.
+        Seconds that requests may take to end once it stops.
     lifespan : bool
         Whether the application wants to be told of start and end.
     tls_cert, tls_key : Path, optional

@@ -65,12 +65,17 @@ _NUMBER = {name: number for number, name in enumerate(_FIELDS)}
 
 
 def build_fake_nvml(folder: Path) -> Path:
-    """Compile the fake driver library into `folder` and return its path.
+    """Compile the fake driver library.
 
     Parameters
     ----------
     folder : Path
-        Where ``libnvidia-ml.so.1`` goes; an existing one is taken as it is.
+        Folder into which ``libnvidia-ml.so.1`` goes; an existing one is taken as it is.
+
+    Returns
+    -------
+    Path
+        The library.
 
     Raises
     ------
