@@ -194,12 +194,12 @@ class Lookahead:
         self._pending: tuple[Future[Plan], float] | None = None
 
     def planner(self, steps_s: tuple[float, ...] = STEPS_S, *, defers: bool = False) -> Planner:
-        """The programme, stated at first use.
+        """The optimisation problem for steps of these lengths; stated at first use and kept.
 
         Parameters
         ----------
         steps_s : tuple of float
-            Lengths of its steps.
+            Lengths of its steps in seconds.
         defers : bool
             Whether there is work that may wait.
         """

@@ -117,9 +117,10 @@ class Standby:
     def order(
         self, memory: StandbyMemory, state: FleetState, wanted: Sequence[float] | np.ndarray
     ) -> StandbyMemory:
-        """So many of each group on: those first that serve, then what is there soonest.
+        """Memory after an order of how many of each group are to be on.
 
-        Of equals the fuller stays, so that what is parked is empty soon.
+        Those that serve come first, then those that are awake soonest. Of equals the fuller stays
+        on, so that what is parked is empty soon.
 
         Parameters
         ----------

@@ -156,7 +156,8 @@ class LedgerState:
     past_s : ndarray, shape (h,)
         Times of the rows of `past`; the last row is now.
     past : ndarray, shape (h, n, 5)
-        Running sums per instance.
+        Running sums per instance: energy of decode, the same per request of the batch, decode
+        iterations, energy of prefill, prompt tokens.
     charged : ndarray, shape (n_classes, 7)
         Requests, prefill and decode energy, TTFT, ITL, prompt and output tokens, summed.
 

@@ -106,7 +106,7 @@ class Outlook:
         return at
 
     def reserve_at(self, lead_s: F64 | list[float], *, ahead_s: float = math.inf) -> F64:
-        """Reserve at these leads.
+        """Rate that capacity should be able to carry at these leads.
 
         The margin is that of the cell that begins at or before each, but of no lead longer than
         `ahead_s`: who can act within that time need not know today what comes later.

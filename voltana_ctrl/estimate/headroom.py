@@ -49,7 +49,7 @@ class HeadroomMemory:
     Parameters
     ----------
     tracked : MarginState
-        The integrators of the margins, see :mod:`voltana_ctrl.estimate.margin`.
+        The integrators of the margins, see :class:`voltana_ctrl.estimate.MarginTracker`.
     short_req : ndarray, shape (64,)
         Weighted requests by decoded tokens, 1 to 64 and more.
 

@@ -80,7 +80,7 @@ class MarginState:
 def track(
     raw_frac: float, missed: Bool, *, eta_frac: float, miss_frac: float, min_frac: float
 ) -> float:
-    """Integrator after these outcomes, in order.
+    """Integrator of a margin after these outcomes, taken in order.
 
     Parameters
     ----------
@@ -248,7 +248,9 @@ class MarginTracker:
         return np.minimum(state.raw_frac, self.max_frac)
 
     def bound_frac(self, *, finished_req: int, late_req: int) -> float:
-        """Largest possible fraction of misses; the proof stands in the docstring of the module.
+        """Largest possible fraction of misses, if no request that had the largest margin misses.
+
+        The proof stands in the docstring of the module ``voltana_ctrl.estimate.margin``.
 
         Parameters
         ----------
@@ -260,7 +262,7 @@ class MarginTracker:
         Returns
         -------
         float
-            A fraction of the requests, which holds whatever the outcomes are; it may exceed 1.
+            A fraction of the requests; over few of them it may exceed 1.
         """
         count("MarginTracker.bound_frac: finished_req", finished_req)
         count("MarginTracker.bound_frac: late_req", late_req, minimum=0)

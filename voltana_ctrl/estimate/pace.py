@@ -254,7 +254,9 @@ class PaceFilter:
         return self._tables[self._kind, np.argmin(away_mhz, axis=1)]
 
     def asked(self, memory: PaceMemory, decision: Decision, *, governed: bool) -> PaceMemory:
-        """Memory after a decision was made, for instances whose iterations tell no asks.
+        """Memory after a decision was made: which clock was asked of each instance, and when.
+
+        Only for instances whose iterations do not tell what was asked for.
 
         Parameters
         ----------

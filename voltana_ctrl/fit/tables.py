@@ -159,7 +159,7 @@ class IterationTable:
 
     @property
     def waited_s(self) -> F64:
-        """The column `host_s`, which is always an array once the table is made."""
+        """Time in which the GPU waits for the host, shape (n,): the column `host_s`, never None."""
         assert self.host_s is not None  # noqa: S101
         return self.host_s
 

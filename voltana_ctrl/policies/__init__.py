@@ -461,16 +461,16 @@ def find_policy(name: str) -> Policy:
         could carry the load at this clock), ``pack-<depth>`` (``deep_parked``, ``asleep`` or
         ``off``: how deep the parked ones sleep), or ``package.module:Class`` for your own: a class
         called with (fleet, slo), and power_budget, price and co2 if it has such parameters, whose
-        instances have init/decide, or route (and `phase`, "prefill" or "decode", the latter by
-        default).
-        Any of them followed by ``+ROUTER`` uses that router of :data:`ROUTERS` for decode
-        (for both phases of a colocated fleet, which picks once); ``+ROUTER/ROUTER`` one for
-        prefill and one for decode.
+        instances have init/decide, or route/update (and `phase`, "prefill" or "decode", the latter
+        by default). Any of them followed by ``+ROUTER`` uses that router of :data:`ROUTERS` for
+        decode (for both phases of a colocated fleet, which picks once); ``+ROUTER/ROUTER`` one
+        for prefill and one for decode.
 
     Raises
     ------
     ConfigError
-        If there is no such policy, with the nearest names.
+        If there is no such policy, with the nearest names; no such router; or no such module or
+        class.
 
     Examples
     --------

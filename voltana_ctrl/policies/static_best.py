@@ -116,8 +116,8 @@ def static_best(fleet: FleetSpec, slo: Slo, setup: PolicySetup) -> PolicyParts:
     """Search for the least energy per token that keeps the promises on the trial's requests.
 
     Half of the misses that the promise allows must be left in the worst of the trials, so that
-    what is found keeps it with other requests, too. Where nothing does, everybody runs at the
-    highest clock.
+    what is found keeps it with other requests, too. At most 20 settings are tried. Where none of
+    them does, everybody runs at the highest clock.
 
     Parameters
     ----------

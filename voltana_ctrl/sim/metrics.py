@@ -136,7 +136,8 @@ def run_figures(simulated: Plant, before: Any, after: Any, window_s: float, slo:
     Returns
     -------
     dict
-        A value that does not exist is None, never 0.
+        Energy and power over the window, latencies of the judged requests, tokens, clocks and
+        counts, by name. A value that does not exist is None, never 0.
 
     Examples
     --------

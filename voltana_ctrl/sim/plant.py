@@ -413,14 +413,17 @@ class Plant:
         return int(chosen)
 
     def apply(self, decision: Decision) -> None:
-        """Carry out a decision: clocks or their range, shares, active set, power caps.
+        """Carry out a decision: clocks or their range, shares, active set, roles, power caps, ...
 
-        Caps that the decision leaves out stay as they are.
+        Without a power cap in the decision there is none but that of the profile. Memory and CPU
+        clocks change nothing here.
 
         Raises
         ------
         ShapeError
             If it was made for another number of instances.
+        ConfigError
+            If it asks for roles that its instances cannot have.
         """
         inst = self.instances
         if len(decision) != len(inst):

@@ -141,7 +141,8 @@ class Decision:
     price_j_req : ndarray, shape (n,)
         Marginal energy of one more request there, which routers compare.
     limits : Limits, optional
-        What other actuators (power cap, memory and CPU clock) are set to; as they are without.
+        What other actuators (power cap, memory and CPU clock) are set to; what is left out is as it
+        was found.
     belief : Belief, optional
         What governors and routers should believe about the instances; without one they keep what
         they believed.
