@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.oracles import naive_control
 from voltana_ctrl import ConfigError, FleetSpec, Slo, load_profile
-from voltana_ctrl.control.governor import IterationGovernor
+from voltana_ctrl.control.governor import IterationGovernor, thrifty_row
 from voltana_ctrl.kernels.choose.governor import squared_tok
 from voltana_ctrl.laws import kv_transfer_s, prefill_s
 from voltana_ctrl.types import Tuning
@@ -161,6 +161,19 @@ def test_a_colocated_instance_makes_up_for_iterations_that_prompts_stretched():
     assert decode.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, t_s=0.0) == decode.step(
         150, 6e4, 0.0, 0.0, 210.0, 1410.0, t_s=0.4
     )
+
+
+def test_until_arrivals_have_been_watched_prompts_have_the_thrifty_clock():
+    governor = fresh(PREFILL)
+    thrifty_mhz = PROFILE.clocks_mhz[thrifty_row(PROFILE.table)]
+    clocks_mhz = np.array([
+        governor.step(0, 0.0, 40.0, 0.01, 210.0, 1410.0, t_s=0.1 * k) for k in range(100)
+    ])  # fmt: skip
+    assert (clocks_mhz[:48] == thrifty_mhz).all()
+    assert clocks_mhz[50:].max() < thrifty_mhz
+    # A ceiling comes first, and nothing is asked for where nothing waits.
+    assert fresh(PREFILL).step(0, 0.0, 40.0, 0.01, 210.0, 300.0, t_s=0.0) == 300.0
+    assert fresh(PREFILL).step(0, 0.0, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=0.0) == 210.0
 
 
 def test_prompts_that_come_more_often_are_seen_within_seconds():

@@ -33,7 +33,7 @@ GOVERNOR_SIGNATURE = F8(
 GOVERNOR = types.FunctionType(GOVERNOR_SIGNATURE)
 
 #: Length of a governor's memory.
-N_MEMORY = 12
+N_MEMORY = 13
 
 
 @njit([GOVERNOR_SIGNATURE])

@@ -44,10 +44,13 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
     AHEAD_TOK,  # tokens to prefill until it is done
     RECENT_S,  # time that the recent share of prompts rests on
     RECENT_TOK,  # prompt tokens in that time
-) = range(12)
+    WATCHED_S,  # time that has been watched, nothing forgotten
+) = range(13)
 
 #: Below the thrifty clock room costs next to nothing, so only this part of the misses is allowed.
 _NEARLY_NONE = 0.1
+#: Times of the TTFT promise for which arrivals are watched before a clock rests on how they come.
+_WATCHED = 8.0
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
 #: Mean gaps without arrivals that chance does not explain: but for one in a thousand, as gaps
@@ -147,6 +150,7 @@ def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
         memory[SPAN_S] = keep * memory[SPAN_S] + counted_s
         memory[ARRIVED_TOK] = keep * memory[ARRIVED_TOK] + arrived_tok
         memory[SPREAD_TOK2] = keep * memory[SPREAD_TOK2] + squared_tok2
+        memory[WATCHED_S] += span_s
         keep = math.exp(-span_s / params[SHARE_MEMORY_S])
         memory[RECENT_S] = keep * memory[RECENT_S] + span_s
         memory[RECENT_TOK] = keep * memory[RECENT_TOK] + arrived_tok
@@ -358,7 +362,8 @@ def needed_clock(
     size_req = float(padded[int(running_req)])
     waiting = _what_waits(memory, waiting_tok, batch_tok, oldest_wait_s)
     doomed = _doomed(params, memory, rows[top], waiting)
-    if doomed:
+    if doomed or (batch_tok > 0.0 and memory[WATCHED_S] < _WATCHED * params[TTFT_S]):
+        # Of what arrives too little is known yet, and room for a burst is nearly free.
         k = max(k, thrifty)
     while k < top:
         row = rows[k]
