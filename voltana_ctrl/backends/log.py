@@ -80,6 +80,7 @@ def plain(value: Any) -> Any:
 
     Examples
     --------
+    >>> from voltana_ctrl import FleetState
     >>> plain(FleetState.idle(2))["queue_tok"]
     [0.0, 0.0]
     """
@@ -117,7 +118,7 @@ def log_header(fleet: FleetSpec, **more: Any) -> dict[str, Any]:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> log_header(FleetSpec.parse("4C", load_profile("a100-sxm-80gb/llama-3.1-8b")))["schema"]
     'voltana-ctrl/log/1'
     """
@@ -141,7 +142,8 @@ def log_tick(record: TickRecord) -> dict[str, Any]:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, FleetState
+    >>> from voltana_ctrl import Observation, TickRecord, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> wish = Decision.highest(fleet)
     >>> record = TickRecord(number=0, observation=Observation(state=FleetState.idle(2)),
@@ -173,6 +175,7 @@ class LogFile:
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     file = LogFile(Path(folder, "ticks.jsonl"), {"schema": "x"})
     ...     file.append(log_line({"number": 0}))
@@ -256,6 +259,7 @@ def log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> next(log_lines(Path("no-such.jsonl")))
     Traceback (most recent call last):
     ...
@@ -299,6 +303,7 @@ def log_files(path: Path) -> list[Path]:
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     for name in ("ticks.jsonl", "ticks-000002.jsonl", "ticks-000001.parquet"):
     ...         Path(folder, name).touch()
@@ -341,6 +346,7 @@ def put_aside(path: Path) -> list[Path]:
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> put_aside(Path("no-such.jsonl"))
     []
     """
@@ -395,7 +401,7 @@ def log_fleet(header: Mapping[str, Any]) -> FleetSpec:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> log_fleet(log_header(fleet)).ids
     ('prefill-0', 'decode-0')
@@ -444,6 +450,7 @@ def log_observation(values: Mapping[str, Any]) -> Observation:
 
     Examples
     --------
+    >>> from voltana_ctrl import FleetState, Observation
     >>> len(log_observation(plain(Observation(state=FleetState.idle(3)))).state)
     3
     """
@@ -485,7 +492,7 @@ def log_applied(values: Mapping[str, Any]) -> Decision:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> told = {"applied": None, "advised": plain(Decision.highest(fleet))}
     >>> log_applied(told).freq_mhz
@@ -515,7 +522,7 @@ def log_decision(values: Mapping[str, Any]) -> Decision:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> log_decision(plain(Decision.highest(fleet))).freq_mhz
     array([1410., 1410.])

@@ -243,9 +243,9 @@ class GpuMeter:
         Parameters
         ----------
         t_s : float
-            When it was read.
+            Time at which it was read, in seconds.
         reading : GpuReading
-            What was told.
+            What the GPU told.
         """
         self.read_s, self._heard, self._lost, self._failing_s = t_s, True, False, None
         self._problem = "; ".join(reading.problems)
@@ -360,7 +360,7 @@ class InstanceMeter:
         Parameters
         ----------
         gpus : sequence of GpuMeter
-            At least one.
+            Meters of the GPUs of the instance, at least one.
         t_s : float
             Time now, on the clock of the readings.
         parts_frac : sequence of float, optional

@@ -33,7 +33,7 @@ class ModelledGpus:
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> gpus = ModelledGpus(fleet)
     >>> gpus.apply(Decision.highest(fleet, floor_mhz=[1005.0, 705.0]))

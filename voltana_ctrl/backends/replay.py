@@ -50,6 +50,7 @@ class Recorder:
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from voltana_ctrl import ControlLoop, FleetSpec, load_profile
     >>> from voltana_ctrl.backends import SimBackend
     >>> from voltana_ctrl.control import StaticController
@@ -172,6 +173,7 @@ class ReplayBackend:
     --------
     See :class:`Recorder`.
 
+    >>> from pathlib import Path
     >>> ReplayBackend(Path("no-such.jsonl"))
     Traceback (most recent call last):
     ...

@@ -210,6 +210,8 @@ class InEngine:
 
     Examples
     --------
+    >>> from voltana_ctrl import Role
+    >>> from voltana_ctrl.engines.fpm.messages import ForwardPass
     >>> engine = InEngine(InEngineSettings(), Role.DECODE)  # mode observe: no clock is asked for
     >>> engine.before(running_req=12, kv_used_tok=6000)
     >>> engine.after(ForwardPass(wall_s=0.02, decode_req=12.0))
@@ -378,7 +380,7 @@ class InEngine:
         Parameters
         ----------
         one : ForwardPass
-            What it did.
+            What the iteration did.
         """
         self.iterations += 1
         self.recent.append(one)

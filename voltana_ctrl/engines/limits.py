@@ -43,6 +43,7 @@ class Handed:
 
     Examples
     --------
+    >>> from voltana_ctrl.types import Order
     >>> handed = Handed(order=Order(floor_mhz=600.0, ceiling_mhz=1410.0), policy="mpc",
     ...                 since_s=100.0, valid_s=1.0)
     >>> handed.now(100.5).floor_mhz, handed.now(101.5).floor_mhz
@@ -105,6 +106,8 @@ def write_limits(
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
+    >>> from voltana_ctrl.types import Order
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "decode-0.json")
     ...     write_limits(path, Order(floor_mhz=600.0, ceiling_mhz=1410.0))

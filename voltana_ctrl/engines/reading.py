@@ -28,12 +28,13 @@ class EngineReading:
     kv_used_tok : ndarray, shape (n,)
         Tokens in the KV cache.
     arrived_req, arrived_tok : ndarray, shape (n,)
-        What arrived since the last read.
+        Requests that arrived since the last read, and tokens of their prompts.
     freq_mhz, power_w, energy_j : ndarray, shape (n,)
         SM clock in MHz, power in watts, and joules since the source was first read.
 
     Examples
     --------
+    >>> import numpy as np
     >>> first = EngineReading.silent(2)
     >>> second = EngineReading.silent(2, age_s=[0.1, 0.2], running_req=[3.0, np.nan])
     >>> first.filled_from(second).running_req

@@ -83,6 +83,7 @@ class Scraper:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.engines import Endpoint
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> engine = Endpoint(instance="decode-0", kind="vllm", url="http://127.0.0.1:9")
     >>> scraper = Scraper(fleet, [engine])

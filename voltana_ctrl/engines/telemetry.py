@@ -45,7 +45,7 @@ class EngineBackend:
     Parameters
     ----------
     fleet : FleetSpec
-        What is controlled.
+        Fleet that is controlled.
     endpoints : sequence of Endpoint
         The engines, one per instance at most. An instance without one is never alive.
     gpus : Backend, optional
@@ -64,14 +64,14 @@ class EngineBackend:
     scrape : bool
         False leaves metrics pages alone.
     scrape_period_s, scrape_limit_s : float
-        Between two fetches of a page, and the longest that one may take.
+        Seconds from the end of a fetch of a page to the next, and those that a fetch may take.
     pairs : bool
         Whether halves of finished requests are put together here; without, whoever sees the whole
         fleet does.
     alive_s : float
-        Silence after which an instance is not alive.
+        Seconds of silence after which an instance is not alive.
     now_s : callable
-        Time that never goes back; that of the control loop.
+        Returns seconds that never go back, on the clock of the control loop.
 
     Raises
     ------
@@ -80,7 +80,9 @@ class EngineBackend:
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, load_profile
+    >>> from voltana_ctrl.backends import ModelledGpus
+    >>> from voltana_ctrl.engines import Endpoint
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> engines = [Endpoint(instance=name, kind="vllm", url="http://127.0.0.1:9")
     ...            for name in fleet.ids]

@@ -35,7 +35,7 @@ class Switchable(Protocol):
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> from voltana_ctrl.live.hub import HubBackend
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> isinstance(HubBackend(fleet), Switchable)

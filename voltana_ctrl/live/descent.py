@@ -122,7 +122,7 @@ class Descent(Controller):
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, FleetState, load_profile
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, Slo, load_profile
     >>> from voltana_ctrl.live.governed import fleet_policy
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> slo = Slo(ttft_s=0.6, itl_s=0.06)

@@ -88,7 +88,7 @@ class Exporter:
 
     Examples
     --------
-    >>> from voltana_ctrl import ControlLoop, load_profile
+    >>> from voltana_ctrl import ControlLoop, FleetSpec, Slo, load_profile
     >>> from voltana_ctrl.backends import SimBackend
     >>> from voltana_ctrl.control import StaticController
     >>> from voltana_ctrl.sim.workload import make_workload

@@ -65,7 +65,7 @@ class PolicyController(Controller):
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetState, load_profile
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
     >>> from voltana_ctrl.control import StaticController
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> controller = PolicyController(fleet, inner=StaticController(fleet, 1005))
@@ -216,7 +216,7 @@ def node_governors(
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> len(node_governors(fleet, Slo(ttft_s=0.6, itl_s=0.06), "mpc"))
     2
@@ -303,7 +303,7 @@ def node_policy(
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> node_policy(fleet, Slo(ttft_s=0.6, itl_s=0.06), "mpc").period_s
     Fraction(1, 10)
@@ -362,7 +362,7 @@ def fleet_policy(
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> fleet_policy(fleet, Slo(ttft_s=0.6, itl_s=0.06), "voltanallm-adaptive")
     Traceback (most recent call last):

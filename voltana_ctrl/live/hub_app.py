@@ -39,6 +39,7 @@ def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> A
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.live import HubBackend
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> hub_app(HubBackend(fleet), "short")
     Traceback (most recent call last):

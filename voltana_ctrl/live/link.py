@@ -73,7 +73,7 @@ class ControllerLink:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> with ControllerLink("http://127.0.0.1:9", "0123456789abcdef", fleet, "n0",
     ...                     ["decode-0"]) as link:

@@ -69,7 +69,7 @@ def fleet_digest(fleet: FleetSpec) -> str:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> fleet_digest(FleetSpec.parse("1P1D", profile)) == fleet_digest(
     ...     FleetSpec.parse("1P2D", profile))
@@ -101,7 +101,8 @@ def encode_report(report: Report, fleet: FleetSpec) -> bytes:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
+    >>> from voltana_ctrl.live.orders import Report
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> report = Report(kind="node", sender="n0", start="a", number=3, ids=("decode-0",),
     ...                 observation=Observation(state=FleetState.idle(1)))
@@ -144,7 +145,7 @@ def decode_report(data: bytes, fleet: FleetSpec) -> Report:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> decode_report(b"[]", fleet)
     Traceback (most recent call last):
@@ -203,7 +204,9 @@ def encode_orders(orders: Orders, fleet: FleetSpec) -> bytes:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.live.orders import Orders
+    >>> from voltana_ctrl.types import Order
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> sent = Orders(start="a", number=0, valid_s=1.0,
     ...               orders={"decode-0": Order(floor_mhz=705.0, ceiling_mhz=1410.0)})
@@ -244,7 +247,7 @@ def decode_orders(data: bytes, fleet: FleetSpec) -> Orders:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> decode_orders(b"[]", fleet)
     Traceback (most recent call last):

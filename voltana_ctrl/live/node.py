@@ -102,7 +102,7 @@ def power_ceilings_mhz(fleet: FleetSpec, limit_w: Mapping[str, float]) -> F64:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> power_ceilings_mhz(fleet, {"prefill-0": 300.0})
     array([1155., 1410.])
@@ -135,7 +135,8 @@ class CappedGuard(Guard):
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetState, load_profile
+    >>> import numpy as np
+    >>> from voltana_ctrl import Decision, FleetSpec, FleetState, Observation, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> guard = CappedGuard(fleet, np.array([1155.0, 1410.0]))
     >>> idle = Observation(state=FleetState.idle(2))
@@ -217,7 +218,7 @@ class NodeBackend:
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, load_profile
     >>> from voltana_ctrl.backends.nvml.meters import GpuMeters
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> with NodeBackend(GpuMeters(fleet, {})) as node:

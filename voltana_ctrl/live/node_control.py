@@ -35,7 +35,7 @@ class WatchController(Controller):
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetState, load_profile
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> seen = Observation(state=FleetState.idle(2, freq_mhz=705.0))
     >>> WatchController(fleet).decide(seen, None)[0].freq_mhz
@@ -212,7 +212,8 @@ def expected_power_w(
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetState, load_profile
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
+    >>> from voltana_ctrl.estimate import FleetTables
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> idle = Observation(state=FleetState.idle(2))
     >>> watts = expected_power_w(fleet, FleetTables.of(fleet), idle, fleet.max_mhz)

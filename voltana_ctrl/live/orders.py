@@ -77,6 +77,7 @@ class Report:
 
     Examples
     --------
+    >>> from voltana_ctrl import FleetState, Observation
     >>> Report(kind="node", sender="n0", start="a", number=0, ids=("d0",),
     ...        observation=Observation(state=FleetState.idle(1))).ids
     ('d0',)
@@ -113,6 +114,7 @@ class Orders:
 
     Examples
     --------
+    >>> from voltana_ctrl.types import Order
     >>> Orders(start="a", number=0, valid_s=1.0,
     ...        orders={"d0": Order(floor_mhz=705.0, ceiling_mhz=1410.0)}).orders["d0"].active
     True
@@ -150,7 +152,7 @@ def orders_of(
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> orders_of(Decision.highest(fleet), fleet)["decode-0"].floor_mhz
     1410.0
@@ -194,7 +196,8 @@ def decision_of(orders: Mapping[str, Order], fleet: FleetSpec, *, t_s: float = 0
 
     Examples
     --------
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.types import Order
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> given = {"decode-0": Order(floor_mhz=705.0, ceiling_mhz=1410.0)}
     >>> decision_of(given, fleet).freq_mhz

@@ -60,7 +60,7 @@ class RemoteController(Controller):
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetState, load_profile
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> class Dead:
     ...     def tell(self, observation): pass

@@ -43,7 +43,7 @@ class StateFile:
     Parameters
     ----------
     path : str or Path
-        The file.
+        File to read and write, which need not exist.
     fleet : FleetSpec
         The fleet.
     every_s : float
@@ -59,7 +59,8 @@ class StateFile:
     Examples
     --------
     >>> import tempfile
-    >>> from voltana_ctrl import load_profile
+    >>> from pathlib import Path
+    >>> from voltana_ctrl import FleetSpec, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> learnt = Belief.of_profiles(fleet, margin_frac=(0.02, 0.2), delay_s=0.1)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +96,7 @@ class StateFile:
 
         Examples
         --------
-        >>> from voltana_ctrl import load_profile
+        >>> from voltana_ctrl import FleetSpec, load_profile
         >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
         >>> StateFile("no-such-file", fleet).read() is None
         True

@@ -34,9 +34,9 @@ class LinkState:
     Parameters
     ----------
     kind : {"node", "router"}
-        What it is.
+        Whether it is a node or a router.
     name : str
-        As it calls itself.
+        Name that it reports under.
     heard_s : float
         Seconds since it was heard last.
     up : bool
@@ -90,7 +90,7 @@ class StatusBoard(logging.Handler):
 
     Examples
     --------
-    >>> from voltana_ctrl import ControlLoop, load_profile
+    >>> from voltana_ctrl import ControlLoop, FleetSpec, Slo, load_profile
     >>> from voltana_ctrl.backends import SimBackend
     >>> from voltana_ctrl.control import StaticController
     >>> from voltana_ctrl.sim.workload import make_workload

@@ -73,6 +73,7 @@ class StatusPage:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.live.status import StatusBoard
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> page = StatusPage(StatusBoard(fleet, Slo(ttft_s=0.6, itl_s=0.06)))
     >>> [route.path for route in page.routes()]
@@ -241,6 +242,7 @@ def page_app(page: StatusPage) -> Any:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.live.status import StatusBoard
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> app = page_app(StatusPage(StatusBoard(fleet, Slo(ttft_s=0.6, itl_s=0.06))))
     >>> len(app.routes)

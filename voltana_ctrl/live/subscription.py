@@ -54,7 +54,7 @@ class SubscribedRouters(PolicyRouters):
     Examples
     --------
     >>> from dataclasses import replace
-    >>> from voltana_ctrl import load_profile
+    >>> from voltana_ctrl import Decision, FleetSpec, FleetState, Request, load_profile
     >>> fleet = FleetSpec.parse("1P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> routers = SubscribedRouters(fleet, "mpc")
     >>> routers.alone
@@ -140,15 +140,15 @@ class Subscription:
     link : ControllerLink
         The line, of kind "router".
     routers : SubscribedRouters
-        Who obeys.
+        Routers that obey the orders.
     counts : InFlight
-        What the router has in flight.
+        Requests that the router has in flight.
     traffic : Traffic
-        What it sent where, and how it ended.
+        Requests that it has sent, by instance, and how they ended; read here alone.
     period_s : float
-        Time between two reports.
+        Seconds between two reports.
     say : callable
-        Told a line when a controller is lost or found.
+        Called with a line when a controller is lost or found.
 
     Examples
     --------

@@ -86,7 +86,8 @@ class TickLog:
     Examples
     --------
     >>> import tempfile
-    >>> from voltana_ctrl import ControlLoop, load_profile
+    >>> from pathlib import Path
+    >>> from voltana_ctrl import ControlLoop, FleetSpec, load_profile
     >>> from voltana_ctrl.backends import ReplayBackend, SimBackend
     >>> from voltana_ctrl.control import StaticController
     >>> from voltana_ctrl.sim.workload import make_workload
@@ -252,6 +253,7 @@ def write_parquet(source: Path, target: Path) -> None:
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> write_parquet(Path("no-such.jsonl"), Path("no-such.parquet"))
     Traceback (most recent call last):
     ...

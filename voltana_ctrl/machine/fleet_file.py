@@ -66,6 +66,7 @@ def draft_fleet(
 
     Examples
     --------
+    >>> from voltana_ctrl.machine import FoundEngine
     >>> engine = FoundEngine(url="http://127.0.0.1:8000", kind="vllm", told={}, role="decode",
     ...                      model="meta-llama/Llama-3.1-8B-Instruct")
     >>> draft = draft_fleet([engine], {"GPU-1": "NVIDIA A100-SXM4-80GB"}, {}, node="n0")

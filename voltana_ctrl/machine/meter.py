@@ -33,7 +33,7 @@ class GpuUse:
     Parameters
     ----------
     uuid, name : str
-        The GPU.
+        UUID and name of the GPU.
     energy_j : float or None
         Over the measurement; None where neither energy nor power can be read.
     idle_w : float or None
@@ -264,6 +264,7 @@ def measure(
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> use = measure([], duration_s=0.01, library=Path("no-such-library.so"))
     >>> use.gpus, len(use.problems)
     ((), 1)

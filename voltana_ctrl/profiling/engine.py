@@ -121,6 +121,7 @@ class ProfileRun:
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> ProfileRun(path=Path("table.csv"), measured=21, skipped=0, wall_s=180.0).text()
     'table.csv: 21 points measured in 3 min, 0 were there'
     """

@@ -43,7 +43,7 @@ class ProfiledGpus:
     settings : sequence of ActuatorSetting
         Everything that will be set; empty opens the GPUs for reading only.
     setter, restore_lock_mhz, lock_dir, library
-        As of NvmlBackend.
+        See :class:`~voltana_ctrl.backends.NvmlBackend`.
 
     Raises
     ------

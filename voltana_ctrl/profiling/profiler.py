@@ -80,6 +80,7 @@ def profile_engine(
 
     Examples
     --------
+    >>> from voltana_ctrl.profiling import Engine, Sweep
     >>> def measure():
     ...     engine = Engine(url="http://localhost:8000", gpus=("GPU-8f6d...",))
     ...     run = profile_engine(engine, Sweep(clocks_mhz=(705, 1005, 1410)), "table.csv")

@@ -383,6 +383,7 @@ def plan_profile(sweep: Sweep, out: str | Path) -> ProfilePlan:
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     plan = plan_profile(Sweep(clocks_mhz=(1410,)), Path(folder, "table.csv"))
     >>> len(plan.points), plan.done

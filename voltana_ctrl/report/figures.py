@@ -86,9 +86,9 @@ def check_plot(path: str | Path | None = None, figures: Sequence[str] = ()) -> N
     Parameters
     ----------
     path : str or Path, optional
-        Where the figures would go.
+        File that the figures would go to.
     figures : sequence of str
-        Which of them.
+        Names of figures, see :func:`write_plot`.
 
     Raises
     ------
@@ -122,9 +122,9 @@ def write_plot(study: Study, path: str | Path, figures: Sequence[str] = ()) -> N
     Parameters
     ----------
     study : Study
-        What to show.
+        Comparison to show.
     path : str or Path
-        Ends in ``.png``, ``.svg`` or ``.pdf``.
+        File to write; its name ends in ``.png``, ``.svg`` or ``.pdf``.
     figures : sequence of str
         Some of ``loads``, ``energy``, ``time`` and ``latency``; all by default. The last two
         show the middle load, and need details.
@@ -137,6 +137,7 @@ def write_plot(study: Study, path: str | Path, figures: Sequence[str] = ()) -> N
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from voltana_ctrl import compare
     >>> result = compare(rates_req_s=[5.0, 9.0], duration_s=10.0, warmup_s=2.0,
     ...                  policies=["static-max", "bound"])

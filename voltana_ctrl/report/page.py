@@ -33,7 +33,7 @@ def write_html(study: Study, path: str | Path) -> None:
     Parameters
     ----------
     study : Study
-        What to show; with details, clocks over time and latencies of every load too.
+        Comparison to show; with details, clocks over time and latencies of every load too.
     path : str or Path
         File to write.
 
@@ -45,6 +45,7 @@ def write_html(study: Study, path: str | Path) -> None:
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from voltana_ctrl import compare
     >>> result = compare(rates_req_s=[5.0, 9.0], duration_s=10.0, warmup_s=2.0,
     ...                  policies=["static-max", "bound"])

@@ -31,9 +31,9 @@ def print_table(study: Study, console: Console) -> None:
     Parameters
     ----------
     study : Study
-        What to show.
+        Comparison to show.
     console : rich.console.Console
-        Where.
+        Console to print on.
 
     Examples
     --------
@@ -75,9 +75,9 @@ class RowPrinter:
     Parameters
     ----------
     console : rich.console.Console
-        Where.
+        Console to print on.
     policies : sequence of str
-        Names to come, for the width of their column.
+        Names of the policies to come, for the width of their column.
     gap : bool
         Whether to show the way from voltanallm to the fluid bound.
     budget : bool
@@ -88,6 +88,7 @@ class RowPrinter:
     Examples
     --------
     >>> from rich.console import Console
+    >>> from voltana_ctrl.report.study import Study
     >>> run = {"policy": "static-max", "rate_req_s": 5.0, "seed": 0, "mean_power_w": 400.0}
     >>> study = Study(comparison={"runs": [run], "slo": {"attainment": 0.99}})
     >>> RowPrinter(Console(width=80), ["static-max"]).row(study, "static-max", 5.0)

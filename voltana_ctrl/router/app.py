@@ -65,7 +65,7 @@ class Proxy:
     fleet : FleetSpec
         The fleet.
     endpoints : sequence of Endpoint
-        Its engines, in the same order.
+        Engines of its instances, in the order of the fleet.
     policy : str
         Policy whose routers choose, see :func:`~voltana_ctrl.policies.find_policy`.
     routers : PolicyRouters, optional
@@ -97,6 +97,7 @@ class Proxy:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.engines import Endpoint
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> engines = [Endpoint(instance=name, kind="vllm", url=f"http://10.0.0.{k}:8000")
     ...            for k, name in enumerate(fleet.ids)]

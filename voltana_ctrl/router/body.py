@@ -57,9 +57,9 @@ class Asked:
     nvext : dict or None
         Wishes to Dynamo, without pins; where they are told, they are not in `content`.
     sequences : int
-        How many sequences the answer has.
+        Number of sequences in the answer.
     prompts : int or None
-        How many prompts, where they are a list.
+        Number of prompts, where they are a list.
     alone : str or None
         Why it is not handed over between engines of vLLM.
     prefill : bytes or None
@@ -300,7 +300,7 @@ class PromptLengths:
         chars, tok : int
             Size of the prompt, see :class:`Asked`.
         prompt_tok : int
-            What the engine counted.
+            Tokens of the prompt as the engine counted them.
         """
         text_tok = prompt_tok - tok
         # Short texts tell more of the template than of the language.

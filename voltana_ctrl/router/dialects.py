@@ -36,6 +36,7 @@ def dialect_of(endpoints: Sequence[Endpoint], *, colocated: bool) -> str:
 
     Examples
     --------
+    >>> from voltana_ctrl.engines import Endpoint
     >>> dialect_of([Endpoint(instance="c0", kind="trtllm", url="http://one:8000")], colocated=True)
     'plain'
     """
@@ -101,6 +102,7 @@ def sglang_meeting(prefill: Endpoint, *, prompts: int | None = None) -> dict[str
 
     Examples
     --------
+    >>> from voltana_ctrl.engines import Endpoint
     >>> end = Endpoint(instance="p0", kind="sglang", url="http://[::1]:30000", bootstrap_port=8998)
     >>> pair = sglang_meeting(end)
     >>> pair["bootstrap_host"], pair["bootstrap_port"], 0 <= pair["bootstrap_room"] < 2**63
@@ -140,6 +142,7 @@ def dynamo_pins(
 
     Examples
     --------
+    >>> from voltana_ctrl.engines import Endpoint
     >>> ends = [Endpoint(instance=f"w{k}", kind="dynamo", url="http://one:8000", worker_id=k)
     ...         for k in (7, 8)]
     >>> dynamo_pins({"extra_fields": ["timing"]}, *ends)["nvext"]

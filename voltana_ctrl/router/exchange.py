@@ -64,7 +64,7 @@ class Services:
     Parameters
     ----------
     routers : PolicyRouters
-        Choose instances.
+        Routers that choose instances.
     counts : InFlight
         Requests in flight, by instance.
     energy : EnergyBook

@@ -88,9 +88,9 @@ class Call:
     path : str
         Path that the client called, such as ``/v1/completions``.
     asked : Asked
-        Its body, read.
+        Body of the request, read.
     headers : list of (bytes, bytes)
-        Its headers, names in lower case.
+        Headers of the request, names in lower case.
     flight : Flight
         Where the request is, and how far.
     share : Share
@@ -103,6 +103,8 @@ class Call:
 
     Examples
     --------
+    >>> from voltana_ctrl.router import Flight
+    >>> from voltana_ctrl.router.body import Asked
     >>> flight = Flight(id="a", prompt_tok=1, begin_s=0.0)
     >>> Call(path="/v1/completions", asked=Asked(content=b"{}"), headers=[], flight=flight).attempt
     0

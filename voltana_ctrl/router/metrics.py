@@ -56,7 +56,8 @@ class RouterMetrics:
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+    >>> from voltana_ctrl.router import EnergyBook, InFlight
     >>> fleet = FleetSpec.parse("1C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> metrics = RouterMetrics(InFlight(fleet), EnergyBook(fleet), Slo(ttft_s=0.6, itl_s=0.06))
     >>> metrics.count("retries")
@@ -100,7 +101,7 @@ class RouterMetrics:
         *labels : str
             Values of the counter's labels, in their order.
         by : int
-            How much it grows.
+            Number that is added to the counter.
         """
         self._told[name][labels] += by
 

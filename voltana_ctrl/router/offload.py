@@ -36,6 +36,7 @@ class BodyReader:
 
     Examples
     --------
+    >>> import asyncio
     >>> reader = BodyReader()
     >>> asyncio.run(reader.read(b'{"prompt": "hi"}')).chars
     2

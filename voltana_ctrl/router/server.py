@@ -47,6 +47,7 @@ def proxy_server(
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
     >>> from voltana_ctrl.engines.endpoints import Endpoint
+    >>> from voltana_ctrl.router import Proxy
     >>> fleet = FleetSpec.parse("1C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> engine = Endpoint(instance="colocated-0", kind="vllm", url="http://10.0.0.1:8000")
     >>> proxy_server(Proxy(fleet, [engine], policy="static-max"), port=0).started

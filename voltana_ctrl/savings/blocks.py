@@ -318,6 +318,7 @@ def read_blocks(
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> read_blocks([Path("no-such.jsonl")])
     Traceback (most recent call last):
     ...

@@ -22,9 +22,9 @@ class EvidenceRefused(ConfigError):
     Parameters
     ----------
     name : {"no switchback", "too few blocks", "missing power", "no requests", "unequal load"}
-        Why, for programs.
+        Reason in short, for programs.
     message : str
-        Why, and what to do.
+        Reason in words, and what to do.
 
     Examples
     --------

@@ -104,6 +104,7 @@ def savings_of_log(
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> savings_of_log(Path("no-such.jsonl"))
     Traceback (most recent call last):
     ...
@@ -140,6 +141,7 @@ def estimate_savings(
 
     Examples
     --------
+    >>> from voltana_ctrl.savings import BlockMeter
     >>> estimate_savings(BlockMeter())
     Traceback (most recent call last):
     ...

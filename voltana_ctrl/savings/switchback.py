@@ -121,7 +121,7 @@ class SwitchbackController(Controller):
 
     Examples
     --------
-    >>> from voltana_ctrl import FleetSpec, FleetState, load_profile
+    >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
     >>> from voltana_ctrl.control import StaticController
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> controller = SwitchbackController(StaticController(fleet, 1005), block_s=600.0)

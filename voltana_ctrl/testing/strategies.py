@@ -144,6 +144,7 @@ def instances(
     Examples
     --------
     >>> from hypothesis import given
+    >>> from voltana_ctrl import Role
     >>> @given(instances(role=Role.DECODE))
     ... def test(instance):
     ...     assert set(instance.clocks_mhz) <= set(instance.profile.clocks_mhz)

@@ -51,6 +51,7 @@ class DeadTime:
 
     Examples
     --------
+    >>> import numpy as np
     >>> dead = DeadTime(call_s=[0.004, 0.005], settle_s=[0.03, np.nan])
     >>> round(dead.delay_s(), 3), round(dead.delay_s(unseen_settle_s=0.05), 3)
     (0.039, 0.059)

@@ -38,23 +38,23 @@ class GpuReport:
     Parameters
     ----------
     uuid, name : str
-        The GPU.
+        UUID and name of the GPU.
     clocks_mhz : tuple of int
         Supported SM clocks, ascending.
     mem_clocks_mhz : tuple of int
         Supported memory clocks, ascending.
     clock_mhz, power_w : float or None
-        Now; None where they are not told.
+        SM clock and power now; None where they are not told.
     busy_frac : float or None
         Share of time in which a kernel ran lately.
     limited_by : tuple of str or None
         What holds the clock down, as the driver says; None where it does not.
     temperature_c : int or None
-        Of the chip, degrees Celsius.
+        Temperature of the chip in degrees Celsius; None where it is not told.
     power_cap_w : float or None
         Power cap in force.
     power_cap_range_w : tuple of float or None
-        What it may be set to.
+        Lowest and highest power cap that may be set; None where they are not told.
     energy_counter : bool
         Whether the board counts energy.
     covers : tuple of str
@@ -62,17 +62,18 @@ class GpuReport:
     unreadable : mapping of str to str
         What the driver does not tell of this GPU, and why.
     read_call_s : float
-        Median time to read clock, power, energy and event reasons.
+        Median seconds that reading clock, power, energy and event reasons takes.
     shared : str or None
         Why its clock may not be set by one tenant.
     held_by : str or None
-        Controller that holds it.
+        Controller that holds it, in words; None if none does.
     lock_suspected : bool
-        Under load below the highest clock without an event reason: somebody may have locked it.
+        Whether it runs under load below its highest clock without an event reason: somebody may
+        have locked it.
     settable : bool or None
         Whether a clock could be set; None if it was not tried.
     set_call_s : float or None
-        Median time of a clock set call; None if it was not tried.
+        Median seconds that a clock set call takes; None if it was not tried.
     clamp_mhz : float or None
         Clock kept under a lock at the highest, if lower; None if not seen or not tried.
     mends : tuple of str
@@ -115,7 +116,7 @@ class CpuReport:
     Parameters
     ----------
     name : str
-        Such as ``policy0``.
+        Name of the policy, such as ``policy0``.
     lowest_mhz, highest_mhz, ceiling_mhz : float
         Range, and the ceiling in force.
     writable : bool
@@ -179,12 +180,12 @@ class MachineReport:
     mends: tuple[str, ...] = ()
 
     def json(self) -> str:
-        """As one line of JSON."""
+        """Everything as one line of JSON."""
         values = {"schema": "voltana-ctrl/doctor/1", **asdict(self)}
         return json.dumps(values, separators=(",", ":"))
 
     def text(self) -> str:
-        """In plain words."""
+        """Everything in plain words, as lines of text."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
@@ -291,12 +292,12 @@ def examine(
     lock_dir : Path
         Where lock files live.
     settle_s : float
-        How long to let a clock settle when actuating.
+        Seconds for a clock to settle when actuating.
 
     Returns
     -------
     MachineReport
-        With `text()` and `json()`.
+        What there is, what it can do, and what to do about what is missing.
 
     Raises
     ------
@@ -305,6 +306,7 @@ def examine(
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> report = examine(library=Path("no-such-library.so"))
     >>> report.gpus, report.problem.startswith("NVML: ")
     ((), True)

@@ -65,6 +65,7 @@ class Nvml:
 
     Examples
     --------
+    >>> from voltana_ctrl import BackendError
     >>> try:
     ...     nvml = Nvml()
     ... except BackendError as error:
@@ -139,7 +140,7 @@ class Nvml:
             return int(self.pynvml.nvmlDeviceGetCount())
 
     def gpu_at(self, number: int) -> Gpu:
-        """GPU of this number.
+        """GPU by its number.
 
         Parameters
         ----------
@@ -160,7 +161,7 @@ class Nvml:
         return tuple(self.gpu_at(number) for number in range(self.gpu_count))
 
     def gpu(self, uuid: str) -> Gpu:
-        """GPU of this UUID.
+        """GPU by its UUID, with all that may be set on it.
 
         Raises
         ------
@@ -170,7 +171,7 @@ class Nvml:
         return Gpu(self, self._handle(uuid), uuid)
 
     def reader(self, uuid: str) -> GpuReader:
-        """GPU of this UUID as something that can only be read.
+        """GPU by its UUID, as something that can only be read.
 
         Raises
         ------
@@ -458,7 +459,7 @@ class Gpu(GpuReader):
             return function(self._handle, *arguments)
 
     def lock_clock(self, lo_mhz: int, hi_mhz: int) -> None:
-        """Hold the SM clock between two supported clocks.
+        """Hold the SM clock between two supported clocks, in MHz.
 
         Raises
         ------
@@ -472,7 +473,7 @@ class Gpu(GpuReader):
         self._call(self._nvml.pynvml.nvmlDeviceResetGpuLockedClocks)
 
     def lock_memory(self, mhz: int) -> None:
-        """Hold the memory clock at a supported one."""
+        """Hold the memory clock at a supported one, in MHz."""
         self._call(self._nvml.pynvml.nvmlDeviceSetMemoryLockedClocks, mhz, mhz)
 
     def reset_memory(self) -> None:
@@ -480,7 +481,7 @@ class Gpu(GpuReader):
         self._call(self._nvml.pynvml.nvmlDeviceResetMemoryLockedClocks)
 
     def set_power_cap(self, cap_w: float) -> None:
-        """Set the power cap."""
+        """Set the power cap, in watts."""
         self._call(self._nvml.pynvml.nvmlDeviceSetPowerManagementLimit, round(cap_w * 1000.0))
 
 

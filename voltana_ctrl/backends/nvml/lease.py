@@ -38,6 +38,8 @@ class Lease:
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
+    >>> from voltana_ctrl.backends.nvml.giveback import FoundFile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "scaling_max_freq"
     ...     _ = path.write_text("3000000")

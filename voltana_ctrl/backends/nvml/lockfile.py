@@ -52,6 +52,7 @@ class LockFile:
     Examples
     --------
     >>> import tempfile
+    >>> from voltana_ctrl import BackendError
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     held = LockFile("GPU-0", folder=Path(folder))
     ...     try:

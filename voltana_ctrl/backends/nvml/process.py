@@ -15,7 +15,7 @@ def process_start(pid: int) -> str | None:
     Parameters
     ----------
     pid : int
-        Its number.
+        Number of the process.
 
     Returns
     -------
@@ -38,7 +38,7 @@ def process_state(pid: int) -> str:
     Parameters
     ----------
     pid : int
-        Its number.
+        Number of the process.
 
     Returns
     -------

@@ -245,19 +245,19 @@ class Setter:
     Parameters
     ----------
     policy : SetterPolicy
-        Who may do what.
+        Who may ask, and for which clocks.
     gpus : mapping of str to Gpu
         The GPUs on the policy's list, by UUID.
     lease : Lease
-        The hold on them.
+        Hold on these GPUs.
     path : Path
-        The socket; one that nobody serves is replaced.
+        Socket to serve; one that nobody serves is replaced.
     library : Path, optional
         The driver library, where it is not the system's.
     restore_lock_mhz : tuple of int, optional
         Clock lock to leave behind instead of none.
     silence_s : float
-        A peer that asks for nothing for so long is sent away, and its GPUs given back.
+        Seconds after which a peer that asks for nothing is sent away, and its GPUs given back.
 
     Raises
     ------
@@ -514,7 +514,7 @@ def run_setter(
     uids : sequence of int
         Users that may ask.
     path : Path
-        The socket.
+        Socket to serve.
     lo_mhz, hi_mhz : int
         Range that clocks must lie in.
     max_sets_s : float
@@ -522,7 +522,7 @@ def run_setter(
     restore_lock_mhz : tuple of int, optional
         Clock lock to leave behind instead of none.
     silence_s : float
-        A peer that asks for nothing for so long is sent away, and its GPUs given back.
+        Seconds after which a peer that asks for nothing is sent away, and its GPUs given back.
     lock_dir : Path
         Where lock files live.
     library : Path, optional

@@ -34,6 +34,7 @@ class Sweep:
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> with tempfile.TemporaryDirectory() as folder, Sweep(Path(folder)) as sweep:
     ...     sweep.look()
     []

@@ -35,6 +35,7 @@ class Worker:
 
     Examples
     --------
+    >>> import time
     >>> worker = Worker()
     >>> worker.run(lambda: 6 * 7, limit_s=1.0)
     42

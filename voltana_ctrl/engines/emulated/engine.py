@@ -50,7 +50,8 @@ class Punctuality:
     Parameters
     ----------
     iterations, late : int
-        How many there were, and how many of them ended too late.
+        Iterations so far, and those that ended later than they should by more than a tenth of
+        their length.
 
     Examples
     --------
@@ -76,9 +77,9 @@ class EmulatedEngine:
     Parameters
     ----------
     instance : InstanceSpec
-        What it is, with the profile that it obeys.
+        Instance that it stands for, whose profile and limits it obeys.
     card : Card
-        Its GPU.
+        GPU that it runs on.
     inside : InEngine
         The plugin in it.
     slow_frac : float
@@ -88,8 +89,9 @@ class EmulatedEngine:
 
     Examples
     --------
+    >>> import asyncio
     >>> from voltana_ctrl import FleetSpec, load_profile
-    >>> from voltana_ctrl.engines.in_engine import InEngineSettings
+    >>> from voltana_ctrl.engines.in_engine import InEngine, InEngineSettings
     >>> class Fixed:
     ...     clock_mhz = 1410.0
     ...     def draw(self, power_w): pass

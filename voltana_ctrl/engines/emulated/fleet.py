@@ -36,7 +36,7 @@ class FakeCard:
     Parameters
     ----------
     gpus : sequence of FakeGpu
-        Its GPUs, which have one clock.
+        GPUs of the instance, which share one clock.
 
     Examples
     --------
@@ -73,7 +73,7 @@ class EmulatedSettings:
     instance, role, profile : str
         Id, role, and the profile that it obeys.
     port : int
-        Where it serves.
+        Port on 127.0.0.1 on which it serves.
     library : str
         The fake driver library.
     gpus : tuple of int
@@ -136,19 +136,19 @@ class EmulatedFleet:
     Parameters
     ----------
     fleet : str
-        Such as ``2P2D`` or ``4C``.
+        Fleet in short, such as ``2P2D`` or ``4C``.
     profile : str
         Profile at its true speed.
     dilation : float
-        How many times as long everything takes.
+        Factor by which everything takes longer than the profile says, the promises included.
     slo : str
         Promises at the true speed, see :meth:`~voltana_ctrl.types.Slo.parse`.
     folder : Path, optional
-        Where its files go; one that goes with it if left out.
+        Folder of its files; if left out, one that is removed at the end.
     governed : bool
         Whether engines host governors; without, agents ask them at every tick.
     mode : {"observe", "act"}
-        Of the governors inside.
+        Mode of the plugins inside the engines.
     nodes : int
         Machines that the instances are spread over, in turn.
 
@@ -159,7 +159,7 @@ class EmulatedFleet:
     urls : tuple of str
         Addresses of the engines.
     slo_text : str
-        The promises, stretched.
+        Promises, stretched by `dilation`, as ``Slo.parse`` reads them.
 
     Raises
     ------
@@ -284,14 +284,14 @@ class EmulatedFleet:
         Parameters
         ----------
         instance : int
-            Its index.
+            Index of the engine in the fleet.
         limit_s : float
-            How long.
+            Seconds to wait at most.
 
         Raises
         ------
         BackendError
-            If it does not, or has ended.
+            If it does not answer by then, or has ended.
         """
         port, process = self.settings[instance].port, self._processes[instance]
         until_s = time.monotonic() + limit_s
@@ -309,7 +309,7 @@ class EmulatedFleet:
         Parameters
         ----------
         instance : int
-            Its index.
+            Index of the engine in the fleet.
         """
         self._processes[instance].send_signal(signal.SIGKILL)
         self._processes[instance].wait(10.0)
@@ -320,7 +320,7 @@ class EmulatedFleet:
         Parameters
         ----------
         instance : int
-            Its index.
+            Index of the engine in the fleet.
         """
         self._processes[instance] = self._spawn(self.settings[instance])
         self.wait(instance)

@@ -30,6 +30,8 @@ class Answers:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from voltana_ctrl import Slo
     >>> told = Answers(arrival_s=np.zeros(2), ttft_s=np.array([0.5, np.nan]), itl_s=np.zeros(2))
     >>> told.attainment(Slo(ttft_s=0.6, itl_s=0.06))
     (0.5, 0.5)
@@ -97,6 +99,7 @@ async def play(
 
     Examples
     --------
+    >>> import asyncio
     >>> asyncio.iscoroutinefunction(play)
     True
     """

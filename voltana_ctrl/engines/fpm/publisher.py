@@ -43,7 +43,7 @@ def encode_forward_pass(one: ForwardPass, pack: Callable[[object], bytes] | None
 
     Examples
     --------
-    >>> from voltana_ctrl.engines.fpm.messages import decode_forward_pass
+    >>> from voltana_ctrl.engines.fpm.messages import ForwardPass, decode_forward_pass
     >>> one = ForwardPass(number=4, wall_s=0.02, decode_req=3.0)
     >>> decode_forward_pass([encode_forward_pass(one)]) == one
     True
@@ -99,11 +99,11 @@ class FpmPublisher:
     Parameters
     ----------
     address : str
-        Where to listen for subscribers, ``tcp://HOST:PORT`` or ``ipc://PATH``.
+        Address to listen on for subscribers, ``tcp://HOST:PORT`` or ``ipc://PATH``.
     worker_id : str
-        Sent with every message.
+        Id that is sent with every message.
     dp_rank : int
-        Of this engine.
+        Data-parallel rank of this engine, sent with every message.
     keep : int
         Passes that may wait to be sent; more are dropped, oldest first.
 
@@ -114,6 +114,7 @@ class FpmPublisher:
 
     Examples
     --------
+    >>> from voltana_ctrl.engines.fpm.messages import ForwardPass
     >>> publisher = FpmPublisher("tcp://127.0.0.1:*")
     >>> publisher.send(ForwardPass(wall_s=0.02, decode_req=3.0))
     >>> publisher.address.startswith("tcp://127.0.0.1:")
@@ -157,7 +158,7 @@ class FpmPublisher:
         Parameters
         ----------
         one : ForwardPass
-            Its worker, rank and number are set here.
+            What the iteration did; its worker, rank and number are set here.
         """
         self._passes.append(one)
         if time.monotonic() - self._sent_s < _TOGETHER_S:

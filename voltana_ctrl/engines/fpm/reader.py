@@ -102,6 +102,7 @@ class FpmReader:
     Examples
     --------
     >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.engines import Endpoint
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> engine = Endpoint(instance="decode-0", kind="vllm", url="http://localhost:8000",
     ...                   fpm="tcp://127.0.0.1:20380")

@@ -34,6 +34,7 @@ class RankState:
 
     Examples
     --------
+    >>> from voltana_ctrl.engines.fpm.messages import ForwardPass
     >>> rank = RankState(prefills=True, decodes=False)
     >>> rank.take(ForwardPass(wall_s=0.1, prefill_req=1.0, prefill_tok=500.0,
     ...                       queued_prefill_req=2.0, queued_prefill_tok=900.0), t_s=1.0)

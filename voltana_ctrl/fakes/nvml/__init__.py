@@ -85,6 +85,7 @@ def build_fake_nvml(folder: Path) -> Path:
     Examples
     --------
     >>> import shutil, tempfile
+    >>> from pathlib import Path
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     name = build_fake_nvml(Path(folder)).name if shutil.which("cc") else None
     >>> name in ("libnvidia-ml.so.1", None)
@@ -135,6 +136,7 @@ class FakeGpu:
     Examples
     --------
     >>> import shutil, tempfile
+    >>> from pathlib import Path
     >>> if shutil.which("cc"):
     ...     with tempfile.TemporaryDirectory() as folder, FakeNvml(Path(folder)) as fake:
     ...         fake.gpus[0].util_frac = 0.5
@@ -167,7 +169,7 @@ class FakeGpu:
 
     @property
     def clock_mhz(self) -> float:
-        """Clock that runs: the lock, or what clamp and power cap make of it."""
+        """SM clock in MHz that runs: the lock, or what clamp and power cap make of it."""
         return float(self._library.fakeNvmlClock(self._index))
 
     @property
@@ -198,7 +200,7 @@ def attached_gpu(library: Path, number: int) -> FakeGpu:
     library : Path
         The fake driver library.
     number : int
-        Of the GPU.
+        Number of the GPU, from 0.
 
     Raises
     ------
@@ -208,6 +210,7 @@ def attached_gpu(library: Path, number: int) -> FakeGpu:
     Examples
     --------
     >>> import shutil, tempfile
+    >>> from pathlib import Path
     >>> if shutil.which("cc"):
     ...     with tempfile.TemporaryDirectory() as folder, FakeNvml(Path(folder)) as fake:
     ...         attached_gpu(fake.library, 1).told_w = 90.0
@@ -236,11 +239,11 @@ class FakeNvml:
     Parameters
     ----------
     folder : Path
-        For the compiled library and the shared file.
+        Folder for the compiled library and the shared file.
     gpus : int
-        How many.
+        Number of GPUs.
     name : str
-        What they call themselves.
+        Name of their model.
     library : Path, optional
         A library built before; compiled into `folder` by default.
 
@@ -257,6 +260,7 @@ class FakeNvml:
     Examples
     --------
     >>> import shutil, tempfile
+    >>> from pathlib import Path
     >>> from voltana_ctrl.backends.nvml.driver import Nvml
     >>> if shutil.which("cc"):
     ...     with tempfile.TemporaryDirectory() as folder, FakeNvml(Path(folder)) as fake:
