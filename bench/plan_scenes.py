@@ -123,9 +123,8 @@ def told(forecast: Callable[[float, np.ndarray], np.ndarray]) -> Policy:
 class _Level(Forecaster):
     """What comes is what came lately."""
 
-    def _issue(self, memory):
-        told = super()._issue(memory)
-        return np.column_stack([told[:, :-1], told[:, 1]])
+    def _chosen(self, memory, told):  # noqa: ARG002  the parent asks so
+        return np.full(len(memory.used), 1)
 
 
 class _Bare(Forecaster):
@@ -164,6 +163,7 @@ def without(lever: str) -> Policy:
 LEVERS = {
     "forecast": ("diurnal", "mpc", "mpc without forecast"),
     "reserve": ("diurnal", "mpc", "mpc without reserve"),
+    "reserve, where the load jumps": ("steps", "mpc", "mpc without reserve"),
     "wake states": ("diurnal", "mpc", "mpc without wake states"),
     "roles": ("roles", "mpc", "mpc on 4P4D"),
     "notice": ("budget cut", "mpc", "mpc, no notice"),
@@ -250,6 +250,16 @@ def _steps(low: float, high: float, hold_s: float, **how: object) -> Callable[[C
         return {"fleet": asleep("2P2D", case.profile, **how), "rate_steps": steps}
 
     return what
+
+
+def _jumps() -> Scene:
+    what = _steps(10.0, 60.0, 100.0, asleep_w=20.0, wake_s=30.0)
+    bare = "mpc without reserve"
+    return Scene(
+        must="holds, <= 1.005 of own governors all awake", rival="governors", most=1.005,
+        beside=(bare,),
+        entries=everybody(what) | {bare: lambda case: run(case, without("reserve"), **what(case))},
+    )  # fmt: skip
 
 
 def _trace(wake_s: float) -> Scene:
@@ -541,10 +551,7 @@ SCENES: dict[str, Scene] = {
     "diurnal x 8, L20-like": _measured("16P16D", 8.0, "pack-deep_parked", **L20),
     "diurnal, A100 engine off": _measured("2P2D", 1.0, "pack-off", **A100),
     "diurnal x 8, A100 engine off": _measured("16P16D", 8.0, "pack-off", **A100),
-    "steps": Scene(
-        must="holds, <= 1.005 of own governors all awake", rival="governors", most=1.005,
-        entries=everybody(_steps(10.0, 60.0, 100.0, asleep_w=20.0, wake_s=30.0)),
-    ),
+    "steps": _jumps(),
     "steady 28": Scene(
         must="holds, <= 0.92 of pack", rival="pack", most=0.92,
         entries=everybody(
