@@ -225,7 +225,7 @@ def freeze_fields(
     owner : object
         The dataclass, in its ``__post_init__``.
     names : sequence of str
-        Its array fields.
+        Names of its array fields.
     shape : tuple of int
         Shape that each must have.
     dtype : dtype

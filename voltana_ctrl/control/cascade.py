@@ -106,7 +106,7 @@ class CascadeController(Controller):
         Whether an :class:`IterationGovernor` runs on every instance. Without, the floor is the
         clock, and it answers to queues and batches at every tick.
     delay_s : float
-        From asking for a clock until it runs.
+        Time from asking for a clock until it runs.
     margin_frac : tuple of float, optional
         TTFT and ITL margin of the governors; more is added where requests miss. Those of the
         tuning if left out.

@@ -41,8 +41,8 @@ class DeferralMemory:
         Time that a request is expected to have when it comes: at the last look at which any had
         come, how long it was until the latest deadline of all that were held. 0 before.
     moves_frac : float
-        By how much later who comes a second later is due: 1 where each has as much time as the
-        others, 0 where all are due at one time.
+        Seconds by which a request that comes a second later is due later: 1 where each has as much
+        time as the others, 0 where all are due at one time.
     newest_s, came_s : float
         That latest deadline, and the time of that look; negative before there was any.
     deadline_s : ndarray, shape (k,)

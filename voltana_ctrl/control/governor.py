@@ -61,7 +61,7 @@ class IterationGovernor(CompiledGovernor):
         TTFT and ITL margin: a prediction times one plus this must be within the target; that of
         the tuning if left out.
     delay_s : float
-        From asking for a clock until it runs: actuation and settling.
+        Time from asking for a clock until it runs: actuation and settling.
     dwell_s : float
         Least time between a change and a lowering.
     memory_s : float, optional

@@ -47,7 +47,7 @@ class TargetOptimiser:
     margin_frac : tuple of float, optional
         TTFT and ITL margin, see :class:`voltana_ctrl.control.IterationGovernor`.
     delay_s : float
-        From asking for a clock until it runs.
+        Time from asking for a clock until it runs.
     governed : bool
         Whether governors run: the floor may then lie below what bursts need.
     grid : int

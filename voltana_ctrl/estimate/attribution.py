@@ -79,7 +79,7 @@ def share_iterations(energy_j: ArrayLike, iteration: Indices, n_tok: ArrayLike) 
     energy_j : array_like, shape (k,)
         Energy of the iterations of one phase.
     iteration : array_like of int, shape (m,)
-        Which iteration each participation was in.
+        Index in `energy_j` of the iteration of each participation.
     n_tok : array_like, shape (m,)
         Tokens the request made or read in it.
 

@@ -151,7 +151,7 @@ class ForecastMemory:
     squares : ndarray, shape (n_cells, n_forecasts, 2)
         Discounted squared errors of each forecast, and their weight.
     used : ndarray of int, shape (n_cells,)
-        Which forecast is used.
+        Number of the forecast that is used for each cell.
     tail : ndarray, shape (n_cells, n_forecasts, n_bins)
         Weight of the errors of each, in independent windows, by size.
     spread : ndarray, shape (n_cells, n_forecasts)

@@ -254,7 +254,8 @@ def fit_laws(
     Raises
     ------
     ConfigError
-        Naming the coefficient that the table cannot support, and what to measure.
+        Naming the coefficient that the table cannot support, and what to measure; or if `fixed`
+        names a coefficient that is not in `FIXABLE`.
 
     Examples
     --------

@@ -143,7 +143,7 @@ class FitResult:
         Returns
         -------
         float
-            Relative: 0.05 for 5 %.
+            Relative: 0.05 for 5 %; NaN where no batch could be held out.
         """
         inside = self._inside_frac(phase, freq_mhz)
         by_batch = self.errors(phase, "time", "batch")

@@ -55,7 +55,7 @@ class IterationTable:
     phase : tuple of {"decode", "prefill", "idle"}
         What ran. An idle row gives the power of an instance that holds the model.
     freq_mhz : ndarray, shape (n,)
-        SM clock.
+        SM clock at which it ran.
     batch_req : ndarray, shape (n,)
         Requests in the batch, >= 1 (0 when idle).
     kv_tok : ndarray, shape (n,)

@@ -17,10 +17,10 @@ class PricedRouter(CompiledRouter):
     """Honours the shares of the latest decision, and overrides them where that pays.
 
     Decode: the instance furthest below its share of the running requests. Prefill: among the
-    active, where the prompt is done first. Passed over as long as another is left: dead,
-    parked and KV-full instances, and those that would miss the latency target. A host's score
-    (prefix-cache hits, affinity) overrides the pick where it is worth more than the difference
-    in price. Deterministic.
+    active, where the prompt is done first. Passed over as long as another is left: dead, parked
+    and KV-full instances, those without a share, and those that would miss the ITL target. A
+    host's score (prefix-cache hits, affinity) overrides the pick where it is worth more than the
+    difference in price. Deterministic.
 
     Parameters
     ----------

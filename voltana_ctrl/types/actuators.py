@@ -21,7 +21,7 @@ class ActuatorSetting:
     Parameters
     ----------
     freq_mhz : float
-        SM clock lock.
+        Clock that the SM clock is locked at.
     power_cap_w, mem_mhz, cpu_mhz : float, optional
         Power cap of the instance (all its GPUs), memory clock lock, CPU clock; None leaves them
         as they were found.

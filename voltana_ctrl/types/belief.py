@@ -101,7 +101,7 @@ class Belief:
         margin_frac : tuple of float
             Margins on TTFT and ITL.
         delay_s : float
-            From asking for a clock until it runs.
+            Time from asking for a clock until it runs.
         """
         one = np.ones(len(fleet))
         return cls(

@@ -68,8 +68,8 @@ class InstanceSpec:
         Power while it is parked and empty; what the profile says by default, and `idle_w` where
         it does not.
     wake_s, wake_j : float
-        Time until a parked and empty instance works again, that of the profile by default, and
-        energy that this takes beyond idle power.
+        Time until a parked and empty instance works again, that of the profile by default; and
+        energy that this takes beyond idle power, 0 by default.
     deep_parked, asleep, off : Rest, optional
         What it draws in deeper sleep, and what it takes to get in and out; as in the profile by
         default.

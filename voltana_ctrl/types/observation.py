@@ -46,7 +46,7 @@ class Request:
     Parameters
     ----------
     prompt_tok : int
-        Prompt length.
+        Tokens of the prompt.
     id : int
         The host's number for it.
     cached_tok : int

@@ -170,7 +170,7 @@ class Steps:
         Parameters
         ----------
         from_s, until_s : float
-            The span.
+            The span, in seconds on the loop's clock.
 
         Returns
         -------

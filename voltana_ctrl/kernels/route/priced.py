@@ -62,8 +62,8 @@ def soonest(tables, padded, params, memory, uniform, prompt_tok, view, members):
 def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members):
     """Decode: the instance furthest below its share of the running requests.
 
-    Passed over, unless all are: those whose KV cache is full and those that one more request
-    would push over the latency target even at the highest clock that they get.
+    Passed over, unless all are: those whose KV cache is full, those without a share, and those that
+    one more request would push over the latency target even at the highest clock that they get.
     """
     total = 0.0
     for j in members:
