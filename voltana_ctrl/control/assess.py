@@ -24,19 +24,19 @@ class Assessment:
     Parameters
     ----------
     by : Assessor
-        Who works it out.
+        The assessor that works it out.
     state : FleetState
         Queues and batches.
     load : Load
         Arrivals and their lengths.
     route_frac : ndarray, shape (n,)
-        Share of the arrivals.
+        Share of the arrivals that each instance gets.
     active : ndarray of bool, shape (n,)
         Who may get new work.
     belief : Belief
         Margins, delay and pace of each instance.
     hold_s : float
-        How long a clock stays until the next can be asked for.
+        Seconds that a clock stays until the next can be asked for.
 
     Examples
     --------

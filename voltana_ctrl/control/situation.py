@@ -48,7 +48,7 @@ class Situation:
     Parameters
     ----------
     supplies : sequence of Supply, length n_groups
-        What the groups can do.
+        What one instance of each group can carry, and what it draws.
     installed, awake, draining : ndarray, shape (n_groups,)
         Instances that are alive; those that serve; those that are parked but not empty yet.
     waking_s : sequence of ndarray

@@ -37,15 +37,16 @@ class LoadMemory:
     span_s, arrived_req : float
         Time that the rate rests on and the requests that arrived in it, weighted.
     moments : ndarray, shape (6,)
-        Weighted sums over finished requests.
+        Weighted sums over finished requests: how many, prompt lengths, their squares, decoded
+        tokens, and the two sums that the mean and the spread of the context follow from.
     unfinished_tok : float
         Weighted sum of the growth of what running requests have decoded so far.
     held_tok : float
         Tokens held by or on the way to decode instances at the last observation.
     steady_span_s, steady_req : float
-        As `span_s` and `arrived_req`, of the longer memory.
+        The same as `span_s` and `arrived_req`, with the longer memory.
     surprise_req2 : float
-        Squared surprise of the arrivals, weighted as `arrived_req`.
+        Squared difference of arrivals from what was expected, weighted as `arrived_req`.
     arrived_tok : float
         Prompt tokens that arrived, weighted as `arrived_req`.
 

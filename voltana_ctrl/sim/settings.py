@@ -28,11 +28,12 @@ class PlantSettings:
         Whether a colocated instance prefills and decodes in turn: while prompts wait, its running
         requests stand still.
     jitter_sd_frac : float
-        Log-normal spread of iteration times, mean 1.
+        Iteration times are multiplied by a log-normal factor of mean 1; the standard deviation of
+        its logarithm.
     power_noise_sd_w : float
-        White noise on power readings; energy sums stay exact.
+        Standard deviation of the noise on power readings; energy sums stay exact.
     log_iterations : int
-        Iterations kept between two reads; 0 for none.
+        How many iterations are kept for the next read, over the whole fleet; 0 for none.
 
     Raises
     ------

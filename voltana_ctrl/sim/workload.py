@@ -484,7 +484,7 @@ def make_workload(
         ``azure-conv``, ``azure-code`` (bursts and silences), ``fixed`` (constant lengths).
     rate_req_s : float, optional
         Mean arrival rate in requests per second, > 0. By default the rate of the trace that the
-        workload was fitted to (the ``azure-`` ones).
+        workload was fitted to (the ``azure-`` ones); the others need one.
     duration_s : float
         Span in seconds, > 0.
     seed : int
@@ -504,7 +504,7 @@ def make_workload(
     Raises
     ------
     ConfigError
-        When the name is unknown, or a number is out of range.
+        When the name is unknown, a number is out of range, or a rate is needed and not given.
 
     Examples
     --------
