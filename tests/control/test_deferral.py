@@ -266,28 +266,6 @@ def test_a_budget_for_nobody_lets_in_nobody_but_the_last_chance():
     assert decisions[-1].admission.due_s > 10.0
 
 
-def test_what_may_wait_stays_out_while_a_budget_holds_others_below_what_they_need():
-    controller = MpcController(FLEET, SLO, power_budget_w=850.0)
-    decisions, memory = driven(controller, 90)
-    assert decisions[-1].admission.rate_req_s > 0.5
-    deadlines = np.arange(90.0) + 600.0
-
-    def let_in(queue_req):
-        state = dataclasses.replace(
-            FleetState.idle(4, t_s=89.1), running_req=[0.0, 0.0, 60.0, 60.0],
-            queue_req=[queue_req, queue_req, 0.0, 0.0],
-            queue_tok=[300.0 * queue_req, 300.0 * queue_req, 0.0, 0.0],
-            oldest_wait_s=[0.3 * (queue_req > 0.0)] * 2 + [0.0, 0.0],
-        )  # fmt: skip
-        backlog = Backlog(deadline_s=deadlines, prompt_tok=np.full(90, 200.0), arrived_req=0.0)
-        decision, _ = controller.decide(Observation(state=state, backlog=backlog), memory)
-        return decision.admission
-
-    assert let_in(0.0).rate_req_s > 0.5
-    assert let_in(12.0).rate_req_s == 0.0
-    assert let_in(12.0).due_s == let_in(0.0).due_s  # the last chance stays
-
-
 def test_a_solver_that_fails_leaves_the_pace_that_keeps_deadlines(monkeypatch):
     def broken(self, *args, **options):
         raise cp.SolverError("out of luck")

@@ -12,15 +12,7 @@ from voltana_ctrl.checks import positive
 from voltana_ctrl.control.cascade import CascadeController, CascadeMemory
 from voltana_ctrl.control.lookahead import Lookahead, takes_time
 from voltana_ctrl.estimate.forecast import OwnForecast
-from voltana_ctrl.types import (
-    Decision,
-    FleetSpec,
-    FleetState,
-    Observation,
-    PowerBudget,
-    Slo,
-    Steps,
-)
+from voltana_ctrl.types import Decision, FleetSpec, Observation, PowerBudget, Slo, Steps
 
 __all__ = ["MpcController"]
 
@@ -131,20 +123,7 @@ class MpcController(CascadeController):
         admission = self._ahead.admission(memory.ahead, observation.state.t_s, residence_s)
         if admission is None:
             return decision, memory
-        if self._clamped(decision, observation.state, memory):
-            # What a budget leaves is for those who cannot wait.
-            admission = replace(admission, rate_req_s=0.0)
         return replace(decision, admission=admission), memory
-
-    def _clamped(self, decision: Decision, state: FleetState, memory: CascadeMemory) -> bool:
-        """Whether a budget holds somebody below the clock that the promises ask for."""
-        ceiling = decision.freq_max_mhz
-        if ceiling is None or np.all(ceiling >= self._max_mhz):
-            return False
-        needed_mhz = self._assessor.clocks_mhz(
-            state, self._load.load(memory.load), decision.route_frac, memory.belief
-        )
-        return bool(np.any(needed_mhz > ceiling))
 
     def _known_w(self, now_s: float) -> Callable[[float, float], float]:
         """Least that the fleet may draw between two times, as far as is known now."""
