@@ -57,7 +57,7 @@ class OnlineLearner:
     expected at either. Of an iteration that mixes decode and prefill each phase learns from
     what the other leaves, in the measure in which the other is certain. An error counts as at most
     five mean errors; coefficients stay within a factor of 12 of the prior and above zero; the
-    covariance stays positive definite and below that of the prior. A cumulative sum of errors
+    covariance stays positive definite, its trace no larger than the prior's. A sum of errors
     that leaves its band is a drift: the covariance starts afresh and :meth:`widening_frac`
     opens until the error has settled. The staircase of executed batch sizes is chosen among
     the profile's own and fixed tiles by discounted squared error.

@@ -144,7 +144,9 @@ class ActuatorPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Limits:
-    """Other actuators, used only where the profile holds measurements for them.
+    """What actuators besides the SM clock are set to, per instance.
+
+    Our own controllers set them only where the profile holds measurements that speak for it.
 
     Parameters
     ----------

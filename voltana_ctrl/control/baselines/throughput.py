@@ -58,7 +58,7 @@ class ThroughputController(Controller):
     slo : Slo
         Its ITL target bounds the batch.
     ladder_mhz : sequence of float
-        Clocks of the governors, at least two.
+        Clocks of the governors; with a single one its own throughput is the threshold.
     window_s : float
         Arrivals are counted over so long.
     period_s : float
