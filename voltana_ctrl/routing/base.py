@@ -93,7 +93,7 @@ class CompiledRouter:
         self._active = decision.active
 
     def route(self, request: Request, state: FleetState) -> int:
-        """Index of the instance for this request.
+        """Index in the fleet of the instance that this request goes to.
 
         Dead, parked and KV-full instances are passed over as long as another is left.
 

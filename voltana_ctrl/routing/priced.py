@@ -68,14 +68,14 @@ class PricedRouter(CompiledRouter):
         self._price_j_req = decision.price_j_req
 
     def route(self, request: Request, state: FleetState) -> int:
-        """Index of the instance for this request.
+        """Index in the fleet of the instance that this request goes to.
 
         Parameters
         ----------
         request : Request
             With `host_score` in joules that serving it there saves, if the host knows.
         state : FleetState
-            As fresh as it is at hand.
+            State of the fleet, as fresh as it is at hand.
 
         Raises
         ------

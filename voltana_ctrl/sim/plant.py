@@ -303,19 +303,19 @@ class Plant:
 
     @property
     def now_s(self) -> float:
-        """Simulated time."""
+        """Simulated time in seconds."""
         return float(self._sim[0]["now_s"])
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """What each instance does, or is about to do."""
+        """Role of each instance: the one that it has, or is about to have."""
         if self.fleet.colocated:
             return (Role.COLOCATED,) * len(self.fleet)
         return tuple(_ROLES[role] for role in self.instances["role"])
 
     @property
     def judged(self) -> tuple[int, int]:
-        """Requests that are judged, and how many of them are not done yet."""
+        """How many requests are judged, and how many of them are not done yet."""
         return int(self._sim[0]["n_judged"]), int(self._sim[0]["n_judged_left"])
 
     def advance(self, until_s: float, *, stop_when_judged: bool = False) -> None:

@@ -56,7 +56,7 @@ class PowerMeter:
 
     @property
     def now_s(self) -> float:
-        """Simulated time."""
+        """Simulated time in seconds."""
         return self._plant.now_s
 
     def advance(self, until_s: float) -> None:
