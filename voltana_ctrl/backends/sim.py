@@ -26,7 +26,8 @@ class SimBackend:
     seed : int
         Seed from which routing and noise are drawn.
     settings : PlantSettings, optional
-        Delays of actuation, noise, and whether iterations are told; the defaults if left out.
+        Delays of actuation and of readings, noise, iterations that are kept; the defaults if left
+        out.
     **plant_options
         Passed to :class:`voltana_ctrl.sim.plant.Plant`: governors, routers, judged_s, faults.
 

@@ -147,8 +147,7 @@ class LatencyDeltas:
             ``ttft``; ``itl``, of requests; ``token_itl``, of tokens, which counts where there is
             no other: the mean gap then stands for every request that finished.
         page : mapping of str to float
-            Other numbers of the page, see
-            :func:`~voltana_ctrl.engines.page.read_engine_page`.
+            Other numbers of the page: ``finished_req``, ``prompt_tok`` and ``output_tok`` count.
         """
         finished_req = page.get("finished_req", math.nan)
         if finished_req > 0.0:

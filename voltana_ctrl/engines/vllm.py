@@ -281,7 +281,7 @@ class SchedulerHook:
         return _estimated_tok(waiting), seconds_since(getattr(oldest, "arrival_time", None))
 
     def close(self) -> None:
-        """Give the clock back."""
+        """Give the clock back and stop publishing."""
         if self.engine is not None:
             self.engine.close()
 

@@ -186,9 +186,10 @@ class NodeBackend:
     """Telemetry read from `reads`; clocks of some instances set through `sets`, if there is one.
 
     Without `sets` and `hands` there is no object in it that could set anything. With `sets`, only
-    clocks are set, and only those of the instances that it was opened for: power caps belong to
-    whoever set them. The instances of `hands` have a governor inside their engine, which holds
-    their GPUs and is handed floor, ceiling and the rest as a file.
+    those instances are set that it was opened for, and only their SM clocks, unless `actuators` or
+    `park_memory` ask for more: power caps belong to whoever set them. The instances of `hands` have
+    a governor inside their engine, which holds their GPUs and is handed floor, ceiling and the
+    rest as a file.
 
     Parameters
     ----------

@@ -152,8 +152,18 @@ class Subscription:
 
     Examples
     --------
-    >>> line = Subscription(link, routers, counts, traffic)  # doctest: +SKIP
-    >>> line.state.age_s  # how old is what the controller told  # doctest: +SKIP
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> from voltana_ctrl.engines import Traffic
+    >>> from voltana_ctrl.live.link import ControllerLink
+    >>> from voltana_ctrl.router import InFlight
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> routers, traffic = SubscribedRouters(fleet, "mpc"), Traffic(len(fleet))
+    >>> counts = InFlight(fleet, traffic=traffic)
+    >>> with (ControllerLink("http://127.0.0.1:9", "0123456789abcdef", fleet, "r0", fleet.ids,
+    ...                      kind="router") as link,
+    ...       Subscription(link, routers, counts, traffic)):
+    ...     routers.alone  # nobody answers there: requests go by load
+    True
     """
 
     def __init__(

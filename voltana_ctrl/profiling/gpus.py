@@ -116,7 +116,7 @@ class ProfiledGpus:
 
     @property
     def there(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any GPUs to read."""
         return self._backend is not None
 
     def group_of(self, uuids: tuple[str, ...]) -> int:

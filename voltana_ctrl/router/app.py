@@ -54,7 +54,7 @@ class Proxy:
     """Sends each request where a policy says, and answers it exactly once.
 
     An ASGI application; give it to uvicorn, or mount it in an application of your own that runs
-    its lifespan. A request is sent anew, elsewhere, only while its client has not seen a byte.
+    its lifespan. A request is sent anew, elsewhere, only while its client has not seen a token.
 
     Its `routers` are a `Router` and its `energy` is an `Observer`: give both to a control loop,
     and give the loop to :meth:`watch`; then decisions reach the routing, and energies are

@@ -312,7 +312,7 @@ class InFlight:
                 flight.give_up(instance)
 
     def succeeded(self, instance: int) -> None:
-        """Trust an instance again."""
+        """Note that an instance answered: it is not passed over any more."""
         self._failures[instance] = 0
         self._down_until_s[instance] = 0.0
         self._heard_s[instance] = self.clock()

@@ -76,7 +76,7 @@ class BodyReader:
         return told
 
     def close(self) -> None:
-        """End the child."""
+        """End the child process, if there is one."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._end()
 

@@ -92,8 +92,8 @@ class Savings:
     policy_w, highest_w : float
         Mean power in watts in the same blocks.
     policy_attainment_frac, highest_attainment_frac : float, optional
-        Fraction of requests that met TTFT and ITL, of those that began and ended in a block;
-        None without an SLO.
+        Fraction of requests that met TTFT and ITL, of those that began and ended in a block; None
+        without an SLO, or where fewer than two pairs have such requests.
     attainment_gap_frac : Interval, optional
         Attainment under the policy less that at the highest clock, by the same pairs.
     load_gap_frac : Interval

@@ -27,7 +27,7 @@ class SetsClocks(Protocol):
         """Median seconds that setting an instance's clock takes, shape (n,)."""
 
     def read(self) -> Observation:
-        """State now."""
+        """State now, of which the clocks are looked at."""
 
     def set_clock(self, instance: int, freq_mhz: float) -> None:
         """Set the clock of one instance."""

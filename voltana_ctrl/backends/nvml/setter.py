@@ -240,7 +240,7 @@ class _Peer:
 
 
 class Setter:
-    """Serves clock sets to peers on a Unix socket.
+    """Serves clock sets to peers on a Unix socket; :func:`run_setter` makes one and runs it.
 
     Parameters
     ----------

@@ -179,7 +179,7 @@ class EmulatedEngine:
                 self.batch.drop(job)
 
     async def run(self) -> None:
-        """Iterate for ever."""
+        """Iterate until cancelled, and wait where there is nothing to do."""
         begin_s = self._now_s()
         while True:
             plan = self.batch.plan()

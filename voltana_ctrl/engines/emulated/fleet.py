@@ -98,7 +98,7 @@ class EmulatedSettings:
 
 
 def run_engine(text: str) -> None:
-    """Serve as one emulated engine until told to end.
+    """Serve as one emulated engine until told to end: the process of an :class:`EmulatedFleet`.
 
     Parameters
     ----------
@@ -107,6 +107,10 @@ def run_engine(text: str) -> None:
 
     Examples
     --------
+    >>> import json
+    >>> from dataclasses import asdict
+    >>> settings = EmulatedSettings(instance="d0", role="decode", port=8000, library="libfake.so",
+    ...                             profile="a100-sxm-80gb/llama-3.1-8b", gpus=(0,), plugin={})
     >>> run_engine(json.dumps(asdict(settings)))  # doctest: +SKIP
     """
     told: dict[str, Any] = json.loads(text)

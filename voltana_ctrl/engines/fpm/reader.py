@@ -151,7 +151,7 @@ class FpmReader:
 
     @property
     def counts(self) -> FpmCounts:
-        """What was seen so far."""
+        """Messages seen, lost and refused so far."""
         return FpmCounts(**self._counts)
 
     @property

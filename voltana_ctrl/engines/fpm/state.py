@@ -137,12 +137,12 @@ class RankState:
 
     @property
     def queue_req(self) -> float:
-        """Requests that wait."""
+        """Requests that wait, for prefill or with KV for decode."""
         return self.now.queued_prefill_req + self.now.queued_decode_req
 
     @property
     def queue_tok(self) -> float:
-        """Tokens that wait."""
+        """Prompt tokens that wait, and KV tokens of requests that wait for decode."""
         return self.now.queued_prefill_tok + self.now.queued_decode_kv_tok
 
     @property
