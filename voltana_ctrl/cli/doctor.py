@@ -20,7 +20,7 @@ def doctor(
         typer.Option("--actuate", help="Lock each free GPU to its highest clock for a moment."),
     ] = False,
 ) -> None:
-    """Say what this machine can do: GPUs, clocks, permissions, clamps; reads only."""
+    """Say what GPUs and clocks here can do; reads only, unless told to --actuate."""
     from voltana_ctrl.backends.nvml.doctor import examine
 
     report = examine(actuate=actuate)

@@ -35,9 +35,9 @@ class GpuUse:
     uuid, name : str
         UUID and name of the GPU.
     energy_j : float or None
-        Over the measurement; None where neither energy nor power can be read.
+        Joules over the measurement; None where neither energy nor power can be read.
     idle_w : float or None
-        Mean power at the moments at which nothing ran on it; None where there was none.
+        Mean watts at the moments at which nothing ran on it; None where there was none.
     idle_frac : float
         Share of the moments at which nothing ran.
     hints : tuple of str

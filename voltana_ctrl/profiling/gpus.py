@@ -120,11 +120,23 @@ class ProfiledGpus:
         return self._backend is not None
 
     def group_of(self, uuids: tuple[str, ...]) -> int:
-        """Number of the engine with these GPUs; 0 where there are none."""
+        """Number of the engine with these GPUs, from 0; 0 also where there are no GPUs."""
         return self._groups.index(uuids) if self._groups else 0
 
     def look(self, group: int, setting: ActuatorSetting | None) -> GpuSample:
-        """Keep one engine set as it shall be (None: leave it) and read its GPUs.
+        """Keep one engine set as it shall be, and read its GPUs.
+
+        Parameters
+        ----------
+        group : int
+            Number of the engine, see :meth:`group_of`.
+        setting : ActuatorSetting or None
+            What is set where it is not yet; None leaves everything.
+
+        Returns
+        -------
+        GpuSample
+            As of now.
 
         Raises
         ------

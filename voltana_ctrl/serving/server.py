@@ -171,6 +171,11 @@ def listen(host: str, port: int, *, what: str) -> list[socket.socket]:
     what : str
         Who listens, for errors.
 
+    Returns
+    -------
+    list of socket.socket
+        One for each address of the host; `run` of a :func:`bounded_server` takes them.
+
     Raises
     ------
     ConfigError

@@ -137,7 +137,21 @@ def chosen_laws(
     claimable: Collection[str],
     skip: Collection[str],
 ) -> Iterator[Law]:
-    """Laws without those skipped, and of the claimable ones those claimed.
+    """Laws to check: without those skipped, and of the claimable ones only those claimed.
+
+    Parameters
+    ----------
+    laws : sequence of Law
+        All laws.
+    claims, skip : collection of str
+        Names that the user claims, and names to leave out.
+    claimable : collection of str
+        Names of laws that not everybody keeps.
+
+    Yields
+    ------
+    Law
+        In the order of `laws`.
 
     Raises
     ------

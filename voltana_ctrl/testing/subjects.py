@@ -99,6 +99,18 @@ def find_subjects(
 ) -> list[Subject]:
     """Subjects for the fleets that `make` accepts; it may refuse others with a ConfigError.
 
+    Parameters
+    ----------
+    about : str
+        ``controller`` or ``router``, for messages.
+    make, fleets, slo, examples
+        See :func:`~voltana_ctrl.testing.check_controller`.
+
+    Returns
+    -------
+    list of Subject
+        One per fleet that is accepted; `other` of each is that of its neighbour.
+
     Raises
     ------
     LawBroken

@@ -10,7 +10,13 @@ from voltana_ctrl.types import FleetSpec
 
 
 def assigned_uuids(fleet: FleetSpec, gpus: Mapping[str, Sequence[str]]) -> list[str]:
-    """UUIDs of all instances in order; each instance has its GPUs, each GPU one instance."""
+    """UUIDs of the GPUs of all instances, in the order of the fleet.
+
+    Raises
+    ------
+    ConfigError
+        If an instance has not as many GPUs as its profile, or two share one.
+    """
     unknown = sorted(set(gpus) - set(fleet.ids))
     if unknown:
         raise ConfigError(

@@ -259,7 +259,17 @@ def _free(fd: int) -> bool:
 
 
 def read_record(fd: int) -> FoundFile | FoundGpu | None:
-    """How a lock file says that its hardware is given back; None where nothing was touched.
+    """How a lock file says that its hardware is given back.
+
+    Parameters
+    ----------
+    fd : int
+        Descriptor of the open lock file.
+
+    Returns
+    -------
+    FoundFile or FoundGpu or None
+        None where nothing was touched.
 
     Raises
     ------
