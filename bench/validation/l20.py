@@ -7,7 +7,7 @@ Times are the published fits of one engine alone. Of the power two numbers are f
 rows at boost alone: which part of the power above idle that one engine was seen to hold while it
 decodes a fleet holds (`held`), and which part of the energy of a prompt token a decoded token
 takes (`token`). Prompts in an iteration that decodes too draw both, up to the power cap. All other
-rows are predictions.
+rows are predictions; those under control are given their own mean clock and share of engines on.
 """
 
 import sys
@@ -38,8 +38,8 @@ TOKEN_FRAC = 0.48
 LADDER_MHZ = np.arange(900.0, 2521.0, 15.0)
 PROMISES = {"sharegpt": Slo(ttft_s=5.0, itl_s=0.15), "alpaca": Slo(ttft_s=1.0, itl_s=0.1)}
 DRAWS, WINDOW_S = 16, 120.0
-#: What predictions are asked to be within: watts and TPOT.
-WITHIN = (0.07, 0.15)
+#: What predictions are asked to be within: watts, TPOT, and TTFT.
+WITHIN = (0.07, 0.15, 0.15)
 #: 90 % of a normal distribution lie within so many standard deviations.
 SD_OF_90 = 1.645
 
@@ -227,18 +227,22 @@ def within_table(believed):
         SD_OF_90 * np.hypot(band.decode_time_frac, band.clock_time_frac),
     ]
     lines = [
-        "| rows | W within 7 % | TPOT within 15 % | W off by, mean | TPOT off by"
+        "| rows | W within 7 % | TPOT within 15 % | TTFT within 15 % | W off by, mean | TPOT off by"
+        " | TTFT off by | TTFT / measured"
         f" | W within {band_frac[0]:.0%}, its 90 % band | TPOT within {band_frac[1]:.0%} |",
-        "|---" * 7 + "|",
+        "|---" * 10 + "|",
     ]
     found = {}
     for kind, rows in kinds.items():
+        # Watts, TPOT, TTFT over what was published of them.
         found[kind] = [
-            np.array([abs(got[0] / measured[0] - 1.0) for measured, got in rows]),
-            np.array([abs(got[2] / measured[2] - 1.0) for measured, got in rows if measured[2]]),
+            np.array([got[at] / measured[at] for measured, got in rows if measured[at]])
+            for at in (0, 2, 1)
         ]
     found["all"] = [np.concatenate(each) for each in zip(*found.values(), strict=True)]
-    for kind, errors in found.items():
+    for kind, ratios in found.items():
+        errors = [np.abs(ratio - 1.0) for ratio in ratios]
+        spread = f"{ratios[2].min():.2f} to {ratios[2].max():.2f}"
         asked = " | ".join(
             f"{(error < within).sum()} of {len(error)}"
             for error, within in zip(errors, WITHIN, strict=True)
@@ -246,9 +250,9 @@ def within_table(believed):
         means = " | ".join(f"{error.mean():.1%}" for error in errors)
         covered = " | ".join(
             f"{np.mean(error < within):.0%}"
-            for error, within in zip(errors, band_frac, strict=True)
+            for error, within in zip(errors, band_frac, strict=False)
         )
-        lines.append(f"| {kind} | {asked} | {means} | {covered} |")
+        lines.append(f"| {kind} | {asked} | {means} | {spread} | {covered} |")
     return lines
 
 
@@ -387,8 +391,8 @@ def profile_text(held, token, sd):
     sections = {
         "decode_time": (
             "fitted", f"{fleet}; one engine alone; the roof is the line of a prompt",
-            "residuals of the source 7-14 %; closed loop within 15 % in most rows;"
-            " iterations of more than 128 tokens take up to twice as long",
+            "residuals of the source 7-14 %; closed loop within 15 % in 54 of 63 rows that were not"
+            " fitted; iterations of more than 128 tokens take up to twice as long",
             {"base_s": "decode_base_s", "req_s": "decode_req_s", "kv_s": "decode_kv_s",
              "roof_s": "decode_roof_s", "roof_base_s": "decode_roof_base_s"},
         ),
@@ -396,7 +400,8 @@ def profile_text(held, token, sd):
             "fitted", f"{fleet}; clock response of one engine, level of the fleet at boost:"
             f" {held:.3f} +- {sd[0]:.3f} of the power above idle, {token:.2f} +- {sd[1]:.2f} of the"
             " energy of a prompt token per decoded token",
-            "closed loop within 7 % in most rows, 12 % low at the highest loads of short prompts",
+            "closed loop within 7 % in 60 of 66 rows that were not fitted, up to 12 % low at the"
+            " highest loads of short prompts, 19 % in one that failed its promise",
             {"power_w": "decode_power_w", "req_j": "decode_req_j"},
         ),
         "prefill_time": (
