@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.oracles import naive_control
@@ -158,6 +158,11 @@ def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
 
 
 @given(at=situations(), budget_w=st.floats(100.0, 3000.0))
+@example(
+    at=("mixed", FleetState.idle(6), Load(arrival_req_s=0.0, lengths=LENGTHS),
+        np.array([0.0, 0.0, 0.41015625, 0.0, 0.0, 1.0])),
+    budget_w=1418.0,
+)  # fmt: skip
 def test_decode_comes_first_under_a_budget(at, budget_w):
     name, state, load, wanted = at
     fleet, assessor = FLEETS[name], ASSESSORS[name]

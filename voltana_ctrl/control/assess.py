@@ -434,7 +434,9 @@ class Assessor:
         _, drawn_w = self._raised(worst_w, ceiling)
         held = np.where(decodes[:, None], worst_w, drawn_w[:, None])
         more, _ = self.ceilings_mhz(held, wanted_mhz, budget_w)
-        return np.where(decodes, np.maximum(ceiling, more), ceiling), True
+        raised = np.where(decodes, np.maximum(ceiling, more), ceiling)
+        # What is needed was rounded up and the rest down: of unlike clocks both may be too much.
+        return (raised if self.power_at_w(worst_w, raised).sum() <= budget_w else ceiling), True
 
     def _raised(self, worst_w: F64, clock_mhz: F64) -> tuple[F64, F64]:
         """Clocks raised to supported ones, and what each may draw."""
