@@ -60,9 +60,10 @@ def highest_power_w(instance: InstanceSpec) -> F64:
 
 
 class UniformCeiling:
-    """Highest clock for all under a power limit; a lookup over every clock of the fleet.
+    """Highest common clock at which the fleet cannot draw more than a limit, whatever its load.
 
-    An instance that does not support the clock takes its next lower one, or its lowest.
+    An instance that does not support the clock takes its next lower one, or its lowest. Where even
+    the lowest clocks may draw more than the limit, it is those.
 
     Parameters
     ----------

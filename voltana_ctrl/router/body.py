@@ -194,7 +194,8 @@ def spliced(content: bytes, extra: dict[str, Any]) -> bytes:
     Parameters
     ----------
     content : bytes
-        A JSON object; anything else is returned as it is, without the fields.
+        A JSON object, which is not parsed; what does not begin with a brace is returned as it is,
+        without the fields.
     extra : dict
         The fields.
 
@@ -206,7 +207,7 @@ def spliced(content: bytes, extra: dict[str, Any]) -> bytes:
     Raises
     ------
     BadBody
-        If a number in the fields is out of range.
+        If a number in the fields is not finite.
 
     Examples
     --------

@@ -11,6 +11,7 @@ import pytest
 
 from tests.backends.nvml.test_watchdog import LOCKED, alive
 from tests.helpers.fake_gpus import Host, all_given_back, machine, needs_compiler, seconds_until
+from voltana_ctrl.backends.nvml import sweep as module
 from voltana_ctrl.backends.nvml.giveback import FoundFile
 from voltana_ctrl.backends.nvml.lockfile import LockFile
 from voltana_ctrl.backends.nvml.process import process_start
@@ -100,3 +101,16 @@ def test_a_look_that_fails_is_not_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(Sweep, "look", look)
     with Sweep(tmp_path, every_s=0.01):
         seconds_until(lambda: len(looks) > 2)
+
+
+def test_what_is_given_back_late_is_told_once(tmp_path, monkeypatch, caplog):
+    """At the first try the driver refuses, at the second it does not."""
+    held = {("gpu-0", "dead"): object()}
+    answers = [["gpu-0: refused"], [], [], ["gpu-0: refused"], []]
+    monkeypatch.setattr(module, "restore_abandoned", lambda _: ([], []))
+    monkeypatch.setattr(module, "left_by_the_lost", lambda _: dict(held))
+    monkeypatch.setattr(module, "give_back", lambda _: answers.pop(0))
+    sweep = Sweep(tmp_path, patience=2)
+    assert [sweep.look() for _ in range(6)] == [[], [], ["gpu-0"], [], [], []]
+    assert answers == []
+    assert sum("given back" in said for said in caplog.messages) == 1

@@ -43,30 +43,36 @@ class Sweep:
     def __init__(self, folder: Path = LOCK_DIR, *, every_s: float = 1.0, patience: int = 4) -> None:
         self._folder, self._every_s, self._patience = Path(folder), every_s, patience
         self._seen: dict[tuple[str, str], int] = {}
+        self._back: set[tuple[str, str]] = set()
         self._said: set[str] = set()
         self._looking = threading.Lock()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="voltana-ctrl-sweep", daemon=True)
 
     def look(self) -> list[str]:
-        """Look once.
+        """Give back once what dead controllers left.
+
+        Where the lock is still held, only after `patience` looks.
 
         Returns
         -------
         list of str
-            Names of the hardware that was given back; what could not be is logged.
+            Names in the lock files of the hardware that was given back now for the first time. A
+            new problem is logged once.
         """
         with self._looking:
             given_back, problems = restore_abandoned(self._folder)
             held = left_by_the_lost(self._folder)
             self._seen = {key: self._seen.get(key, 0) + 1 for key in held}
-            for (name, owner), looks in list(self._seen.items()):
+            self._back &= set(held)
+            for key, looks in self._seen.items():
                 if looks < self._patience:
                     continue
-                failed = give_back([held[name, owner]])
+                failed = give_back([held[key]])
                 problems += failed
-                if not failed and looks == self._patience:  # and again each time, in silence
-                    given_back.append(name)
+                if not failed and key not in self._back:  # and again each time, in silence
+                    self._back.add(key)
+                    given_back.append(key[0])
         for name in given_back:
             _log.warning("voltana-ctrl: %s: its controller is dead; given back", name)
         for problem in set(problems) - self._said:

@@ -20,26 +20,36 @@ class EcoFreqGovernor(CompiledGovernor):
     """VoltanaLLM v0.1's EcoFreq: the lowest clock of a short ladder that meets the target.
 
     Rules 3 to 6 of its ``freq_manager.py`` (arXiv 2509.04827, code f7789acf) without the two
-    throughput thresholds: top clock if anything waits behind this batch; otherwise the first
-    ladder clock whose predicted latency is within the target less the time already waited;
-    the bottom clock after 5 s without work.
+    throughput thresholds. If anything waits behind this batch, it is the top clock. Otherwise it is
+    the first of the ladder at which an iteration is predicted to take no longer than the ITL target
+    where it decodes, and than the TTFT target less the time already waited where it
+    prefills; the top clock if none is enough. Without work it is the bottom clock, for which an
+    engine asks after 5 s.
 
     Parameters
     ----------
     instance : InstanceSpec
         The instance whose clock it chooses.
     slo : Slo
-        Promised TTFT and ITL, and the share of requests that must meet each.
+        Promised TTFT and ITL; how many must meet them plays no part.
     profile : Profile, optional
         Tables it predicts with; the instance's own by default.
     ladder_mhz : sequence of float, optional
-        Clocks it may choose; each is raised to the next supported one. None: the whole ladder.
+        Clocks it may choose, by default those of the paper's A100, 1005 to 1410 MHz; give others
+        for another card. Each is raised to the next supported one, or lowered to the highest. None:
+        the whole ladder.
     margin_frac : float
         Targets are divided by one plus this. The paper's code multiplies by one plus its own m,
         which is a margin of ``1 / (1 + m) - 1`` here.
     above_floor : bool
         Whether a controller's floor counts, as that of
-        :class:`~voltana_ctrl.control.ThroughputController`, which has the two other rules.
+        :class:`~voltana_ctrl.control.ThroughputController`, which has the two other rules. The
+        ceiling always holds.
+
+    Raises
+    ------
+    ConfigError
+        If the margin is not above -1, or the profile lacks clocks of the instance.
 
     Examples
     --------
@@ -47,6 +57,7 @@ class EcoFreqGovernor(CompiledGovernor):
     >>> profile = load_profile("a100-sxm-80gb/llama-3.1-8b")
     >>> decode = FleetSpec.parse("1P1D", profile).instances[1]
     >>> eco = EcoFreqGovernor(decode, Slo(ttft_s=0.6, itl_s=0.06))
+    >>> # requests, KV tokens, prompt tokens that wait, how long they have, floor and ceiling
     >>> eco.step(10, 4000, 0, 0.0, 210.0, 1410.0), eco.step(700, 3e5, 0, 0.0, 210.0, 1410.0)
     (1005.0, 1410.0)
     """

@@ -46,8 +46,10 @@ class EngineApp:
     token ids or texts. Answers are numbers counted up, one a token.
 
     Prefill and decode are handed over as in vLLM, by ``kv_transfer_params``. With
-    ``do_remote_decode`` the answer brings the parameters for the decode engine. A request with
-    ``do_remote_prefill`` is not prefilled again: it starts once its KV cache would be here.
+    ``do_remote_decode`` the answer, if it is no stream, brings the parameters for the decode
+    engine, and has as many tokens as asked for. A request with ``do_remote_prefill`` is not
+    prefilled again: its first token, which the prefill engine made, comes at once where the profile
+    says so, and the rest once its KV cache would be here.
 
     ``POST /emulate`` with ``slow_frac`` or ``hung`` rehearses a slow or a hung engine, and
     ``GET /emulate`` tells whether the emulation keeps its times.
