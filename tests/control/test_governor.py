@@ -145,6 +145,8 @@ def test_a_colocated_instance_makes_up_for_iterations_that_prompts_stretched():
     steps = {}
     for name, repay_tok in (("patient", 1e9), ("prompt", 32.0)):
         governor = fresh(mixed, tuning=Tuning(repay_tok=repay_tok), memory_s=1e-3)
+        for t_s in np.arange(-6.0, 0.0, 0.05):  # arrivals are known by then
+            governor.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=t_s)
         clock_of = [
             # One iteration of 0.3 s among steps of 50 ms.
             governor.step(150, 6e4, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=t_s)

@@ -202,7 +202,8 @@ def test_a_clamped_clock_is_found_within_a_second_and_released():
 def test_the_delay_is_found(settle_s):
     true_s = settle_s + 0.005
     paces, seen = watched(settings=PlantSettings(settle_s=settle_s), until_s=30.0)
-    found_s = paces.delay_s(seen[-1])
+    # Most of the time: what one second told may be off for a moment.
+    found_s = np.median([paces.delay_s(memory) for memory in seen[-15:]], axis=0)
     # Iterations end every 20 to 60 ms, so a shorter delay than believed is not told from it.
     assert np.all(found_s >= 0.7 * true_s)
     assert np.all(found_s <= max(0.025, 1.3 * true_s))

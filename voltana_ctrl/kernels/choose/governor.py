@@ -362,8 +362,10 @@ def needed_clock(
     size_req = float(padded[int(running_req)])
     waiting = _what_waits(memory, waiting_tok, batch_tok, oldest_wait_s)
     doomed = _doomed(params, memory, rows[top], waiting)
-    if doomed or (batch_tok > 0.0 and memory[WATCHED_S] < _WATCHED * params[TTFT_S]):
-        # Of what arrives too little is known yet, and room for a burst is nearly free.
+    works = batch_tok > 0.0 or (params[PREFILLS] > 0.0 and running_req > 0.0)
+    if doomed or (works and memory[WATCHED_S] < _WATCHED * params[TTFT_S]):
+        # Of what arrives too little is known yet, and room for a burst is nearly free. So it is
+        # between prompts, where both run: from a clock that goes to and fro no pace is learnt.
         k = max(k, thrifty)
     while k < top:
         row = rows[k]
