@@ -8,6 +8,7 @@ import pytest
 from voltana_ctrl import Decision, FleetSpec, FleetState, Request, Slo, load_profile
 from voltana_ctrl.control import IterationGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
+from voltana_ctrl.kernels.choose.governor import WATCHED_S
 from voltana_ctrl.ports import believe_of
 from voltana_ctrl.routing import PricedRouter
 from voltana_ctrl.sim.plant import Plant
@@ -68,6 +69,7 @@ def test_a_prefill_governor_reckons_with_pace_and_delay() -> None:
         governor.believe(replace(BELIEF, **told), 0)
         governor.memory[:] = 0.0
         governor.memory[0] = 1.0  # the lowest clock runs
+        governor.memory[WATCHED_S] = 100.0  # nothing came for long
         return governor.step(0, 0, 2000, 0.1, 210.0, 1410.0, t_s=0.0)
 
     usual = clock_mhz()
