@@ -26,17 +26,17 @@ def with_tables(text, made):
     return _BLOCK.sub(put, text)
 
 
-def unlike(one, other, units=1):
-    """Rows that differ by more than so many units of the last digit that is printed."""
+def unlike(one, other):
+    """Rows that differ by more than one unit of the last digit that is printed."""
     if len(one) != len(other):
         return [f"{len(one)} rows, {len(other)} rows"]
-    return [f"{a}\n{b}" for a, b in zip(one, other, strict=True) if not _alike(a, b, units)]
+    return [f"{a}\n{b}" for a, b in zip(one, other, strict=True) if not _alike(a, b)]
 
 
-def _alike(a, b, units):
+def _alike(a, b):
     if _NUMBER.sub("#", a) != _NUMBER.sub("#", b):
         return False
     return all(
-        abs(float(x) - float(y)) <= 1.001 * units * 10.0 ** -len(x.partition(".")[2])
+        abs(float(x) - float(y)) <= 1.001 * 10.0 ** -len(x.partition(".")[2])
         for x, y in zip(_NUMBER.findall(a), _NUMBER.findall(b), strict=True)
     )

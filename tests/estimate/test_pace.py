@@ -202,11 +202,11 @@ def test_a_clamped_clock_is_found_within_a_second_and_released():
 def test_the_delay_is_found(settle_s):
     true_s = settle_s + 0.005
     paces, seen = watched(settings=PlantSettings(settle_s=settle_s), until_s=30.0)
-    # Most of the time: what one second told may be off for a moment.
-    found_s = np.median([paces.delay_s(memory) for memory in seen[-15:]], axis=0)
+    found_s = np.array([paces.delay_s(memory) for memory in seen[-15:]])
     # Iterations end every 20 to 60 ms, so a shorter delay than believed is not told from it.
-    assert np.all(found_s >= 0.7 * true_s)
-    assert np.all(found_s <= max(0.025, 1.3 * true_s))
+    right = (found_s >= 0.7 * true_s) & (found_s <= max(0.025, 1.3 * true_s))
+    # In four of five seconds at least: what one of them told may be off.
+    assert np.all(right.mean(axis=0) >= 0.8)
 
 
 def test_counts_of_tokens_say_it_where_no_iterations_are_told():

@@ -16,17 +16,11 @@ def page(root, monkeypatch):
         del sys.modules[name]
 
 
-#: Tables of what controllers do, which learn more often than the plant does: five units apart.
-OF_CONTROLLERS = ("l20-control", "l20-headline", "refit-headline")
-
-
 def compare(page, root, stem, made):
     text = (root / "docs" / "validation" / f"{stem}.md").read_text(encoding="utf-8")
     kept = page("page").tables_of(text)
     for name, rows in made.items():
-        units = 5 if name in OF_CONTROLLERS else 1
-        unlike = page("page").unlike(kept[name], rows, units)
-        assert unlike == [], f"run python -m bench.validation {stem}"
+        assert page("page").unlike(kept[name], rows) == [], f"run python -m bench.validation {stem}"
 
 
 def test_l20(page, root):
@@ -39,33 +33,39 @@ def test_l20(page, root):
 
 
 def test_l20_is_predicted(page):
-    """Rows that were not fitted: watts within 7 %, TPOT within 15 %; the ratio within 0.05.
+    """Rows that were not fitted: watts within 7 %, TPOT within 15 %; the ratio within 0.04.
 
-    Not the TPOT of rows whose iterations have more than 128 tokens or whose long prompts wait in
-    turn, nor the watts of four rows, nor where prompts draw nothing beside decoding a ratio more
-    than 0.04 off (docs/validation/l20.md).
+    What is outside is named, no row more and none less, and docs/validation/l20.md says why.
     """
     l20 = page("l20")
     believed = l20.load_profile(l20.NAME)
-    full = {("alpaca", "5C"), ("alpaca", "3C", 71.98), ("sharegpt", "3C", 13.117)}
-    full |= {("alpaca", "3C", 89.94), ("longbench", "3C", 2.416), ("longbench", "3C", 3.798)}
-    far = {("alpaca", 53.95): 0.10, ("alpaca", 89.94): 0.20}
+    watts_out, tpot_out, ratio_out = set(), set(), set()
     for row in l20.FACTS["static"]["rows"]:
-        (watts, _, tpot, _), power_w, tpot_ms = l20.served_static(believed, row), row[5], row[7]
-        within = far.get((row[0], row[1]), 0.07) if row[2] == "3C" else 0.07
-        assert watts == pytest.approx(power_w, rel=within), row
-        if tpot_ms and not full & {(row[0], row[2]), (row[0], row[2], row[1])}:
-            assert tpot == pytest.approx(tpot_ms, rel=0.15), row
+        (watts, _, tpot, _), key = l20.served_static(believed, row), (row[0], row[2], row[1])
+        if watts != pytest.approx(row[5], rel=0.07):
+            watts_out.add(key)
+        if row[7] and tpot != pytest.approx(row[7], rel=0.15):
+            tpot_out.add(key)
     for row in l20.FACTS["dynamic"]["rows"]:
-        watts, _, tpot, _ = l20.served_dynamic(believed, row)
-        outside = row[-1] == "DynamoLLM port" and row[1] in (1.483, 3.108)
-        assert watts == pytest.approx(row[7], rel=0.11 if outside else 0.07), row
-        assert tpot == pytest.approx(row[9], rel=0.15), row
+        (watts, _, tpot, _), key = l20.served_dynamic(believed, row), (row[-1], row[0], row[1])
+        if watts != pytest.approx(row[7], rel=0.07):
+            watts_out.add(key)
+        if tpot != pytest.approx(row[9], rel=0.15):
+            tpot_out.add(key)
     for row in l20.best_static():
         measured = row[5] / l20.boost_rows()[row[0], row[1], "8C"][0]
-        for one, near in ((believed, 0.05), (l20.without_beside(believed), 0.04)):
-            all_on_w = l20.served(one, row[0], row[1], "8C")[0]
-            assert l20.served_static(one, row)[0] / all_on_w == pytest.approx(measured, abs=near)
+        for beside, one in ((True, believed), (False, l20.without_beside(believed))):
+            ratio = l20.served_static(one, row)[0] / l20.served(one, row[0], row[1], "8C")[0]
+            if ratio != pytest.approx(measured, abs=0.04):
+                ratio_out.add((row[0], beside))
+    assert watts_out == {
+        ("alpaca", "3C", 53.95), ("alpaca", "3C", 89.94), ("DynamoLLM port", "sharegpt", 3.108),
+    }  # fmt: skip
+    assert tpot_out == {
+        ("alpaca", "5C", 89.94), ("alpaca", "3C", 71.98), ("alpaca", "3C", 89.94),
+        ("sharegpt", "3C", 13.117), ("longbench", "3C", 2.416), ("longbench", "3C", 3.798),
+    }  # fmt: skip
+    assert ratio_out == set()
 
 
 def test_l20_clocks_follow_from_the_published_means(page):

@@ -22,7 +22,6 @@ import csv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -541,7 +540,6 @@ class _Told:
         return told
 
 
-@lru_cache(maxsize=8)
 def _moved(dt_s: float) -> F64:
     """What sums of powers of u become when every u has moved back by this: a binomial matrix."""
     return np.array(

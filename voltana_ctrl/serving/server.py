@@ -223,8 +223,6 @@ class ServerThread:
         0 for any that is free.
     what : str
         What is served, for errors: `controller`, `metrics`.
-    connections : int
-        See :func:`bounded_server`.
     tls_cert, tls_key : Path, optional
         Certificate chain and its key, for HTTPS.
 
@@ -255,13 +253,10 @@ class ServerThread:
         port: int = 0,
         *,
         what: str,
-        connections: int = 8192,
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
     ) -> None:
-        self._server = bounded_server(
-            app, what=what, connections=connections, tls_cert=tls_cert, tls_key=tls_key
-        )
+        self._server = bounded_server(app, what=what, tls_cert=tls_cert, tls_key=tls_key)
         self._sockets = listen(host, port, what=what)
         self.port = int(self._sockets[0].getsockname()[1])
         self._thread = threading.Thread(

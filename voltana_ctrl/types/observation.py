@@ -129,14 +129,13 @@ class FleetState:
         shape = (np.asarray(self.alive).size,)
         freeze_fields(self, ("alive",), shape, np.bool_)
         freeze_fields(self, _STATE_FIELDS, shape)
-        if not np.isnan(np.array([getattr(self, name) for name in _STATE_FIELDS])).any():
-            return
-        for name in _STATE_FIELDS:
-            if np.isnan(getattr(self, name)).any():
-                raise ShapeError(
-                    f"FleetState.{name}: expected numbers, got NaN; mark the instance not"
-                    " alive and keep its last reading"
-                )
+        values = np.array([getattr(self, name) for name in _STATE_FIELDS])
+        strange = np.isnan(values).any(axis=1)
+        if strange.any():
+            raise ShapeError(
+                f"FleetState.{_STATE_FIELDS[int(np.argmax(strange))]}: expected numbers, got NaN;"
+                " mark the instance not alive and keep its last reading"
+            )
 
     def __len__(self) -> int:
         return len(self.alive)
