@@ -113,6 +113,19 @@ def test_history_attainment_and_events_forget_the_old():
     assert [one["times"] for one in board.status()["events"]] == [100, 100]
 
 
+def test_events_that_take_turns_do_not_push_out_the_others():
+    board = StatusBoard(fleet(), SLO)
+    board.note("an engine restarted")
+    for k in range(400):
+        board.note("replaced: stale" if k % 2 else "x" * 600)
+    told = [(one["text"][:15], one["times"]) for one in board.status()["events"]]
+    assert told == [("replaced: stale", 200), ("x" * 15, 200), ("an engine resta", 1)]
+    for k in range(100):
+        board.note(f"event {k}")
+    told = board.status()["events"]
+    assert [one["text"] for one in told] == [f"event {k}" for k in range(99, 39, -1)]
+
+
 def test_warnings_of_other_parts_are_events():
     board = StatusBoard(fleet(), SLO)
     logger = logging.getLogger("voltana_ctrl.live.descent")

@@ -134,7 +134,7 @@ class StatusBoard(logging.Handler):
         self._point_s = -np.inf
         self._history: deque[tuple[float, float, float]] = deque(maxlen=_POINTS)
         self._judged: deque[tuple[float, float, float, bool, bool]] = deque(maxlen=_MOST_JUDGED)
-        self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
+        self._events: dict[str, dict[str, Any]] = {}
 
     def on_tick(self, record: TickRecord) -> None:
         """Take one tick."""
@@ -166,20 +166,20 @@ class StatusBoard(logging.Handler):
         self.note(record.getMessage().removeprefix("voltana-ctrl: "))
 
     def note(self, text: str) -> None:
-        """Keep an event; what is said again and again is counted.
+        """Keep an event; what is said again is counted, wherever else came between.
 
         Parameters
         ----------
         text : str
             What happened, in words; cut at 500 characters.
         """
-        now_s = self._now_s()
+        text, now_s = text[:500], self._now_s()
         with self._lock_board:
-            if self._events and self._events[-1]["text"] == text:
-                self._events[-1]["times"] += 1
-                self._events[-1]["last_s"] = now_s
-                return
-            self._events.append({"text": text[:500], "times": 1, "last_s": now_s})
+            # Taken out and put at the end: events stand in the order in which they were last seen.
+            event = self._events.pop(text, {"text": text, "times": 0})
+            self._events[text] = event | {"times": event["times"] + 1, "last_s": now_s}
+            if len(self._events) > _EVENTS:
+                self._events.pop(next(iter(self._events)))
 
     def _drawn_w(self, observation: Observation) -> float:
         read = np.array([name not in self._unread for name in self._fleet.ids])
@@ -215,7 +215,7 @@ class StatusBoard(logging.Handler):
         now_s = self._now_s()
         with self._lock_board:
             record, seen_s = self._record, self._seen_s
-            judged, events = list(self._judged), [dict(one) for one in self._events]
+            judged, events = list(self._judged), [dict(one) for one in self._events.values()]
         for event in events:
             event["ago_s"] = round(now_s - event.pop("last_s"), 1)
         told: dict[str, Any] = {
