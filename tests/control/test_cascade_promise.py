@@ -180,6 +180,16 @@ def test_those_whose_instance_was_lost_are_hurried():
     assert floors_mhz(38.0, 45.0).max() < 1410.0
 
 
+def test_who_comes_back_is_made_use_of_at_once():
+    """One prefill instance just carries the load; that it did so for a while is no reason."""
+    failure = Failure(instance="prefill-0", from_s=20.3, until_s=26.3)
+    records = driven(42.0, 29.0, faults=[failure])
+    sets = {round(r.applied.t_s, 1): r.applied.active[:2].tolist() for r in records}
+    assert sets[20.0] == [True, True]
+    assert sets[20.4] == sets[26.2] == [False, True]
+    assert sets[26.4] == sets[28.9] == [True, True]
+
+
 def test_who_does_not_get_its_clock_is_named_and_gets_what_it_can_do():
     clamp = ClockClamp(instance="decode-0", clamp_mhz=300.0, from_s=30.0)
     records = driven(45.0, 40.0, faults=[clamp])

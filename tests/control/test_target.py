@@ -362,6 +362,35 @@ def test_who_came_last_leaves_when_that_has_paid_for_draining():
     assert again.forgone_j[1] == grown.forgone_j[1]
 
 
+def test_a_larger_prefill_set_needs_no_saving_beyond_its_own():
+    """Queues get shorter by it; only who shrinks has to save a part of the power."""
+    one_prefill = np.array([True, False, True, True])
+    load = Load(arrival_req_s=40.0, lengths=LENGTHS)
+    everybody = OPTIMISER.plan(load)
+    assert everybody.active[:2].all()
+    stays = OPTIMISER.plan(load, active=one_prefill, lasted_s=1.0)
+    assert not stays.active[:2].all()
+    assert stays.forgone_j[0] > 0.0
+    # Nothing is gained by a wait where the set came about by a loss.
+    at_once = OPTIMISER.plan(load, active=one_prefill, lasted_s=1.0, forgone_j=(np.inf, 0.0))
+    assert at_once.active[:2].all()
+    assert np.isfinite(at_once.forgone_j).all()
+    kept = OPTIMISER.plan(load, active=everybody.active, forgone_j=(np.inf, np.inf))
+    np.testing.assert_array_equal(kept.active, everybody.active)
+
+
+@pytest.mark.parametrize(
+    ("rate", "simulated"), [(40.0, 0.0050), (42.0, 0.0088), (45.0, 0.024), (48.0, 0.052)]
+)
+def test_prompts_wait_for_the_iteration_that_runs_and_all_that_came_with_them(rate, simulated):
+    """Share that waits longer than 0.6 s at the highest clock: two runs of 20,000 requests."""
+    profile = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
+    prefill = FleetSpec.parse("1P1D", profile).instances[0]
+    least = LeastPower(prefill, SLO, margin_frac=(0.0, 0.0), delay_s=0.0, governed=True)
+    late_frac = least.at(LENGTHS)(np.array([rate])).miss_frac[0]
+    assert simulated / 2.0 < late_frac < 2.0 * simulated
+
+
 def test_the_dead_are_not_planned_with():
     usable = np.array([True, True, False, True])
     target = OPTIMISER.plan(Load(arrival_req_s=10.0, lengths=LENGTHS), usable=usable)

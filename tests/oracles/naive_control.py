@@ -114,6 +114,7 @@ def prefill_least(rows, load_req_s, prompt_tok, prompt_sd_tok, ttft_s, idle_w, m
     late = np.ones(len(rows))
     stable = rho < 1.0
     wait_s = load_req_s * (service_s**2 + spread_s**2)[stable] / (2.0 * (1.0 - rho[stable]))
+    wait_s = wait_s * (1.0 + rho[stable] / (1.0 + rho[stable]))
     left_s = ttft_s - rows["prefill_base_s"] - np.outer(typical, rows["prefill_tok_s"])
     left_s -= np.outer(typical**2, rows["prefill_tok2_s"])
     tail = rho[stable] * np.exp(-rho[stable] * np.maximum(left_s[:, stable], 0.0) / wait_s)

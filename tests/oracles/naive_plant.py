@@ -341,9 +341,14 @@ class NaivePlant:
         if not able:
             return None
         one = self.instances
+        lost = sum(one[i].share for i in members if one[i].active and not one[i].alive)
         able = [i for i in able if one[i].alive] or able
-        able = [i for i in able if one[i].active] or able
         awake = [i for i in able if not one[i].asleep and one[i].wake_end_s is None]
+        stand_in = [i for i in awake if lost > 0 and one[i].alive and not one[i].active]
+        for i in stand_in:
+            one[i].share = lost / len(stand_in)
+        able = [i for i in able if one[i].active or i in stand_in] or able
+        awake = [i for i in able if i in awake]
         able = awake or able
         credit = self.credit[phase]
         share = {i: self.instances[i].share for i in able}

@@ -190,8 +190,14 @@ def test_without_shares_who_was_away_does_not_get_a_burst() -> None:
 
 def test_inactive_and_dead_are_passed_over() -> None:
     router = shortest_router(FLEET, "decode")
-    router.update(dataclasses.replace(Decision.highest(FLEET), active=[True, False, True, True,
-                                                                       True]))  # fmt: skip
+    # The dead one has no share any more, else who is parked would have it.
+    router.update(
+        dataclasses.replace(
+            Decision.highest(FLEET),
+            active=[True, False, True, True, True],
+            route_frac=[1.0, 0.0, 0.0, 0.5, 0.5],
+        )
+    )
     state = dataclasses.replace(FleetState.idle(5), alive=[True, True, False, True, True])
     assert router.route(Request(prompt_tok=9), state) == 3
     full = dataclasses.replace(state, kv_used_tok=[0, 0, 0, 449_999, 0])

@@ -45,7 +45,9 @@ def test_never_to_the_dead_parked_or_full(alive, active, full):
     router.update(decided(np.full(6, 0.25), np.array(active)))
     alive, full = np.array(alive), np.array(full)
     picked = router.route(ASK, state(alive=alive, kv_used_tok=np.where(full, 449_990.0, 0.0)))
-    able = alive & np.array(active) & ~full
+    # Whom a dead one has left its share stands in.
+    lost = bool(np.any(~alive[2:] & np.array(active)[2:]))
+    able = alive & (np.array(active) | lost) & ~full
     assert picked in FLEET.decode
     if able[2:].any():
         assert able[picked]
@@ -150,10 +152,12 @@ def test_who_is_eligible_against_sets(alive, active, kv_tok):
     router = PricedRouter(FLEET, SLO)
     router.update(decided(np.full(6, 0.25), np.array(active)))
     router.route(ASK, state(alive=np.array(alive), kv_used_tok=np.array(kv_tok)))
+    lost = any(active[j] and not alive[j] for j in FLEET.decode)
     everybody = [
         {j for j in FLEET.decode if rule(j)}
         for rule in (
-            lambda j: alive[j] and active[j] and kv_tok[j] + 100 <= 450_000,
+            # Whom a dead one has left its share stands in.
+            lambda j: alive[j] and (active[j] or lost) and kv_tok[j] + 100 <= 450_000,
             lambda j: alive[j] and kv_tok[j] + 100 <= 450_000,
             lambda j: alive[j],
             lambda j: True,
@@ -161,3 +165,30 @@ def test_who_is_eligible_against_sets(alive, active, kv_tok):
     ]
     expected = next(each for each in everybody if each)
     assert set(np.flatnonzero(router._view[layout.VIEW_ELIGIBLE])) == expected
+
+
+@pytest.mark.parametrize("fleet", ["4C", "1P4D"])
+def test_until_the_next_decision_parked_ones_stand_in_for_who_died(fleet):
+    """What ran there is sent anew at once, while shares are still those of before."""
+    spec = FleetSpec.parse(fleet, PROFILE)
+    decode = np.array(spec.decode)
+    router = PricedRouter(spec, SLO)
+    route_frac, active = np.zeros(len(spec)), np.zeros(len(spec), bool)
+    active[decode[:2]] = True
+    route_frac[decode[:2]] = 0.5
+    if not spec.colocated:
+        active[0], route_frac[0] = True, 1.0
+    decision = dataclasses.replace(Decision.highest(spec), route_frac=route_frac, active=active)
+    router.update(decision)
+    running_req = np.where(np.isin(np.arange(len(spec)), decode[1:2]), 100.0, 0.0)
+    state = dataclasses.replace(FleetState.idle(len(spec)), running_req=running_req)
+    picked = [router.route(Request(prompt_tok=100), state) for _ in range(8)]
+    assert set(picked) == {decode[0]}
+    alive = np.ones(len(spec), bool)
+    alive[decode[0]] = False
+    lossy = dataclasses.replace(state, alive=alive)
+    picked = [router.route(Request(prompt_tok=100), lossy) for _ in range(8)]
+    assert set(picked) == {decode[2], decode[3]}
+    router.update(decision)
+    picked = [router.route(Request(prompt_tok=100), state) for _ in range(8)]
+    assert set(picked) == {decode[0]}

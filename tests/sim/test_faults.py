@@ -21,7 +21,7 @@ from tests.sim.test_plant import (
     reference_run,
     workloads,
 )
-from voltana_ctrl import Decision, FleetSpec
+from voltana_ctrl import Decision, FleetSpec, load_profile
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.kernels import layout
 from voltana_ctrl.sim.faults import ClockClamp, Failure, FaultSchedule, Slowdown, read_faults
@@ -595,3 +595,25 @@ def test_reads_faults_and_names_what_does_not_fit(tmp_path) -> None:
         assert "faults.toml" in str(caught.value)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_faults(tmp_path / "none.toml")
+
+
+def test_what_died_is_sent_to_parked_ones_before_anybody_decides():
+    fleet = FleetSpec.parse("3C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    plant = Plant(
+        fleet,
+        make_workload("sharegpt", rate_req_s=20.0, duration_s=30.0, seed=0),
+        faults=[Failure(instance="colocated-0", from_s=10.0)],
+    )
+    plant.apply(
+        dataclasses.replace(
+            Decision.highest(fleet),
+            active=np.array([True, True, False]),
+            route_frac=np.array([0.5, 0.5, 0.0]),
+        )
+    )
+    plant.advance(9.99)
+    assert plant.state().running_req[2] == 0.0
+    plant.advance(10.01)
+    state = plant.state()
+    assert state.queue_req[2] + state.running_req[2] > 20.0
+    assert min(state.queue_req[1:]) > 10.0

@@ -66,6 +66,8 @@ class CascadeMemory:
         ITL margin that still pays where the target is not feasible.
     held_req : ndarray, shape (n,), optional
         What ran on each instance that was alive at the last look.
+    alive : ndarray of bool, shape (n,), optional
+        Who was alive at the last look.
     hurries_s : float
         Time until which all decode as fast as they can, for requests whose instance was lost.
     pace : PaceMemory
@@ -86,6 +88,7 @@ class CascadeMemory:
     ceiling_mhz: F64 | None = None
     overload_frac: float = 0.0
     held_req: F64 | None = None
+    alive: Bool | None = None
     hurries_s: float = -np.inf
 
 
@@ -302,8 +305,10 @@ class CascadeController(Controller):
                 measured_delay_s=self._measured_delay_s(),
             ),
         )
+        was_alive = state.alive if memory.alive is None else memory.alive
         memory = self._count_losses(state, memory)
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
+        due = due or bool(np.any(state.alive != was_alive))
         memory, changed = self._believe(memory, margins_too=due)
         memory, moved = self._look_ahead(observation, memory, due=due)
         changed = changed or moved
@@ -328,12 +333,16 @@ class CascadeController(Controller):
             active, usable = memory.serving, memory.serving
 
         doubt_frac = self._tuning.doubt_sd_frac * self._load.doubt_frac(memory.load)
+        forgone_j = np.zeros(2) if memory.target is None else memory.target.forgone_j
+        # Nobody chose the set that a loss has left: who comes back ends it, without a wait.
+        back = state.alive & ~was_alive
+        is_back = [any(back[group].any() for group in groups) for groups in self._target.phases]
+        forgone_j = np.where(is_back, np.inf, forgone_j[: len(is_back)])
 
         def plan(part: Load) -> Target:
-            before = memory.target
             return self._target.plan(
                 part, active=active, usable=usable, belief=belief, fixed=fixed,
-                forgone_j=(0.0, 0.0) if before is None else before.forgone_j,
+                forgone_j=forgone_j,
                 lasted_s=state.t_s - memory.planned_s,
                 doubt_frac=min(1.0, doubt_frac),
                 present_req=state.running_req + state.queue_req,
@@ -356,7 +365,7 @@ class CascadeController(Controller):
             decoded_tok = max(0.0, self._load.load(memory.load).lengths.output_tok - 1.0)
             hurries_s = state.t_s + self.slo.ttft_s + decoded_tok * self.slo.itl_s
         held_req = np.where(state.alive, state.running_req, 0.0)
-        return replace(memory, held_req=held_req, hurries_s=hurries_s)
+        return replace(memory, held_req=held_req, alive=state.alive, hurries_s=hurries_s)
 
     def _look_ahead(
         self, observation: Observation, memory: CascadeMemory, *, due: bool

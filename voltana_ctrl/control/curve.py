@@ -168,7 +168,8 @@ class LeastPower:
         """M/G/1 with exponential tail of the wait; base time shared by those that queue.
 
         ``P(W > t) = rho exp(-rho t / E[W])`` with Pollaczek-Khinchine's ``E[W]`` is the
-        heavy-traffic approximation of Kingman (1962), exact for M/M/1.
+        heavy-traffic approximation of Kingman (1962), exact for M/M/1. ``W`` is taken
+        ``1 + rho / (1 + rho)`` times longer, since prompts are served together.
         """
         spread = math.sqrt(math.log1p((lengths.prompt_sd_tok / lengths.prompt_tok) ** 2))
         typical_tok = lengths.prompt_tok * np.exp(spread * _NODES - spread**2 / 2.0)

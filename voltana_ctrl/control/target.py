@@ -134,7 +134,8 @@ class TargetOptimiser:
         (the rule of ski rental, Karlin et al. 1988: for one change at a steady load, no more than
         twice the least is spent); once it is the best, what it has cost is forgotten. A change
         costs the wake-up, and a tail: while running requests are served to their end on the old
-        set, half of what the two sets differ in is lost. A set that cannot keep the promises, or
+        set, half of what the two sets differ in is lost. A smaller set for prefill has longer
+        queues, and must save a part of the power besides. A set that cannot keep the promises, or
         has too few spare, changes at once. Who joins to decode must earn that it will drain one
         day, before somebody leaves again.
 
@@ -149,7 +150,8 @@ class TargetOptimiser:
         belief : Belief, optional
             What was learnt about the instances; what the profiles say by default.
         forgone_j : sequence of float
-            `forgone_j` of the last target, one number [J] per phase.
+            `forgone_j` of the last target, one number [J] per phase; infinite where the set that
+            is active came about by chance, and a better one is to be taken at once.
         lasted_s : float
             Seconds since the last target.
         doubt_frac : float
@@ -166,17 +168,10 @@ class TargetOptimiser:
         """
         n = len(self.fleet)
         usable = np.ones(n, bool) if usable is None else np.asarray(usable, bool)
+        rest = (lasted_s, doubt_frac, present_req, fixed)
         parts = [
             self._plan_phase(
-                load,
-                self._known(groups, belief),
-                active,
-                usable,
-                forgone_j[phase],
-                lasted_s,
-                doubt_frac,
-                present_req,
-                fixed,
+                load, self._known(groups, belief), active, usable, forgone_j[phase], *rest
             )
             for phase, groups in enumerate(self._groups)
         ]
@@ -384,9 +379,10 @@ class TargetOptimiser:
                 stay_w = math.inf
             changed = members[(free > 0.0)[members] != active[members]]
             role = self.fleet.instances[int(members[0])].role
-            few_w = 0.0 if role.decodes else self.tuning.prefill_pays_frac * stay_w
-            saved_w = stay_w - free_w - few_w
             shrinks = bool(np.any(active[members] & (free <= 0.0)[members]))
+            saved_w = stay_w - free_w
+            if shrinks and not role.decodes:
+                saved_w -= self.tuning.prefill_pays_frac * stay_w
             if shrinks and not self._serves(load, groups, curve_of, free, 1.0 + doubt_frac):
                 saved_w = 0.0
             if saved_w > 0.0:

@@ -81,6 +81,7 @@ class CompiledRouter:
         self._view[layout.VIEW_PREFILL_PACE_FRAC] = self._view[layout.VIEW_DECODE_PACE_FRAC] = 1.0
         self._view[layout.VIEW_ABLE_MHZ] = fleet.max_mhz
         self._active = np.ones(len(fleet), dtype=bool)
+        self._wakes = np.array([one.wake_s == 0.0 for one in fleet.instances])
         self._random = np.random.default_rng(seed)
 
     def update(self, decision: Decision) -> None:
@@ -95,7 +96,8 @@ class CompiledRouter:
     def route(self, request: Request, state: FleetState) -> int:
         """Index in the fleet of the instance that this request goes to.
 
-        Dead, parked and KV-full instances are passed over as long as another is left.
+        Dead, parked and KV-full instances are passed over as long as another is left. Until the
+        next decision, parked ones that wake at once have the share of who died.
 
         Raises
         ------
@@ -112,6 +114,7 @@ class CompiledRouter:
             self._members,
             state.alive,
             self._active,
+            self._wakes,
             state.queue_tok,
             state.queue_req,
             state.running_req,

@@ -52,8 +52,8 @@ class Tuning:
     catch_up_s : float
         Time in which a backlog should be gone.
     prefill_pays_frac : float
-        Part of the power of prefill that a change of its active set must save. A smaller set
-        mostly saves the launch of iterations, at the price of longer queues.
+        Part of the power of prefill that a smaller active set must save. It mostly saves the
+        launch of iterations, at the price of longer queues.
     wake_j : float
         Energy that waking an instance costs at least, where its profile says less: caches that
         are cold, and a clock that is asked for again.

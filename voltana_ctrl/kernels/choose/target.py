@@ -186,7 +186,11 @@ def decode_curve(
 
 @njit(F8(ROW, F8, F8, F8, F8, F8, F8, F8_1))
 def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2, ttft_s, typical):
-    """Share of prompts that wait too long: an exponential tail of Pollaczek-Khinchine's mean."""
+    """Share of prompts that wait too long: an exponential tail of Pollaczek-Khinchine's mean.
+
+    Who comes waits for the iteration that runs, and is served with all that came during it: in
+    the middle of an iteration, ``1 + rho / (1 + rho)`` times the work that is left.
+    """
     work_s = row["prefill_tok_s"] * prompt_tok + row["prefill_tok2_s"] * square_tok2
     work_s += row["prefill_req_s"]
     rho = load_req_s * work_s + cycles_s * row["prefill_base_s"]
@@ -198,6 +202,7 @@ def _late_frac(row, load_req_s, cycles_s, prompt_tok, prompt_sd_tok, square_tok2
         load_req_s * (service_s * service_s + spread_s * spread_s)
         / (2.0 * (1.0 - load_req_s * service_s))
     )  # fmt: skip
+    wait_s *= 1.0 + rho / (1.0 + rho)
     late = 0.0
     for tok in typical:
         left_s = ttft_s - prefill_s(row, tok, tok * tok)

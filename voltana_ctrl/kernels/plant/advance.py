@@ -29,6 +29,7 @@ from voltana_ctrl.kernels.layout import (
     VIEW_KV_TOK,
     VIEW_QUEUE_REQ,
     VIEW_QUEUE_TOK,
+    VIEW_ROUTE_FRAC,
     VIEW_RUNNING_REQ,
 )
 from voltana_ctrl.kernels.plant.actuation import (
@@ -117,30 +118,48 @@ def _who_can_hold(inst, members, need_tok, decoding):
     return found
 
 
-@njit(I8(INST))
-def _rank(one):
-    """Alive before dead, active before parked, awake before asleep or waking; last who leaves."""
+@njit(I8(INST, F8))
+def _rank(one, lost_frac):
+    """Alive before dead, active before parked, awake before asleep or waking; last who leaves.
+
+    While the share of a dead one is nobody's, who is parked and awake stands in.
+    """
     if one["role"] != one["want_role"]:
         return one["alive"]
     awake_now = 1 if one["asleep"] == 0 and one["wake_end_s"] >= NEVER else 0
-    return one["alive"] * (4 + 2 * one["active"] + awake_now)
+    active = max(one["active"], awake_now) if lost_frac > 0.0 else one["active"]
+    return one["alive"] * (4 + 2 * active + awake_now)
 
 
 @njit(types.void(SIM, INSTS, SEENS, F8_2, I8_1, I8, I8))
 def _look(sim, inst, seen, view, members, need_tok, decoding):
     """Fill the router's view of `members`; eligible are the best of those that can hold it.
 
-    What changes with a decision alone is written when the decision is applied.
+    What changes with a decision alone is written when the decision is applied; but until then,
+    those that are parked and awake have the share of who died.
     """
+    lost_frac = 0.0
+    for j in members:
+        gone = inst[j]["active"] != 0 and inst[j]["alive"] == 0
+        if gone and _serves(inst[j], decoding) != 0:
+            lost_frac += view[VIEW_ROUTE_FRAC, j]
     best = 0
+    stand_in = 0
     for j in members:
         if inst[j]["kv_capacity_tok"] >= need_tok and _serves(inst[j], decoding) != 0:
-            best = max(best, _rank(inst[j]))
+            rank = _rank(inst[j], lost_frac)
+            if rank > best:
+                best = rank
+                stand_in = 0
+            if rank == best and inst[j]["active"] == 0:
+                stand_in += 1
     then_s = sim["now_s"] - sim["view_age_s"]
     for j in members:
         one = inst[j]
-        fits = one["kv_capacity_tok"] >= need_tok and _rank(one) == best
+        fits = one["kv_capacity_tok"] >= need_tok and _rank(one, lost_frac) == best
         fits = fits and _serves(one, decoding) != 0
+        if fits and lost_frac > 0.0 and one["active"] == 0:
+            view[VIEW_ROUTE_FRAC, j] = lost_frac / stand_in
         view[VIEW_ELIGIBLE, j] = 1.0 if fits else 0.0
         # Of the states in the ring the newest that is old enough; time only goes forward.
         newest = one["seen"] - 1

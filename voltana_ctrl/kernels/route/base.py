@@ -46,19 +46,25 @@ _BOOL_1 = types.Array(types.boolean, 1, "C", readonly=True)
 
 @njit(
     types.void(
-        types.Array(F8, 2, "C"), types.Array(I8, 1, "C"), _BOOL_1, _BOOL_1,
+        types.Array(F8, 2, "C"), types.Array(I8, 1, "C"), _BOOL_1, _BOOL_1, _BOOL_1,
         _F8_1, _F8_1, _F8_1, _F8_1, _F8_1, F8,
     ))  # fmt: skip
 def look(
-    view, members, alive, active, queue_tok, queue_req, running_req, kv_used_tok, freq_mhz,
+    view, members, alive, active, wakes, queue_tok, queue_req, running_req, kv_used_tok, freq_mhz,
     prompt_tok,
 ):  # fmt: skip
     """Copy the state of the members into the view, and mark who is eligible.
 
     Those alive, active and with room for the prompt; if none, those alive with room; if none,
-    those alive; if none, all.
+    those alive; if none, all. While the share of a dead one is nobody's, parked ones that wake at
+    once stand in as active, and have that share: the next decision is yet to come.
     """
+    lost_frac = 0.0
+    for j in members:
+        if active[j] and not alive[j]:
+            lost_frac += view[VIEW_ROUTE_FRAC, j]
     best = 0.0
+    stand_in = 0.0
     for j in members:
         view[VIEW_QUEUE_TOK, j] = queue_tok[j]
         view[VIEW_QUEUE_REQ, j] = queue_req[j]
@@ -70,10 +76,15 @@ def look(
             rank = 1.0
             if kv_used_tok[j] + prompt_tok <= view[VIEW_KV_CAPACITY_TOK, j]:
                 rank = 3.0 if active[j] else 2.0
+                if lost_frac > 0.0 and wakes[j] and not active[j]:
+                    rank = 3.0
+                    stand_in += 1.0
         view[VIEW_ELIGIBLE, j] = rank
         best = max(best, rank)
     for j in members:
         view[VIEW_ELIGIBLE, j] = 1.0 if view[VIEW_ELIGIBLE, j] == best else 0.0
+        if stand_in > 0.0 and not active[j] and view[VIEW_ELIGIBLE, j] > 0.0:
+            view[VIEW_ROUTE_FRAC, j] = lost_frac / stand_in
 
 
 @njit([ROUTER_SIGNATURE])
