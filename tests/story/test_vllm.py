@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from tests.engines.test_in_engine import environment
 from tests.helpers.fake_gpus import machine, needs_compiler, seconds_until
 from tests.helpers.paths import ROOT
 from tests.story.dynamo_stack import free_ports
-from tests.story.vllm_stack import VllmServer, environment_folder, make_model
+from tests.story.vllm_stack import VllmServer, environment_folder, install_package, make_model
 from voltana_ctrl import FleetSpec, load_profile
 from voltana_ctrl.engines.endpoints import Endpoint
 from voltana_ctrl.engines.fpm.reader import FpmReader
@@ -44,17 +43,7 @@ def venv():
 @pytest.fixture(scope="module")
 def site(venv, tmp_path_factory):
     """Folder with this package and its entry points, as pip installs them."""
-    folder = tmp_path_factory.mktemp("site")
-    tree = tmp_path_factory.mktemp("tree")
-    for name in ("voltana_ctrl", "pyproject.toml", "README.md", "LICENSE"):
-        source, to = ROOT / name, tree / name
-        if source.is_dir():
-            shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, to)
-    run = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*run, "--target", folder, tree], check=True, timeout=300)
-    return folder
+    return install_package(venv, tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("tree"))
 
 
 def test_installed_as_the_page_says_no_pin_of_vllm_moves(venv, tmp_path):

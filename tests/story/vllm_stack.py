@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -24,10 +25,24 @@ def environment_folder() -> Path:
     return folder
 
 
-def make_model(venv: Path, folder: Path) -> Path:
+def make_model(venv: Path, folder: Path, width: int = 128) -> Path:
     """Write the tiny model to `folder`."""
     run = [venv / "bin" / "python", ROOT / "tests" / "helpers" / "tiny_model.py", folder]
-    subprocess.run(run, check=True, timeout=240, capture_output=True)
+    subprocess.run([*run, str(width)], check=True, timeout=240, capture_output=True)
+    return folder
+
+
+def install_package(venv: Path, folder: Path, tree: Path) -> Path:
+    """Write this package with its entry points to `folder`, as pip installs it."""
+    for name in ("voltana_ctrl", "pyproject.toml", "README.md", "LICENSE"):
+        source, to = ROOT / name, tree / name
+        if source.is_dir():
+            shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, to)
+    run = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*run, "--target", folder, tree], check=True, timeout=300)
     return folder
 
 

@@ -48,31 +48,33 @@ def encode_forward_pass(one: ForwardPass, pack: Callable[[object], bytes] | None
     >>> decode_forward_pass([encode_forward_pass(one)]) == one
     True
     """
+    return (pack or _packer())(_plain(one, one.worker_id, one.dp_rank, one.number))
+
+
+def _plain(one: ForwardPass, worker_id: str, dp_rank: int, number: int) -> dict[str, object]:
     told = {CLOCK_KEY: one.clock_mhz, DELAY_KEY: one.delay_s}
     ours = {key: value for key, value in told.items() if value > 0.0}
-    return (pack or _packer())(
-        {
-            **ours,
-            "version": 1,
-            "worker_id": one.worker_id,
-            "dp_rank": one.dp_rank,
-            "counter_id": one.number,
-            "wall_time": one.wall_s,
-            "scheduled_requests": {
-                "num_prefill_requests": int(one.prefill_req),
-                "sum_prefill_tokens": int(one.prefill_tok),
-                "sum_prefill_kv_tokens": int(one.prefill_kv_tok),
-                "num_decode_requests": int(one.decode_req),
-                "sum_decode_kv_tokens": int(one.decode_kv_tok),
-            },
-            "queued_requests": {
-                "num_prefill_requests": int(one.queued_prefill_req),
-                "sum_prefill_tokens": int(one.queued_prefill_tok),
-                "num_decode_requests": int(one.queued_decode_req),
-                "sum_decode_kv_tokens": int(one.queued_decode_kv_tok),
-            },
-        }
-    )
+    return {
+        **ours,
+        "version": 1,
+        "worker_id": worker_id,
+        "dp_rank": dp_rank,
+        "counter_id": number,
+        "wall_time": one.wall_s,
+        "scheduled_requests": {
+            "num_prefill_requests": int(one.prefill_req),
+            "sum_prefill_tokens": int(one.prefill_tok),
+            "sum_prefill_kv_tokens": int(one.prefill_kv_tok),
+            "num_decode_requests": int(one.decode_req),
+            "sum_decode_kv_tokens": int(one.decode_kv_tok),
+        },
+        "queued_requests": {
+            "num_prefill_requests": int(one.queued_prefill_req),
+            "sum_prefill_tokens": int(one.queued_prefill_tok),
+            "num_decode_requests": int(one.queued_decode_req),
+            "sum_decode_kv_tokens": int(one.queued_decode_kv_tok),
+        },
+    }
 
 
 def _packer() -> Callable[[object], bytes]:
@@ -190,15 +192,8 @@ class FpmPublisher:
         self._context.destroy(linger=100)
 
     def _frames(self, one: ForwardPass, number: int) -> list[bytes]:
-        named = ForwardPass(
-            **{
-                **{name: getattr(one, name) for name in ForwardPass.__slots__},
-                "worker_id": self._worker_id,
-                "dp_rank": self._dp_rank,
-                "number": number,
-            }
-        )
-        return [b"", number.to_bytes(8, "big"), encode_forward_pass(named, self._pack)]
+        message = self._pack(_plain(one, self._worker_id, self._dp_rank, number))
+        return [b"", number.to_bytes(8, "big"), message]
 
     def close(self) -> None:
         """Send what waits, and stop; may be called twice."""
