@@ -1,9 +1,19 @@
 """A budget that is cut by 30 % at one stroke, unannounced, against the worst-case ceiling."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from voltana_ctrl import Decision, FleetSpec, Slo, load_profile
+from voltana_ctrl import (
+    Decision,
+    FleetSpec,
+    FleetState,
+    Observation,
+    RequestBatch,
+    Slo,
+    load_profile,
+)
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
@@ -84,3 +94,31 @@ def test_a_cut_is_obeyed_served_best_and_forgotten(rate_req_s, limit_w):
     # Restored: once the backlog is gone, the promises are kept again.
     assert min(attainment(rows, END_S - 30.0, END_S)) >= 0.985
     assert power_w[-300:].max() > limit_w
+
+
+def test_what_a_budget_makes_late_does_not_wind_up_a_margin():
+    """Prefill is held below its needs: it runs at its ceiling, and lateness is not learnt from."""
+    parts = find_policy("cascade").build(
+        FLEET, SLO, PolicySetup(power_budget=PowerBudget.parse("0:5000,20:560"))
+    )
+    controller = parts.controller
+    memory, idle = controller.init(), FleetState.idle(4)
+    late = RequestBatch(
+        request=np.arange(40), request_class=np.zeros(40), prompt_tok=np.full(40, 240.0),
+        output_tok=np.full(40, 200.0), ttft_s=np.full(40, 0.9), itl_s=np.full(40, 0.05),
+        prefill_instance=np.zeros(40), decode_instance=np.full(40, 2),
+    )  # fmt: skip
+    for tick in range(600):
+        state = replace(
+            idle, t_s=0.1 * tick, arrived_req=[2.5, 2.5, 0.0, 0.0],
+            arrived_tok=[600.0, 600.0, 0.0, 0.0], queue_req=[8.0, 8.0, 0.0, 0.0],
+            queue_tok=[2000.0, 2000.0, 0.0, 0.0], oldest_wait_s=[0.4, 0.4, 0.0, 0.0],
+            running_req=[0.0, 0.0, 300.0, 300.0], kv_used_tok=[0.0, 0.0, 1.3e5, 1.3e5],
+        )  # fmt: skip
+        finished = late if tick >= 300 and tick % 10 == 0 else RequestBatch.empty()
+        decision, memory = controller.decide(Observation(state=state, finished=finished), memory)
+    assert memory.held_frac[0] > 0.9
+    assert memory.belief.ttft_margin_frac.max() < 0.1
+    ceiling, floor = decision.freq_max_mhz[:2], decision.freq_mhz[:2]
+    assert np.all(ceiling < FLEET.max_mhz[:2])
+    assert np.array_equal(floor, ceiling)

@@ -182,6 +182,18 @@ def test_a_larger_fleet_lets_in_so_many_times_as_much(times):
     assert many.bound_j == pytest.approx(times * one.bound_j, rel=1e-4)
 
 
+def test_a_backlog_leaves_room_beside_what_is_expected():
+    """More is due than there is room for beside the reserve: prefill is not filled to the brim."""
+    due = np.where(np.arange(K) >= K - 2, 5000.0 + 18.0 * END_S[K - 2], 0.0)
+    plan = PLANNER.plan(
+        situation(50.0, held=5000.0, more=18.0, due=due, let_in_req_s=20.0,
+                  reserve_req_s=np.full((2, K), 1.15 * 50.0))
+    )  # fmt: skip
+    assert let_in(plan)[K - 2] == pytest.approx(due[-1], rel=0.01)
+    most = 0.85 * 2.0 * SUPPLIES[0].most_req_s
+    assert 50.0 + plan.let_in_req_s.max() <= most + 1e-6
+
+
 def test_the_relaxation_meets_the_optimality_conditions():
     """Karush, Kuhn and Tucker, with all that belongs to work that may wait."""
     due = np.where(END_S >= 400.0, 900.0, 0.0)
@@ -255,6 +267,23 @@ def test_a_cut_that_was_announced_is_kept_free_of_what_can_wait():
         MpcController(FLEET, SLO, power_budget_w=dataclasses.replace(budget, notice_s=0.0)), 100
     )
     assert unwarned[75].admission.rate_req_s > 0.5  # nobody may know yet
+
+
+def test_whoever_is_held_below_his_needs_comes_before_what_can_wait():
+    controller = MpcController(FLEET, SLO)
+    _, memory = driven(controller, 90)
+    ahead, lookahead = memory.ahead, controller._ahead
+    free = lookahead.admission(ahead, 89.0, 12.0)
+    assert free.rate_req_s > 0.5
+    assert lookahead.admission(ahead, 89.0, 12.0, 0.05).rate_req_s == 0.5 * free.rate_req_s
+    assert lookahead.admission(ahead, 89.0, 12.0, 1.0).rate_req_s == 0.0
+    # What is due is let in all the same: the first are, 120.6 s before their deadlines.
+    due = dataclasses.replace(
+        ahead, deferral=dataclasses.replace(
+            ahead.deferral, deadline_s=ahead.deferral.deadline_s - 420.0
+        )
+    )  # fmt: skip
+    assert 0.0 < lookahead.admission(due, 89.0, 12.0, 1.0).rate_req_s < free.rate_req_s
 
 
 def test_a_budget_for_nobody_lets_in_nobody_but_the_last_chance():

@@ -123,6 +123,14 @@ def test_misses_that_no_margin_could_avoid_are_not_held_against_the_future():
     assert memory.tracked.raw_frac[1] == pytest.approx(0.5 + 0.004 * 101)
 
 
+def test_one_promise_may_be_learnt_while_the_other_is_out_of_reach():
+    missed = finished(np.full(500, 200.0), ttft_s=0.9, itl_s=0.1)
+    headroom, memory = after([missed] * 20, feasible=np.array([False, True]))
+    ttft, itl = headroom.margins_frac(memory, OWN)
+    assert ttft == OWN[0]
+    assert itl == 0.5 + OWN[1]
+
+
 def test_overload_is_paid_for_only_where_it_buys_attainment():
     optimiser = TargetOptimiser(FLEET, SLO)
     rng = np.random.default_rng(0)

@@ -120,7 +120,9 @@ class MpcController(CascadeController):
         if memory.ahead is None:
             return decision, memory
         residence_s = self._ahead.residence_s(self._load.load(memory.load))
-        admission = self._ahead.admission(memory.ahead, observation.state.t_s, residence_s)
+        admission = self._ahead.admission(
+            memory.ahead, observation.state.t_s, residence_s, float(memory.held_frac.max())
+        )
         if admission is None:
             return decision, memory
         return replace(decision, admission=admission), memory

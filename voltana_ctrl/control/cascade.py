@@ -6,7 +6,7 @@ Where there is something to foresee, :class:`~voltana_ctrl.control.MpcController
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -38,6 +38,8 @@ __all__ = ["CascadeController", "CascadeMemory"]
 
 #: A step of a budget is obeyed so long before the last decision before it is replaced.
 _EFFECT_S = 0.1
+#: How long it is remembered that a budget held an instance below the clock that it needs [s].
+_HELD_MEMORY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,6 +72,11 @@ class CascadeMemory:
         Who was alive at the last look.
     hurries_s : float
         Time until which all decode as fast as they can, for requests whose instance was lost.
+    held_frac : ndarray, shape (2,)
+        Share of the last 10 s in which a budget held some instance that prefills, and one that
+        decodes, below the clock that it needs.
+    held_s : ndarray, shape (2,)
+        Time until which misses of TTFT and of ITL are those of a budget.
     pace : PaceMemory
         What is known of pace, delay and highest clock of every instance.
     belief : Belief
@@ -90,6 +97,8 @@ class CascadeMemory:
     held_req: F64 | None = None
     alive: Bool | None = None
     hurries_s: float = -np.inf
+    held_s: F64 = field(default_factory=lambda: np.full(2, -np.inf))
+    held_frac: F64 = field(default_factory=lambda: np.zeros(2))
 
 
 class CascadeController(Controller):
@@ -185,6 +194,7 @@ class CascadeController(Controller):
         self._margin = HeadroomFilter(fleet, slo, tuning)
         self._idle_w = sum(one.idle_w for one in fleet.instances)
         self._assessor = Assessor(fleet, slo)
+        self._held_step = -np.expm1(-float(period_s) / _HELD_MEMORY_S)
         self._prefills = np.array([one.role.prefills for one in fleet.instances])
         # Put together anew at every access; asked for at every tick.
         self._prefill, self._decode = np.array(fleet.prefill), np.array(fleet.decode)
@@ -281,9 +291,23 @@ class CascadeController(Controller):
     ) -> tuple[Decision, CascadeMemory]:
         memory = self._look(observation, memory)
         state = observation.state
-        decision = self._follow(state, memory)
+        decision, held = self._follow(state, memory)
         pace = self._pace.asked(memory.pace, decision, governed=self.governed)
-        return decision, replace(memory, ceiling_mhz=decision.freq_max_mhz, pace=pace)
+        memory = replace(memory, ceiling_mhz=decision.freq_max_mhz, pace=pace)
+        return decision, self._count_held(state, memory, held)
+
+    def _count_held(self, state: FleetState, memory: CascadeMemory, held: Bool) -> CascadeMemory:
+        """Memory with until when misses of TTFT and ITL are those of a budget.
+
+        No margin makes an instance faster that is held below the clock that it needs: what is late
+        there says nothing about margins, and they do not wind up.
+        """
+        phases = np.array([held[self._prefill].any(), held[self._decode].any()])
+        held_frac = memory.held_frac + self._held_step * (phases - memory.held_frac)
+        decoded_tok = max(0.0, self._load.load(memory.load).lengths.output_tok - 1.0)
+        until_s = state.t_s + self.slo.ttft_s + 2.0 * decoded_tok * self.slo.itl_s
+        held_s = np.where(held_frac > 0.5, until_s, memory.held_s)
+        return replace(memory, held_s=held_s, held_frac=held_frac)
 
     def _look(self, observation: Observation, memory: CascadeMemory) -> CascadeMemory:
         """Update the estimates, and the target when it is due."""
@@ -295,7 +319,8 @@ class CascadeController(Controller):
                 memory.margin,
                 observation.finished,
                 running_req=float(state.running_req.sum()),
-                feasible=memory.target is None or memory.target.feasible,
+                feasible=(memory.target is None or memory.target.feasible)
+                & (state.t_s >= memory.held_s),
             ),
             regime=self._regime.update(observation, memory.regime),
             pace=self._pace.update(
@@ -424,8 +449,11 @@ class CascadeController(Controller):
             return budget.least_w(t_s, t_s + float(self.period_s) + _EFFECT_S)
         return float(budget(t_s)) if callable(budget) else float(budget)
 
-    def _follow(self, state: FleetState, memory: CascadeMemory) -> Decision:
-        """Decision that asks for the target, and leaves the rest to governors."""
+    def _follow(self, state: FleetState, memory: CascadeMemory) -> tuple[Decision, Bool]:
+        """Decision that asks for the target and leaves the rest to governors, and who is held.
+
+        Held is an instance that a budget keeps below the clock that it needs.
+        """
         target, route_frac = memory.target, self._equal_frac
         active, price = np.ones(len(state), bool), np.zeros(len(state))
         if target is not None:
@@ -447,12 +475,17 @@ class CascadeController(Controller):
             floor = self._floors(now, memory, target)
         floor = self._probed(now, floor)
         budget_w = self._budget_w(state.t_s)
-        ceiling, status = self._max_mhz, Status.OK
+        ceiling, status, held = self._max_mhz, Status.OK, np.zeros(len(state), bool)
         if np.isfinite(budget_w):
             ceiling = self._ceilings(now, memory, budget_w)
+            held = (ceiling < now.needed_mhz) & state.alive & active
+            # A burst that cannot be met by a higher clock must find no queue. Below the thrifty
+            # clock a token takes no more energy at a higher one.
+            hurries = self._prefills & active & (ceiling < now.thrifty_mhz)
+            floor = np.where(hurries, ceiling, floor)
             if budget_w < self._idle_w:
                 status = Status.INFEASIBLE
-        return Decision(
+        decision = Decision(
             t_s=state.t_s,
             freq_mhz=np.minimum(floor, ceiling),
             freq_max_mhz=ceiling,
@@ -463,6 +496,7 @@ class CascadeController(Controller):
             depth=self._depth,
             status=status,
         )
+        return decision, held
 
     def _probed(self, now: Assessment, floor: F64) -> F64:
         """Floors; at times the highest clock of who is clamped, which tells whether it still is."""

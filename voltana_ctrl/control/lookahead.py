@@ -56,6 +56,9 @@ __all__ = ["Lookahead", "LookaheadMemory", "takes_time"]
 _SHORT_PART = 0.25
 #: How far reserves are looked at [s].
 _HORIZON_S = 120
+#: Where a budget holds instances below their needs for this share of the time, of the work that may
+#: wait only what is due so soon [s] is let in.
+_HELD_FRAC, _SOON_S = 0.1, 60.0
 
 
 def takes_time(fleet: FleetSpec, period_s: float) -> bool:
@@ -280,7 +283,7 @@ class Lookahead:
         return self._standby.serving(memory.standby, state)
 
     def admission(
-        self, memory: LookaheadMemory, t_s: float, residence_s: float
+        self, memory: LookaheadMemory, t_s: float, residence_s: float, held_frac: float = 0.0
     ) -> Admission | None:
         """How what may wait is let in; None where there was none.
 
@@ -292,6 +295,9 @@ class Lookahead:
             Time now.
         residence_s : float
             Mean time of a request in decode.
+        held_frac : float
+            Share of the last seconds in which a budget held some instance below the clock that it
+            needs.
         """
         if memory.deferral.t_s < 0.0:
             return None
@@ -302,6 +308,11 @@ class Lookahead:
             rate_req_s = 0.0  # there is no power for those who cannot wait
         elif memory.plan is not None and step is not None:
             rate_req_s = max(0.0, float(memory.plan.let_in_req_s[step]))
+        if held_frac > 0.0:
+            # Those come first that are promised an answer soon; of the rest what is due comes in.
+            _, due_req = self._deferral.flows(memory.deferral, np.array([_SOON_S]), lead_s=lead_s)
+            beside_req_s = max(0.0, 1.0 - held_frac / _HELD_FRAC) * rate_req_s
+            rate_req_s = min(rate_req_s, max(beside_req_s, float(due_req[0]) / _SOON_S))
         due_s = self._deferral.lead_s(self._slo.ttft_s, residence_s, last=True)
         return Admission(rate_req_s=rate_req_s, due_s=due_s)
 

@@ -49,6 +49,9 @@ _HELD_W_REQ = 2e-4
 #: margins that are still being learnt. What it costs to let one in beyond, or out of the reserve
 #: [J/req]: only where deadlines ask for it.
 _CAREFUL_FRAC, _LENT_J_REQ = 0.85, 100.0
+#: What it costs more to let in what leaves no such room even if no more come than are expected
+#: [J/req]: backlogs are worked off evenly rather than at last.
+_CROWD_J_REQ = 400.0
 #: Share of a budget that is drawn with ease: the ceilings that keep it count on the worst. What
 #: every joule beyond costs: it is no place for work that can wait. And for how many times that a
 #: request stays it holds before a cut, and costs how much more there, so that batches and queues
@@ -149,7 +152,7 @@ class Planner:
         if self._defers:
             shapes |= {
                 "come": (steps,), "due": (steps,), "easy": (steps,), "strain": (steps,),
-                "room": (phases, steps),
+                "room": (phases, steps), "wide": (phases, steps),
                 "let_in": (1,), "left": (1,),
             }  # fmt: skip
         self._p = {name: cp.Parameter(shape, name=name) for name, shape in shapes.items()}
@@ -241,8 +244,10 @@ class Planner:
             comes, rules = comes + let_in, rules + more
             lent = cp.Variable(steps, nonneg=True, name="lent")
             strain = cp.Variable(steps, nonneg=True, name="strain")
+            crowd = cp.Variable(steps, nonneg=True, name="crowd")
             rules += [lent <= let_in, drawn + surge <= p["easy"] + strain]
-            waits_j = waits_j + _LENT_J_REQ * (lent @ dt) + p["strain"] @ strain
+            waits_j = waits_j + (_LENT_J_REQ * lent + _CROWD_J_REQ * crowd) @ dt
+            waits_j = waits_j + p["strain"] @ strain
             follows = cp.Variable(steps + 1, nonneg=True, name="follows")
             follow = cp.multiply(p["stay"], follows[:-1]) + cp.multiply(p["follow"], let_in)
             rules += [follows[0] == 0.0, follows[1:] == follow]
@@ -263,6 +268,7 @@ class Planner:
             rules.append(able + short[phase] + lent >= p["reserve"][phase] + beside)
             if defers:
                 rules.append(beside <= p["room"][phase] + lent)
+                rules.append(beside <= p["wide"][phase] + crowd)
         late = cp.sum(queue[1:] @ dt) / 2.0 + cp.sum(over @ dt) + cp.sum(short @ dt)
         cost = cost + p["cost"] @ drawn + LATE_J_REQ * late + waits_j
         problem = cp.Problem(cp.Minimize((_KJ if whole else 1.0) * cost), rules)
@@ -440,9 +446,11 @@ class Planner:
             come = np.zeros(len(dt)) if s.come_req is None else s.come_req
             due = np.zeros(len(dt)) if s.due_req is None else np.minimum(s.due_req, come)
             soon = self._soon(values["budget"], s)
-            room = np.maximum(_CAREFUL_FRAC * top[:, None] - values["reserve"], 0.0)
+            sure = _CAREFUL_FRAC * top[:, None]
+            room = np.maximum(sure - values["reserve"], 0.0)
             values |= {
                 "come": come, "due": due, "easy": _EASY_FRAC * soon, "room": room,
+                "wide": np.maximum(sure - s.arrival_req_s, room),
                 "strain": dt * np.where(soon < values["budget"], _EARLY_STRAIN, _STRAIN),
                 "let_in": np.array([s.let_in_req_s]),
                 "left": np.array([self._left_j(values["alpha"], values["cost"] / dt)]),

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, freeze_fields
+from voltana_ctrl.checks import F64, Bool, freeze_fields
 from voltana_ctrl.estimate.margin import MarginState, MarginTracker
 from voltana_ctrl.types import FleetSpec, RequestBatch, Slo, Tuning
 
@@ -124,7 +124,7 @@ class HeadroomFilter:
         finished: RequestBatch,
         *,
         running_req: float,
-        feasible: bool,
+        feasible: bool | Bool,
     ) -> HeadroomMemory:
         """Memory after these requests.
 
@@ -136,8 +136,9 @@ class HeadroomFilter:
             Their lengths and latencies.
         running_req : float
             Requests whose outcomes are on their way.
-        feasible : bool
-            Whether the promises can be kept. If not, misses say nothing about a margin.
+        feasible : bool or ndarray of bool, shape (2,)
+            Whether the promises can be kept, or each of TTFT and ITL. If not, misses say nothing
+            about a margin.
         """
         if len(finished) == 0:
             return memory
@@ -145,7 +146,8 @@ class HeadroomFilter:
         came = np.bincount(decoded, minlength=_LONG_TOK + 1)[1:]
         keep = float(np.exp(-len(finished) / _MEMORY_REQ))
         tracked = memory.tracked
-        if feasible:
+        learns = np.broadcast_to(feasible, 2)
+        if learns.any():
             tracked = self._tracker.update(tracked, finished)
             # As high as it can get where the largest margin is enough (see the proof in
             # `voltana_ctrl.estimate.margin`); beyond it would only remember an overload.
@@ -153,7 +155,9 @@ class HeadroomFilter:
             most = tuning.max_margin_frac + tuning.miss_step_frac * (running_req + 1.0)
             least = [-tuning.hand_off_spare_frac, -self._spare_frac]
             tracked = MarginState(
-                raw_frac=np.clip(tracked.raw_frac, least, most),
+                raw_frac=np.where(
+                    learns, np.clip(tracked.raw_frac, least, most), memory.tracked.raw_frac
+                ),
                 finished_req=tracked.finished_req,
                 missed_req=tracked.missed_req,
             )
