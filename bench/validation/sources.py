@@ -9,10 +9,13 @@ a minute of one core.
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import least_squares
+from scipy.stats import binomtest
 
 from voltana_ctrl import load_profile
 from voltana_ctrl.fit import fit_power, fit_table, read_table
 from voltana_ctrl.laws import decode_j, decode_s, prefill_s
+from voltana_ctrl.types import PROFILE_DTYPE
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 #: 90 % of a normal distribution lie within so many standard deviations.
@@ -25,6 +28,16 @@ ML_ENERGY = (
     ("h100-sxm-80gb/llama-3.1-70b-tp4", "meta-llama/Llama-3.1-70B-Instruct", 450),
 )
 
+#: Matrix products that were measured in steps of eight tokens: card, model, GPUs.
+KERNELS = (
+    ("a100", "Meta-Llama-3-8B", 1),
+    ("a100", "Meta-Llama-3-8B", 2),
+    ("a100", "Meta-Llama-3-70B", 4),
+    ("a40", "Llama-2-7b-hf", 1),
+    ("h100", "Llama-2-7b-hf", 1),
+    ("h100", "Llama-2-70b-hf", 4),
+)
+
 
 def a800(gpus):
     """Rows of the sweep of Qwen3-32B on so many GPUs."""
@@ -35,8 +48,9 @@ def a800(gpus):
 def heldout_table():
     """Rows held out of the fit of their own source."""
     lines = [
-        "| source | held out | rows | MAPE | worst value | 90 % band | covers of the unseen |",
-        "|---|---|---|---|---|---|---|",
+        "| source | held out | rows | values | MAPE | worst value | 90 % band"
+        " | covers of the unseen | which may be |",
+        "|---" * 9 + "|",
     ]
     for gpus in ("1", "2"):
         result = fit_table(a800(gpus))
@@ -45,9 +59,10 @@ def heldout_table():
             lines.append(
                 f"| A800, Qwen3-32B, {gpus} GPU{'s' * (gpus == '2')}"
                 f" | {held.phase} {held.quantity},"
-                f" one {held.split} | {len(result.table.of(held.phase))} | {held.mape_frac:.1%}"
-                f" | {error:.1%} at {value:g} {held.unit} | {held.p90_frac:.1%}"
-                f" | {held.fold_coverage_frac:.0%} |"
+                f" one {held.split} | {len(result.table.of(held.phase))} | {len(held.by)}"
+                f" | {held.mape_frac:.1%} | {error:.1%} at {value:g} {held.unit}"
+                f" | {held.p90_frac:.1%} | {held.fold_coverage_frac:.0%}"
+                f" | {held.coverage_low_frac:.0%} to {held.coverage_high_frac:.0%} |"
             )
     path = DATA / "perseus_sosp24" / "stage_profile_gpt3-175b_a100_sxm_bf16.csv"
     for stage in ("0", "7"):
@@ -58,10 +73,13 @@ def heldout_table():
         error = np.array([_clock_out(table, law, power_w, clock) for clock in clocks])
         band = np.quantile(error, 0.9)
         others = [np.quantile(np.delete(error, k), 0.9) for k in range(len(error))]
+        inside = error <= others
+        interval = binomtest(int(inside.sum()), len(inside)).proportion_ci()
         lines.append(
             f"| A100, GPT-3 training, stage {stage} (Perseus) | power, one clock | {len(table)}"
-            f" | {error.mean():.1%} | {error.max():.1%} at {clocks[error.argmax()]:g} MHz"
-            f" | {band:.1%} | {np.mean(error <= others):.0%} |"
+            f" | {len(clocks)} | {error.mean():.1%}"
+            f" | {error.max():.1%} at {clocks[error.argmax()]:g} MHz | {band:.1%}"
+            f" | {inside.mean():.0%} | {interval.low:.0%} to {interval.high:.0%} |"
         )
     return lines
 
@@ -176,6 +194,69 @@ def _unseen():
         yield name, "mean power of an engine (ML.ENERGY v3)", "decode_power_frac", error
 
 
+def tiles_table():
+    """Kernels between tile edges, by the law with tiles and without, on every card there is.
+
+    Fitted are passes of up to 64 tokens and of multiples of 128, where no tile is empty.
+    """
+    lines = [
+        "| linear operations of | rows | without tiles | mean, with its sign | tiles of 64 | of 128"
+        " | of 256 |",
+        "|---" * 7 + "|",
+    ]
+    for card, model, gpus in KERNELS:
+        time_s = _linear_s(f"{card}_meta-llama_{model}", gpus)
+        tok = time_s.index.to_numpy(dtype=float)
+        known = (tok <= 64.0) | (tok % 128.0 == 0.0)
+        row = _bent(tok[known], time_s.to_numpy()[known])
+        between = ~known & (tok > 128.0) & (tok <= 1024.0)
+        cells = []
+        for tile_tok in (0.0, 64.0, 128.0, 256.0):
+            row["decode_tile_tok"] = tile_tok
+            error = decode_s(row, tok[between], 0.0) / time_s.to_numpy()[between] - 1.0
+            cells.append(f"{np.abs(error).mean():.1%}")
+            if not tile_tok:
+                cells.append(f"{error.mean():.1%}")
+        what = f"{model}, {card.upper()} x {gpus}"
+        lines.append(f"| {what} | {between.sum()} | {' | '.join(cells)} |")
+    return lines
+
+
+def _linear_s(model, gpus):
+    """Sum of the matrix products of one layer, by tokens, up to 2,048 of them."""
+    import pandas as pd
+
+    ops = pd.read_parquet(DATA / "vidur_profiles" / f"linear_ops_{model}.parquet")
+    ops = ops[(ops.num_tensor_parallel_workers == gpus) & (ops.num_tokens <= 2048)]
+    names = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
+    median_ms = ops.groupby("num_tokens")[[f"time_stats.{name}.median" for name in names]].median()
+    return 1e-3 * median_ms.sum(axis=1)
+
+
+def _bent(tok, time_s):
+    """Row of a profile whose line and roof pass these times best, by relative errors."""
+    per_tok_s = time_s[-1] / tok[-1]
+    names = ("decode_base_s", "decode_req_s", "decode_roof_base_s", "decode_roof_s")
+    unit = np.array([time_s[0], 1e-3 * time_s[0], time_s[0], per_tok_s])
+
+    def row(values):
+        made = np.zeros(1, dtype=PROFILE_DTYPE)[0]
+        for name, value in zip(names, values * unit, strict=True):
+            made[name] = value
+        made["prefill_tok_s"] = made["decode_roof_s"]
+        return made
+
+    found = [
+        least_squares(
+            lambda values: decode_s(row(values), tok, 0.0) / time_s - 1.0,
+            [1.0, 1.0, roof_base, 1.0],
+            bounds=(0.0, np.inf),
+        )
+        for roof_base in (0.01, 0.5)
+    ]
+    return row(min(found, key=lambda each: each.cost).x)
+
+
 def noise_table():
     """How power scatters about its mean while H100 decode, per GPU."""
     import pandas as pd
@@ -212,5 +293,6 @@ def tables():
         "sources-beyond": beyond_table(),
         "sources-voltage": voltage_table(),
         "sources-unseen": unseen_table(),
+        "sources-tiles": tiles_table(),
         "sources-noise": noise_table(),
     }

@@ -11,13 +11,14 @@ from voltana_ctrl import Decision, FleetSpec, FleetState, Observation, Slo, load
 from voltana_ctrl.control import IterationGovernor
 from voltana_ctrl.estimate import PaceFilter
 from voltana_ctrl.kernels.learn import pace as kernels
-from voltana_ctrl.laws import decode_s, prefill_s
+from voltana_ctrl.laws import decode_s, empty_tok, prefill_s
 from voltana_ctrl.sim.faults import ClockClamp, Slowdown
 from voltana_ctrl.sim.plant import Plant, PlantSettings
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import IterationBatch
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
+TILED = load_profile("l20/qwen2.5-7b")
 FLEET = FleetSpec.parse("2P2D", PROFILE)
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
@@ -29,10 +30,12 @@ def records(fleet, rows):
         one = fleet.instances[i]
         row = one.table[int(np.searchsorted(one.clocks_mhz, mhz))]
         size = float(one.profile.padded_batch(one.max_batch)[int(n)])
-        step_s = decode_pace * float(decode_s(row, size, kv_tok)) if n else 0.0
+        step_s = decode_pace * float(decode_s(row, size, kv_tok, None, tok)) if n else 0.0
         chunk_s = float(prefill_s(row, tok)) if tok else 0.0
         if n and tok:
+            # Tiles are shared, and what decodes pays for what is empty in them.
             chunk_s -= float(row["prefill_base_s"])
+            chunk_s -= float(row["prefill_tok_s"] * empty_tok(row, tok))
         walls.append(step_s + prefill_pace * chunk_s)
     t_s = np.cumsum(walls)
     tok = np.array(columns[4], float)
@@ -62,11 +65,14 @@ def test_a_steady_pace_is_found_at_any_clock_and_batch(pace, mhz, n, seed):
     np.testing.assert_array_equal(untouched, 1.0)
 
 
-@given(prefill=st.floats(0.6, 2.0), decode=st.floats(0.6, 2.0), seed=st.integers(0, 99))
+@given(
+    prefill=st.floats(0.6, 2.0), decode=st.floats(0.6, 2.0), seed=st.integers(0, 99),
+    profile=st.sampled_from([PROFILE, TILED]),
+)  # fmt: skip
 @settings(deadline=None)
-def test_the_phases_of_a_colocated_instance_are_told_apart(prefill, decode, seed):
+def test_the_phases_of_a_colocated_instance_are_told_apart(prefill, decode, seed, profile):
     rng = np.random.default_rng(seed)
-    fleet = FleetSpec.parse("1C", PROFILE)
+    fleet = FleetSpec.parse("1C", profile)
     rows = []
     for _ in range(200):
         n, tok = int(rng.integers(1, 100)), int(rng.integers(100, 3000)) * int(rng.random() < 0.5)

@@ -62,7 +62,7 @@ def test_l20_is_predicted(page):
         ("alpaca", "3C", 53.95), ("alpaca", "3C", 89.94), ("DynamoLLM port", "sharegpt", 3.108),
     }  # fmt: skip
     assert tpot_out == {
-        ("alpaca", "5C", 89.94), ("alpaca", "3C", 71.98), ("alpaca", "3C", 89.94),
+        ("alpaca", "5C", 89.94), ("alpaca", "3C", 71.98),
         ("sharegpt", "3C", 13.117), ("longbench", "3C", 2.416), ("longbench", "3C", 3.798),
     }  # fmt: skip
     assert ratio_out == set()

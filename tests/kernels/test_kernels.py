@@ -15,7 +15,7 @@ from voltana_ctrl import load_profile
 from voltana_ctrl.kernels import compiled, law, layout
 from voltana_ctrl.kernels.plant import advance, events
 from voltana_ctrl.kernels.plant.functions import resolved
-from voltana_ctrl.laws import batch_j, decode_j, decode_s, prefill_s
+from voltana_ctrl.laws import batch_j, decode_j, decode_s, empty_tok, prefill_s
 from voltana_ctrl.profiles import list_profiles
 from voltana_ctrl.types import ladder
 
@@ -37,10 +37,11 @@ def test_an_iteration_is_its_two_parts(name, k, n, context, chunk, start) -> Non
     wall_s, decoded_j, prefilled_j = law.iteration_cost(row, padded, n, kv_tok, chunk, tok2, 0.0)
     apart_s = float(prefill_s(row, chunk, tok2)) if chunk else 0.0
     if chunk and n:
-        apart_s -= row["prefill_base_s"]  # the weights are read once
-    expected_s = (float(decode_s(row, n, kv_tok, padded)) if n else 0.0) + apart_s
+        # The weights are read once; who decodes pays for what is empty in the tiles of both.
+        apart_s -= row["prefill_base_s"] + row["prefill_tok_s"] * float(empty_tok(row, chunk))
+    expected_s = (float(decode_s(row, n, kv_tok, padded, chunk)) if n else 0.0) + apart_s
     assert wall_s == pytest.approx(expected_s, rel=1e-12)
-    expected_j = float(decode_j(row, n, kv_tok, padded)) if n else 0.0
+    expected_j = float(decode_j(row, n, kv_tok, padded, chunk)) if n else 0.0
     assert decoded_j == pytest.approx(expected_j, rel=1e-12)
     beside_w = row["prefill_beside_w"] if n else 0.0
     drawn_w = row["prefill_power_w"] + beside_w

@@ -25,6 +25,7 @@ from voltana_ctrl.laws import (
     decode_j,
     decode_s,
     decode_tangent,
+    empty_tok,
     kv_transfer_s,
     length_moments,
     prefill_equilibrium,
@@ -160,8 +161,12 @@ def test_equilibrium_is_a_fixed_point_and_obeys_little(
         assert np.isinf([at.step_s, at.running_req, at.kv_tok, at.power_w]).all()
         return
     assert at.running_req == pytest.approx(rate * (OUTPUT_TOK - 1) * at.step_s)
-    assert at.step_s == pytest.approx(float(decode_s(row, at.running_req, at.kv_tok)))
+    took_s = float(decode_s(row, at.running_req, at.kv_tok))
+    # Of a tile what is empty is taken on average: half of it.
+    half_s = 0.5 * row["decode_tile_tok"] * row["prefill_tok_s"]
+    assert at.step_s == pytest.approx(took_s, abs=1e-12 + half_s)
     energy_j = float(decode_j(row, at.running_req, at.kv_tok))
+    energy_j += (at.step_s - took_s) * row["decode_power_w"]
     assert at.power_w == pytest.approx(energy_j / at.step_s)
 
 
@@ -225,9 +230,33 @@ def test_a_roof_moves_no_equilibrium_but_ends_them_sooner(
     assert at.step_s == pytest.approx(decode_s(row, at.running_req, at.kv_tok))
 
 
+@given(k=clocks, rate=st.floats(0.1, 60.0), tile=st.sampled_from([16.0, 64.0, 256.0]))
+def test_tiles_lengthen_an_equilibrium_by_half_of_one(k: int, rate: float, tile: float) -> None:
+    row = REFERENCE.table[k : k + 1].copy()
+    row["decode_roof_s"] = row["decode_req_s"] + row["decode_base_s"] / 20.0
+    row["decode_roof_base_s"] = 0.25 * row["decode_base_s"]
+    without = decode_equilibrium(row, rate, OUTPUT_TOK, CONTEXT_TOK)
+    row["decode_tile_tok"] = tile
+    at = decode_equilibrium(row, rate, OUTPUT_TOK, CONTEXT_TOK)
+    if without.rho_frac[0] >= 1.0 or without.running_req[0] <= tile:
+        np.testing.assert_array_equal(at.step_s, without.step_s)
+        return
+    # The mean over the batches of one tile is the line through its middle.
+    n = at.running_req[0]
+    batches = tile * np.ceil(n / tile) - np.arange(tile)
+    mean_empty = empty_tok(row, batches[batches > tile]).mean()
+    assert mean_empty == pytest.approx(0.5 * tile, abs=0.51)
+    line_s = row["decode_base_s"] + row["decode_req_s"] * n
+    roof_s = row["decode_roof_base_s"] + row["decode_roof_s"] * n
+    middle_s = np.maximum(line_s, roof_s + row["prefill_tok_s"] * 0.5 * tile)
+    assert at.step_s == pytest.approx(middle_s + row["decode_kv_s"] * at.kv_tok)
+
+
+@pytest.mark.parametrize("tile_tok", [0.0, 64.0])
 @pytest.mark.parametrize("n", [10.0, 99.0, 101.0, 400.0])
-def test_the_tangent_follows_the_bend(n: float) -> None:
+def test_the_tangent_follows_the_bend(n: float, tile_tok: float) -> None:
     rows = REFERENCE.table[-2:].copy()
+    rows["decode_tile_tok"] = tile_tok
     rows["decode_roof_s"] = rows["decode_req_s"] + rows["decode_base_s"] / 100.0
     slopes = rows[:1].copy()
     for name in rows.dtype.names or ():
@@ -237,8 +266,14 @@ def test_the_tangent_follows_the_bend(n: float) -> None:
     def along(of: np.ndarray, batch: float) -> np.ndarray:
         return of["decode_base_s"] + of["decode_req_s"] * batch + of["decode_kv_s"] * 400 * n
 
+    row = rows[0]
+    roof_s = row["decode_roof_s"] * n + row["prefill_tok_s"] * empty_tok(row, n)
+    bends = roof_s > row["decode_base_s"] + row["decode_req_s"] * n
     for batch in (n, n + 0.5, n - 0.5):
-        assert along(line, batch) == pytest.approx(decode_s(rows[:1], batch, 400 * n))
+        # What is empty stays so along the tangent.
+        less_s = row["prefill_tok_s"] * (empty_tok(row, n) - empty_tok(row, batch)) * bends
+        expected_s = decode_s(rows[:1], batch, 400 * n) + less_s
+        assert along(line, batch) == pytest.approx(expected_s)
     step_mhz = np.diff(rows["clock_mhz"])
     by_clock = np.diff(decode_s(rows, n, 400 * n)) / step_mhz
     assert along(by_mhz, n) == pytest.approx(by_clock)
@@ -494,7 +529,8 @@ def test_prefill_power_lies_between_idle_and_busy(
     row = profile.table[k]
     at = prefill_equilibrium(row, rate, tok, profile.idle_w)
     assert at.rho_frac == pytest.approx(rate * at.service_s)
-    assert at.service_s == pytest.approx(float(prefill_s(row, tok)))
+    half_s = 0.5 * row["decode_tile_tok"] * row["prefill_tok_s"]
+    assert at.service_s == pytest.approx(float(prefill_s(row, tok)), abs=1e-12 + half_s)
     if at.rho_frac < 1:
         assert profile.idle_w <= at.power_w <= row["prefill_power_w"]
         batched = prefill_equilibrium(row, rate, tok, profile.idle_w, batch_req=np.inf)

@@ -3,15 +3,28 @@
 import itertools
 
 
+def empty_tok(row, tok):
+    """Slots of the last tile that stay empty, from the second tile on: tile after tile."""
+    tile = row["decode_tile_tok"]
+    if not tile or tok <= tile:
+        return 0.0
+    slots = tile
+    while slots < tok:
+        slots += tile
+    return slots - tok
+
+
 def decode_s(row, padded_req, kv_tok):
     line = row["decode_base_s"] + row["decode_req_s"] * padded_req
     roof = row["decode_roof_base_s"] + row["decode_roof_s"] * padded_req
+    roof += row["prefill_tok_s"] * empty_tok(row, padded_req)
     linear = max(line, roof) + row["decode_kv_s"] * kv_tok
     return max(linear, row["decode_floor_s"]) + row["decode_host_s"]
 
 
 def prefill_s(row, tok):
-    return row["prefill_base_s"] + row["prefill_tok_s"] * tok if tok > 0 else 0.0
+    slots = tok + empty_tok(row, tok)
+    return row["prefill_base_s"] + row["prefill_tok_s"] * slots if tok > 0 else 0.0
 
 
 def prefill_j(row, tok):

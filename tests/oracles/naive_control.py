@@ -5,10 +5,14 @@ import math
 
 import numpy as np
 
+from tests.oracles.naive_baselines import empty_tok
+
 
 def iteration_s(row, size_req, kv_tok):
     line = row["decode_base_s"] + row["decode_req_s"] * size_req
-    linear = max(line, row["decode_roof_s"] * size_req) + row["decode_kv_s"] * kv_tok
+    roof = row["decode_roof_base_s"] + row["decode_roof_s"] * size_req
+    roof += row["prefill_tok_s"] * empty_tok(row, size_req)
+    linear = max(line, roof) + row["decode_kv_s"] * kv_tok
     return max(float(linear), float(row["decode_floor_s"])) + float(row["decode_host_s"])
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tests.oracles.naive_baselines import empty_tok
 from voltana_ctrl.sim.faults import ClockClamp, Failure, Slowdown
 
 KEEP_FREE = 0.01  # of the KV cache, at admission
@@ -154,7 +155,9 @@ class NaiveInstance:
                     row["decode_floor_s"],
                     max(
                         row["decode_base_s"] + row["decode_req_s"] * self.padded(n),
-                        row["decode_roof_base_s"] + row["decode_roof_s"] * self.padded(n),
+                        row["decode_roof_base_s"]
+                        + row["decode_roof_s"] * self.padded(n)
+                        + row["prefill_tok_s"] * empty_tok(row, self.padded(n) + tok),
                     )
                     + row["decode_kv_s"] * self.kv_in_batch,
                 )
@@ -171,6 +174,7 @@ class NaiveInstance:
             prefill_s = row["prefill_tok_s"] * tok + row["prefill_tok2_s"] * tok2
             if not n:
                 prefill_s += row["prefill_base_s"]
+                prefill_s += row["prefill_tok_s"] * empty_tok(row, tok)
         prefill_j = prefill_s * row["prefill_power_w"]
         if n:
             prefill_j += prefill_s * row["prefill_beside_w"]
@@ -694,7 +698,9 @@ def naive_ecofreq(
                 row["decode_floor_s"],
                 max(
                     row["decode_base_s"] + row["decode_req_s"] * one.padded(running),
-                    row["decode_roof_base_s"] + row["decode_roof_s"] * one.padded(running),
+                    row["decode_roof_base_s"]
+                    + row["decode_roof_s"] * one.padded(running)
+                    + row["prefill_tok_s"] * empty_tok(row, one.padded(running)),
                 )
                 + row["decode_kv_s"] * kv,
             )

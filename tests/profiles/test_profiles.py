@@ -50,6 +50,7 @@ def test_reference_is_the_published_scenario(name, law) -> None:
         "decode_floor_s": 0.0 * f,
         "decode_roof_s": 0.0 * f,
         "decode_roof_base_s": 0.0 * f,
+        "decode_tile_tok": 0.0 * f,
         "decode_power_w": law["decode_w"][0] + law["decode_w"][1] * g * v2,
         "decode_iter_j": law["batch_j"][0] + 0.0 * f,
         "decode_req_j": law["batch_j"][1] * v2,

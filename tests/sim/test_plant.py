@@ -45,6 +45,7 @@ def with_every_term(profile):
     table["idle_w"] = 20.0 + 30.0 * table["clock_mhz"] / 1410.0
     table["decode_host_s"] = 0.002
     table["decode_roof_base_s"] = 0.001
+    table["decode_tile_tok"] = 24.0
     table["prefill_req_s"] = 0.013
     table["prefill_beside_w"] = 25.0
     return dataclasses.replace(

@@ -49,6 +49,36 @@ def with_terms(**scalars):
 FULL = with_terms()
 
 
+@pytest.mark.parametrize("tile_tok", [0.0, 48.0, 256.0])
+@pytest.mark.parametrize("n", [0.0, 1.0, 24.0, 90.0, 400.0])
+@pytest.mark.parametrize("tok", [0.0, 5.0, 24.0, 700.0])
+def test_prompts_and_requests_share_their_tiles(tile_tok, n, tok):
+    """Slots of an iteration, one by one: what is computed is rounded up once, together."""
+    if n + tok == 0.0:
+        return
+    slots = tile_tok
+    while slots < n + tok:
+        slots += tile_tok or n + tok
+    slots = slots if n + tok > tile_tok else n + tok
+    for row in FULL.table[::16].copy():
+        row["decode_tile_tok"] = tile_tok
+        if n:
+            line = row["decode_base_s"] + row["decode_req_s"] * n + row["prefill_tok_s"] * tok
+            roof = row["decode_roof_base_s"] + row["decode_roof_s"] * n
+            roof += row["prefill_tok_s"] * (slots - n)
+            expected_s = max(line, roof) + row["decode_kv_s"] * 300 * n + row["decode_host_s"]
+        else:
+            expected_s = row["prefill_base_s"] + row["prefill_tok_s"] * slots
+        wall_s, step_j, chunk_j = law.iteration_cost(row, n, n, 300 * n, tok, 0.0, 0.0)
+        assert wall_s == pytest.approx(expected_s, rel=1e-12)
+        alone = decode_s(row, n, 300 * n, prompt_tok=tok) if n else prefill_s(row, tok, 0.0, 0.0)
+        assert wall_s == pytest.approx(alone + row["prefill_tok_s"] * tok * (n > 0), rel=1e-12)
+        # Nothing that is empty is paid for by a request: its energy is the time's.
+        held_j = (alone if n else 0.0) * row["decode_power_w"]
+        assert step_j == pytest.approx(held_j + batch_j(row, n, 300 * n) if n else 0.0, rel=1e-12)
+        assert chunk_j >= 0.0
+
+
 @pytest.mark.parametrize("n", [1.0, 24.0, 90.0, 400.0])
 def test_the_compiled_laws_agree_with_the_others(n):
     kv_tok, tok, tok2, begun = 400.0 * n, 700.0, 4e5, 2.0
@@ -247,7 +277,7 @@ def test_what_is_zero_changes_no_figure(tmp_path):
     """A profile that says 0 of every term beside one that leaves them out, policy by policy."""
     text = (files("voltana_ctrl.profiles") / f"data/{DATED}.toml").read_text()
     said = {
-        "decode_time": ("host_s", "roof_s", "roof_base_s"), "prefill_time": ("req_s",),
+        "decode_time": ("host_s", "roof_s", "roof_base_s", "tile_tok"), "prefill_time": ("req_s",),
         "prefill_power": ("beside_w",), "transfer": ("transfer_j_per_tok",),
     }  # fmt: skip
     for section, keys in said.items():

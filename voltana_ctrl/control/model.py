@@ -434,6 +434,7 @@ def _slopes(profile: Profile, freq_mhz: F64) -> Any:
         "decode_roof_s",
         "decode_roof_base_s",
         "decode_host_s",
+        "prefill_tok_s",
     ):
         column = profile.table[name]
         slopes[name] = np.mean(

@@ -186,10 +186,15 @@ class HeldOut:
     by : mapping of float to float
         Mean absolute relative error for each held-out value.
     p90_frac : float
-        Absolute relative error that 90 % of the held-out rows stay below.
+        Absolute relative error that 90 % of unseen rows are to stay below, where the fit knows as
+        much as where it was made. Where it knows less, as of a clock that is alone above the knee,
+        the band is as many times wider as :meth:`voltana_ctrl.fit.PowerLaw.wider` says.
     fold_coverage_frac : float
         Share of the rows of each held-out value that stay below the band made of all *other*
         rows, on average: what it covers of values that it has not seen.
+    coverage_low_frac, coverage_high_frac : float
+        Between which shares that of all unseen values lies, given how few were held out (95 %,
+        Clopper and Pearson; rows of one value err together and count as one).
 
     Examples
     --------
@@ -208,6 +213,8 @@ class HeldOut:
     by: Mapping[float, float]
     p90_frac: float = np.nan
     fold_coverage_frac: float = np.nan
+    coverage_low_frac: float = np.nan
+    coverage_high_frac: float = np.nan
 
     @property
     def worst(self) -> tuple[float, float]:
@@ -391,6 +398,7 @@ def hold_out(
         return ()
     candidates = of_phase & np.isin(key, inner)
     time_s, energy_j = np.full((2, len(table)), np.nan)
+    wider = np.ones((2, len(table)))
     form: Form = laws.decode.form if laws.decode is not None else "line"
     per_prompt = laws.prefill is not None and laws.prefill.req_s > 0.0
     for held, _ in folds(key[candidates]):
@@ -405,23 +413,37 @@ def hold_out(
         )
         time_s[out] = part.time_s(table.rows(out))
         energy_j[out] = part.energy_j(table.rows(out))
+        if part.power is not None:
+            rows = table.rows(out)
+            wider[1, out] = part.power.wider(rows, part.time_s(rows) - part.waited_s(rows))
     pairs = (("time", time_s, table.wall_s), ("energy", energy_j, table.energy_j))
     return tuple(
-        _held_out(phase, quantity, split, unit, predicted, measured, key)
-        for quantity, predicted, measured in pairs
+        _held_out(phase, quantity, split, unit, predicted, measured, key, times)
+        for (quantity, predicted, measured), times in zip(pairs, wider, strict=True)
         if np.any(np.isfinite(predicted / measured))
     )
 
 
 def _held_out(
-    phase: str, quantity: str, split: Split, unit: str, predicted: F64, measured: F64, key: F64
+    phase: str,
+    quantity: str,
+    split: Split,
+    unit: str,
+    predicted: F64,
+    measured: F64,
+    key: F64,
+    wider: F64,
 ) -> HeldOut:
     known = np.isfinite(predicted / measured)
-    predicted, measured, key = predicted[known], measured[known], key[known]
+    predicted, measured, key, wider = (
+        each[known] for each in (predicted, measured, key, wider)
+    )  # fmt: skip
     error = np.abs(predicted / measured - 1.0)
     left = np.sum((measured - predicted) ** 2)
     total = np.sum((measured - measured.mean()) ** 2)
     by = {float(value): float(error[key == value].mean()) for value in np.unique(key)}
+    coverage = _coverage(error / wider, key)
+    low, high = _interval(coverage, len(by))
     return HeldOut(
         phase=phase,
         quantity=quantity,
@@ -430,8 +452,10 @@ def _held_out(
         mape_frac=float(error.mean()),
         r2_frac=float(1.0 - left / total) if total > 0.0 else np.nan,
         by=MappingProxyType(by),
-        p90_frac=_band(error, key),
-        fold_coverage_frac=_coverage(error, key),
+        p90_frac=_band(error / wider, key),
+        fold_coverage_frac=coverage,
+        coverage_low_frac=low,
+        coverage_high_frac=high,
     )
 
 
@@ -461,3 +485,15 @@ def _coverage(error: F64, key: F64) -> float:
         own = key == value
         inside[own] = error[own] <= _band(error[~own], key[~own])
     return float(inside.mean())
+
+
+def _interval(share_frac: float, n: int) -> tuple[float, float]:
+    """Clopper's and Pearson's 95 % interval of a share that was seen in `n` draws."""
+    from scipy.stats import beta
+
+    if not np.isfinite(share_frac):
+        return np.nan, np.nan
+    hits = share_frac * n
+    low = float(beta.ppf(0.025, hits, n - hits + 1.0)) if hits > 0.0 else 0.0
+    high = float(beta.ppf(0.975, hits + 1.0, n - hits)) if hits < n else 1.0
+    return low, high

@@ -58,6 +58,10 @@ class PowerLaw:
         Lowest measured clock at the cap, inf if none.
     sd : mapping of str to float
         Standard deviation of each fitted parameter.
+    covariance : ndarray, shape (9, 9), optional
+        Covariance of the fitted parameters, in the order above; none if they were not fitted.
+    scatter_frac : float
+        Relative standard deviation of the rows about the law.
 
     Examples
     --------
@@ -81,6 +85,8 @@ class PowerLaw:
     cap_w: float
     capped_mhz: float
     sd: dict[str, float]
+    covariance: F64 | None = None
+    scatter_frac: float = 0.0
 
     def voltage_square(self, freq_mhz: object) -> F64:
         """Square of the voltage relative to the one below the knee.
@@ -173,6 +179,57 @@ class PowerLaw:
         )
         return energy_j
 
+    def wider(self, table: IterationTable, time_s: F64) -> F64:
+        """How many times wider an error of these energies is than that of rows that are well known.
+
+        ``sqrt(1 + J C J' / s^2)``, as of any prediction by regression, with ``J`` the relative
+        slopes of the energy by the parameters, ``C`` their covariance and ``s`` the scatter of the
+        rows: next to 1 amid what was fitted, and large at a clock above the knee where no other one
+        says how steeply the voltage rises.
+
+        Parameters
+        ----------
+        table : IterationTable
+            Loads and clocks.
+        time_s : ndarray, shape (n,)
+            Time of each row, without that of the host.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            1 where the law was not fitted.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from voltana_ctrl.fit import IterationTable, fit_power
+        >>> f = np.arange(600.0, 1101.0, 50.0)
+        >>> def at(f):
+        ...     zero = 0 * f
+        ...     return IterationTable(
+        ...         phase=("prefill",) * len(f), freq_mhz=f, batch_req=1 + zero, kv_tok=zero,
+        ...         prefill_tok=1000 + zero, square_tok2=1e6 + zero, wall_s=100 / f,
+        ...         energy_j=(60 + 0.19 * f) * (1 + 0.01 * np.sin(f)) * 100 / f)
+        >>> law, rows = fit_power(at(f)), at(np.array([850.0, 2500.0]))
+        >>> law.wider(rows, rows.wall_s).round(1)
+        array([1.1, 2. ])
+        """
+        if self.covariance is None or not self.scatter_frac > 0.0:
+            return np.ones(len(table))
+        problem = _Problem(table, time_s, np.inf)
+        voltage = np.array([self.rise_frac, self.knee_mhz])
+        factors = np.nan_to_num([getattr(self, name) for name in _NAMES[2:]])
+        design = problem.design(*voltage)
+        slopes = []
+        for step in np.diag(np.maximum(1e-4 * voltage, 1e-6)):
+            apart = problem.design(*(voltage + step)) - problem.design(*(voltage - step))
+            slopes.append(apart @ factors / (2.0 * step.sum()))
+        jac = np.column_stack([*slopes, design]) / (design @ factors)[:, None]
+        variance = np.einsum("ij,jk,ik->i", jac, self.covariance, jac)
+        wider = np.ones(len(table))
+        wider[problem.used] = np.sqrt(1.0 + np.maximum(variance, 0.0) / self.scatter_frac**2)
+        return wider
+
 
 def _voltage_square(g: F64, rise_frac: float, knee_mhz: float) -> F64:
     volt: F64 = 1.0 + rise_frac * np.maximum(0.0, g - knee_mhz / 1e3)
@@ -264,7 +321,14 @@ def fit_power(
         for name in _NAMES:
             if name.startswith(phase) and not np.any(present):
                 values[name] = sds[name] = np.nan
-    law = PowerLaw(**values, cap_w=cap_w, capped_mhz=capped_mhz, sd=sds)
+    law = PowerLaw(
+        **values,
+        cap_w=cap_w,
+        capped_mhz=capped_mhz,
+        sd=sds,
+        covariance=found.covariance,
+        scatter_frac=found.scatter_frac,
+    )
     if near is None and not hold:
         problem.check_knee(law)
     return law
@@ -346,6 +410,7 @@ class _Problem:
             values=found.values * unit,
             covariance=found.covariance * np.outer(unit, unit),
             cost=found.cost,
+            scatter_frac=found.scatter_frac,
         )
 
     def check_clocks(self) -> None:

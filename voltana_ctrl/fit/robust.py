@@ -20,11 +20,15 @@ MAX_FOLDS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Estimate:
-    """Parameters at the optimum, their covariance, and what the optimum costs."""
+    """Parameters at the optimum, their covariance, what the optimum costs and what it leaves.
+
+    `scatter_frac` is the standard deviation of the residuals, relative errors, by their median.
+    """
 
     values: F64
     covariance: F64
     cost: float
+    scatter_frac: float
 
 
 def estimate(
@@ -73,16 +77,22 @@ def estimate(
             best = found
     values = spread(best.x)
     covariance = np.zeros((len(values), len(values)))
-    covariance[np.ix_(free, free)] = _covariance(best.jac, best.fun, int(free.sum()))
-    return Estimate(values=values, covariance=covariance, cost=float(best.cost))
+    scatter_frac = _scatter(best.fun, int(free.sum()))
+    covariance[np.ix_(free, free)] = _covariance(best.jac, scatter_frac)
+    return Estimate(
+        values=values, covariance=covariance, cost=float(best.cost), scatter_frac=scatter_frac
+    )
 
 
-def _covariance(jac: F64, error: F64, n_free: int) -> F64:
+def _scatter(error: F64, n_free: int) -> float:
     """Scatter from the median absolute residual, so that outliers do not widen it."""
     spare = max(len(error) - n_free, 1)
     inflate = len(error) / spare
     mad_sd = 1.4826 * float(np.median(np.abs(error)))
-    sd = max(mad_sd, 1e-9) * np.sqrt(inflate)
+    return float(max(mad_sd, 1e-9) * np.sqrt(inflate))
+
+
+def _covariance(jac: F64, sd: float) -> F64:
     # Columns differ by orders of magnitude: scale before the pseudo-inverse.
     norm = np.linalg.norm(jac, axis=0)
     norm[norm == 0.0] = 1.0

@@ -14,8 +14,10 @@ PROFILE_DTYPE = np.dtype(
     [
         ("clock_mhz", F8),
         ("idle_w", F8),  # holding the model, running nothing
-        # decode: T = host + max(floor, max(base + req * n, roof_base + roof * n) + kv * kv_tok)
-        # with n as padded; no clock scales what the host does meanwhile
+        # decode: T = host + max(floor, max(base + req * n, roof_base + roof * n + tok * E)
+        # + kv * kv_tok) with n as padded; no clock scales what the host does meanwhile. Computing
+        # goes in tiles of so many tokens, of prompts and requests together; from the second on
+        # E slots of the last one are empty, and take what prompt tokens take
         ("decode_host_s", F8),
         ("decode_base_s", F8),
         ("decode_req_s", F8),
@@ -23,6 +25,7 @@ PROFILE_DTYPE = np.dtype(
         ("decode_floor_s", F8),
         ("decode_roof_s", F8),
         ("decode_roof_base_s", F8),
+        ("decode_tile_tok", F8),  # 0: no tiles
         # decode: E = (T - host) * power + host * idle + iter + req * n + kv * kv_tok
         ("decode_power_w", F8),
         ("decode_iter_j", F8),

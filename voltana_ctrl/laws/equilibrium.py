@@ -4,8 +4,9 @@ Open-loop arrivals set the tokens per second, a slower clock only grows the batc
 law). With an iteration time ``T = a0 + a1 n + a2 m`` affine in running requests ``n`` and KV
 tokens ``m = c n``, ``b = a1 + a2 c`` and ``rho = lam (L - 1) b``, decode settles at
 ``T = a0 / (1 - rho)``. A roof, to which computing bends ``T``, is a second such line: the later of
-both equilibria holds, and the steeper of both bounds the load that has one. Prefill is a queue
-with idle gaps, busy ``rho`` of the time.
+both equilibria holds, and the steeper of both bounds the load that has one. Where computing goes
+in tiles, half a tile is empty on average from the second on. Prefill is a queue with idle gaps,
+busy ``rho`` of the time.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ def decode_equilibrium(
     spare_roof = 1.0 - rate_tok_s * (rows["decode_roof_s"] + rows["decode_kv_s"] * context)
     with np.errstate(divide="ignore", invalid="ignore"):
         later_s = np.maximum(base_s / np.maximum(0.0, spare), roof_s / np.maximum(0.0, spare_roof))
+        half_s = _half_tile_tok(rows, rate_tok_s * later_s) * rows["prefill_tok_s"]
+        tiled_s = (roof_s + half_s) / np.maximum(0.0, spare_roof)
+        later_s = np.where(half_s > 0.0, np.maximum(later_s, tiled_s), later_s)
         settled_s = np.where(rho < 1.0, later_s, np.inf)
     step_s = np.maximum(rows["decode_floor_s"] + rows["decode_host_s"], settled_s)
     running_req = rate_tok_s * step_s
@@ -126,6 +130,13 @@ def _rate(
     decoded_tok = np.asarray(output_tok, dtype=np.float64) - 1.0
     rate_tok_s: F64 = np.asarray(arrival_req_s, dtype=np.float64) * decoded_tok
     return rate_tok_s, np.asarray(context_tok, dtype=np.float64)
+
+
+def _half_tile_tok(rows: Any, tok: F64) -> F64:
+    """Slots that are empty on average in the last of several tiles."""
+    tile = rows["decode_tile_tok"]
+    half: F64 = np.where((tile > 0.0) & (tok > tile), 0.5 * tile, 0.0)
+    return half
 
 
 def _steepest_s(rows: Any, context_tok: F64) -> F64:
@@ -207,7 +218,7 @@ def prefill_equilibrium(
     square = tok**2 + np.asarray(prompt_sd_tok, dtype=np.float64) ** 2
     service_s: F64 = (
         rows["prefill_base_s"] / np.asarray(batch_req, dtype=np.float64)
-        + rows["prefill_tok_s"] * tok
+        + rows["prefill_tok_s"] * (tok + _half_tile_tok(rows, tok))
         + rows["prefill_tok2_s"] * square
     )
     rate_req_s = np.asarray(arrival_req_s, dtype=np.float64)

@@ -52,15 +52,52 @@ def at_clock(profile: Profile, freq_mhz: ArrayLike) -> Any:
     return rows
 
 
+def empty_tok(rows: Any, tok: ArrayLike) -> F64:
+    """Slots that stay empty in the last tile of an iteration of so many tokens.
+
+    ``E(m) = ceil(m / tile) tile - m`` from the second tile on: below, smaller tiles are to be
+    had. It is 0 where the profile knows of no tiles.
+
+    Parameters
+    ----------
+    rows : ndarray, dtype PROFILE_DTYPE
+        Rows of the `table` of a profile, or of :func:`voltana_ctrl.laws.at_clock`.
+    tok : array_like
+        Prompt tokens and running requests of the iteration, together.
+
+    Returns
+    -------
+    ndarray
+        Tokens.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import load_profile
+    >>> row = load_profile("a100-sxm-80gb/llama-3.1-8b").table[-1].copy()
+    >>> row["decode_tile_tok"] = 64.0
+    >>> empty_tok(row, [60, 64, 65, 128, 200])
+    array([ 0.,  0., 63.,  0., 56.])
+    """
+    tile, tok = np.broadcast_arrays(rows["decode_tile_tok"], np.asarray(tok, dtype=np.float64))
+    filled = (tile <= 0.0) | (tok <= tile)
+    empty: F64 = np.where(filled, 0.0, np.ceil(tok / np.where(filled, 1.0, tile)) * tile - tok)
+    return empty
+
+
 def decode_s(
-    rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
+    rows: Any,
+    running_req: ArrayLike,
+    kv_tok: ArrayLike,
+    padded_req: ArrayLike | None = None,
+    prompt_tok: ArrayLike = 0.0,
 ) -> F64:
     """Time [s] of one decode iteration.
 
-    ``host + max(floor, max(base + req n, roof_base + roof n) + kv K)``: weights are streamed
-    whatever the batch, and each request adds to that; once computing, which grows faster with
-    the batch from less, takes longer, it counts instead. What the host does between two
-    iterations no clock of the GPU scales.
+    ``host + max(floor, max(base + req n, roof_base + roof n + tok E(n + p)) + kv K)``: weights are
+    streamed whatever the batch, and each request adds to that; once computing, which grows faster
+    with the batch from less, takes longer, it counts instead. Computing goes in whole tiles, see
+    :func:`voltana_ctrl.laws.empty_tok`. What the host does between two iterations no clock of the
+    GPU scales.
 
     Parameters
     ----------
@@ -70,6 +107,9 @@ def decode_s(
         Requests in the batch and their tokens in the KV cache.
     padded_req : array_like, optional
         Executed size of the batch (``profile.padded_batch()[n]``); without it `running_req`.
+    prompt_tok : array_like
+        Prompt tokens that the same iteration computes. They share its tiles; the time that they
+        take themselves, `prefill_tok_s` each, is not in it.
 
     Returns
     -------
@@ -85,7 +125,9 @@ def decode_s(
     """
     size = np.asarray(running_req if padded_req is None else padded_req, dtype=np.float64)
     line = rows["decode_base_s"] + rows["decode_req_s"] * size
-    bent = np.maximum(line, rows["decode_roof_base_s"] + rows["decode_roof_s"] * size)
+    roof = rows["decode_roof_base_s"] + rows["decode_roof_s"] * size
+    slots = size + np.asarray(prompt_tok, dtype=np.float64)
+    bent = np.maximum(line, roof + rows["prefill_tok_s"] * empty_tok(rows, slots))
     kv = rows["decode_kv_s"] * np.asarray(kv_tok, dtype=np.float64)
     step_s: F64 = np.maximum(rows["decode_floor_s"], bent + kv) + rows["decode_host_s"]
     return step_s
@@ -94,8 +136,8 @@ def decode_s(
 def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, Any]:
     """Coefficients of the straight line that decode iterations follow around a batch.
 
-    Below the roof they are the profile's; above it base and requests take what the roof says.
-    The time of the host is in the base.
+    Below the roof they are the profile's; above it base and requests take what the roof says,
+    and slots of a tile that stay empty are in the base, as is the time of the host.
 
     Parameters
     ----------
@@ -119,13 +161,15 @@ def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, An
     (0.001, 0.0001)
     """
     size = np.asarray(size_req, dtype=np.float64)
-    lower_s = rows["decode_base_s"] - rows["decode_roof_base_s"]
+    empty = empty_tok(rows, size)
+    lower_s = rows["decode_base_s"] - rows["decode_roof_base_s"] - rows["prefill_tok_s"] * empty
     above = (rows["decode_roof_s"] - rows["decode_req_s"]) * size > lower_s
     if not (above.any() or rows["decode_host_s"].any()):
         return rows, slopes
     rows, slopes = rows.copy(), slopes.copy()
     for each in (rows, slopes):
-        each["decode_base_s"][above] = each["decode_roof_base_s"][above]
+        empty_s = each["prefill_tok_s"][above] * empty[above]
+        each["decode_base_s"][above] = each["decode_roof_base_s"][above] + empty_s
         each["decode_req_s"][above] = each["decode_roof_s"][above]
         each["decode_base_s"] += each["decode_host_s"]
         each["decode_host_s"] = 0.0
@@ -133,13 +177,17 @@ def decode_tangent(rows: Any, slopes: Any, size_req: ArrayLike) -> tuple[Any, An
 
 
 def decode_j(
-    rows: Any, running_req: ArrayLike, kv_tok: ArrayLike, padded_req: ArrayLike | None = None
+    rows: Any,
+    running_req: ArrayLike,
+    kv_tok: ArrayLike,
+    padded_req: ArrayLike | None = None,
+    prompt_tok: ArrayLike = 0.0,
 ) -> F64:
     """Energy of one decode iteration: ``T P_on + iter + req n + kv K - host (P_on - P_idle)``.
 
     Parameters
     ----------
-    rows, running_req, kv_tok, padded_req
+    rows, running_req, kv_tok, padded_req, prompt_tok
         See :func:`decode_s`.
 
     Returns
@@ -156,7 +204,8 @@ def decode_j(
     >>> power_w[[0, -1]].round(1)
     array([110.5, 331. ])
     """
-    held_j = decode_s(rows, running_req, kv_tok, padded_req) * rows["decode_power_w"]
+    time_s = decode_s(rows, running_req, kv_tok, padded_req, prompt_tok)
+    held_j = time_s * rows["decode_power_w"]
     energy_j: F64 = held_j + batch_j(rows, running_req, kv_tok)
     return energy_j
 
@@ -204,9 +253,10 @@ def prefill_s(
 ) -> F64:
     """Time [s] of one prefill iteration that runs alone.
 
-    ``prefill_base_s + prefill_tok_s new_tok + prefill_tok2_s square_tok2
-    + prefill_req_s prompts_req``: a launch, work for each token, attention to all that stands
-    before it, and what the host does for each prompt.
+    ``prefill_base_s + prefill_tok_s (new_tok + E(new_tok)) + prefill_tok2_s square_tok2
+    + prefill_req_s prompts_req``: a launch, work for each slot of whole tiles (see
+    :func:`voltana_ctrl.laws.empty_tok`), attention to all that stands before a token, and what
+    the host does for each prompt.
 
     Parameters
     ----------
@@ -236,7 +286,7 @@ def prefill_s(
     square = tok**2 if square_tok2 is None else np.asarray(square_tok2, dtype=np.float64)
     time_s: F64 = (
         rows["prefill_base_s"]
-        + rows["prefill_tok_s"] * tok
+        + rows["prefill_tok_s"] * (tok + empty_tok(rows, tok))
         + rows["prefill_tok2_s"] * square
         + rows["prefill_req_s"] * np.asarray(prompts_req, dtype=np.float64)
     )

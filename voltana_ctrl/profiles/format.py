@@ -20,7 +20,9 @@ truth: fields of :class:`voltana_ctrl.types.Band`) and ``actuators``. Within the
 coefficient that may be left out is 0: time of the host per decode step (``decode_time.host_s``)
 and per prompt (``prefill_time.req_s``), what prompts draw on top in an iteration that decodes, too
 (``prefill_power.beside_w``), the line to which computing bends the step time
-(``decode_time.roof_base_s``, ``roof_s``).
+(``decode_time.roof_base_s``, ``roof_s``), and the tokens of a tile in which prompts and running
+requests are computed together (``tile_tok``): from the second tile on, slots of the last that stay
+empty take as long as prompt tokens.
 
 The section ``actuators`` holds measured points of power caps, memory and CPU clocks beside those
 of clock locks at the same loads: fields of :class:`voltana_ctrl.types.ActuatorPoint`.
@@ -51,7 +53,7 @@ _LAWS = {
 }
 # Section -> keys that may be left out: 0.
 _OPTIONAL = {
-    "decode_time": ("roof_s", "roof_base_s", "host_s"),
+    "decode_time": ("roof_s", "roof_base_s", "tile_tok", "host_s"),
     "prefill_time": ("req_s",),
     "prefill_power": ("beside_w",),
 }

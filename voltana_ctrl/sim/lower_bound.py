@@ -319,7 +319,9 @@ class _Programme:
         held_w = float(row["decode_power_w"])
         host_s = float(row["decode_host_s"])
         count_j = float(row["decode_iter_j"]) - host_s * (held_w - float(row["idle_w"]))
-        least_s = float(decode_s(row, low, 0.0))
+        untiled = row.copy()
+        untiled["decode_tile_tok"] = 0.0  # tiles make some batches longer and none shorter
+        least_s = float(decode_s(untiled, low, 0.0))
         # n T >= low T + (n - low) T(low): time of requests, from below.
         count = self._variable(count_j, {self.seconds: -low * least_s})
         tok_j = float(row["decode_req_j"])

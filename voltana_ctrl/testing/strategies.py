@@ -114,6 +114,7 @@ def profiles(draw: Any, *, gpus: int | None = None) -> Profile:
             table[column] *= hungrier_frac
     bend_req = draw(st.sampled_from([np.inf, 16.0, 128.0]))
     table["decode_roof_s"] = table["decode_req_s"] + table["decode_base_s"] / bend_req
+    table["decode_tile_tok"] = draw(st.sampled_from([0.0, 16.0, 128.0]))
     drawn: Profile = replace(
         base,
         name="drawn/" + base.name.replace("/", "-"),

@@ -23,7 +23,7 @@ import numpy as np
 from numba import types
 
 from voltana_ctrl.kernels.compiled import njit
-from voltana_ctrl.kernels.law import batch_j, row_nearest
+from voltana_ctrl.kernels.law import batch_j, empty_tok, row_nearest
 from voltana_ctrl.kernels.layout import PROFILE_DTYPE
 from voltana_ctrl.kernels.learn.predictor import (
     F8,
@@ -98,17 +98,22 @@ def _part(phi, part, share_frac, tilt):
     phi[2 * part + 1] = share_frac * tilt
 
 
-@njit(F8(TABLES, I8, I8, F8, F8, F8, F8_1))
-def _decode_parts(table, i, k, tilt, size_req, kv_tok, phi):
-    """Prior time of a decode iteration [s]; its parts' shares into `phi`."""
+@njit(F8(TABLES, I8, I8, F8, F8, F8, F8, F8_1))
+def _decode_parts(table, i, k, tilt, size_req, kv_tok, tok, phi):
+    """Prior time of a decode iteration, beside `tok` of prompts [s]; its parts' shares into `phi`.
+
+    What prompts take themselves is not in it, but slots that stay empty in the tiles they share.
+    """
     base_s = table[i, k]["decode_base_s"]
     req_s = table[i, k]["decode_req_s"] * size_req
     kv_s = table[i, k]["decode_kv_s"] * kv_tok
     roof_base_s = table[i, k]["decode_roof_base_s"]
-    if roof_base_s + table[i, k]["decode_roof_s"] * size_req > base_s + req_s:
+    roof_s = table[i, k]["decode_roof_s"] * size_req
+    roof_s += table[i, k]["prefill_tok_s"] * empty_tok(table[i, k], size_req + tok)
+    if roof_base_s + roof_s > base_s + req_s:
         # Computing, which grows with the batch, takes longer than all else but KV.
         base_s = roof_base_s
-        req_s = table[i, k]["decode_roof_s"] * size_req
+        req_s = roof_s
     total_s = base_s + req_s + kv_s
     if total_s <= table[i, k]["decode_floor_s"]:
         # A floor is a matter of launching, as the base is: they share a scale.
@@ -130,7 +135,8 @@ def _prefill_parts(table, i, k, tilt, tok, n_req, phi):
     """Prior time of the prefill of an iteration [s]; its parts' shares into `phi`."""
     base_s = table[i, k]["prefill_base_s"] if n_req == 0.0 else 0.0
     base_s += table[i, k]["prefill_req_s"]
-    tok_s = table[i, k]["prefill_tok_s"] * tok
+    slots_tok = tok + empty_tok(table[i, k], tok) if n_req == 0.0 else tok
+    tok_s = table[i, k]["prefill_tok_s"] * slots_tok
     if not base_s + tok_s > 0.0:
         return 0.0
     phi[:] = 0.0
@@ -147,7 +153,7 @@ def _expected_s(table, n_clocks, padded, i, freq_mhz, n_req, tok, kv_tok, theta,
     total_s = 0.0
     if n_req > 0.0:
         size_req = executed_size(padded, i, chosen[i], n_req)
-        prior_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)
+        prior_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, tok, phi)
         total_s = prior_s * said(theta[i, chosen[i]], phi)
     if tok > 0.0:
         prior_s = _prefill_parts(table, i, k, tilt, tok, n_req, phi)
@@ -162,10 +168,10 @@ def _sane(value, prior):
 
 @njit(
     types.void(
-        TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1
+        TABLES, IN_I8_2, I8, I8, F8, F8, F8, F8, F8, F8, F8, F8_3, F8_4, F8_3, I8_1, F8, F8_1
     ))  # fmt: skip
 def _learn_tiles(
-    table, padded, i, k, tilt, wall_s, n_req, kv_tok, beside_s, beside_sd_s,
+    table, padded, i, k, tilt, wall_s, n_req, tok, kv_tok, beside_s, beside_sd_s,
     theta, cov, notes, chosen, forget, phi,
 ):  # fmt: skip
     """Learn the decode time under each staircase, and choose one.
@@ -177,7 +183,7 @@ def _learn_tiles(
     best = chosen[i]
     for tile in range(N_TILES):
         size_req = executed_size(padded, i, tile, n_req)
-        unit_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)
+        unit_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, tok, phi)
         if beside_sd_s > 0.0:
             for a in range(N_TERMS):
                 phi[a] *= unit_s / beside_sd_s
@@ -206,11 +212,11 @@ def _learn_decode(
 ):  # fmt: skip
     """Learn from a pure decode iteration; 0 if it is absurd."""
     size_req = executed_size(padded, i, chosen[i], n_req)
-    if not _sane(wall_s, _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)):
+    if not _sane(wall_s, _decode_parts(table, i, k, tilt, size_req, kv_tok, 0.0, phi)):
         return 0
     _learn_tiles(
-        table, padded, i, k, tilt, wall_s, n_req, kv_tok, 0.0, 0.0, theta, cov, notes, chosen,
-        forget, phi,
+        table, padded, i, k, tilt, wall_s, n_req, 0.0, kv_tok, 0.0, 0.0, theta, cov, notes,
+        chosen, forget, phi,
     )  # fmt: skip
     held_j = wall_s * table[i, k]["decode_power_w"]
     rest_j = batch_j(table[i, k], n_req, kv_tok)
@@ -249,7 +255,7 @@ def _learn_mixed(
 ):  # fmt: skip
     """Learn from an iteration that decodes and prefills; 0 if it is absurd."""
     size_req = executed_size(padded, i, chosen[i], n_req)
-    decode_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, phi)
+    decode_s = _decode_parts(table, i, k, tilt, size_req, kv_tok, tok, phi)
     prefill_s = _prefill_parts(table, i, k, tilt, tok, n_req, other)
     if not (decode_s > 0.0 and prefill_s > 0.0 and _sane(wall_s, decode_s + prefill_s)):
         return 0
@@ -261,7 +267,7 @@ def _learn_mixed(
     about_p_s = math.sqrt(noise_s2 + prefill_s**2 * doubt(cov[i, m], other))
     other *= prefill_s / about_d_s
     _learn_tiles(
-        table, padded, i, k, tilt, wall_s, n_req, kv_tok, said_p_s, about_p_s,
+        table, padded, i, k, tilt, wall_s, n_req, tok, kv_tok, said_p_s, about_p_s,
         theta, cov, notes, chosen, forget, phi,
     )  # fmt: skip
     learn_guarded(
@@ -383,6 +389,7 @@ def learn(
     DECODE_FLOOR_S,
     DECODE_ROOF_S,
     DECODE_ROOF_BASE_S,
+    DECODE_TILE_TOK,
     DECODE_POWER_W,
     DECODE_ITER_J,
     DECODE_REQ_J,
@@ -416,6 +423,7 @@ def learned_table(table, n_clocks, theta, chosen, out):
             tilt = tilt_of(table[i, k, CLOCK_MHZ], low_mhz, high_mhz)
             out[i, k, CLOCK_MHZ] = table[i, k, CLOCK_MHZ]
             out[i, k, IDLE_W] = table[i, k, IDLE_W]
+            out[i, k, DECODE_TILE_TOK] = table[i, k, DECODE_TILE_TOK]
             _scaled(table, i, k, DECODE_HOST_S, decode, 0, tilt, out)
             _scaled(table, i, k, DECODE_BASE_S, decode, 0, tilt, out)
             _scaled(table, i, k, DECODE_FLOOR_S, decode, 0, tilt, out)

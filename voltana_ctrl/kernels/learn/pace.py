@@ -17,7 +17,7 @@ import numpy as np
 from numba import types
 
 from voltana_ctrl.kernels.compiled import njit
-from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s, row_nearest
+from voltana_ctrl.kernels.law import ROW, beside_s, empty_tok, prefill_s, row_nearest
 
 F8, I8 = types.float64, types.int64
 F8_1, F8_2 = types.Array(F8, 1, "C"), types.Array(F8, 2, "C")
@@ -266,11 +266,12 @@ def watch(
             k = min(at, before) if turn == 0 else max(at, before)
             decode, prefill = 0.0, 0.0
             if batch_req[j] > 0.0:
-                decode = decode_s(rows[k], float(size), kv_tok[j])
+                decode = beside_s(rows[k], float(size), kv_tok[j], prefill_tok[j])
             if prefill_tok[j] > 0.0:
                 prefill = prefill_s(rows[k], prefill_tok[j], tok2)
                 if batch_req[j] > 0.0:
                     prefill -= rows[k]["prefill_base_s"]
+                    prefill -= rows[k]["prefill_tok_s"] * empty_tok(rows[k], prefill_tok[j])
             if not decode + prefill > 0.0:
                 break
             took_frac = wall_s[j] / (decode + prefill)
