@@ -159,8 +159,8 @@ def test_import_loads_nothing_heavy(statement):
 
 # Known by these names: `cv` is a coefficient of variation, `pmf` a probability mass function,
 # a batch is counted in requests.
-# `spare` is a number of instances, or a share of them.
-WITHOUT_UNIT = {"attainment", "cv", "host_score", "padded_batch", "pmf", "spare"}
+# `spare` is a number of instances, or a share of them; a `covariance` is of quantities of several units.
+WITHOUT_UNIT = {"attainment", "covariance", "cv", "host_score", "padded_batch", "pmf", "spare"}
 # Where numbers are of any unit, or enter in the units of vendors.
 BOUNDARY = {"checks.py", "control/supply.py", "fit/robust.py", "units.py"}
 FLOATS = {"float", "ArrayLike", "F64", "NDArray[np.float64]"}
