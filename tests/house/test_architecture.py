@@ -159,7 +159,7 @@ def test_import_loads_nothing_heavy(statement):
 
 # Known by these names: `cv` is a coefficient of variation, `pmf` a probability mass function,
 # a batch is counted in requests.
-# `spare` is a number of instances, or a share of them; a `covariance` is of quantities of several units.
+# `spare` is a number of instances, or a share of them; a `covariance` is of several units.
 WITHOUT_UNIT = {"attainment", "covariance", "cv", "host_score", "padded_batch", "pmf", "spare"}
 # Where numbers are of any unit, or enter in the units of vendors.
 BOUNDARY = {"checks.py", "control/supply.py", "fit/robust.py", "units.py"}
