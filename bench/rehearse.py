@@ -7,7 +7,8 @@
 
 A cell starts emulated engines on fake GPUs, controller, agent and router in processes of their own,
 plays a workload, and measures joules per output token and attainment in a window after a warm-up;
-then it runs the simulated plant on the same requests with the same stretched profile. A run in
+then it runs the simulated plant on the same requests with the same stretched profile, under the
+controller as it runs on a fleet, which begins at the highest clocks and stands idle first. A run in
 which more than 5 % of the iterations were late is void, and says so.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -26,16 +28,20 @@ from voltana_ctrl.backends.nvml.lease import end_on_sigterm
 from voltana_ctrl.cli.demo import answers, stack_on
 from voltana_ctrl.engines.emulated.fleet import EmulatedFleet
 from voltana_ctrl.engines.emulated.load import play
-from voltana_ctrl.engines.page import read_engine_page
+from voltana_ctrl.engines.page import read_engine_page, read_histograms
+from voltana_ctrl.live.descent import Descent
 from voltana_ctrl.live.governed import PolicyController
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.savings import BlockMeter, SwitchbackController, estimate_savings
 from voltana_ctrl.savings.proof import savings_of_log
 from voltana_ctrl.sim.settings import PlantSettings
 from voltana_ctrl.sim.workload import Workload, make_workload
+from voltana_ctrl.types import Role
 
 #: Parts of the window whose scatter is the standard error.
 _PARTS = 10
+#: Without requests at first, in both: a fleet that was idle has parked most of itself.
+_IDLE_S = 20.0
 
 
 def stretched(work, dilation, most_tok):
@@ -82,11 +88,17 @@ def simulator(shape, slo, policy, work, profile):
     controller = parts.controller or PolicyController(
         fleet, first=parts.first, held=fleet.ids if parts.governors else (), routed=lambda: True
     )
-    return plant, controller
+    return plant, Descent(controller, slo)
+
+
+def after_idling(work):
+    """The same requests later, as a simulated fleet gets them that has stood idle."""
+    return replace(work, arrival_s=work.arrival_s + _IDLE_S, duration_s=work.duration_s + _IDLE_S)
 
 
 def simulated(shape, slo, policy, work, edges_s, profile):
     """Figures of the simulated plant in the window."""
+    work, edges_s = after_idling(work), edges_s + _IDLE_S
     plant, controller = simulator(shape, slo, policy, work, profile)
     marks, done = [], {}
 
@@ -105,15 +117,30 @@ def simulated(shape, slo, policy, work, edges_s, profile):
     return figures(marks, edges_s, told[:, 0], told[:, 1], slo)
 
 
+def pages_of(urls):
+    return [httpx.get(f"{url}/metrics", trust_env=False, timeout=30.0).text for url in urls]
+
+
 def emitted_tok(urls):
-    pages = (httpx.get(f"{url}/metrics", trust_env=False, timeout=30.0).text for url in urls)
-    return sum(read_engine_page("vllm", page)["output_tok"] for page in pages)
+    return sum(read_engine_page("vllm", page)["output_tok"] for page in pages_of(urls))
+
+
+def mean_ttft_s(urls):
+    """Mean time to first token of all requests so far, as engines that do both phases saw it."""
+    found = [read_histograms("vllm", page)["ttft"] for page in pages_of(urls)]
+    return sum(one.total_s for one in found) / sum(one.counts[-1] for one in found)
+
+
+def said(folder):
+    """What the parts of the stack said last: why clocks went up, whom they did not hear."""
+    logs = {name: folder / f"{name}.log" for name in ("controller", "agent", "router")}
+    return {name: log.read_text().splitlines()[-12:] for name, log in logs.items()}
 
 
 async def rehearsed(fleet, url, work, edges_s):
     """The same, of the real stack on emulated engines."""
     assert await answers(url, 180.0)
-    await asyncio.sleep(5.0)
+    await asyncio.sleep(_IDLE_S)
     begin_s = time.monotonic()
     playing = asyncio.create_task(play(url, work, limit_s=3600.0))
     marks = []
@@ -130,6 +157,9 @@ async def rehearsed(fleet, url, work, edges_s):
     late = [httpx.get(f"{one}/emulate", trust_env=False).json() for one in fleet.urls]
     iterations, too_late = (sum(one[key] for one in late) for key in ("iterations", "late"))
     found = figures(marks, edges_s, told.ttft_s[inside], told.itl_s[inside], slo)
+    if all(one.role is Role.COLOCATED for one in fleet.spec.instances):
+        # What router, client and a busy machine added.
+        found["outside_ttft_s"] = float(np.nanmean(told.ttft_s)) - mean_ttft_s(fleet.urls)
     return found | {
         "late_frac": too_late / max(1, iterations),
         "void": too_late > 0.05 * iterations,
@@ -166,6 +196,7 @@ def cell(shape, policy, rate_req_s, args):
         slo = Slo.parse(fleet.slo_text)
         with stack_on(fleet, policy, routed=not args.unrouted) as stack:
             live = asyncio.run(rehearsed(fleet, stack.url, work, edges_s))
+            live["said"] = said(fleet.folder)
         sim = simulated(shape, slo, policy, work, edges_s, fleet.profile)
     return {"rehearsed": live, "simulated": sim, **compared(live, sim)}
 
@@ -182,11 +213,11 @@ def switchback(shape, policy, rate_req_s, args):
         with stack_on(fleet, policy, controls=controls) as stack:
             asyncio.run(rehearsed(fleet, stack.url, work, np.linspace(0.0, span_s, 3)))
         live = savings_of_log([log]).to_dict()
-        plant, controller = simulator(shape, slo, policy, work, fleet.profile)
+        plant, controller = simulator(shape, slo, policy, after_idling(work), fleet.profile)
     meter = BlockMeter(slo=slo)
     alternating = SwitchbackController(controller, block_s=args.switchback, seed=args.seed)
     with ControlLoop(plant, alternating, observers=[meter]) as loop:
-        loop.run(span_s)
+        loop.run(_IDLE_S + span_s)
     return {"rehearsed": live, "simulated": estimate_savings(meter).to_dict()}
 
 

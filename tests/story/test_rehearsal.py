@@ -32,5 +32,7 @@ def test_the_real_stack_takes_the_energy_that_the_simulated_one_does():
     if found["rehearsed"]["void"]:
         pytest.skip(f"this machine is too busy to keep the times: {found['rehearsed']}")
     assert abs(found["difference_frac"]) < 0.03, found
+    assert found["rehearsed"]["outside_ttft_s"] > 0.0
+    assert "mode act" in " ".join(found["rehearsed"]["said"]["controller"])
     for metric in ("ttft_attainment", "itl_attainment"):
         assert found["rehearsed"][metric] >= 0.99, found
