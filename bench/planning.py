@@ -165,7 +165,8 @@ def lever_lines(rows: list[dict], profile: str) -> list[str]:
         # What is priced is told by its cost, the rest by power.
         key = "power_w" if np.isnan(both[0][0]["cost"]) else "cost"
         ratio = np.mean([off[key] / on[key] for on, off in both])
-        texts = ("<br>".join(told(pair[k]) for pair in both) for k in (0, 1))
+        shown = told if key == "power_w" else lambda row: f"cost {row['cost']:.3f}"
+        texts = ("<br>".join(shown(pair[k]) for pair in both) for k in (0, 1))
         lines.append(f"| {lever} | {scene} | {' | '.join(texts)} | {ratio:.3f} |")
     return lines
 
