@@ -44,7 +44,7 @@ def test_static_best_is_no_dearer_than_any_setting_by_hand_that_keeps_the_promis
 
 def test_static_best_parks_and_rearranges_where_that_is_cheaper():
     lonely = run("static-best", "2P2D", 5.0)
-    assert lonely["choice"].startswith("1 ")
+    assert "1 decode" in lonely["choice"]  # of two
     assert run("static-best", "4C", 40.0)["choice"].count("at") == 2  # P/D beats four mixed ones
 
 
