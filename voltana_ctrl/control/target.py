@@ -240,7 +240,7 @@ class TargetOptimiser:
         >>> optimiser = TargetOptimiser(fleet, Slo(ttft_s=0.6, itl_s=0.06))
         >>> supplies = optimiser.supplies(length_moments([240, 240], [200, 200]))
         >>> [round(each.most_req_s) for each in supplies]
-        [56, 49]
+        [54, 49]
         """
         supplies = []
         more = Load(arrival_req_s=1e4, lengths=lengths)
