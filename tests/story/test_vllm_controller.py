@@ -2,16 +2,14 @@
 
 Runs with ``VOLTANA_VLLM_ENV=FOLDER pytest -m vllm tests/story/test_vllm_controller.py``, in some
 five minutes. A CPU is no GPU of the profile: the controller finds that out, and clocks stay where
-the power budget puts them.
+the power budget puts them. What the plugin costs is measured by ``bench/plugin_cost.py``: between
+processes vLLM polls, so that processor time of a server tells nothing.
 """
 
 import asyncio
 import contextlib
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -80,31 +78,7 @@ def answers(url, asked, at_once=16):
     return asyncio.run(all_of_them())
 
 
-def cpu_s(server):
-    """Processor time of all processes of a server: what others do meanwhile is not in it."""
-    ticks = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # Behind the name, which may hold anything: state, parent, group, and so on.
-            values = path.read_text().rpartition(")")[2].split()
-            if int(values[2]) == server.process.pid:
-                ticks += int(values[11]) + int(values[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def spent_s(server, asked, rounds=4):
-    """Processor seconds of one round of requests at saturation; the least disturbed of some."""
-    took = []
-    for _ in range(rounds):
-        before = cpu_s(server)
-        answers(server.url, asked)
-        took.append(cpu_s(server) - before)
-    return min(took)
-
-
-def test_orders_arrive_answers_are_as_before_and_the_plugin_costs_next_to_nothing(
-    venv, site, model, tmp_path
-):
+def test_orders_arrive_and_answers_are_as_before(venv, site, model, tmp_path):
     with machine(tmp_path, gpus=1) as fake:
         with contextlib.ExitStack() as ending:
             _story(ending, fake, venv, site, model, tmp_path)
@@ -129,12 +103,6 @@ def _story(ending, fake, venv, site, model, tmp_path):
     for one in (plain, ours):
         one.wait()
         answers(one.url, asked)
-    # What the plugin costs, in processor time, which the noise of a machine hardly touches;
-    # iterations of this model take some milliseconds, those of a real one ten times as long.
-    cost_s = [(spent_s(plain, asked), spent_s(ours, asked)) for _ in range(1)]
-    more_frac = min(mine for _, mine in cost_s) / min(alone for alone, _ in cost_s) - 1.0
-    print(json.dumps({"processor_time_more_frac": more_frac, "cost_s": cost_s}))
-    assert more_frac < 1.0  # that it is a few per cent only a quiet machine can tell
     file = tmp_path / "fleet.toml"
     file.write_text(FLEET.format(profile=PROFILE, url=ours.url, fpm=fpm, limits=limits,
                                  gpu=fake.uuids[0]))  # fmt: skip
