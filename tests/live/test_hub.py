@@ -295,6 +295,39 @@ def test_another_start_takes_over_once_the_first_has_fallen_silent():
     assert hub.take(report(number=0, start="b")).orders
 
 
+def test_who_falls_silent_and_who_is_back_is_logged_once(caplog):
+    clock = [0.0]
+    hub = HubBackend(fleet(), now_s=lambda: clock[0])
+    hub.apply(Decision.highest(fleet()))
+    hub.take(report(number=1, start="a", sender="n0"))
+    for t_s in (1.0, 2.5, 3.0, 60.0):
+        clock[0] = t_s
+        hub.read()
+    hub.apply(Decision.highest(fleet()))
+    hub.take(report(number=0, start="b", sender="n0"))
+    hub.read()
+    hub.read()
+    told = [one.getMessage() for one in caplog.records]
+    assert told == [
+        "voltana-ctrl: node n0 has fallen silent",
+        "voltana-ctrl: node n0 reports again",
+    ]
+
+
+def test_a_node_says_when_its_controller_is_gone_and_when_it_obeys(caplog):
+    line = Line(orders())
+    controller = RemoteController(fleet(), line)
+    seen, memory = Observation(state=FleetState.idle(2)), controller.init()
+    for held_s in (0.1, 0.2, 1.1, 5.0, 0.1):
+        line.held_s = held_s
+        _, memory = controller.decide(seen, memory)
+    told = [one.getMessage().removeprefix("voltana-ctrl: ") for one in caplog.records]
+    assert [one.split(":")[0] for one in told] == [
+        "the controller's orders are in force", "no controller",
+        "the controller's orders are in force",
+    ]  # fmt: skip
+
+
 def routed(sender="r0", **state):
     return report(ids=fleet().ids, sender=sender, kind="router", **state)
 

@@ -51,10 +51,22 @@ def emulate(
         library = running.fake.library.parent
         typer.echo(f"export FAKE_NVML_STATE={running.env['FAKE_NVML_STATE']}")
         typer.echo(f"export LD_LIBRARY_PATH={library}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}")
+        common = f"--fleet {running.fleet_file} --slo {running.slo_text}"
+        locks = f"--lock-dir {running.folder / 'locks'}"
+        if nodes == 1:
+            say("all in one process, in another shell; clients ask the address that it names:")
+            typer.echo(f"voltana-ctrl serve --mode act {common} {locks}")
+            say("or each part by itself, with one token for all of them:")
+        else:
+            say("several nodes are several agents, with one token for all parts:")
         typer.echo(
-            f"voltana-ctrl serve --mode act --fleet {running.fleet_file} --slo {running.slo_text}"
-            f" --lock-dir {running.folder / 'locks'}"
+            "export VOLTANA_CTRL_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex())')"
         )
+        at = "--controller http://127.0.0.1:8791"
+        typer.echo(f"voltana-ctrl controller --mode act {common} --port 8791")
+        for node in (f"node{k}" for k in range(min(nodes, len(running.spec)))):
+            typer.echo(f"voltana-ctrl agent --mode act {common} {locks} --node {node} {at}")
+        typer.echo(f"voltana-ctrl router {common} {at}")
         ended = threading.Event()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, lambda *_: ended.set())

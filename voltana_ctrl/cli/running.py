@@ -223,7 +223,8 @@ def _judged(edges_s: Mapping[str, Mapping[str, float]], slo: Slo) -> list[str]:
         if not found_s:
             continue
         least_s = min(found_s)
-        line = f"{name.upper()} comes from the histograms of {len(found_s)} engines"
+        count = f"{len(found_s)} engine" + "s" * (len(found_s) != 1)
+        line = f"{name.upper()} comes from the histograms of {count} where no router tells it"
         if least_s < promised_s:
             line += (
                 f", whose buckets do not end at the promise of {promised_s:g} s: a request counts"
@@ -449,16 +450,14 @@ def promises(
     from voltana_ctrl.control.spare import spare_count
     from voltana_ctrl.estimate import read_forecast
     from voltana_ctrl.live.agent import MODES
+    from voltana_ctrl.policies import find_policy
     from voltana_ctrl.types import PowerBudget, Slo
 
     if mode not in MODES:
         raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     above_zero(tick_ms=1000.0 * tick_s)
     look_here([policy])
-    if mode != "observe":  # which needs no policy, nor what policies are made with
-        from voltana_ctrl.policies import find_policy
-
-        find_policy(policy)  # refuses a name that there is not
+    find_policy(policy)  # refuses a name that there is not
     spare_count(spare)
     return Promises(
         mode=mode,

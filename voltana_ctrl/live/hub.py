@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from voltana_ctrl.types import (
 
 __all__ = ["HubBackend"]
 
+_log = logging.getLogger(__name__)
+
 _STATE = tuple(name for name in FleetState.__slots__ if name not in ("t_s", "alive", "age_s"))
 _COUNTS = ("arrived_req", "arrived_tok")
 #: What a router knows of its own requests; those of all routers add up.
@@ -45,6 +48,7 @@ class _Sender:
     number: int
     heard_s: float
     columns: dict[str, Any] | None = None
+    told_silent: bool = False
 
 
 class HubBackend:
@@ -240,7 +244,8 @@ class HubBackend:
             if sender is None and len(self._senders) >= _MOST_SENDERS:
                 gone = min(self._senders, key=lambda one: self._senders[one].heard_s)
                 del self._senders[gone]
-            sender = _Sender(report.start, -1, t_s)
+            silent = sender is not None and sender.told_silent
+            sender = _Sender(report.start, -1, t_s, told_silent=silent)
             self._senders[key] = sender
         if report.number < sender.number:
             raise MessageRefused(
@@ -311,6 +316,7 @@ class HubBackend:
         if self._closed:
             raise BackendError("HubBackend.read: the backend is closed; make a new one")
         t_s = self._now_s()
+        self._tell_silence(t_s)
         with self._lock:
             heard = np.isfinite(self._read_s)
             age_s = t_s - np.where(heard, self._read_s, self._begin_s)
@@ -342,6 +348,15 @@ class HubBackend:
                 t_s, joined(RequestBatch, finished["router" if routers else "node"])
             ),
         )
+
+    def _tell_silence(self, t_s: float) -> None:
+        """Log who has fallen silent, and who is back, each once."""
+        for (kind, name), one in list(self._senders.items()):
+            silent = t_s - one.heard_s > self._silent_s
+            if silent != one.told_silent:
+                one.told_silent = silent
+                how = "has fallen silent" if silent else "reports again"
+                _log.warning("voltana-ctrl: %s %s %s", kind, name, how)
 
     def apply(self, decision: Decision) -> None:
         """Keep a decision for nodes and routers to fetch.

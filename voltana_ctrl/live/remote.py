@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from voltana_ctrl.live.orders import decision_of
 from voltana_ctrl.types import Decision, FleetSpec, Observation
 
 __all__ = ["RemoteController", "RemoteMemory"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +116,14 @@ class RemoteController(Controller):
     ) -> tuple[Decision, RemoteMemory]:
         self._link.tell(observation)
         in_force, last, t_s = self._link.orders(), self._link.last(), observation.state.t_s
-        memory = RemoteMemory(gone=in_force is None)
+        was_gone, memory = memory.gone, RemoteMemory(gone=in_force is None)
+        if memory.gone and not was_gone:
+            _log.warning(
+                "voltana-ctrl: no controller: the highest clock under its last ceilings until it"
+                " is back"
+            )
+        elif was_gone and not memory.gone:
+            _log.warning("voltana-ctrl: the controller's orders are in force")
         if last is None:
             return Decision.highest(self.fleet, t_s=t_s), memory
         orders, held_s = last
