@@ -74,7 +74,7 @@ for _command in (
     policies.policies,
     profiles.profiles,
 ):
-    _examples = getattr(sys.modules[_command.__module__], "EXAMPLES", ())
+    _examples = sys.modules[_command.__module__].EXAMPLES
     # Rich keeps paragraphs, and joins lines.
     app.command(cls=_Command, epilog="\n\n".join(["Examples:", *_examples]))(configurable(_command))
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from voltana_ctrl.engines.emulated.fleet import EmulatedFleet
     from voltana_ctrl.types import Slo
 
+EXAMPLES = ("voltana-ctrl demo", "voltana-ctrl demo --fleet 4C --policy cascade --rate 20")
+
 _EVERY_S = 5.0
 #: Answers that attainment is told of: those that were asked for within this time.
 _WINDOW_S = 120.0
@@ -46,7 +48,7 @@ def demo(
         running = ending.enter_context(EmulatedFleet(fleet, dilation=dilation))
         stack = ending.enter_context(stack_on(running, policy))
         say(f"status page: {stack.page_url}/")
-        say("requests begin: everything runs so many times slower than on a GPU")
+        say(f"requests begin: everything takes {dilation:g} times as long as on a GPU")
         try:
             asyncio.run(_watch(running, stack.url, rate, seed, duration))
         except KeyboardInterrupt:

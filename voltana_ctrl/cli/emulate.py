@@ -12,6 +12,8 @@ import typer
 from voltana_ctrl.cli.options import above_zero
 from voltana_ctrl.cli.running import say
 
+EXAMPLES = ("voltana-ctrl emulate --fleet 2P2D", "voltana-ctrl emulate --fleet 4C --nodes 2")
+
 
 def emulate(
     fleet: Annotated[str, typer.Option(help="xPyD or xC of equal instances.")] = "2P2D",
