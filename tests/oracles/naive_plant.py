@@ -714,6 +714,7 @@ def naive_ecofreq(
             ok = decode_s <= slo.itl_s
         else:
             launch_s = row["prefill_req_s"] + row["prefill_base_s"]
+            prefill_s += row["prefill_tok_s"] * empty_tok(row, batch_tok)
             ok = launch_s + prefill_s <= slo.ttft_s - oldest_s
         if ok:
             return mhz
