@@ -46,7 +46,6 @@ PROGRAM = """
 import itertools, json, random, sys, time
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
-from vllm.sampling_params import RequestOutputKind
 model, interval_s, scheduler = sys.argv[1], float(sys.argv[2]), sys.argv[3:]
 engine = LLMEngine.from_engine_args(EngineArgs(
     model=model, load_format="dummy", enforce_eager=True, dtype="float32", max_model_len=1024,
