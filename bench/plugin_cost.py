@@ -2,7 +2,7 @@
 
     tests/story/vllm_env.sh FOLDER                      # vLLM on a CPU, once
     VOLTANA_VLLM_ENV=FOLDER python -m bench.plugin_cost --out plugin.json
-    VOLTANA_VLLM_ENV=FOLDER python -m bench.plugin_cost --width 768    # iterations as long as real
+    VOLTANA_VLLM_ENV=FOLDER python -m bench.plugin_cost --width 1536   # iterations of some 15 ms
     VOLTANA_VLLM_ENV=FOLDER python -m bench.plugin_cost --null         # two engines without it
 
 Two engines of one model, one as vLLM is and one with all of ours (scheduler class that acts on a

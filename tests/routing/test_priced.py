@@ -189,6 +189,12 @@ def test_until_the_next_decision_parked_ones_stand_in_for_who_died(fleet):
     lossy = dataclasses.replace(state, alive=alive)
     picked = [router.route(Request(prompt_tok=100), lossy) for _ in range(8)]
     assert set(picked) == {decode[2], decode[3]}
+    # Who sleeps deeper than parked does not: it would take long to wake.
+    depth = ["parked"] * len(spec)
+    depth[decode[2]] = "asleep"
+    router.update(dataclasses.replace(decision, depth=tuple(depth)))
+    picked = [router.route(Request(prompt_tok=100), lossy) for _ in range(8)]
+    assert set(picked) == {decode[3]}
     router.update(decision)
     picked = [router.route(Request(prompt_tok=100), state) for _ in range(8)]
     assert set(picked) == {decode[0]}

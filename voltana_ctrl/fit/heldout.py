@@ -488,7 +488,10 @@ def _coverage(error: F64, key: F64) -> float:
 
 
 def _interval(share_frac: float, n: int) -> tuple[float, float]:
-    """Clopper's and Pearson's 95 % interval of a share that was seen in `n` draws."""
+    """Clopper's and Pearson's 95 % interval of a share that was seen in `n` draws.
+
+    Rows of a value are part inside, part outside: hits need not be a whole number.
+    """
     from scipy.stats import beta
 
     if not np.isfinite(share_frac):

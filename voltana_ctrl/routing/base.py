@@ -81,7 +81,8 @@ class CompiledRouter:
         self._view[layout.VIEW_PREFILL_PACE_FRAC] = self._view[layout.VIEW_DECODE_PACE_FRAC] = 1.0
         self._view[layout.VIEW_ABLE_MHZ] = fleet.max_mhz
         self._active = np.ones(len(fleet), dtype=bool)
-        self._wakes = np.array([one.wake_s == 0.0 for one in fleet.instances])
+        self._at_once = np.array([one.wake_s == 0.0 for one in fleet.instances])
+        self._wakes = self._at_once
         self._random = np.random.default_rng(seed)
 
     def update(self, decision: Decision) -> None:
@@ -92,6 +93,8 @@ class CompiledRouter:
             self._view[layout.VIEW_DECODE_PACE_FRAC] = decision.belief.decode_pace_frac
             self._view[layout.VIEW_ABLE_MHZ] = decision.belief.able_mhz
         self._active = decision.active
+        shallow = decision.depth is None or np.array(decision.depth) == "parked"
+        self._wakes = self._at_once & shallow
 
     def route(self, request: Request, state: FleetState) -> int:
         """Index in the fleet of the instance that this request goes to.
