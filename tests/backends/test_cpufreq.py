@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.fake_gpus import decision, fleet
 from voltana_ctrl import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.backends import SimBackend
-from voltana_ctrl.backends.cpufreq import CpufreqBackend, CpuPolicy, cpu_policies
+from voltana_ctrl.backends.cpufreq import CpufreqBackend, CpuPolicy, cpu_policies, policies_of
 from voltana_ctrl.backends.nvml.watchdog import Watchdog
 from voltana_ctrl.sim.workload import make_workload
 from voltana_ctrl.types import Limits
@@ -25,6 +25,7 @@ def tree(tmp_path):
             ("scaling_max_freq", 3_500_000 - 1000 * number),
         ):
             (policy / name).write_text(f"{khz}\n")
+        (policy / "related_cpus").write_text(f"{number} {number + 1}\n")
     return root
 
 
@@ -142,3 +143,80 @@ def test_nothing_is_lowered_while_the_watchdog_does_not_answer(tree, monkeypatch
         backend.apply(limited(1200.0, 3000.0))
         assert ceilings_mhz(tree)[:2] == [1200.0, 3000.0]
     assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
+
+
+def test_policies_are_found_by_their_cpus(tree):
+    found = policies_of({"decode-0": (2, 3, 10, 11), "prefill-0": (0, 1)}, tree)
+    assert {name: [folder.name for folder in folders] for name, folders in found.items()} == {
+        "decode-0": ["policy2", "policy10"],
+        "prefill-0": ["policy0"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("cpus", "message"),
+    [
+        ({"decode-0": (99,)}, r"decode-0: expected CPUs of this machine .*0 to 11\), got 99"),
+        ({"decode-0": (0,)}, "policy0 clocks CPU 1, which nobody names"),
+        ({"decode-0": (0,), "prefill-0": (1,)}, "policy0 clocks CPU 1, which prefill-0 names, too"),
+    ],
+)
+def test_cpus_whose_clock_others_share_are_refused(tree, cpus, message):
+    with pytest.raises(ConfigError, match=message):
+        policies_of(cpus, tree)
+
+
+def test_a_machine_without_cpu_clocks_is_refused_in_one_line(tree, tmp_path):
+    with pytest.raises(ConfigError, match=r"the kernel shows no frequency policies .*leave engine"):
+        policies_of({"decode-0": (0,)}, tmp_path / "absent")
+    # A driver that has one clock, or shows policies without clocks.
+    (tree / "policy0" / "cpuinfo_min_freq").write_text("3500000")
+    with pytest.raises(ConfigError, match="policy0 cannot be set below its 3500 MHz"):
+        policies_of({"decode-0": (0, 1)}, tree)
+    (tree / "policy2" / "scaling_max_freq").unlink()
+    with pytest.raises(ConfigError, match=r"policy2: expected .*scaling_max_freq"):
+        policies_of({"decode-0": (0, 1)}, tree)
+
+
+def test_a_user_who_may_not_set_them_is_told(tree, monkeypatch):
+    monkeypatch.setattr(CpuPolicy, "writable", property(lambda self: False))
+    with pytest.raises(ConfigError, match="may not be set by this user; run as root"):
+        policies_of({"decode-0": (2, 3)}, tree)
+
+
+class Rounds(CpuPolicy):
+    """A kernel whose next clock lies above the one that is asked for."""
+
+    def _khz(self, name):
+        khz = super()._khz(name)
+        return 1_500_000 if khz == 1_200_000 else khz
+
+
+def test_a_clock_that_the_kernel_rounds_up_is_not_left_behind(tree, monkeypatch):
+    monkeypatch.setattr("voltana_ctrl.backends.cpufreq.CpuPolicy", Rounds)
+    with open_backend(tree) as backend:
+        with pytest.raises(ActuationDenied, match="the kernel keeps 1500 MHz"):
+            backend.apply(limited(2000.0, 1200.0))
+        # Neither the CPU of the other nor the GPUs wait for it.
+        assert ceilings_mhz(tree) == [2000.0, 3498.0, 3490.0]
+        backend.clock.sleep_until_s(1.0)
+        assert backend.read().state.freq_mhz.tolist() == [1005.0, 705.0]
+    assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
+
+
+def test_a_clock_that_cannot_be_read_after_the_set_is_given_back_at_the_end(tree, monkeypatch):
+    with open_backend(tree) as backend:
+        with monkeypatch.context() as broken:
+            broken.setattr(CpuPolicy, "_khz", lambda self, name: int("torn"))
+            with pytest.raises(BackendError, match="can neither be read nor put back"):
+                backend.apply(limited(2000.0, 1200.0))
+        assert ceilings_mhz(tree)[:2] == [2000.0, 1200.0]
+    assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
+
+
+def test_nothing_is_set_once_another_thread_gave_it_back(tree):
+    with open_backend(tree) as backend:
+        backend._closed = True  # as a kill switch does while a decision is on its way
+        assert backend._set_all([(backend._groups[0][0], 1_200_000)]) is None
+        assert ceilings_mhz(tree)[0] == 3500.0
+        backend._closed = False

@@ -8,6 +8,7 @@ value found is restored exactly.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
 from voltana_ctrl.ports import Backend, backend_extras
 from voltana_ctrl.types import Decision, FleetSpec, LimitRanges, Observation
 
-__all__ = ["CPUFREQ_DIR", "CpuPolicy", "CpufreqBackend", "cpu_policies"]
+__all__ = ["CPUFREQ_DIR", "CpuPolicy", "CpufreqBackend", "cpu_policies", "policies_of"]
 
 #: Where the kernel shows its frequency policies.
 CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpufreq")
@@ -78,6 +79,17 @@ class CpuPolicy:
         return self._khz("scaling_max_freq") / 1000.0
 
     @property
+    def cpus(self) -> tuple[int, ...]:
+        """Numbers of the CPUs that share this clock, those that are offline among them."""
+        try:
+            told = (self.folder / "related_cpus").read_text(encoding="ascii").split()
+            return tuple(int(one) for one in told)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"CPU policy {self.folder}: expected related_cpus with numbers in it: {error}"
+            ) from error
+
+    @property
     def writable(self) -> bool:
         """Whether this process may set it."""
         return os.access(self.path, os.W_OK)
@@ -119,17 +131,28 @@ class CpuPolicy:
         Raises
         ------
         ActuationDenied
-            If the kernel refuses, or keeps a higher one.
+            If the kernel refuses, or keeps a higher one; the one found is then in force again.
+        BackendError
+            If what it keeps cannot be read, or that one not be put back.
         """
         self.set_khz = None
         try:
             self.path.write_text(str(khz), encoding="ascii")
-            kept_khz = self._khz("scaling_max_freq")
         except OSError as error:
             raise ActuationDenied(
                 f"CPU {self.name}: {self.path} cannot be set: {error.strerror}; run as root"
             ) from error
-        # The driver may round down to a clock that it has, never up.
+        try:
+            kept_khz = self._khz("scaling_max_freq")
+            # The driver may round down to a clock that it has, never up. What it keeps then may
+            # still be lower than what was found: that is our doing, and is taken back.
+            if kept_khz > khz:
+                self.path.write_text(str(self.found_khz), encoding="ascii")
+        except (OSError, ValueError) as error:
+            raise BackendError(
+                f"CPU {self.name}: {self.path} was set to {khz / 1000:g} MHz, and can neither be"
+                f" read nor put back now: {error}"
+            ) from error
         if kept_khz > khz:
             raise ActuationDenied(
                 f"CPU {self.name}: asked for {khz / 1000:g} MHz, the kernel keeps"
@@ -159,6 +182,77 @@ def cpu_policies(root: Path = CPUFREQ_DIR) -> tuple[CpuPolicy, ...]:
     folders = [path for path in root.glob("policy*") if path.name.removeprefix("policy").isdigit()]
     folders.sort(key=lambda path: int(path.name.removeprefix("policy")))
     return tuple(CpuPolicy(path) for path in folders)
+
+
+def policies_of(
+    cpus: Mapping[str, Sequence[int]], root: Path | None = None
+) -> dict[str, tuple[Path, ...]]:
+    """Frequency policies of the CPUs on which engines run.
+
+    Parameters
+    ----------
+    cpus : mapping of str to sequence of int
+        Numbers of the CPUs of each instance, by its id.
+    root : Path, optional
+        Folder in which the kernel shows policies; :data:`CPUFREQ_DIR` by default.
+
+    Returns
+    -------
+    dict of str to tuple of Path
+        Folders for :class:`CpufreqBackend`, by the id of the instance.
+
+    Raises
+    ------
+    ConfigError
+        If the kernel shows no policies or none of such a CPU, a policy has a single clock or may
+        not be set by this user, or CPUs that nobody named, or another instance did, share it.
+
+    Examples
+    --------
+    >>> policies_of({"decode-0": [0, 1]}, Path("no-such-folder"))
+    Traceback (most recent call last):
+    ...
+    voltana_ctrl.errors.ConfigError: engine.cpus: decode-0: no CPU clock can be set here: ...
+    """
+    root = CPUFREQ_DIR if root is None else root
+    named = {cpu: name for name, numbers in cpus.items() for cpu in numbers}
+    found: dict[str, tuple[Path, ...]] = {}
+    by_cpu = {cpu: policy for policy in cpu_policies(root) for cpu in policy.cpus}
+    for name, numbers in cpus.items():
+        where = f"engine.cpus: {name}"
+        if not by_cpu:
+            raise ConfigError(
+                f"{where}: no CPU clock can be set here: the kernel shows no frequency policies in"
+                f" {root}, as in most virtual machines; leave engine.cpus out"
+            )
+        strange = sorted(set(numbers) - set(by_cpu))
+        if strange:
+            raise ConfigError(
+                f"{where}: expected CPUs of this machine that have a frequency policy"
+                f" (0 to {max(by_cpu)}), got {strange[0]}"
+            )
+        policies = {by_cpu[cpu].folder: by_cpu[cpu] for cpu in numbers}
+        for policy in policies.values():
+            others = sorted(cpu for cpu in policy.cpus if named.get(cpu) != name)
+            if others:
+                owner = named.get(others[0])
+                whose = "nobody names" if owner is None else f"{owner} names, too"
+                raise ConfigError(
+                    f"{where}: {policy.name} clocks CPU {others[0]}, which {whose}: CPUs that"
+                    " share a clock belong to one instance"
+                )
+            if policy.lowest_khz >= policy.found_khz:
+                raise ConfigError(
+                    f"{where}: {policy.name} cannot be set below its {policy.found_khz / 1000:g}"
+                    " MHz; leave engine.cpus out"
+                )
+            if not policy.writable:
+                raise ConfigError(
+                    f"{where}: {policy.path} may not be set by this user; run as root, or let the"
+                    " user write it (the setter sets GPUs alone)"
+                )
+        found[name] = tuple(policies)
+    return found
 
 
 class CpufreqBackend:
@@ -239,6 +333,7 @@ class CpufreqBackend:
             )
         self._pid = os.getpid()
         self._closed = False
+        self._setting = threading.Lock()
         self.clock = backend_extras(inner).clock  # a simulated plant brings its own time
         self._lease = Lease(
             [str(policy.folder) for group in self._groups for policy in group],
@@ -286,7 +381,8 @@ class CpufreqBackend:
         Raises
         ------
         ActuationDenied
-            If a clock is outside a policy's range (then nothing is set), or the kernel refuses.
+            If a clock is outside a policy's range (then nothing is set), or the kernel refuses;
+            the inner backend has then carried out the rest all the same.
         BackendError
             If the backend is closed.
         """
@@ -303,18 +399,32 @@ class CpufreqBackend:
                         orders.append((policy, policy.found_khz))
                 else:
                     orders.append((policy, policy.supported(float(cpu_mhz[i]))))
-        guarded = self._lease.guarded
-        for policy, khz in orders:
-            lowers = khz < (policy.found_khz if policy.set_khz is None else policy.set_khz)
-            if policy.set_khz != khz and (guarded or not lowers):
-                found = FoundFile(path=str(policy.path), text=str(policy.found_khz))
-                with self._lease.touch(str(policy.folder), found):
-                    policy.set(khz)
+        failure = self._set_all(orders)
         if limits is not None:
             left = replace(limits, cpu_mhz=None)
             used = left.mem_mhz is not None or left.power_cap_w is not None
             decision = replace(decision, limits=left if used else None)
         self._inner.apply(decision)
+        if failure is not None:
+            raise failure
+
+    def _set_all(self, orders: Sequence[tuple[CpuPolicy, int]]) -> BackendError | None:
+        """Set what differs; the first that fails does not keep the others from being set."""
+        failure: BackendError | None = None
+        guarded = self._lease.guarded
+        # A kill switch gives back in another thread: nothing is set behind its back.
+        with self._setting:
+            for policy, khz in () if self._closed else orders:
+                lowers = khz < (policy.found_khz if policy.set_khz is None else policy.set_khz)
+                if policy.set_khz == khz or (lowers and not guarded):
+                    continue
+                found = FoundFile(path=str(policy.path), text=str(policy.found_khz))
+                try:
+                    with self._lease.touch(str(policy.folder), found):
+                        policy.set(khz)
+                except BackendError as error:
+                    failure = failure or error
+        return failure
 
     def _forget_sets(self) -> None:
         for group in self._groups:
@@ -333,7 +443,8 @@ class CpufreqBackend:
             return
         self._closed = True
         try:
-            self._lease.close()
+            with self._setting:
+                self._lease.close()
         finally:
             self._inner.close()
 

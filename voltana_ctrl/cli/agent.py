@@ -20,6 +20,7 @@ from voltana_ctrl.cli.running import (
     check_actuators,
     least_mhz,
     open_node,
+    own_cpus,
     own_engines,
     promises,
     run_agent,
@@ -77,7 +78,7 @@ def agent(
         bool, typer.Option("--parquet", help="Full log files become Parquet.")
     ] = False,
     actuators: Annotated[
-        bool, typer.Option("--actuators", help="Set power caps, memory clocks, too, as measured.")
+        bool, typer.Option("--actuators", help="Set caps, memory and CPU clocks, too, as measured.")
     ] = False,
     park_memory: Annotated[
         bool, typer.Option("--park-memory", help="Lowest memory clock where parked and idle.")
@@ -171,6 +172,7 @@ def agent(
         environment=os.environ,
     )
     check_actuators(actuators, park_memory, mode, bool(limits_w))
+    cpus = own_cpus(spec, own) if actuators else {}
     if asked.budget is not None and controller is not None:
         raise ConfigError("power-budget-w: give it to the controller, not to its nodes")
     if state is not None and controller is not None:
@@ -193,7 +195,7 @@ def agent(
         backend, delay_s, notes = open_node(
             spec, own, chosen, mode, socket=socket, lock_dir=lock_dir, policy=policy,
             slo=asked.slo, ceiling_mhz=settings.ceiling_mhz, pairs=controller is None,
-            actuators=actuators, park_memory=park_memory,
+            actuators=actuators, park_memory=park_memory, cpus=cpus,
         )  # fmt: skip
         ending.callback(backend.close)
         limited = bool(limits_w)

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from voltana_ctrl.live.status import LinkState, StatusBoard
     from voltana_ctrl.ports import Router
     from voltana_ctrl.router.app import Proxy
-    from voltana_ctrl.types import Belief, FleetSpec, PowerBudget, Slo, TickRecord
+    from voltana_ctrl.types import (
+        Belief,
+        FleetSpec,
+        InstanceSpec,
+        PowerBudget,
+        Slo,
+        TickRecord,
+    )
 
 TOKEN_VARIABLE = "VOLTANA_CTRL_TOKEN"
 #: Where `serve` shows the status page, as the controller of a fleet does.
@@ -118,7 +125,9 @@ def least_mhz(text: str | None, fleet: FleetSpec) -> F64 | None:
 
 
 def with_actuators(controller: Controller, backend: NodeBackend) -> Controller:
-    """The same with power caps and memory clocks in place of clock locks, where measured."""
+    """The same with other actuators in place of clock locks, where they were measured."""
+    import numpy as np
+
     from voltana_ctrl.control.actuators import ActuatorChooser
 
     fleet = backend.spec
@@ -129,7 +138,32 @@ def with_actuators(controller: Controller, backend: NodeBackend) -> Controller:
     held = [name for name in told if name in backend.held]
     if held:
         say(f"actuators: {', '.join(held)}: the governor in the engine sets clocks alone")
-    return ActuatorChooser(controller, ranges=backend.limit_ranges)
+    ranges = backend.limit_ranges
+    for i, one in enumerate(fleet.instances):
+        if _cpus_measured(one) and (ranges is None or ranges.cpu_min_mhz[i] == np.inf):
+            say(
+                f"actuators: {one.id}: its profile has measured CPU clocks, which are not set: they"
+                " need engine.cpus in the fleet file, and a clock that this process sets"
+            )
+    return ActuatorChooser(controller, ranges=ranges)
+
+
+def _cpus_measured(instance: InstanceSpec) -> bool:
+    return any(point.cpu_mhz is not None for point in instance.profile.actuators)
+
+
+def own_cpus(fleet: FleetSpec, own: Sequence[Endpoint]) -> dict[str, tuple[int, ...]]:
+    """CPUs of the instances whose clock may be limited; refused where it was not measured."""
+    cpus = {one.instance: one.cpus for one in own if one.cpus}
+    for name in cpus:
+        one = fleet.instances[fleet.ids.index(name)]
+        if not _cpus_measured(one):
+            raise ConfigError(
+                f"actuators: {name}: engine.cpus is given, and its profile {one.profile.name} has"
+                " no measured points of CPU clocks: measure them (a column set_cpu_mhz, and an"
+                " energy that includes the CPU's), fit a profile, or leave engine.cpus out"
+            )
+    return cpus
 
 
 def check_actuators(actuators: bool, park_memory: bool, mode: str, limited: bool) -> None:
@@ -164,8 +198,10 @@ def open_node(
     pairs: bool = True,
     actuators: bool = False,
     park_memory: bool = False,
+    cpus: Mapping[str, tuple[int, ...]] | None = None,
 ) -> OpenedNode:
     """Open a node as a plant; where it acts, the delay of its clock sets is measured."""
+    from voltana_ctrl.backends.cpufreq import CpufreqBackend, policies_of
     from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
     from voltana_ctrl.backends.nvml.meters import GpuMeters
     from voltana_ctrl.engines.telemetry import EngineBackend
@@ -186,7 +222,8 @@ def open_node(
 
     if mode != "act":
         return OpenedNode(NodeBackend(reads), 0.025, notes)
-    sets, delay_s = None, 0.025
+    sets: NvmlBackend | CpufreqBackend | None = None
+    delay_s = 0.025
     try:
         if not chosen:
             raise ConfigError("agent: mode act: no instance has GPUs; give engine.gpus")
@@ -197,8 +234,16 @@ def open_node(
         }
         free = {name: gpus for name, gpus in chosen.items() if name not in hands}
         if free:
-            sets = node_clocks(fleet, free, setter=socket, lock_dir=lock_dir or LOCK_DIR)
-            delay_s = _measured_delay_s(fleet, sets, ceiling_mhz)
+            gpu_sets = node_clocks(fleet, free, setter=socket, lock_dir=lock_dir or LOCK_DIR)
+            sets = gpu_sets
+            delay_s = _measured_delay_s(fleet, gpu_sets, ceiling_mhz)
+            limited = {name: those for name, those in (cpus or {}).items() if name in free}
+            if limited:
+                folders = policies_of(limited)
+                sets = CpufreqBackend(gpu_sets, folders, lock_dir=lock_dir or LOCK_DIR)
+                for name, those in limited.items():
+                    told = f"{len(those)} CPUs" if len(those) > 1 else "CPU"
+                    say(f"{name}: the clock of its {told} is limited where that was measured")
         for name in chosen:
             who = "the governor in its engine" if name in hands else "this process, at every tick"
             say(f"{name}: its clock is set by {who}")

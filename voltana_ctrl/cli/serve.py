@@ -18,6 +18,7 @@ from voltana_ctrl.cli.running import (
     check_actuators,
     least_mhz,
     open_node,
+    own_cpus,
     own_engines,
     promises,
     run_agent,
@@ -68,7 +69,7 @@ def serve(
         str | None, typer.Option(help="[HOST:]PORT of the status page. [default: 8791]")
     ] = None,
     actuators: Annotated[
-        bool, typer.Option("--actuators", help="Set power caps, memory clocks, too, as measured.")
+        bool, typer.Option("--actuators", help="Set caps, memory and CPU clocks, too, as measured.")
     ] = False,
     park_memory: Annotated[
         bool, typer.Option("--park-memory", help="Lowest memory clock where parked and idle.")
@@ -131,6 +132,7 @@ def serve(
         list(spec.ids), given=gpu_power_limit or (), annotations=None, environment=os.environ
     )
     check_actuators(actuators, park_memory, mode, bool(limits_w))
+    cpus = own_cpus(spec, own) if actuators else {}
     kept, learnt = state_of(state, spec)
     with ExitStack() as ending:
         ending.enter_context(Sweep(lock_dir or LOCK_DIR))
@@ -159,7 +161,7 @@ def serve(
         backend, delay_s, _ = open_node(
             spec, own, chosen, mode, socket=socket, lock_dir=lock_dir, policy=policy,
             slo=asked.slo, ceiling_mhz=settings.ceiling_mhz, traffic=traffic,
-            actuators=actuators, park_memory=park_memory,
+            actuators=actuators, park_memory=park_memory, cpus=cpus,
         )  # fmt: skip
         ending.callback(backend.close)
         backend.budgeted = bool(limits_w) or asked.budget is not None

@@ -16,6 +16,8 @@ __all__ = ["ENGINES", "Endpoint", "load_endpoints"]
 
 #: Engines that are known by name.
 ENGINES = ("vllm", "sglang", "trtllm", "dynamo")
+#: More than Linux can be built for.
+_MOST_CPUS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,10 @@ class Endpoint:
         File through which the governor inside the engine is given its orders
         (``VOLTANA_CTRL_LIMITS`` there). It says that this governor holds the GPUs and sets their
         clock; without it the node's agent does.
+    cpus : tuple of int, optional
+        CPUs of the node that run this engine and nothing else that matters, whose clock may be
+        limited where the profile has measurements of it (``--actuators``). In a fleet file as
+        Linux writes them: ``"0-15,64-79"``.
 
     Raises
     ------
@@ -66,6 +72,7 @@ class Endpoint:
     bootstrap_port: int | None = None
     worker_id: int | None = None
     limits: str | None = None
+    cpus: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ENGINES:
@@ -151,6 +158,7 @@ _KEYS: Mapping[str, type] = {
     "bootstrap_port": int,
     "worker_id": int,
     "limits": str,
+    "cpus": str,
 }
 
 
@@ -166,7 +174,23 @@ def _endpoint(instance: str, table: Mapping[str, Any]) -> Endpoint:
     gpus = tuple(table.get("gpus", ()))
     if not all(isinstance(gpu, str) for gpu in gpus):
         raise ConfigError(f"gpus: expected UUIDs in quotes, got {list(gpus)!r}")
-    return Endpoint(instance=instance, **{**table, "gpus": gpus})
+    return Endpoint(
+        instance=instance, **{**table, "gpus": gpus, "cpus": _cpu_list(table.get("cpus"))}
+    )
+
+
+def _cpu_list(text: str | None) -> tuple[int, ...]:
+    """Numbers of CPUs from ranges such as 0-3,8, as Linux writes them."""
+    found: set[int] = set()
+    for part in () if text is None else text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit()):
+            raise ConfigError(f"cpus: expected numbers and ranges such as 0-15,64-79, got {text!r}")
+        if not int(first) <= int(last) < _MOST_CPUS:
+            raise ConfigError(f"cpus: expected ranges that rise, below {_MOST_CPUS}, got {text!r}")
+        found.update(range(int(first), int(last) + 1))
+    return tuple(sorted(found))
 
 
 def _http_url(name: str, text: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from voltana_ctrl.backends.cpufreq import CpufreqBackend
 from voltana_ctrl.backends.nvml.gpus import NvmlBackend
 from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
 from voltana_ctrl.checks import F64, Bool
@@ -195,8 +196,9 @@ class NodeBackend:
     ----------
     reads : Backend
         State of the whole fleet.
-    sets : NvmlBackend, optional
-        What :func:`node_clocks` returned; without it no clock is set from here.
+    sets : NvmlBackend or CpufreqBackend, optional
+        What :func:`node_clocks` returned, perhaps within a
+        :class:`~voltana_ctrl.backends.CpufreqBackend`; without it no clock is set from here.
     hands : mapping of str to Path, optional
         File of :func:`~voltana_ctrl.engines.write_limits` that the engine of an instance reads.
     policy : str
@@ -204,7 +206,7 @@ class NodeBackend:
     valid_s : float
         Seconds that an order in such a file holds without a newer one.
     actuators : bool
-        Whether power caps and memory clocks of a decision are set, too.
+        Whether power caps, memory and CPU clocks of a decision are set, too.
     park_memory : bool
         Whether the memory clock of a parked instance without work is held at its lowest, where the
         driver lists several; it goes back to what it was when the instance takes work again.
@@ -231,7 +233,7 @@ class NodeBackend:
     def __init__(
         self,
         reads: Backend,
-        sets: NvmlBackend | None = None,
+        sets: NvmlBackend | CpufreqBackend | None = None,
         *,
         hands: Mapping[str, Path] | None = None,
         policy: str = "mpc",
@@ -370,10 +372,14 @@ class NodeBackend:
         mem_mhz = np.where(sleeps, self._parked_mem_mhz, np.inf)
         if told is not None and told.mem_mhz is not None:
             mem_mhz = np.minimum(mem_mhz, told.mem_mhz)
-        cap_w = None if told is None else told.power_cap_w
         if told is None and not np.isfinite(mem_mhz).any():
             return None
-        return Limits(mem_mhz=mem_mhz[chosen], power_cap_w=None if cap_w is None else cap_w[chosen])
+        cap_w, cpu_mhz = (None, None) if told is None else (told.power_cap_w, told.cpu_mhz)
+        return Limits(
+            mem_mhz=mem_mhz[chosen],
+            power_cap_w=None if cap_w is None else cap_w[chosen],
+            cpu_mhz=None if cpu_mhz is None else cpu_mhz[chosen],
+        )
 
     def _hand(self, orders: Mapping[str, Order], *, last: bool = False) -> None:
         with self._handing:
