@@ -6,7 +6,12 @@
 All figures are simulated. A cell is a fleet, a load and something that is not as believed; every
 policy meets the same requests and the same mishaps. A cell is *broken* where `mpc` misses the
 promise by more than 0.3 points although an opponent keeps it, and *dearer* where it draws more
-than 0.5 % above the cheapest opponent that keeps it. The exit status is 1 if a cell is broken.
+than 0.5 % above the cheapest opponent that keeps it.
+
+Some opponents give the machines other roles than the cell has. Where the cheapest that keeps the
+promise has done so, and the cell is broken or dearer, `mpc` is run on the same machines in those
+roles, too, and judged a second time (*alike*). Mishaps strike the machine that they strike in the
+cell, whatever it does. The exit status is 1 if a cell is broken as given.
 """
 
 import argparse
@@ -14,6 +19,7 @@ import csv
 import dataclasses
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +45,7 @@ OPPONENTS = (
 )  # fmt: skip
 COLUMNS = (
     "kind", "cell", "policy", "seed", "requests", "power_w", "ttft_attainment", "itl_attainment",
-    "over_budget_frac",
+    "over_budget_frac", "layout",
 )  # fmt: skip
 WARMUP_S = 30.0
 BROKEN_FRAC, DEARER_FRAC = 0.003, 0.005
@@ -207,10 +213,14 @@ def requests_of(cell: Cell, seed: int) -> str | Workload:
     )  # fmt: skip
 
 
-def simulate(name: str, policy: str, seed: int) -> dict[str, object]:
-    """One run of one policy, as a row of the file."""
+def simulate(name: str, policy: str, seed: int, layout: str = "") -> dict[str, object]:
+    """One run of one policy, on the cell's machines or on these in other roles, as a row."""
     cell = CELLS[name]
-    fleet = FleetSpec.parse(cell.fleet, load_profile(cell.profile))
+    profile = load_profile(cell.profile)
+    fleet = FleetSpec.parse(cell.fleet, profile)
+    if layout:
+        roles = [one.role for one in FleetSpec.parse(layout, profile).instances]
+        fleet = fleet.in_roles(roles)  # they keep the names by which mishaps know them
     workload = requests_of(cell, seed)
     figures = Run(
         policy=policy,
@@ -239,6 +249,7 @@ def simulate(name: str, policy: str, seed: int) -> dict[str, object]:
         "ttft_attainment": figures["ttft_attainment"],
         "itl_attainment": figures["itl_attainment"],
         "over_budget_frac": figures["over_budget_frac"],
+        "layout": figures["layout"],
     }
 
 
@@ -246,7 +257,7 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of the file, with numbers as numbers; none if there is no file yet."""
     if not path.exists():
         return []
-    texts = ("kind", "cell", "policy")
+    texts = ("kind", "cell", "policy", "layout")
     with path.open(newline="", encoding="utf-8") as file:
         return [
             {
@@ -257,79 +268,180 @@ def read_rows(path: Path) -> list[dict]:
         ]
 
 
-def means(rows: list[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """Watts, the two attainments and the share over budget, by cell and policy."""
-    found: dict[str, dict[str, list]] = {}
+def mean(rows: Iterable[dict]) -> np.ndarray:
+    """Watts, the two attainments and the share over budget, over seeds."""
     keys = ("power_w", "ttft_attainment", "itl_attainment", "over_budget_frac")
-    for row in rows:
-        runs = found.setdefault(row["cell"], {}).setdefault(row["policy"], [])
-        runs.append([row[key] for key in keys])
-    return {
-        cell: {policy: np.mean(runs, axis=0) for policy, runs in by_policy.items()}
-        for cell, by_policy in found.items()
-    }
+    return np.mean([[row[key] for key in keys] for row in rows], axis=0)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`mpc` beside the opponent that it is compared with, in one layout."""
+
+    ours: np.ndarray
+    rival: str = ""
+    rival_w: float = np.nan
+    layout: str = ""
+    broken: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """Its watts over the opponent's."""
+        return float(self.ours[0]) / self.rival_w
+
+    @property
+    def dearer(self) -> bool:
+        """Whether the difference is more than half a percent."""
+        return self.ratio > 1.0 + DEARER_FRAC
+
+    @property
+    def word(self) -> str:
+        """What the table says."""
+        return "**broken**" if self.broken else "dearer" if self.dearer else ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one cell ended."""
+    """How one cell ended: as given, and in the layout that the opponent chose."""
 
-    cell: str
-    worst: float
-    holders: tuple[str, ...]
-    cheapest: str
-    ratio: float
-    broken: bool
-    dearer: bool
+    given: Pair
+    alike: Pair | None
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is broken or dearer as given."""
+        return self.given.broken or self.given.dearer
 
 
-def judge(cell: str, by_policy: dict[str, np.ndarray]) -> Verdict:
-    """Broken, dearer, or neither; against the opponents of the same cell."""
+def judge(cell: str, rows: Iterable[dict]) -> Verdict:
+    """Judge against the opponents of the same cell and the same seeds.
+
+    `alike` is None where there is no other layout to judge on. It is no better than `mpc` beside
+    the cheapest opponent that keeps the promise without another layout.
+    """
     what = CELLS[cell]
-    promise = what.slo.attainment
+    own = what.fleet
+    ours, others = {}, {}
+    for row in rows:
+        if row["policy"] == "mpc":
+            ours[row["seed"], row["layout"]] = row
+        elif row["policy"] != "cascade":
+            others.setdefault(row["policy"], []).append(row)
 
-    def keeps(figures: np.ndarray) -> bool:
-        if what.budget_w is not None and not figures[3] <= 1e-3:
-            return False
-        return float(min(figures[1:3])) >= promise
+    def missed(figures: np.ndarray, allowed: float) -> bool:
+        over = what.budget_w is not None and not figures[3] <= 1e-3
+        return over or float(min(figures[1:3])) < what.slo.attainment - allowed
 
-    opponents = {name: one for name, one in by_policy.items() if name not in ("mpc", "cascade")}
-    holders = tuple(name for name, one in opponents.items() if keeps(one))
-    ours = by_policy["mpc"]
-    worst = float(min(ours[1:3]))
-    cheapest = min(holders, key=lambda name: opponents[name][0], default="")
-    ratio = float(ours[0] / opponents[cheapest][0]) if cheapest else np.nan
-    over = what.budget_w is not None and not ours[3] <= 1e-3
-    missed = worst < promise - BROKEN_FRAC or over
-    return Verdict(
-        cell, worst, holders, cheapest, ratio,
-        broken=bool(holders) and missed, dearer=ratio > 1.0 + DEARER_FRAC,
-    )  # fmt: skip
+    holders = {name: runs for name, runs in others.items() if not missed(mean(runs), 0.0)}
+
+    def beside(names: Iterable[str], *, as_they: bool) -> Pair | None:
+        rival = min(names, key=lambda name: mean(holders[name])[0], default="")
+        runs = holders.get(rival, [])
+        asked = [(run["seed"], run["layout"] if as_they else own) for run in runs]
+        pairs = [(run, ours[key]) for run, key in zip(runs, asked, strict=True) if key in ours]
+        if not pairs:
+            return None
+        figures = mean(mine for _, mine in pairs)
+        layouts = dict.fromkeys(run["layout"] for run, _ in pairs)
+        return Pair(
+            figures, rival, float(mean(run for run, _ in pairs)[0]), ", ".join(layouts),
+            missed(figures, BROKEN_FRAC),
+        )  # fmt: skip
+
+    mine = mean(row for (_, layout), row in ours.items() if layout == own)
+    given = beside(holders, as_they=False) or Pair(mine)
+    same = [name for name, runs in holders.items() if all(run["layout"] == own for run in runs)]
+    alike = None
+    if given.rival and given.rival not in same:
+        alike = beside(holders, as_they=True)
+        worse = beside(same, as_they=False)
+        if alike and worse and worse.word and not alike.word:
+            alike = worse
+    return Verdict(given, alike)
+
+
+def by_cell(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """Rows of each cell that `mpc` has run."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["cell"] in CELLS:
+            found.setdefault(row["cell"], []).append(row)
+    return {
+        cell: found[cell]
+        for cell in CELLS
+        if any(row["policy"] == "mpc" for row in found.get(cell, ()))
+    }
+
+
+def in_other_layouts(rows: Iterable[dict]) -> Iterator[tuple[str, str, int, str]]:
+    """Runs of `mpc` that the second verdict needs."""
+    for cell, its in by_cell(rows).items():
+        given = judge(cell, its).given
+        if given.broken or given.dearer:
+            for row in its:
+                if row["policy"] == given.rival:
+                    yield cell, "mpc", int(row["seed"]), row["layout"]
 
 
 def table(rows: list[dict]) -> tuple[str, int]:
-    """The table of the docs as Markdown, and how many cells are broken."""
+    """The table of the docs as Markdown, and how many cells are broken as given."""
     lines = [
-        "| kind | cell | mpc W | TTFT / ITL % | cheapest that keeps it | its W | ratio | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kind | cell | mpc W | TTFT / ITL % | cheapest that keeps it | its W | ratio | |"
+        " alike: layout | mpc W | TTFT / ITL % | ratio | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    broken = 0
-    for cell, by_policy in means(rows).items():
-        if "mpc" not in by_policy or cell not in CELLS:
-            continue
-        verdict = judge(cell, by_policy)
-        broken += verdict.broken
-        word = "**broken**" if verdict.broken else "dearer" if verdict.dearer else ""
-        power_w, ttft, itl, over = by_policy["mpc"]
+    given, alike = [], []
+    for cell, its in by_cell(rows).items():
+        verdict = judge(cell, its)
+        one = verdict.given
+        word = one.word
+        over = one.ours[3]
         if not np.isnan(over):
             word += f" over budget {100 * over:.2f} %"
-        rival_w = f"{by_policy[verdict.cheapest][0]:.0f}" if verdict.cheapest else "-"
-        ratio = f"{verdict.ratio:.3f}" if verdict.cheapest else "-"
-        lines.append(
-            f"| {CELLS[cell].kind} | {cell} | {power_w:.0f} | {100 * ttft:.2f} / {100 * itl:.2f}"
-            f" | {verdict.cheapest or 'nobody'} | {rival_w} | {ratio} | {word.strip()} |"
-        )
-    return "\n".join(lines), broken
+        rival = "nobody | - | -"
+        if one.rival:
+            rival = f"{one.rival} | {one.rival_w:.0f} | {one.ratio:.3f}"
+        second = "| | | | "
+        given.append(one)
+        alike.append(one)
+        if verdict.lost and verdict.alike:
+            other = alike[-1] = verdict.alike
+            second = f"{other.layout} | {_figures(other)} | {other.ratio:.3f} | {other.word}"
+        begin = f"| {CELLS[cell].kind} | {cell} | {_figures(one)}"
+        lines.append(f"{begin} | {rival} | {word.strip()} | {second} |")
+    for name, pairs in (("as given", given), ("alike", alike)):
+        broken = sum(pair.broken for pair in pairs)
+        dearer = sum(pair.dearer and not pair.broken for pair in pairs)
+        lines.append(f"\n{name}: of {len(pairs)} cells {broken} broken, {dearer} dearer")
+    return "\n".join(lines), sum(pair.broken for pair in given)
+
+
+def _figures(pair: Pair) -> str:
+    power_w, ttft, itl = pair.ours[:3]
+    return f"{power_w:.0f} | {100 * ttft:.2f} / {100 * itl:.2f}"
+
+
+def complete(wanted: list, rows: list[dict], pool, writer, file, begin_s: float) -> None:
+    """Run what is wanted and not among the rows, and add it to them and to the file."""
+    known = {(row["cell"], row["policy"], row["seed"], row["layout"]) for row in rows}
+    known |= {(*one[:3], "") for one in known if one[1] != "mpc" or one[3] == CELLS[one[0]].fleet}
+    missing = [one for one in wanted if (*one[:2], float(one[2]), one[3]) not in known]
+    runs = {pool.submit(simulate, *what): what for what in missing}
+    for done, run in enumerate(as_completed(runs), 1):
+        try:
+            row = run.result()
+        except ConfigError as error:
+            print(f"{runs[run][:2]} is left out: {error}", flush=True)
+            continue
+        writer.writerow(row)
+        file.flush()
+        rows.append({**row, "over_budget_frac": _number(row["over_budget_frac"])})
+        if done % 100 == 0:
+            print(f"{done} of {len(missing)}, {time.perf_counter() - begin_s:.0f} s", flush=True)
+
+
+def _number(value: object) -> float:
+    return np.nan if value is None else float(value)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -347,14 +459,13 @@ def main(arguments: list[str] | None = None) -> int:
         text, broken = table(rows)
         print(text)
         return int(broken > 0)
-    known = {(row["cell"], row["policy"], row["seed"]) for row in rows}
+    policies = options.policies.split(",")
     wanted = [
-        (name, policy, seed)
+        (name, policy, seed, "")
         for name, cell in CELLS.items()
         if options.cells in name or options.cells in cell.kind
-        for policy in options.policies.split(",")
+        for policy in policies
         for seed in range(options.seeds)
-        if (name, policy, float(seed)) not in known
     ]
     begin_s = time.perf_counter()
     with (
@@ -364,15 +475,10 @@ def main(arguments: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, COLUMNS)
         if not rows:
             writer.writeheader()
-        runs = {pool.submit(simulate, *what): what for what in wanted}
-        for done, run in enumerate(as_completed(runs), 1):
-            try:
-                writer.writerow(run.result())
-            except ConfigError as error:
-                print(f"{runs[run][:2]} is left out: {error}", flush=True)
-            file.flush()
-            if done % 100 == 0:
-                print(f"{done} of {len(wanted)}, {time.perf_counter() - begin_s:.0f} s", flush=True)
+        complete(wanted, rows, pool, writer, file, begin_s)
+        if "mpc" in policies:
+            wanted = [one for one in in_other_layouts(rows) if options.cells in one[0]]
+            complete(wanted, rows, pool, writer, file, begin_s)
     text, broken = table(read_rows(options.results))
     print(text)
     return int(broken > 0)

@@ -180,6 +180,29 @@ def test_those_whose_instance_was_lost_are_hurried():
     assert floors_mhz(38.0, 45.0).max() < 1410.0
 
 
+def test_where_instances_fail_in_turn_the_next_loss_finds_all_ahead_and_nobody_with_more():
+    """The second comes 12 s after the first: until 24 s later a third is awaited, and then no more.
+
+    A request stays for 15 s, so that it is not for those that were lost.
+    """
+    faults = [
+        Failure(instance=f"decode-{k}", from_s=16.0 + 12.0 * k, until_s=18.0 + 12.0 * k)
+        for k in range(2)
+    ]
+    records = driven(25.0, 60.0, faults=faults)
+
+    def decided(from_s, until_s):
+        some = [r.applied for r in records if from_s <= r.applied.t_s < until_s]
+        return np.array([(d.freq_mhz[2:], d.route_frac[2:]) for d in some])
+
+    awaited = decided(46.0, 51.9)
+    assert (awaited[:, 0] == 1410.0).all()
+    assert awaited[:, 1] == pytest.approx(0.5)
+    after = decided(54.0, 60.0)
+    assert after[:, 0].max() < 1410.0
+    assert (after[-1, 1].max()) > 0.6
+
+
 def test_who_comes_back_is_made_use_of_at_once():
     """One prefill instance just carries the load; that it did so for a while is no reason."""
     failure = Failure(instance="prefill-0", from_s=20.3, until_s=26.3)

@@ -82,6 +82,23 @@ def test_short_windows_and_work_left_are_said():
     assert usual.notes == ()
 
 
+def test_what_was_chosen_by_trial_is_said_and_how_to_run_the_others_on_that_layout():
+    found = compare(
+        fleet="4C", rates_req_s=[40.0], duration_s=20.0, policies=["static-best", "static-max"]
+    )
+    best, highest = found.runs
+    assert highest["layout"] == "4C"
+    assert best["layout"] == "3P1D"
+    said = " ".join(found.notes)
+    assert f"static-best chose: as 3P1D, {best['choice']} at 40 req/s." in said
+    assert "static-best gives the machines of 4C other roles" in said
+    assert "--fleet 3P1D" in said
+    alone = compare(fleet="1P1D", rates_req_s=[5.0], duration_s=20.0, policies=["static-best"])
+    layouts = {run["layout"] for run in alone.runs}
+    assert any(note.startswith("static-best chose") for note in alone.notes)
+    assert ("--fleet" in " ".join(alone.notes)) == (layouts != {"1P1D"})
+
+
 def test_what_a_profile_takes_from_another_model_is_repeated():
     memory = "memory: 450000 KV tokens are of llama-3.1-8b, not of own; max_batch: 128, the largest"
     fitted = dataclasses.replace(

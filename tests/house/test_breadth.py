@@ -1,4 +1,4 @@
-"""Three cells of the breadth table, and that it goes on where it stopped."""
+"""Cells of the breadth tables: that they go on where they stopped, and how they are judged."""
 
 import importlib.util
 import sys
@@ -6,16 +6,25 @@ import sys
 import pytest
 
 
-@pytest.fixture
-def matrix(root, monkeypatch):
-    path = root / "bench" / "matrix.py"
+def loaded(root, monkeypatch, name):
+    path = root / "bench" / f"{name}.py"
     if not path.exists():
         pytest.skip("bench/ is not part of the source distribution")
-    spec = importlib.util.spec_from_file_location("matrix", path)
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "matrix", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def matrix(root, monkeypatch):
+    return loaded(root, monkeypatch, "matrix")
+
+
+@pytest.fixture
+def adversary(root, monkeypatch):
+    return loaded(root, monkeypatch, "adversary")
 
 
 def test_what_is_in_the_file_is_not_run_again(matrix, tmp_path, capsys):
@@ -41,6 +50,91 @@ def test_a_cell_is_lost_to_what_is_cheaper_and_better(matrix):
         "both": [10.0, 994.0, 0.993, 0.9925],
     }
     assert matrix.lost_to({"mpc": ours, **others}) == ["both"]
+
+
+CELL = "steady 45"
+
+
+def row(policy, power_w, ttft=1.0, itl=1.0, *, layout="2P2D", seed=0.0):
+    return {
+        "kind": "steady", "cell": CELL, "policy": policy, "seed": seed, "requests": 1.0,
+        "power_w": power_w, "ttft_attainment": ttft, "itl_attainment": itl,
+        "over_budget_frac": float("nan"), "layout": layout,
+    }  # fmt: skip
+
+
+def test_a_cell_is_judged_as_given_and_with_the_layout_that_the_opponent_chose(adversary):
+    rows = [
+        row("mpc", 600.0, ttft=0.98),
+        row("static-max", 900.0, ttft=0.98),
+        row("static-best", 580.0, layout="3P1D"),
+        row("ecoserve", 1200.0, layout="4C"),
+    ]
+    given = adversary.judge(CELL, rows)
+    assert (given.given.broken, given.given.dearer, given.given.rival) == (
+        True,
+        True,
+        "static-best",
+    )
+    assert given.alike is None  # not run yet
+    assert list(adversary.in_other_layouts(rows)) == [(CELL, "mpc", 0, "3P1D")]
+    for power_w, itl, word in (
+        (570.0, 0.995, ""),
+        (590.0, 0.995, "dearer"),
+        (570.0, 0.98, "**broken**"),
+    ):
+        ours = row("mpc", power_w, itl=itl, layout="3P1D")
+        alike = adversary.judge(CELL, [*rows, ours]).alike
+        assert (alike.word, alike.rival, alike.layout) == (word, "static-best", "3P1D")
+    text, broken = adversary.table([*rows, row("mpc", 570.0, layout="3P1D")])
+    assert broken == 1  # as given it stays so
+    assert "as given: of 1 cells 1 broken, 0 dearer" in text
+    assert "alike: of 1 cells 0 broken, 0 dearer" in text
+
+
+def test_another_layout_excuses_nothing_that_an_opponent_keeps_without_it(adversary):
+    rows = [
+        row("mpc", 600.0, ttft=0.98),
+        row("mpc", 570.0, layout="3P1D"),
+        row("static-best", 580.0, layout="3P1D"),
+        row("pack", 700.0),
+    ]
+    alike = adversary.judge(CELL, rows).alike
+    assert (alike.broken, alike.rival, alike.layout) == (True, "pack", "2P2D")
+
+
+def test_a_layout_is_paired_seed_by_seed_and_means_decide(adversary):
+    rows = []
+    for seed, layout in ((0.0, "3P1D"), (1.0, "4C")):
+        rows += [
+            row("mpc", 600.0, seed=seed),
+            row("static-best", 580.0, layout=layout, seed=seed),
+            row("mpc", 560.0 + 10.0 * seed, layout=layout, seed=seed),
+        ]
+    verdict = adversary.judge(CELL, rows)
+    assert verdict.given.dearer
+    assert verdict.alike.ours[0] == pytest.approx(565.0)
+    assert verdict.alike.layout == "3P1D, 4C"
+
+
+def test_mishaps_strike_the_same_machine_whatever_it_does(adversary, monkeypatch):
+    seen = []
+
+    class Noted:
+        def __init__(self, **what):
+            seen.append(what)
+
+        def simulate(self):
+            return dict.fromkeys(
+                ("requests_arrived", "mean_power_w", "ttft_attainment", "itl_attainment",
+                 "over_budget_frac", "layout")
+            )  # fmt: skip
+
+    monkeypatch.setattr(adversary, "Run", Noted)
+    adversary.simulate("decode fails in turn at 45", "mpc", 0, "4C")
+    (what,) = seen
+    assert what["fleet"].layout == "4C"
+    assert {fault.instance for fault in what["faults"]} <= set(what["fleet"].ids)
 
 
 @pytest.mark.slow

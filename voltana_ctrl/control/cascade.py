@@ -38,6 +38,9 @@ __all__ = ["CascadeController", "CascadeMemory"]
 
 #: A step of a budget is obeyed so long before the last decision before it is replaced.
 _EFFECT_S = 0.1
+#: An instance that is lost sooner than so long after another loss is part of the same trouble [s]:
+#: as long as Kubernetes remembers that a container has failed.
+_TROUBLE_S = 600.0
 #: How long it is remembered that a budget held an instance below the clock that it needs [s].
 _HELD_MEMORY_S = 10.0
 
@@ -70,8 +73,12 @@ class CascadeMemory:
         What ran on each instance that was alive at the last look.
     alive : ndarray of bool, shape (n,), optional
         Who was alive at the last look.
+    lost_s : float
+        When an instance was lost last with requests that ran on it.
     hurries_s : float
         Time until which all decode as fast as they can, for requests whose instance was lost.
+    awaits_s : float
+        Time until which another loss is expected: until then they do so, too, and in equal parts.
     held_frac : ndarray, shape (2,)
         Share of the last 10 s in which a budget held some instance that prefills, and one that
         decodes, below the clock that it needs.
@@ -96,7 +103,9 @@ class CascadeMemory:
     overload_frac: float = 0.0
     held_req: F64 | None = None
     alive: Bool | None = None
+    lost_s: float = -np.inf
     hurries_s: float = -np.inf
+    awaits_s: float = -np.inf
     held_s: F64 = field(default_factory=lambda: np.full(2, -np.inf))
     held_frac: F64 = field(default_factory=lambda: np.zeros(2))
 
@@ -374,6 +383,8 @@ class CascadeController(Controller):
             )  # fmt: skip
 
         target = target_within(self._budget_w(state.t_s), load, plan(load), plan)
+        if state.t_s < memory.awaits_s:
+            target = self._spread(target, load, belief, usable)
         overload_frac = 0.0
         if not target.feasible:
             overload_frac = self._target.overload_frac(load, target.route_frac, belief)
@@ -383,14 +394,39 @@ class CascadeController(Controller):
         """Memory with until when those are hurried whose instance was lost.
 
         They have waited for their prompts to be computed once more. At an iteration time near the
-        promise they would never make up for that; at the highest clocks most of them do.
+        promise they would never make up for that; at the highest clocks most of them do. Where
+        instances fail in turn, the next loss is expected as long after this one as this came after
+        the one before. Until twice that time has passed without one, all stay ahead, and no
+        instance has more to lose than another.
         """
-        before, hurries_s = memory.held_req, memory.hurries_s
+        before, lost_s = memory.held_req, memory.lost_s
+        hurries_s, awaits_s = memory.hurries_s, memory.awaits_s
         if before is not None and np.any((before > 0.0) & ~state.alive):
             decoded_tok = max(0.0, self._load.load(memory.load).lengths.output_tok - 1.0)
             hurries_s = state.t_s + self.slo.ttft_s + decoded_tok * self.slo.itl_s
-        held_req = np.where(state.alive, state.running_req, 0.0)
-        return replace(memory, held_req=held_req, alive=state.alive, hurries_s=hurries_s)
+            since_s, lost_s = state.t_s - lost_s, state.t_s
+            if since_s < _TROUBLE_S:
+                awaits_s = state.t_s + min(2.0 * since_s, _TROUBLE_S)
+        return replace(
+            memory,
+            held_req=np.where(state.alive, state.running_req, 0.0),
+            alive=state.alive,
+            lost_s=lost_s,
+            hurries_s=max(hurries_s, awaits_s),
+            awaits_s=awaits_s,
+        )
+
+    def _spread(self, target: Target, load: Load, belief: Belief, usable: Bool) -> Target:
+        """Target with the decode load on everybody that can be used, in proportion to its speed."""
+        decode = self._decode[usable[self._decode]]
+        if not decode.size:
+            return target
+        speed_req_s = self._target.speed_req_s(load.lengths, belief)[decode]
+        active, route_frac = target.active.copy(), target.route_frac.copy()
+        route_frac[self._decode] = 0.0
+        route_frac[decode] = speed_req_s / speed_req_s.sum()
+        active[decode] = True
+        return replace(target, active=active, route_frac=route_frac)
 
     def _look_ahead(
         self, observation: Observation, memory: CascadeMemory, *, due: bool

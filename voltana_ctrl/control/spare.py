@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, Bool, not_negative
+from voltana_ctrl.checks import F64, I64, Bool, not_negative
+from voltana_ctrl.control.curve import LeastPower
 from voltana_ctrl.errors import ConfigError
+from voltana_ctrl.types import Lengths
 
-__all__ = ["spare_count", "with_spare"]
+__all__ = ["spare_count", "speeds_req_s", "with_spare"]
 
 
 def spare_count(spare: float, n_active: int = 1) -> int:
@@ -44,6 +46,24 @@ def spare_count(spare: float, n_active: int = 1) -> int:
             f"spare: expected a whole number of instances or a share below 1, got {spare:g}"
         )
     return int(spare) if spare >= 1.0 else math.ceil(spare * n_active)
+
+
+def speeds_req_s(n: int, known: Iterable[tuple[I64, LeastPower]], lengths: Lengths) -> F64:
+    """What each of `n` instances serves at its highest clock, shape (n,); 0 for the others.
+
+    Parameters
+    ----------
+    n : int
+        Instances of the fleet.
+    known : iterable of (numbers, LeastPower)
+        Groups of equal instances.
+    lengths : Lengths
+        Prompt and output lengths of the requests.
+    """
+    speed_req_s = np.zeros(n)
+    for group, least in known:
+        speed_req_s[group] = least.speed_req_s(lengths)
+    return speed_req_s
 
 
 def with_spare(spare: float, wanted: Bool, speed_req_s: F64, serves: Callable[[F64], bool]) -> Bool:

@@ -19,7 +19,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, I64, Bool, count, not_negative
 from voltana_ctrl.control.curve import Curve, LeastPower, Target
 from voltana_ctrl.control.groups import Node, equal_groups, everybody_on
-from voltana_ctrl.control.spare import spare_count, with_spare
+from voltana_ctrl.control.spare import spare_count, speeds_req_s, with_spare
 from voltana_ctrl.control.supply import FACETS, Supply, drain_of, leaving_j, supply_of
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo, Tuning
@@ -269,6 +269,16 @@ class TargetOptimiser:
             )  # fmt: skip
         return supplies
 
+    def speed_req_s(self, lengths: Lengths, belief: Belief | None = None) -> F64:
+        """Requests per second that each serves in its last phase, shape (n,); see `LeastPower`.
+
+        Parameters
+        ----------
+        lengths, belief
+            See :meth:`supplies`.
+        """
+        return speeds_req_s(len(self.fleet), self._known(self._groups[-1], belief), lengths)
+
     def overload_frac(self, load: Load, route_frac: F64, belief: Belief | None = None) -> float:
         """ITL margin on top of the governors' own that pays where promises cannot be kept; 0 else.
 
@@ -358,13 +368,10 @@ class TargetOptimiser:
         free_w, free = self._split(load, groups, curves, [not fixed] * len(groups))
         wanted = free > 0.0
         if self.spare and not fixed:
-            speed_req_s = np.zeros(len(self.fleet))
-            for group, least in left:
-                speed_req_s[group] = least.speed_req_s(load.lengths)
             wanted = with_spare(
                 self.spare,
                 wanted,
-                speed_req_s,
+                speeds_req_s(len(self.fleet), left, load.lengths),
                 lambda rest: self._serves(load, groups, curve_of, rest, 1.0),
             )
             if wanted.sum() > (free > 0.0).sum():
@@ -542,11 +549,8 @@ class TargetOptimiser:
         groups = [group for group, _ in known]
         feasible = load.arrival_req_s == 0.0 or loads_req_s[members].sum() > 0.0
         if not feasible:
-            loads_req_s = np.zeros(n)
-            weight = np.concatenate(
-                [np.full(len(group), least.speed_req_s(load.lengths)) for group, least in known]
-            )
-            loads_req_s[np.concatenate(groups)] = load.arrival_req_s * weight / weight.sum()
+            weight = speeds_req_s(n, known, load.lengths)
+            loads_req_s = load.arrival_req_s * weight / weight.sum()
         active = loads_req_s > 0.0
         if not active.any():
             active[groups[0][0]] = True

@@ -42,6 +42,7 @@ def notes_on(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Itera
         yield from _on_times(max(served, key=lambda one: one["residence_mean_s"]), runs[0])
     yield from _on_rows_left_out(runs[0])
     yield from _on_nothing_to_judge(figures)
+    yield from _on_choices(figures, runs)
     yield from _on_work_left(served)
     yield from _on_seeds(figures, runs)
     yield from _on_profiles(runs[0])
@@ -77,6 +78,29 @@ def _on_profiles(run: Run) -> Iterator[str]:
         said = error.partition(f"{NOT_MEASURED}; ")[2]
         if said:
             yield f"Profile {profile.name}: {said}."
+
+
+def _on_choices(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
+    """What was found by trial, and that others may be run on the same layout."""
+    own = runs[0].fleet.layout
+    chosen: dict[str, dict[str, None]] = {}
+    others: dict[str, dict[str, None]] = {}
+    for one in figures:
+        policy, layout = str(one["policy"]), one.get("layout") or own
+        if layout != own:
+            others.setdefault(policy, {})[f"--fleet {layout}"] = None
+        if one.get("choice") is not None:
+            what = one["choice"] if layout == own else f"as {layout}, {one['choice']}"
+            load = "" if one["rate_req_s"] is None else f" at {one['rate_req_s']:.4g} req/s"
+            chosen.setdefault(policy, {})[f"{what}{load}"] = None
+    for policy, settings in chosen.items():
+        yield f"{policy} chose: {'; '.join(settings)}."
+    for policy, options in others.items():
+        yield (
+            f"{policy} gives the machines of {own} other roles, which other policies may not. To"
+            f" compare on equal terms, run {' and '.join(options)}, too (or these roles in the"
+            " fleet file)."
+        )
 
 
 def _on_work_left(served: Sequence[Mapping[str, Any]]) -> Iterator[str]:

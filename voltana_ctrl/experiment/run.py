@@ -338,6 +338,7 @@ class Run:
         kept = {} if sampler is None else {"detail": sampler.detail()}
         return kept | {
             **run_figures(plant, before, after, self.duration_s, self.slo),
+            "layout": backend.spec.layout,
             "choice": parts.choice,
             "requests_past_window": past_req,
             "tokens_past_window": past_tok,
@@ -383,8 +384,8 @@ class _Stopwatch:
 
 
 _RUN_KEYS = (
-    "policy", "choice", "rate_req_s", "seed", "window_s", "grace_s", "trace_from_s", "energy_j",
-    "mean_power_w",
+    "policy", "layout", "choice", "rate_req_s", "seed", "window_s", "grace_s", "trace_from_s",
+    "energy_j", "mean_power_w",
     "energy_prefill_j", "energy_decode_j", "energy_idle_j", "energy_transfer_j",
     "energy_per_token_j", "saving_token_frac", "wall_power_w", "wall_per_token_j",
     "saving_wall_frac", "bound_gap_closed", "ttft_attainment",

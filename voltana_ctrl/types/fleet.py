@@ -191,6 +191,21 @@ class FleetSpec:
         return self.instances[0].role is Role.COLOCATED
 
     @property
+    def layout(self) -> str:
+        """How many instances have which role, as :meth:`parse` reads it: ``2P2D`` or ``4C``.
+
+        Examples
+        --------
+        >>> from voltana_ctrl import Role, load_profile
+        >>> fleet = FleetSpec.parse("4C", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> fleet.layout, fleet.in_roles([Role.PREFILL] * 3 + [Role.DECODE]).layout
+        ('4C', '3P1D')
+        """
+        if self.colocated:
+            return f"{len(self)}C"
+        return f"{len(self.prefill)}P{len(self.decode)}D"
+
+    @property
     def min_mhz(self) -> F64:
         """Lowest supported clock per instance, shape (n,)."""
         return np.array([instance.clocks_mhz[0] for instance in self.instances])
