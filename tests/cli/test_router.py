@@ -243,3 +243,28 @@ def test_with_telemetry_the_policy_decides(root):
             time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--controller", "http://127.0.0.1:1"), "token: expected one in --token-file"),
+        (("--controller", "ftp://127.0.0.1:1", "--token-file", "token"), "expected http://"),
+    ],
+)
+def test_what_is_refused_is_refused_before_anybody_is_told_of_a_router(
+    given, said, tmp_path, monkeypatch, capsys
+):
+    from voltana_ctrl import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VOLTANA_CTRL_TOKEN", raising=False)
+    (tmp_path / "token").write_text("0123456789abcdef")
+    arguments = ["router", "--both", "http://127.0.0.1:9", "--port", "0", *given]
+    monkeypatch.setattr(sys, "argv", ["voltana-ctrl", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().err
+    assert ended.value.code not in (0, None)
+    assert said in told
+    assert "routes" not in told

@@ -67,3 +67,19 @@ def test_it_serves_clients_and_the_page_and_ends_with_the_gpus_as_they_were():
             ended = process.wait(60.0)
         assert ended in (0, 128 + signal.SIGTERM, -signal.SIGTERM), log.read_text()
     assert not any(gpu.locked for gpu in fleet.fake.gpus)
+
+
+def test_a_page_that_needs_a_token_is_refused_before_clients_are_served(tmp_path):
+    (tmp_path / "fleet.toml").write_text(
+        '[[instance]]\nrole = "colocated"\nprofile = "a100-sxm-80gb/llama-3.1-8b"\n'
+        'engine = { kind = "vllm", url = "http://127.0.0.1:9" }\n'
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "voltana_ctrl.cli", "serve", "--fleet", "fleet.toml", "--port", "0",
+         "--page", "0.0.0.0:0"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "VOLTANA_CTRL_TOKEN": ""},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert "token: expected one in --token-file or VOLTANA_CTRL_TOKEN" in ended.stderr
+    assert "routes on" not in ended.stderr

@@ -14,6 +14,7 @@ from voltana_ctrl import ControlLoop, Decision
 from voltana_ctrl.backends.modelled import ModelledGpus
 from voltana_ctrl.control import StaticController
 from voltana_ctrl.engines.endpoints import Endpoint
+from voltana_ctrl.engines.fpm.messages import CLOCK_KEY
 from voltana_ctrl.engines.telemetry import EngineBackend
 from voltana_ctrl.engines.traffic import FinishedRequest, Traffic
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError
@@ -251,4 +252,24 @@ def test_problems_are_those_of_engines_and_of_gpus():
                  == {"prefill-0", "decode-0"})  # fmt: skip
         said = backend.problems()
         assert said["decode-0"].endswith("power not told for 13 s (power: Unknown Error)")
+        backend.close()
+
+
+def test_a_governor_that_is_not_heard_in_its_engine_is_told_of():
+    with Pages(metrics=VLLM) as pages:
+        ours = engines(pages.url, limits="/run/voltana-ctrl/order.json")
+        backend = open_engines(ours, gpus=ModelledGpus(fleet()))
+        heard(backend)
+        backend._fpm._of_address = {"here": {DECODE}}
+
+        def iterate(numbers, clock_mhz=0.0):
+            for number in numbers:
+                told = message(number, 0.02) | {CLOCK_KEY: clock_mhz}
+                backend._fpm.take("here", engine_frames(told), time.monotonic())
+            backend.read()
+            return backend.problems().get("decode-0")
+
+        assert iterate(range(1, 40)) is None  # an engine that begins
+        assert "no governor is heard in its engine" in iterate([40])
+        assert iterate([41], clock_mhz=705.0) is None
         backend.close()

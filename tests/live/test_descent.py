@@ -1,6 +1,7 @@
 """Clocks come down step by step, and go up again where requests miss or the profile is wrong."""
 
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -203,3 +204,26 @@ def test_iterations_of_both_phases_or_at_a_clock_that_changes_are_no_witnesses()
     for k in range(100):
         run.tick(DT_S, made=passes(1, 3.0, clock_mhz=(900.0, 705.0)[k % 2]))
     assert not run.memory.passes.any()
+
+
+def test_why_a_clock_is_up_is_told_while_it_is(caplog):
+    run = Run()
+    assert run.descent.reasons() == {}
+    run.tick(2.0)
+    assert "it comes down step by step from its highest" in run.descent.reasons()["decode-0"]
+    run.tick(1.0, made=passes(3, 1.0))
+    told = run.descent.reasons()["decode-0"]
+    assert "compared with its engine first, 29 of 40 decode iterations so far" in told
+    run.tick(15.0, made=passes(3, 1.0))
+    assert run.descent.reasons() == {}  # where the policy wants it
+    run.tick(4.0, done=finished(2, 0.09))
+    assert run.descent.reasons() == {}  # misses alone raise nothing yet
+    run.tick(4.0, done=finished(2, 0.09))
+    told = run.descent.reasons()["decode-0"]
+    assert re.search(r"requests missed their promise.* comes down again step by step in \d s", told)
+    drifts = Run()
+    drifts.tick(10.0, made=passes(10, 1.25))
+    assert (
+        "decode iterations take 1.25 times what its profile says"
+        in (drifts.descent.reasons()["decode-0"])
+    )

@@ -21,10 +21,11 @@ from voltana_ctrl import Decision, FleetState, Observation, Slo
 from voltana_ctrl.live.hub import HubBackend
 from voltana_ctrl.live.hub_app import hub_app
 from voltana_ctrl.live.orders import Report
+from voltana_ctrl.live.reasons import clock_reason
 from voltana_ctrl.live.status import LinkState, StatusBoard
 from voltana_ctrl.live.status_page import StatusPage, is_loopback, page_app
 from voltana_ctrl.serving.server import ServerThread
-from voltana_ctrl.types import PowerBudget, RequestBatch, TickRecord
+from voltana_ctrl.types import PowerBudget, RequestBatch, Status, TickRecord
 
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 TOKEN = "0123456789abcdef-token"
@@ -63,13 +64,16 @@ def finished(ttft_s, itl_s):
     )  # fmt: skip
 
 
+HELD_UP = "its profile is compared with its engine first"
+
+
 def full_board(clock=None):
     """A board with something in every field."""
     budget = PowerBudget(steps=((0.0, 900.0), (60.0, 700.0)))
     board = StatusBoard(
         fleet(), SLO, power_budget=budget, problems=lambda: {"prefill-0": "it coughs"},
         links=lambda: [LinkState(kind="node", name="n0", heard_s=0.2, up=True)],
-        now_s=clock or time.monotonic,
+        held_up=lambda: {"decode-0": HELD_UP}, now_s=clock or time.monotonic,
     )  # fmt: skip
     board.on_tick(record(number=4, done=finished([0.2, 0.9, 0.3], [0.02, 0.03, 0.03]),
                          said=("shares",)))  # fmt: skip
@@ -93,7 +97,40 @@ def test_a_board_tells_what_was_seen_and_decided():
     assert (first["problem"], second["problem"]) == ("it coughs", None)
     assert second["kv_frac"] == 0.25
     assert second["why"] == "7 requests left to finish"
+    assert second["clock_why"] == HELD_UP
+    assert "its governor chooses between 600 and 1410 MHz" in first["clock_why"]
     assert json.loads(json.dumps(told, allow_nan=False)) == told
+
+
+def asked(clock_mhz, ceiling_mhz=1410.0, status=Status.OK, **changes):
+    """A tick that asks for this of everybody."""
+    decided = Decision.highest(
+        fleet(), floor_mhz=np.full(2, clock_mhz), ceiling_mhz=np.full(2, ceiling_mhz)
+    )
+    return replace(record(), applied=replace(decided, status=status), **changes)
+
+
+GONE = replace(record(), observation=record(alive=np.array([True, False])).observation)
+
+
+@pytest.mark.parametrize(
+    ("tick", "told", "words"),
+    [
+        (asked(1410.0), {}, "the policy asks for the highest clock at its load"),
+        (asked(600.0), {}, "its governor chooses between 600 and 1410 MHz, by its batch"),
+        (asked(600.0), {"held_up": {"decode-0": HELD_UP}}, HELD_UP),
+        (asked(600.0), {"mode": "advise"}, "mode advise: nothing is set"),
+        (asked(600.0, in_force=False), {}, "the hardware was given back"),
+        (asked(1410.0, status=Status.STALE), {}, "no decision could be made: .*readings are too"),
+        (asked(900.0, 900.0), {"budgeted": True}, "held to 900 MHz at most by the power budget"),
+        (asked(900.0, 900.0), {}, "held to 900 MHz at most by a power limit, or by the policy"),
+        (asked(600.0, notes={"clamped_decode-0_mhz": 1200.0}), {}, "its GPU reaches 1200 MHz at"),
+        (asked(1410.0, notes={"switchback_policy": 0.0}), {}, "this block of the switchback"),
+        (GONE, {}, "it does not answer"),
+    ],
+)
+def test_why_an_instance_has_its_clock_is_told_in_words(tick, told, words):
+    assert re.search(words, clock_reason(1, tick, fleet(), **told))
 
 
 def test_history_attainment_and_events_forget_the_old():

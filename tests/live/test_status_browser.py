@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.browser import Browser
-from tests.live.test_status import TOKEN, full_board, record
+from tests.live.test_status import HELD_UP, TOKEN, full_board, record
 
 pytest.importorskip("starlette", reason="needs the server extra")
 pytest.importorskip("uvicorn", reason="needs the server extra")
@@ -60,10 +60,11 @@ def test_every_figure_is_that_of_the_api_and_nothing_is_complained_of(served, br
         elif path != "age_s":  # it grows while we look
             assert text == FORMATS[form](value), path
     assert k + 1 == len(of_instances)
-    assert {"power.now_w", "latency.ttft_attainment", "clock_mhz", "why"} <= seen
+    assert {"power.now_w", "latency.ttft_attainment", "clock_mhz", "why", "clock_why"} <= seen
     body = browser.run("document.body.innerText")
     for word in ("0 of 1 decode", "1 of 1 prefill", "Budget 700 W in 60 s", "node n0: heard",
-                 "the guard changed the decision: shares", "it coughs"):  # fmt: skip
+                 "the guard changed the decision: shares", "it coughs", HELD_UP,
+                 "its governor chooses between 600 and 1410 MHz"):  # fmt: skip
         assert word in body
     assert browser.run("document.querySelectorAll('#chart polyline').length") == 2
     assert browser.complaints() == []

@@ -276,6 +276,44 @@ def test_no_requests_is_refused(log, tmp_path):
     refused("no requests", rewritten(log, tmp_path, silence))
 
 
+def quiet(blocks, asked=False):
+    """Nothing is generated in these blocks; nobody asked for anything, unless told otherwise."""
+
+    def change(tick):
+        if tick["notes"][BLOCK_NOTE] in blocks:
+            finished, state = tick["observation"]["finished"], tick["observation"]["state"]
+            for name in finished:
+                finished[name] = []
+            if not asked:
+                state["arrived_req"] = [0.0, 0.0]
+
+    return change
+
+
+@pytest.mark.parametrize("idle", [4, 5])  # one is of the policy, the other at the highest clock
+def test_a_pair_with_an_idle_block_is_left_out_and_said(log, tmp_path, idle):
+    found = savings_of_log(rewritten(log, tmp_path, quiet([idle])))
+    whole = savings_of_log(log)
+    assert (found.pairs, found.idle_pairs, found.left_out) == (7, 1, whole.left_out + 2)
+    assert found.saving_frac.value == pytest.approx(whole.saving_frac.value, abs=0.03)
+    assert "1 pair among them, in which nobody asked for anything" in found.text()
+    assert found.to_dict()["idle_pairs"] == 1
+    assert whole.idle_pairs == 0
+    assert "nobody asked" not in whole.text()
+
+
+def test_a_block_that_made_nothing_of_its_requests_is_not_idle(log, tmp_path):
+    """Leaving it out would leave out what a policy that stalls did."""
+    refused("no requests", rewritten(log, tmp_path, quiet([4, 5], asked=True)))
+
+
+def test_idle_pairs_leave_too_few(log, tmp_path):
+    path = rewritten(log, tmp_path, quiet(range(10, 16)))
+    refused("too few blocks", path)
+    with pytest.raises(EvidenceRefused, match="in 3 nobody asked for anything in one of the"):
+        savings_of_log(path)
+
+
 def test_unequal_load_is_refused(log, tmp_path):
     def favour(tick):
         if tick["notes"][POLICY_NOTE]:

@@ -27,6 +27,8 @@ from voltana_ctrl.cli.running import (
 EXAMPLES = ("voltana-ctrl controller --fleet fleet.toml --mode advise",)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from voltana_ctrl.control.base import Controller
 
 
@@ -125,6 +127,7 @@ def run_controller(
     hub = HubBackend(spec, policy=policy, budgeted=asked.budget is not None, now_s=since_start())
     kept, learnt = state_of(state, spec)
     decides: Controller | None = None
+    held_up: Callable[[], Mapping[str, str]] = dict
     if asked.mode != "observe":
         decides = fleet_policy(
             spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
@@ -132,7 +135,8 @@ def run_controller(
             spare=asked.spare, forecast=asked.forecast,
         )  # fmt: skip
         if asked.mode == "act":
-            decides = Descent(decides, asked.slo)
+            decides = descent = Descent(decides, asked.slo)
+            held_up = descent.reasons
     if asked.mode != "act":
         hub.release()
     settings = AgentSettings(
@@ -146,8 +150,9 @@ def run_controller(
     with ExitStack() as ending:
         ending.enter_context(Sweep())
         board = status_board(
-            ending, hub, asked, policy, links=hub.links, routed=hub.routed, unread=()
-        )
+            ending, hub, asked, policy, links=hub.links, routed=hub.routed, held_up=held_up,
+            unread=(),
+        )  # fmt: skip
         is_open, secure = is_loopback(host), tls_cert is not None
         page = StatusPage(board, token=None if is_open else token, secure=secure)
         app = hub_app(hub, token, page=page)

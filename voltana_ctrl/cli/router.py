@@ -148,6 +148,7 @@ def router(
     )
     if controller is not None and telemetry:
         raise ConfigError("router: expected --controller or --telemetry, got both")
+    token = "" if controller is None else token_of(token_file)
     routers: PolicyRouters
     if controller is None:
         routers = PolicyRouters(spec, policy, Slo.parse(slo))
@@ -171,17 +172,25 @@ def router(
     address = f"[{host}]" if ":" in host else host
     scheme = "http" if tls_cert is None else "https"
     url = f"{scheme}://{address}:{listening[0].getsockname()[1]}"
+    link = None
+    if controller is not None:
+        sender = name or f"{platform.node() or 'router'}:{listening[0].getsockname()[1]}"
+        try:
+            link = ControllerLink(
+                controller, token, spec, sender, spec.ids, kind="router", tls_ca=tls_ca
+            )
+        except ConfigError:
+            for one in listening:
+                one.close()
+            raise
+    # Nothing that is given can be refused any more.
     say(f"{policy} routes {len(spec)} instances on {url}")
     if port is None:
         listening += _also_where_it_was(host)
     if traffic is None:
         server.run(listening)
         return
-    if isinstance(routers, SubscribedRouters) and controller is not None:
-        sender = name or f"{platform.node() or 'router'}:{listening[0].getsockname()[1]}"
-        link = ControllerLink(
-            controller, token_of(token_file), spec, sender, spec.ids, kind="router", tls_ca=tls_ca
-        )
+    if isinstance(routers, SubscribedRouters) and link is not None:
         with link, Subscription(link, routers, proxy.counts, traffic, say=say) as subscription:
             proxy.watch(subscription)
             server.run(listening)

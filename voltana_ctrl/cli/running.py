@@ -403,6 +403,7 @@ def status_board(
     unread: tuple[str, ...],
     links: Callable[[], list[LinkState]] = list,
     routed: Callable[[], bool] = lambda: True,
+    held_up: Callable[[], Mapping[str, str]] = dict,
 ) -> StatusBoard:
     """Board behind the status page, which hears the warnings of the whole program."""
     import logging
@@ -412,7 +413,8 @@ def status_board(
 
     board = StatusBoard(
         backend.spec, asked.slo, mode=asked.mode, policy=policy, power_budget=asked.budget,
-        problems=backend_extras(backend).problems, links=links, routed=routed, unread=unread,
+        problems=backend_extras(backend).problems, links=links, routed=routed, held_up=held_up,
+        unread=unread,
     )  # fmt: skip
     logger = logging.getLogger("voltana_ctrl")
     logger.addHandler(board)
@@ -426,17 +428,25 @@ def page_url(host: str, port: int, *, secure: bool) -> str:
     return f"{'https' if secure else 'http'}://{name}:{port}/"
 
 
-def serve_page(ending: ExitStack, board: StatusBoard, text: str | None) -> None:
+def page_token(text: str | None) -> str | None:
+    """Token that a status page on [HOST:]PORT asks for; None where it is on loopback."""
+    from voltana_ctrl.live.status_page import is_loopback
+
+    host, _ = address("page", PAGE_PORT if text is None else text)
+    return None if is_loopback(host) else token_of(None)
+
+
+def serve_page(ending: ExitStack, board: StatusBoard, text: str | None, token: str | None) -> None:
     """Serve the status page on a port of its own, [HOST:]PORT.
 
     Where nobody asked for a port and the usual one is taken, there is no page.
     """
     from voltana_ctrl.errors import BackendError
-    from voltana_ctrl.live.status_page import StatusPage, is_loopback, page_app
+    from voltana_ctrl.live.status_page import StatusPage, page_app
     from voltana_ctrl.serving.server import ServerThread
 
     host, port = address("page", PAGE_PORT if text is None else text)
-    page = StatusPage(board, token=None if is_loopback(host) else token_of(None))
+    page = StatusPage(board, token=token)
     try:
         server = ServerThread(page_app(page), host, port, what="page")
     except BackendError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +20,7 @@ from voltana_ctrl.cli.running import (
     open_node,
     own_cpus,
     own_engines,
+    page_token,
     promises,
     run_agent,
     say,
@@ -111,6 +112,7 @@ def serve(
     asked = promises(mode, slo, tick_ms / 1000.0, power_budget_w, policy, spare, forecast)
     above_zero(switchback=switchback, duration=duration)
     check_outputs({"log": log}, suffix=".jsonl")
+    token = page_token(page)
     from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR
     from voltana_ctrl.backends.nvml.sweep import Sweep
     from voltana_ctrl.cli.router import secret_of
@@ -166,6 +168,7 @@ def serve(
         ending.callback(backend.close)
         backend.budgeted = bool(limits_w) or asked.budget is not None
         decides: Controller | None = None
+        held_up: Callable[[], Mapping[str, str]] = dict
         if mode != "observe":
             decides = node_policy(
                 spec, asked.slo, policy, period_s=asked.period_s, power_budget=asked.budget,
@@ -173,7 +176,8 @@ def serve(
                 learnt=learnt, spare=asked.spare, forecast=asked.forecast,
             )  # fmt: skip
             if asked.mode == "act":
-                decides = Descent(decides, asked.slo)
+                decides = descent = Descent(decides, asked.slo)
+                held_up = descent.reasons
             if actuators:
                 decides = with_actuators(decides, backend)
         ending.enter_context(_in_a_thread(server, proxy, listening))
@@ -181,9 +185,9 @@ def serve(
         say(f"{policy} routes on {scheme}://{host}:{listening[0].getsockname()[1]}")
         board = status_board(
             ending, backend, asked, policy, routed=lambda: asked.mode == "act",
-            unread=settings.unread,
+            held_up=held_up, unread=settings.unread,
         )  # fmt: skip
-        serve_page(ending, board, page)
+        serve_page(ending, board, page, token)
         run_agent(
             ending, backend, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration, period_s=asked.period_s,

@@ -20,11 +20,25 @@ from voltana_ctrl.engines.scrape import Scraper
 from voltana_ctrl.engines.traffic import Traffic
 from voltana_ctrl.errors import ActuationDenied, BackendError, ConfigError, ShapeError
 from voltana_ctrl.ports import Backend, backend_extras
-from voltana_ctrl.types import Decision, FleetSpec, FleetState, Observation, Slo
+from voltana_ctrl.types import (
+    Decision,
+    FleetSpec,
+    FleetState,
+    IterationBatch,
+    Observation,
+    Slo,
+)
 
 __all__ = ["EngineBackend"]
 
 WithoutGpus = Literal["refuse", "ignore"]
+#: So many iterations in which no governor named a clock are no start of an engine any more.
+_MOST_UNGOVERNED = 40
+_UNGOVERNED = (
+    "no governor is heard in its engine, so that nobody may set its clock: is the plugin loaded"
+    " there, with VOLTANA_CTRL_MODE=act, and does fpm name its address (VOLTANA_CTRL_FPM)? Without"
+    " the plugin leave out engine.limits"
+)
 
 
 class EngineBackend:
@@ -132,6 +146,10 @@ class EngineBackend:
         self._begin_s = now_s()
         self._closed = False
         self._last = EngineReading.silent(len(fleet), **dict.fromkeys(_KEPT, np.zeros(len(fleet))))
+        #: Iterations of engines with a governor of ours inside since one told of a clock.
+        self._ungoverned = {
+            fleet.ids.index(one.instance): 0 for one in endpoints if one.limits is not None
+        }
         self._fpm = FpmReader(fleet, endpoints, addresses=fpm_addresses, now_s=now_s)
         try:
             self._scraper = Scraper(
@@ -197,9 +215,22 @@ class EngineBackend:
             with which nothing is wrong is left out.
         """
         told = dict(self._scraper.problems)
-        for name, problem in self._gpu_problems().items():
-            told[name] = f"{told[name]}; {problem}" if name in told else problem
+        ungoverned = {
+            self._fleet.ids[i]: _UNGOVERNED
+            for i, seen in self._ungoverned.items()
+            if seen >= _MOST_UNGOVERNED
+        }
+        for more in (ungoverned, self._gpu_problems()):
+            for name, problem in more.items():
+                told[name] = f"{told[name]}; {problem}" if name in told else problem
         return told
+
+    def _hear_governors(self, iterations: IterationBatch) -> None:
+        """Count iterations since the governor inside an engine named the clock of one."""
+        for i in self._ungoverned:
+            named = iterations.freq_mhz[iterations.instance == i] > 0.0
+            since = int(np.argmax(named[::-1])) if named.any() else named.size
+            self._ungoverned[i] = since + (0 if named.any() else self._ungoverned[i])
 
     def read(self) -> Observation:
         """State of all instances now, and what happened since the last read.
@@ -258,6 +289,7 @@ class EngineBackend:
             state = self._with_hardware(state, hardware)
         # A governor inside the engine has its own clock for every iteration, which the one that is
         # read now says nothing of.
+        self._hear_governors(iterations)
         asked, read_mhz = iterations.freq_mhz, state.freq_mhz[iterations.instance]
         iterations = replace(iterations, freq_mhz=np.where(asked > 0.0, asked, read_mhz))
         return Observation(state=state, iterations=iterations, finished=finished)

@@ -43,6 +43,7 @@ _GOES_ON_SD = 2.0
 #: Readings older than this settle nothing.
 _FRESH_S = 2.0
 _DECODE, _PREFILL = 0, 1
+_PHASES = ("decode", "prefill")
 #: Iterations of decode and of prefill, which are rarer, after which a profile is held to what it
 #: says, and how many are remembered.
 _JUDGED, _REMEMBERED = np.array([[40], [15]]), 100
@@ -146,6 +147,7 @@ class Descent(Controller):
         self._step_mhz = (self.fleet.max_mhz - self.fleet.min_mhz) / _STEPS
         self._decodes = np.array([one.role.decodes for one in self.fleet.instances])
         self._padded = [one.profile.padded_batch(one.max_batch) for one in self.fleet.instances]
+        self._latest: tuple[DescentMemory, F64] | None = None
 
     def init(self) -> DescentMemory:
         """Memory before the first decision: everybody at the highest clock."""
@@ -189,6 +191,52 @@ class Descent(Controller):
             "profile_not_compared_yet": float(np.sum(self._unproven(memory))),
         }
 
+    def reasons(self) -> dict[str, str]:
+        """What kept instances from the clocks of the policy at the latest decision, in words.
+
+        Returns
+        -------
+        dict of str to str
+            By the id of the instance; those that run as the policy says are left out.
+        """
+        if self._latest is None:
+            return {}
+        memory, wanted_mhz = self._latest
+        told, unproven = {}, self._unproven(memory)
+        for i, name in enumerate(self.fleet.ids):
+            wait_s = memory.stepped_s[i] - memory.t_s
+            if memory.strange[:, i].any():
+                phase = int(np.argmax(memory.strange[:, i]))
+                told[name] = (
+                    f"its {_PHASES[phase]} iterations take {memory.pace_frac[phase, i]:.2f} times"
+                    " what its profile says: it stays at its highest clock until it has a profile"
+                    " that is right (`voltana-ctrl profile`, then `fit`)"
+                )
+            elif unproven[i]:
+                phase = _DECODE if self._decodes[i] else _PREFILL
+                told[name] = (
+                    f"its profile is compared with its engine first, {memory.passes[phase, i]} of"
+                    f" {_JUDGED[phase, 0]} {_PHASES[phase]} iterations so far, at its highest clock"
+                )
+            elif memory.lid_mhz[i] <= wanted_mhz[i]:
+                continue
+            elif np.isfinite(wait_s) and wait_s > 0.0:
+                told[name] = (
+                    "requests missed their promise, or its profile was wrong: it is back at its"
+                    f" highest clock, and comes down again step by step in {wait_s:.0f} s"
+                )
+            elif np.isfinite(memory.missing_s[i]):
+                told[name] = (
+                    "its requests miss their promise more often than agreed: it comes no lower than"
+                    f" {memory.lid_mhz[i]:.0f} MHz for now"
+                )
+            else:
+                told[name] = (
+                    "it comes down step by step from its highest clock, to"
+                    f" {memory.lid_mhz[i]:.0f} MHz so far"
+                )
+        return told
+
     def _decide(
         self, observation: Observation, memory: DescentMemory
     ) -> tuple[Decision, DescentMemory]:
@@ -206,6 +254,7 @@ class Descent(Controller):
             )  # fmt: skip
         memory = self._moved(observation, replace(memory, inner=inner))
         lid_mhz = np.minimum(memory.lid_mhz, decision.freq_max_mhz)
+        self._latest = memory, decision.freq_mhz
         return replace(decision, freq_mhz=np.maximum(decision.freq_mhz, lid_mhz)), memory
 
     def _judged(self, done: RequestBatch, t_s: float, memory: DescentMemory) -> DescentMemory:
@@ -340,9 +389,9 @@ class Descent(Controller):
         )
 
     def _disbelief(self, phase: int, i: int, memory: DescentMemory) -> str:
-        what = ("decode", "prefill")[phase]
+        what, pace = _PHASES[phase], memory.pace_frac[phase, i]
         return (
-            f"{self.fleet.ids[i]}: its {what} iterations take {memory.pace_frac[phase, i]:.2f}"
+            f"{self.fleet.ids[i]}: its {what} iterations take {pace:.2f}"
             f" times what the profile {self.fleet.instances[i].profile.name} says: it stays at its"
             " highest clock; measure it with `voltana-ctrl profile`, and fit a profile with"
             " `voltana-ctrl fit`"

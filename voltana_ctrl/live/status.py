@@ -15,6 +15,7 @@ import numpy as np
 from voltana_ctrl.checks import F64, positive
 from voltana_ctrl.estimate import FleetTables
 from voltana_ctrl.live.node_control import expected_power_w
+from voltana_ctrl.live.reasons import clock_reason
 from voltana_ctrl.ports import Observer
 from voltana_ctrl.types import Decision, FleetSpec, Observation, PowerBudget, Slo, TickRecord
 
@@ -76,6 +77,8 @@ class StatusBoard(logging.Handler):
         Returns a :class:`LinkState` for every node and router that reports.
     routed : callable
         Returns whether a router sends requests as decided.
+    held_up : callable
+        Returns what keeps instances from coming down, in words, by the id of the instance.
     unread : collection of str
         Instances whose GPUs nobody reads: their clock and power are not told.
     window_s : float
@@ -115,6 +118,7 @@ class StatusBoard(logging.Handler):
         problems: Callable[[], Mapping[str, str]] = dict,
         links: Callable[[], list[LinkState]] = list,
         routed: Callable[[], bool] = lambda: True,
+        held_up: Callable[[], Mapping[str, str]] = dict,
         unread: tuple[str, ...] = (),
         window_s: float = 600.0,
         now_s: Callable[[], float] = time.monotonic,
@@ -124,6 +128,7 @@ class StatusBoard(logging.Handler):
         self._fleet, self._slo, self._mode, self._policy = fleet, slo, mode, policy
         self._budget, self._problems, self._links = power_budget, problems, links
         self._routed, self._unread = routed, frozenset(unread)
+        self._held_up = held_up
         self._window_s, self._now_s = window_s, now_s
         self._tables = FleetTables.of(fleet)
         self._lock_board = threading.Lock()
@@ -302,7 +307,7 @@ class StatusBoard(logging.Handler):
 
     def _instances(self, record: TickRecord) -> list[dict[str, Any]]:
         state, decision = record.observation.state, record.applied
-        problems, routed = self._problems(), self._routed()
+        problems, routed, held_up = self._problems(), self._routed(), self._held_up()
         told = []
         for i, one in enumerate(self._fleet.instances):
             dark = one.id in self._unread
@@ -323,6 +328,14 @@ class StatusBoard(logging.Handler):
                     "kv_frac": round(float(state.kv_used_tok[i] / one.kv_capacity_tok), 4),
                     "active": bool(decision.active[i]),
                     "share_frac": round(float(decision.route_frac[i]), 4),
+                    "clock_why": clock_reason(
+                        i,
+                        record,
+                        self._fleet,
+                        mode=self._mode,
+                        held_up=held_up,
+                        budgeted=self._budget is not None,
+                    ),
                     "why": _why(i, decision, state.running_req, state.alive, routed),
                     "age_s": round(float(min(state.age_s[i], 1e6)), 2),
                 }

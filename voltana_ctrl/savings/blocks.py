@@ -47,6 +47,9 @@ class Block:
         Seconds seen after its end, in which its last requests may have finished.
     energy_j : float
         Joules drawn between `from_s` and `until_s`.
+    arrived_req : float
+        Requests of the whole fleet that arrived between its washout and as long before its end:
+        what clients did, whatever the clock.
     finished_tok, iterated_tok : float
         Tokens generated, as told by requests that finished, and by iterations.
     judged_req, met_req : int
@@ -72,6 +75,7 @@ class Block:
     unseen_s: float = 0.0
     after_s: float = 0.0
     energy_j: float = 0.0
+    arrived_req: float = 0.0
     finished_tok: float = 0.0
     iterated_tok: float = 0.0
     judged_req: int = 0
@@ -221,6 +225,8 @@ class BlockMeter:
         self._judge(block, finished, self._ours(finished), state.t_s)
         if self._age_s < block.washout_s - 1e-9:
             return
+        if self._age_s < block.length_s - block.washout_s:
+            block.arrived_req += float(state.arrived_req.sum())
         chosen = slice(None) if self._chosen is None else self._chosen
         if block.until_s == block.from_s:
             block.from_s = before.t_s

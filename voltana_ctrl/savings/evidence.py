@@ -82,7 +82,9 @@ class Savings:
     Parameters
     ----------
     pairs, left_out : int
-        Pairs of blocks that count, and blocks that do not: spoiled, or without a partner.
+        Pairs of blocks that count, and blocks that do not: spoiled, idle, or without a partner.
+    idle_pairs : int
+        Pairs left out because nobody asked for anything in one of their blocks.
     block_s, washout_s : float
         Seconds of a block, and of the part at its start that does not count.
     saving_frac : Interval
@@ -133,6 +135,7 @@ class Savings:
     saved_kwh_day: Interval
     saved_cost_day: Interval | None = None
     saved_co2_g_day: Interval | None = None
+    idle_pairs: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain values of JSON, and `SCHEMA` under ``schema``."""
@@ -146,6 +149,7 @@ class Savings:
             f" {_percent(saving, ends=True)}",
             f"  {self.pairs} pairs of blocks of {self.block_s:g} s less {self.washout_s:g} s"
             f" of washout; {self.left_out} blocks left out",
+            *self._idle_line(),
             f"  {'':14}{'policy':>12}{'highest clock':>16}",
             f"  {'joules/token':14}{self.policy_j_tok:12.4g}{self.highest_j_tok:16.4g}",
             f"  {'mean power, W':14}{self.policy_w:12.4g}{self.highest_w:16.4g}",
@@ -175,6 +179,12 @@ class Savings:
         if 0.0 in saving:
             lines.append("  The interval holds 0: this log shows no saving; run more blocks.")
         return "\n".join(lines)
+
+    def _idle_line(self) -> list[str]:
+        if not self.idle_pairs:
+            return []
+        count = f"{self.idle_pairs} pair" + "s" * (self.idle_pairs != 1)
+        return [f"  {count} among them, in which nobody asked for anything in one of the blocks"]
 
 
 def _percent(interval: Interval, *, sign: bool = False, ends: bool = False) -> str:

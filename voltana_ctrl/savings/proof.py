@@ -26,6 +26,12 @@ carried through ``1 - exp``. Correlation of ``e`` across borders, requests that 
 one among it, is what the washout is for (burn-in: Hu and Wager, Switchback Experiments under
 Geometric Mixing, arXiv:2209.00197).
 
+**Left out.** A pair in which a block was idle has no joules per token. Leaving out by tokens would
+be leaving out by outcome: a policy that stalls has none. So a pair is left out by what clients did,
+which no clock changes: where nobody asked for anything in one of its blocks, from the end of its
+washout to as long before its end. How many, the result says. A block in which requests arrived and
+no tokens came is no idle one; such a log is refused.
+
 **Refused.** A log that cannot carry a claim is refused by name: see :class:`EvidenceRefused`.
 """
 
@@ -151,8 +157,8 @@ def estimate_savings(
         if value is not None:
             not_negative(name, value)
     blocks = meter.blocks
-    pairs = _pairs(blocks)
-    _refuse(meter, blocks, pairs)
+    pairs, idle_pairs = _worked(_pairs(blocks))
+    _refuse(meter, blocks, pairs, idle_pairs)
     energy_j = np.array([[block.energy_j for block in pair] for pair in pairs])
     output_tok = _tokens(pairs)
     span_s = np.array([[block.span_s for block in pair] for pair in pairs])
@@ -176,6 +182,7 @@ def estimate_savings(
     return Savings(
         pairs=len(pairs),
         left_out=sum(id(block) not in used for block in blocks),
+        idle_pairs=idle_pairs,
         block_s=pairs[0][0].length_s,
         washout_s=pairs[0][0].washout_s,
         saving_frac=saving,
@@ -208,8 +215,23 @@ def _pairs(blocks: Sequence[Block]) -> list[tuple[Block, Block]]:
     return pairs
 
 
+def _worked(
+    pairs: Sequence[tuple[Block, Block]],
+) -> tuple[Sequence[tuple[Block, Block]], int]:
+    """Pairs in both blocks of which requests arrived, and how many others there are.
+
+    Where no arrivals are told at all, nothing is known of who was idle.
+    """
+    worked = [pair for pair in pairs if all(block.arrived_req > 0.0 for block in pair)]
+    told = any(block.arrived_req > 0.0 for pair in pairs for block in pair)
+    return (worked, len(pairs) - len(worked)) if told else (pairs, 0)
+
+
 def _refuse(
-    meter: BlockMeter, blocks: Sequence[Block], pairs: Sequence[tuple[Block, Block]]
+    meter: BlockMeter,
+    blocks: Sequence[Block],
+    pairs: Sequence[tuple[Block, Block]],
+    idle_pairs: int,
 ) -> None:
     if not blocks:
         raise EvidenceRefused(
@@ -226,6 +248,8 @@ def _refuse(
         )
     if len(pairs) < _LEAST_PAIRS:
         reasons = sorted({block.spoiled for block in blocks if block.spoiled is not None})
+        if idle_pairs:
+            reasons.append(f"in {idle_pairs} nobody asked for anything in one of the blocks")
         because = f" (left out: {'; '.join(reasons)})" if reasons else ""
         raise EvidenceRefused(
             "too few blocks",
@@ -255,9 +279,10 @@ def _tokens(pairs: Sequence[tuple[Block, Block]]) -> F64:
     if not np.all(found > 0.0):
         raise EvidenceRefused(
             "no requests",
-            "a block without output tokens has no joules per token; use longer blocks, record"
-            " while there is load, and give the engines' forward-pass metrics (`fpm` in the fleet"
-            " file) where no router tells of finished requests",
+            "a block in which requests arrived, or might have, has no output tokens, and so no"
+            " joules per token; use longer blocks, record while there is load, and give the"
+            " engines' forward-pass metrics (`fpm` in the fleet file) where no router tells of"
+            " finished requests",
         )
     return found
 
