@@ -60,6 +60,31 @@ def test_the_classes_are_of_vllm_and_travel_by_name(ours):
         ours.Absent  # noqa: B018
 
 
+def test_the_scheduler_is_the_one_that_vllm_would_choose(ours, monkeypatch):
+    """The one that runs ahead only where vLLM schedules while the batch before computes."""
+    from tests.helpers.fake_engines import AsyncScheduler, Scheduler
+
+    told = {None: AsyncScheduler, True: AsyncScheduler, False: Scheduler}
+    for ahead, base in told.items():
+        config = vllm_config("kv_producer")
+        if ahead is not None:  # older versions do not say
+            config.scheduler_config.async_scheduling = ahead
+        for scheduler in (
+            ours.GovernedScheduler(vllm_config=config),
+            ours.GovernedScheduler(config),
+        ):
+            assert isinstance(scheduler, AsyncScheduler) == (base is AsyncScheduler)
+            scheduler.batches = [output({"a": 200})]
+            scheduler.update_from_output(scheduler.schedule(), None)
+            assert scheduler._voltana.engine.role is Role.PREFILL
+            scheduler.shutdown()
+            assert scheduler.shut_down
+    monkeypatch.setenv("VOLTANA_CTRL_BASE", "vllm.v1.core.sched.scheduler.Scheduler")
+    del vars(ours)["GovernedScheduler"]
+    config.scheduler_config.async_scheduling = True
+    assert not isinstance(ours.GovernedScheduler(vllm_config=config), AsyncScheduler)
+
+
 def test_iteration_details_are_taken_as_they_are(ours):
     logger = ours.StatLogger(vllm_config("kv_consumer"), 0)
     logger.log_engine_initialized()

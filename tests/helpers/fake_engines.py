@@ -40,7 +40,7 @@ def vllm_config(kv_role=None, **more):
     )
 
 
-class AsyncScheduler:
+class Scheduler:
     """Schedules what a test put into `batches`."""
 
     def __init__(self, vllm_config=None, **_):
@@ -62,6 +62,10 @@ class AsyncScheduler:
         self.shut_down = True
 
 
+class AsyncScheduler(Scheduler):
+    pass
+
+
 def output(tokens, new=(), drafts=None):
     return SimpleNamespace(
         num_scheduled_tokens=tokens,
@@ -77,6 +81,7 @@ def request(num_tokens=100, waited_s=0.0):
 
 def install_vllm(monkeypatch):
     module(monkeypatch, "vllm.v1.metrics.loggers", StatLoggerBase=StatLoggerBase)
+    module(monkeypatch, "vllm.v1.core.sched.scheduler", Scheduler=Scheduler)
     module(monkeypatch, "vllm.v1.core.sched.async_scheduler", AsyncScheduler=AsyncScheduler)
     import voltana_ctrl.engines.vllm as ours
 

@@ -88,6 +88,8 @@ class ClockThread:
         self._problem = ""
         self._asked_s = 0.0
         self._took_s: deque[float] = deque(maxlen=_SETS_KEPT)
+        #: Median seconds from asking until a set has returned, of the last 64; 0 before any.
+        self.set_s = 0.0
         self._clocks_mhz = clocks_mhz
         self.floor_mhz, self.ceiling_mhz = float(clocks_mhz[0]), float(clocks_mhz[-1])
         self.asked_mhz = self.ceiling_mhz
@@ -138,11 +140,6 @@ class ClockThread:
         """
         return self._idle.wait(limit_s)
 
-    @property
-    def set_s(self) -> float:
-        """Median seconds from asking until a set has returned, of the last 64; 0 before any."""
-        return median(self._took_s) if self._took_s else 0.0
-
     def _run(self) -> None:
         looked_s = renewed_s = time.monotonic()
         while not self._stopping:
@@ -174,6 +171,7 @@ class ClockThread:
             self._done_mhz = freq_mhz
             if self._asked_s:
                 self._took_s.append(time.monotonic() - self._asked_s)
+                self.set_s = median(self._took_s)
                 self._asked_s = 0.0
         except BackendError as error:
             self._done_mhz = None  # tried again with the next iteration

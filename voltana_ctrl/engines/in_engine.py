@@ -53,6 +53,9 @@ _PREFIX = "VOLTANA_CTRL_"
 _KEPT = 4096
 # An engine must not fail by what observes it; after so many errors it is left alone.
 _MAX_ERRORS = 10
+# Passes closer to each other than this are published together. Where the governor is inside, who
+# listens needs them for slow decisions only, and reads ten times a second.
+_TOGETHER_S, _TOGETHER_GOVERNED_S = 0.02, 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,8 +247,13 @@ class InEngine:
         if acts and settings.mode == "act":
             self._clock = self._open_clock(settings)
         if publishes and settings.fpm:
-            address = _rank_address(settings.fpm, dp_rank)
-            self._publisher = FpmPublisher(address, worker_id=settings.worker_id, dp_rank=dp_rank)
+            together_s = _TOGETHER_S if self._clock is None else _TOGETHER_GOVERNED_S
+            self._publisher = FpmPublisher(
+                _rank_address(settings.fpm, dp_rank),
+                worker_id=settings.worker_id,
+                dp_rank=dp_rank,
+                together_s=together_s,
+            )
 
     def _open_clock(self, settings: InEngineSettings) -> ClockThread:
         from voltana_ctrl.backends import NvmlBackend

@@ -28,7 +28,9 @@ from voltana_ctrl.units import s_from_ms
 
 __all__ = ["SchedulerHook", "StatHook", "role_of"]
 
+# As vLLM chooses them, by whether it schedules while the batch before computes.
 _SCHEDULER = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
+_SYNCHRONOUS = "vllm.v1.core.sched.scheduler.Scheduler"
 _STAT_LOGGER = "vllm.v1.metrics.loggers.StatLoggerBase"
 # Of a long queue the rest is taken to be like its head.
 _LOOKED_AT = 16
@@ -314,11 +316,33 @@ def _resolved(path: str) -> Any:
 
 
 def _governed_scheduler() -> type:
-    """Scheduler class on top of vLLM's, or of the one that the settings name."""
-    base = _resolved(settings_of_process().base or _SCHEDULER)
+    """Scheduler class on top of the one that the settings name, or of vLLM's own choice.
 
-    class GovernedScheduler(base):  # type: ignore[misc, valid-type]
+    vLLM chooses by its configuration, which is known when a scheduler is made, not yet when
+    this class is asked for.
+    """
+    named = settings_of_process().base
+    if named:
+        return _public(_governed(_resolved(named)))
+
+    class GovernedScheduler(_governed(_resolved(_SCHEDULER))):  # type: ignore[misc]
         """vLLM's scheduler with clocks chosen before each iteration."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            config = kwargs.get("vllm_config") or next(iter(args), None)
+            scheduling = getattr(config, "scheduler_config", None)
+            if getattr(scheduling, "async_scheduling", None) is False:
+                return _governed(_resolved(_SYNCHRONOUS))(*args, **kwargs)
+            return super().__new__(cls)
+
+    return _public(GovernedScheduler)
+
+
+def _governed(base: type) -> type:
+    """Scheduler class on top of another."""
+
+    class GovernedScheduler(base):  # type: ignore[misc]
+        """A scheduler with clocks chosen before each iteration."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -339,7 +363,7 @@ def _governed_scheduler() -> type:
             self._voltana.close()
             super().shutdown()
 
-    return _public(GovernedScheduler)
+    return GovernedScheduler
 
 
 def _stat_logger() -> type:

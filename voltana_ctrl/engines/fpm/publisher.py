@@ -18,9 +18,6 @@ __all__ = ["FpmPublisher", "encode_forward_pass"]
 _HEARTBEAT_S = 1.0
 # How often an engine that says nothing is looked after.
 _LOOK_S = 0.25
-# Passes closer to each other than this are sent together: waking the socket's thread costs
-# more than what it sends, and nobody reads fifty times a second.
-_TOGETHER_S = 0.02
 
 
 def encode_forward_pass(one: ForwardPass, pack: Callable[[object], bytes] | None = None) -> bytes:
@@ -91,9 +88,9 @@ class FpmPublisher:
 
     A pass is sent in the thread that tells of it, which costs it some 10 us, and ten times that
     from cold caches: a publisher's socket never waits for a subscriber. Passes that come within
-    20 ms of the last that was sent wait for the next one after that, and all of them then cost 9 us
-    each and one waking of the socket's thread; the last before a pause leaves at most a quarter of
-    a second late.
+    `together_s` of the last that was sent wait for the next one after that, and all of them then
+    cost 9 us each and one waking of the socket's thread, which costs more than what it sends; the
+    last before a pause leaves at most a quarter of a second late.
 
     A thread that sends would have to take the interpreter from the engine at every iteration, and
     on a busy machine may be stopped while it has it. Only heartbeats, and what waits when the
@@ -107,6 +104,8 @@ class FpmPublisher:
         Id that is sent with every message.
     dp_rank : int
         Data-parallel rank of this engine, sent with every message.
+    together_s : float
+        Passes closer to each other than this are sent together.
     keep : int
         Passes that may wait to be sent; more are dropped, oldest first.
 
@@ -126,7 +125,13 @@ class FpmPublisher:
     """
 
     def __init__(
-        self, address: str, *, worker_id: str = "", dp_rank: int = 0, keep: int = 4096
+        self,
+        address: str,
+        *,
+        worker_id: str = "",
+        dp_rank: int = 0,
+        together_s: float = 0.02,
+        keep: int = 4096,
     ) -> None:
         try:
             self._pack = _packer()
@@ -136,7 +141,7 @@ class FpmPublisher:
                 "forward-pass metrics: pyzmq or msgpack is not installed; pip install"
                 " 'voltana-ctrl[server]'"
             ) from error
-        self._worker_id, self._dp_rank = worker_id, dp_rank
+        self._worker_id, self._dp_rank, self._together_s = worker_id, dp_rank, together_s
         self._passes: deque[ForwardPass] = deque(maxlen=keep)
         self._number, self._sent_s = 0, time.monotonic()
         # A socket is used by one thread at a time.
@@ -164,7 +169,7 @@ class FpmPublisher:
             What the iteration did; its worker, rank and number are set here.
         """
         self._passes.append(one)
-        if time.monotonic() - self._sent_s < _TOGETHER_S:
+        if time.monotonic() - self._sent_s < self._together_s:
             return
         if self._sending.acquire(blocking=False):  # else who has it sends this one, too
             try:
