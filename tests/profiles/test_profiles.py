@@ -235,3 +235,16 @@ def test_wrong_types_inside_are_named(section: str, key: str, value: object) -> 
 def test_missing_file_is_a_config_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
         load_profile(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("names", "slow"), [(["", "@10"], 10.0), (["", ""], 1.0),
+                                             (["@0.5", "@0.5"], 1.0)])  # fmt: skip
+def test_how_slow_a_fleet_is_stands_in_the_names_of_its_profiles(names, slow):
+    from voltana_ctrl import FleetSpec, InstanceSpec, Role
+    from voltana_ctrl.profiles import dilation_of
+
+    profiles = [load_profile(f"a100-sxm-80gb/llama-3.1-8b{name}") for name in names]
+    fleet = FleetSpec(tuple(
+        InstanceSpec(id=f"c{i}", role=Role.COLOCATED, profile=one) for i, one in enumerate(profiles)
+    ))  # fmt: skip
+    assert dilation_of(fleet) == slow

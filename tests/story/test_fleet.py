@@ -27,7 +27,7 @@ from voltana_ctrl.engines.page import read_engine_page
 pytestmark = [needs_compiler, pytest.mark.slow]
 
 LIMIT_S = 90.0
-BUDGET_W = 900.0
+BUDGET_W, DILATION = 900.0, 10.0
 
 
 class Stack:
@@ -98,7 +98,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack():
-    with EmulatedFleet("2P2D", dilation=10.0, nodes=2) as fleet:
+    with EmulatedFleet("2P2D", dilation=DILATION, nodes=2) as fleet:
         made = Stack(fleet)
         try:
             made.start_all()
@@ -161,10 +161,11 @@ def test_the_whole_life_of_a_fleet(stack):
             lock == one.floor_mhz == one.ceiling_mhz for lock, one in zip(locks, now, strict=True)
         )
 
-    seconds_until(at_the_last_ceilings, 20.0)
+    seconds_until(at_the_last_ceilings, 40.0)
     ceilings = [stack.order(name).ceiling_mhz for name in ids]
     assert max(ceilings) < 1410.0
-    assert time.monotonic() - killed_s < 2.0 + 3.0  # and what a busy machine takes
+    # An order holds for a second, which the fleet in slow motion stretches as all else.
+    assert time.monotonic() - killed_s < DILATION * 1.0 + 1.0 + 3.0  # and what a busy machine takes
     seconds_until(lambda: "requests go by load" in stack.told("router").splitlines()[-1], LIMIT_S)
     assert stack.ask()
 

@@ -244,11 +244,12 @@ def _remote(
     from voltana_ctrl.live.governed import PolicyController, node_governors
     from voltana_ctrl.live.link import ControllerLink
     from voltana_ctrl.live.remote import RemoteController
+    from voltana_ctrl.profiles import dilation_of
 
     name = node or platform.node() or "node"
     link = ControllerLink(
         url, token, fleet, name, ids, tls_ca=tls_ca, problems=backend.problems,
-        delay_s=backend.delay_s,
+        delay_s=backend.delay_s, hold_s=dilation_of(fleet),
     )  # fmt: skip
     ending.callback(link.close)
 

@@ -119,12 +119,17 @@ def run_controller(
     from voltana_ctrl.live.hub import HubBackend
     from voltana_ctrl.live.hub_app import hub_app
     from voltana_ctrl.live.status_page import StatusPage, is_loopback
+    from voltana_ctrl.profiles import dilation_of
     from voltana_ctrl.serving.server import ServerThread
 
     spec, _ = load_endpoints(fleet)
     host, port = address("serve", listen_at)
     token = token_of(token_file)
-    hub = HubBackend(spec, policy=policy, budgeted=asked.budget is not None, now_s=since_start())
+    slow = dilation_of(spec)
+    hub = HubBackend(
+        spec, policy=policy, budgeted=asked.budget is not None, valid_s=slow, silent_s=2.0 * slow,
+        now_s=since_start(),
+    )  # fmt: skip
     kept, learnt = state_of(state, spec)
     decides: Controller | None = None
     held_up: Callable[[], Mapping[str, str]] = dict

@@ -115,6 +115,7 @@ def router(
     from voltana_ctrl.live.link import ControllerLink
     from voltana_ctrl.live.subscription import SubscribedRouters, Subscription
     from voltana_ctrl.loop import ControlLoop
+    from voltana_ctrl.profiles import dilation_of
     from voltana_ctrl.router.app import Proxy
     from voltana_ctrl.router.limits import ProxyLimits
     from voltana_ctrl.router.policy import PolicyRouters
@@ -153,7 +154,7 @@ def router(
     if controller is None:
         routers = PolicyRouters(spec, policy, Slo.parse(slo))
     else:
-        routers = SubscribedRouters(spec, policy, Slo.parse(slo))
+        routers = SubscribedRouters(spec, policy, Slo.parse(slo), valid_s=dilation_of(spec))
     traffic = Traffic(len(spec)) if telemetry or controller is not None else None
     proxy = Proxy(
         spec,
@@ -177,8 +178,9 @@ def router(
         sender = name or f"{platform.node() or 'router'}:{listening[0].getsockname()[1]}"
         try:
             link = ControllerLink(
-                controller, token, spec, sender, spec.ids, kind="router", tls_ca=tls_ca
-            )
+                controller, token, spec, sender, spec.ids, kind="router", tls_ca=tls_ca,
+                hold_s=dilation_of(spec),
+            )  # fmt: skip
         except ConfigError:
             for one in listening:
                 one.close()

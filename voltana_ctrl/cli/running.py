@@ -206,6 +206,7 @@ def open_node(
     from voltana_ctrl.backends.nvml.meters import GpuMeters
     from voltana_ctrl.engines.telemetry import EngineBackend
     from voltana_ctrl.live.node import NodeBackend, node_clocks
+    from voltana_ctrl.profiles import dilation_of
 
     meters = GpuMeters(fleet, {one.instance: one.gpus for one in own})
     for uuid, sentences in meters.covers.items():
@@ -250,7 +251,7 @@ def open_node(
         measured_s = None if sets is None else delay_s
         node = NodeBackend(
             reads, sets, hands=hands, policy=policy, set_delay_s=measured_s, actuators=actuators,
-            park_memory=park_memory,
+            park_memory=park_memory, valid_s=dilation_of(fleet),
         )  # fmt: skip
         return OpenedNode(node, delay_s, notes)
     except BaseException:

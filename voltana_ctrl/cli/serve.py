@@ -123,6 +123,7 @@ def serve(
     from voltana_ctrl.live.governed import node_policy
     from voltana_ctrl.live.pod_power import power_limits_w
     from voltana_ctrl.live.subscription import SubscribedRouters
+    from voltana_ctrl.profiles import dilation_of
     from voltana_ctrl.router.app import Proxy
     from voltana_ctrl.router.server import proxy_server
     from voltana_ctrl.serving.server import listen
@@ -149,7 +150,7 @@ def serve(
             unread=unread(spec, own),
         )
         traffic = Traffic(len(spec))
-        routers = SubscribedRouters(spec, policy, asked.slo)
+        routers = SubscribedRouters(spec, policy, asked.slo, valid_s=dilation_of(spec))
         proxy = Proxy(
             spec,
             endpoints,

@@ -18,9 +18,9 @@ from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import ConfigError
 from voltana_ctrl.profiles.format import profile_from_laws
 from voltana_ctrl.textfile import parse_toml
-from voltana_ctrl.types import DEPTHS, Profile
+from voltana_ctrl.types import DEPTHS, FleetSpec, Profile
 
-__all__ = ["dilated", "list_profiles", "load_profile"]
+__all__ = ["dilated", "dilation_of", "list_profiles", "load_profile"]
 
 _FACTOR = re.compile(r"\d{1,4}(\.\d{1,3})?")
 
@@ -140,6 +140,29 @@ def dilated(profile: Profile, dilation: float) -> Profile:
         clock_change_j=profile.clock_change_j * dilation,
         **deeper,
     )
+
+
+def dilation_of(fleet: FleetSpec) -> float:
+    """How many times as long everything takes on a fleet in slow motion.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet.
+
+    Returns
+    -------
+    float
+        The largest factor behind the ``@`` of its profiles' names; 1 where none has one.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import FleetSpec, load_profile
+    >>> dilation_of(FleetSpec.parse("2C", load_profile("a100-sxm-80gb/llama-3.1-8b@10")))
+    10.0
+    """
+    factors = [one.profile.name.rpartition("@") for one in fleet.instances]
+    return max([1.0, *(float(f) for _, at, f in factors if at and _FACTOR.fullmatch(f))])
 
 
 def _read(where: str, read_bytes: Callable[[], bytes]) -> Profile:
