@@ -183,6 +183,25 @@ def test_an_idle_engine_under_orders_keeps_its_clock(tmp_path, monkeypatch):
     clock.close()
 
 
+def test_a_parked_engine_without_work_goes_down_to_its_floor(tmp_path, monkeypatch):
+    monkeypatch.setattr("voltana_ctrl.engines.clock_thread._RENEW_S", 0.2)
+    path = tmp_path / "limits"
+    write_limits(path, order(300.0, 1410.0), valid_s=30.0)
+    card = Card()
+    clock = ClockThread(card, CLOCKS_MHZ, limits=path)
+    clock.ask(1005.0)
+    time.sleep(1.0)
+    assert card.sets[-1] == 1005.0  # awake, it is ready for the next request
+    write_limits(path, order(300.0, 1410.0, active=False), valid_s=30.0)
+    seconds_until(lambda: card.sets[-1] == 300.0)
+    # Woken, it runs as its governor says.
+    write_limits(path, order(600.0, 1410.0), valid_s=30.0)
+    seconds_until(lambda: card.sets[-1] == 600.0)
+    clock.ask(1005.0)
+    seconds_until(lambda: card.sets[-1] == 1005.0)
+    clock.close()
+
+
 def test_before_the_first_order_the_clock_is_the_highest(tmp_path):
     clock = ClockThread(Card(), CLOCKS_MHZ, limits=tmp_path / "none-yet")
     assert (clock.floor_mhz, clock.ceiling_mhz) == (1410.0, 1410.0)

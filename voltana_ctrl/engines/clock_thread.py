@@ -157,6 +157,8 @@ class ClockThread:
                 asked |= in_use
                 if not in_use:
                     self._done_mhz = None  # may be given back before the next iteration
+                if not self._at_work:
+                    self._rest(now_s)
                 self._at_work = False
             if asked:
                 self._asked.clear()
@@ -206,6 +208,16 @@ class ClockThread:
         if allowed_mhz != self.asked_mhz:
             self.asked_mhz = allowed_mhz
             self._asked.set()
+
+    def _rest(self, t_s: float) -> None:
+        """Go down to the floor where the instance is parked and has had nothing to do for a while.
+
+        Governors choose clocks of iterations alone: the last one would stand for as long as it
+        sleeps. Who is parked and still has work has a floor that lets it finish.
+        """
+        handed = self._handed
+        if handed is not None and not handed.now(t_s).active:
+            self.asked_mhz = min(self.asked_mhz, self.floor_mhz)
 
     def _at_most(self, freq_mhz: float) -> float:
         return float(self._clocks_mhz[row_down(self._clocks_mhz, freq_mhz)])
