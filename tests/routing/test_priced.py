@@ -198,3 +198,26 @@ def test_until_the_next_decision_parked_ones_stand_in_for_who_died(fleet):
     router.update(decision)
     picked = [router.route(Request(prompt_tok=100), state) for _ in range(8)]
     assert set(picked) == {decode[0]}
+
+
+@pytest.mark.parametrize(("waiting_tok", "picked"), [(400.0, 0), (4000.0, 1)])
+def test_a_colocated_instance_whose_prompts_wait_much_longer_is_passed_over(waiting_tok, picked):
+    """400 tokens take half a promised ITL at the highest clock, 4,000 take five."""
+    fleet = FleetSpec.parse("3C", PROFILE)
+    router = PricedRouter(fleet, SLO, "prefill")
+    router.update(Decision.highest(fleet))
+    idle = FleetState.idle(3)
+    seen = dataclasses.replace(
+        idle, running_req=np.array([5.0, 40.0, 50.0]), queue_tok=np.array([waiting_tok, 0.0, 0.0])
+    )
+    assert router.route(ASK, seen) == picked
+    # Where all are as late, shares decide again.
+    late = dataclasses.replace(seen, queue_tok=np.full(3, waiting_tok))
+    assert router.route(ASK, late) == 0
+
+
+def test_what_waits_at_a_decode_instance_is_no_prompt():
+    router = PricedRouter(FLEET, SLO)
+    router.update(decided([0.5, 0.5, 0.25, 0.25, 0.25, 0.25]))
+    running, waiting = np.array([0, 0, 5.0, 40.0, 40.0, 40.0]), np.array([0, 0, 9e4, 0, 0, 0.0])
+    assert router.route(ASK, state(running_req=running, queue_tok=waiting)) == 2

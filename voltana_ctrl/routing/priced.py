@@ -58,7 +58,8 @@ class PricedRouter(CompiledRouter):
         from voltana_ctrl.kernels.route.priced import by_target, soonest, worth_more
 
         kernel = soonest if phase == "prefill" and not fleet.colocated else by_target
-        super().__init__(fleet, phase, kernel, [slo.itl_s, kv_full_frac])
+        prefills = float(fleet.colocated)
+        super().__init__(fleet, phase, kernel, [slo.itl_s, kv_full_frac, prefills])
         self._worth_more = worth_more
         self._price_j_req: F64 = np.zeros(len(fleet))
 

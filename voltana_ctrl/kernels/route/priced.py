@@ -4,10 +4,12 @@ Queues are balanced in proportion to the shares rather than requests dealt out b
 honour the shares, and the queue also answers to prompts that turned out long.
 """
 
+import math
+
 from numba import types
 
 from voltana_ctrl.kernels.compiled import njit
-from voltana_ctrl.kernels.law import decode_s, row_down
+from voltana_ctrl.kernels.law import ROWS, decode_s, row_down
 from voltana_ctrl.kernels.layout import (
     VIEW_ABLE_MHZ,
     VIEW_DECODE_PACE_FRAC,
@@ -24,7 +26,17 @@ from voltana_ctrl.kernels.layout import (
 from voltana_ctrl.kernels.route.base import F8, I8, ROUTER_SIGNATURE
 
 #: params
-ITL_S, KV_FULL_FRAC = range(2)
+(
+    ITL_S,  # promised latency between tokens
+    KV_FULL_FRAC,  # an instance this full counts as full
+    PREFILLS,  # 1 if prompts are prefilled where they are decoded
+) = range(3)
+
+
+@njit(F8(ROWS, F8, F8, F8))
+def prefilled_s(rows, able_mhz, pace_frac, tok):
+    """Time of so many prompt tokens at the highest clock that an instance gets, at its pace."""
+    return pace_frac * rows[row_down(rows, len(rows), able_mhz)]["prefill_tok_s"] * tok
 
 
 @njit([ROUTER_SIGNATURE])
@@ -44,10 +56,10 @@ def soonest(tables, padded, params, memory, uniform, prompt_tok, view, members):
     for j in members:
         if view[VIEW_ELIGIBLE, j] == 0.0 or (total > 0.0 and view[VIEW_ROUTE_FRAC, j] <= 0.0):
             continue
-        rows = tables[int(view[VIEW_TYPE, j])]
-        row = rows[row_down(rows, len(rows), view[VIEW_ABLE_MHZ, j])]
-        per_tok_s = view[VIEW_PREFILL_PACE_FRAC, j] * row["prefill_tok_s"]
-        done_s = per_tok_s * (view[VIEW_QUEUE_TOK, j] + prompt_tok)
+        done_s = prefilled_s(
+            tables[int(view[VIEW_TYPE, j])], view[VIEW_ABLE_MHZ, j],
+            view[VIEW_PREFILL_PACE_FRAC, j], view[VIEW_QUEUE_TOK, j] + prompt_tok,
+        )  # fmt: skip
         if best < 0 or done_s < best_s or (done_s == best_s and memory[j] < memory[best]):
             best = j
             best_s = done_s
@@ -64,11 +76,22 @@ def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members
 
     Passed over, unless all are: those whose KV cache is full, those without a share, and those that
     one more request would push over the latency target even at the highest clock that they get.
+    So are, where prompts are prefilled, those whose prompts take longer than elsewhere by more than
+    that target: in a burst first tokens are due, whoever runs few.
     """
     total = 0.0
     for j in members:
         if view[VIEW_ELIGIBLE, j] > 0.0:
             total += view[VIEW_ROUTE_FRAC, j]
+    soon_s = math.inf
+    if params[PREFILLS] > 0.0:
+        for j in members:
+            if view[VIEW_ELIGIBLE, j] > 0.0 and (total == 0.0 or view[VIEW_ROUTE_FRAC, j] > 0.0):
+                done_s = prefilled_s(
+                    tables[int(view[VIEW_TYPE, j])], view[VIEW_ABLE_MHZ, j],
+                    view[VIEW_PREFILL_PACE_FRAC, j], view[VIEW_QUEUE_TOK, j] + prompt_tok,
+                )  # fmt: skip
+                soon_s = min(soon_s, done_s)
     best = -1
     best_rank = 4
     best_load = 0.0
@@ -91,6 +114,13 @@ def by_target(tables, padded, params, memory, uniform, prompt_tok, view, members
             rank = 2
         elif after_s > params[ITL_S]:
             rank = 1
+        elif params[PREFILLS] > 0.0:
+            done_s = prefilled_s(
+                rows, view[VIEW_ABLE_MHZ, j], view[VIEW_PREFILL_PACE_FRAC, j],
+                view[VIEW_QUEUE_TOK, j] + prompt_tok,
+            )  # fmt: skip
+            if done_s > soon_s + params[ITL_S]:
+                rank = 1
         load = after_req / share if share > 0.0 else after_req
         if (
             best < 0
