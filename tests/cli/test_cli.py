@@ -356,3 +356,11 @@ def test_a_number_out_of_range_is_refused_by_the_name_of_its_option(option, valu
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"voltana-ctrl: {option[2:]}: expected a number")
+
+
+def test_what_is_the_same_has_one_name_in_every_command():
+    """Of these, some commands once had another name."""
+    names = {name for one in typer.main.get_command(app).commands.values() for of in one.params
+             if not getattr(of, "hidden", False) for name in of.opts}  # fmt: skip
+    assert {"--socket", "--price-kwh", "--co2-g-kwh", "--tls-cert"} <= names
+    assert not {"--setter", "--price", "--co2", "--tls-certificate"} & names

@@ -145,7 +145,8 @@ def test_the_command_and_its_json(tmp_path) -> None:
     command = [
         sys.executable, "-m", "voltana_ctrl.cli", "compare", "--fleet", "1P1D", "--rate", "5",
         "--duration", "10", "--warmup", "2", "--policies", "static-max", "--jobs", "1",
-        "--roles", "flexible", "--defer", "0.5:60", "--price", "0:0.2,6:0.4", "--co2", "300",
+        "--roles", "flexible", "--defer", "0.5:60", "--price-kwh", "0:0.2,6:0.4",
+        "--co2-g-kwh", "300",
         "--power-budget-w", "0:900,8:500", "--budget-notice-s", "3", "--json", str(path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -166,7 +166,7 @@ COMMAND_LINES = st.one_of(
     st.just(("--arrivals", "poisson", "--concurrency", "4")),
     st.tuples(st.just("--defer"), bad_deferrals),
     st.just(("--defer", "0.5:60", "--concurrency", "4")),
-    st.tuples(st.sampled_from(["--price", "--co2", "--power-budget-w"]), bad_steps),
+    st.tuples(st.sampled_from(["--price-kwh", "--co2-g-kwh", "--power-budget-w"]), bad_steps),
     st.tuples(
         st.just("--power-budget-w"),
         st.just("900"),

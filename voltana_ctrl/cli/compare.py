@@ -95,11 +95,11 @@ def compare(
         str | None,
         typer.Option(help="SHARE:SECONDS or CLASS:SECONDS: requests that may wait so long."),
     ] = None,
-    price: Annotated[
+    price_kwh: Annotated[
         str | None,
         typer.Option(help="Price per kWh, or steps s:PRICE,..., or a .csv file of them."),
     ] = None,
-    co2: Annotated[
+    co2_g_kwh: Annotated[
         str | None,
         typer.Option(help="Grams of CO2 per kWh, or steps s:GRAMS,..., or a .csv file of them."),
     ] = None,
@@ -250,9 +250,9 @@ def compare(
         belief_delay_s=belief_delay_ms / 1e3,
         power_budget=_budget(power_budget_w, budget_notice_s),
         defer=None if defer is None else _defer(defer),
-        price=None if price is None else Steps.parse(price, "price"),
+        price=None if price_kwh is None else Steps.parse(price_kwh, "price-kwh"),
         roles=roles,
-        co2=None if co2 is None else Steps.parse(co2, "co2"),
+        co2=None if co2_g_kwh is None else Steps.parse(co2_g_kwh, "co2-g-kwh"),
         spare=spare,
         forecast=None if forecast is None else read_forecast(forecast),
         arrivals=None if arrivals is None else parse_arrivals(arrivals),

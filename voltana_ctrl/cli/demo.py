@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("voltana-ctrl demo", "voltana-ctrl demo --fleet 4C --policy cascade --rate 20")
 
+PROFILE = "a100-sxm-80gb/llama-3.1-8b"
 _EVERY_S = 5.0
 #: Answers that attainment is told of: those that were asked for within this time.
 _WINDOW_S = 120.0
@@ -36,19 +38,25 @@ def demo(
         float, typer.Option(help="How many times as long everything takes, promises too.")
     ] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    faults: Annotated[
+        Path | None, typer.Option(help="As of compare: TOML of failures, slow-downs, clamps.")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
 ) -> None:
     """Start emulated engines, controller, agent, router and load; no GPU. Ctrl-C ends all."""
     above_zero(rate=rate, dilation=dilation, duration=duration)
     from voltana_ctrl.backends.nvml.lease import end_on_sigterm
+    from voltana_ctrl.cli.faults import fault_schedule, faults_played
     from voltana_ctrl.engines.emulated.fleet import EmulatedFleet
 
+    schedule = fault_schedule(faults, fleet, PROFILE)
     with end_on_sigterm(), ExitStack() as ending:
         say("starting emulated engines")
-        running = ending.enter_context(EmulatedFleet(fleet, dilation=dilation))
+        running = ending.enter_context(EmulatedFleet(fleet, profile=PROFILE, dilation=dilation))
         stack = ending.enter_context(stack_on(running, policy))
         say(f"status page: {stack.page_url}/")
         say(f"requests begin: everything takes {dilation:g} times as long as on a GPU")
+        ending.enter_context(faults_played(running, schedule, dilation))
         try:
             asyncio.run(_watch(running, stack.url, rate, seed, duration))
         except KeyboardInterrupt:

@@ -33,13 +33,18 @@ def emulate(
         bool, typer.Option(help="Whether engines host governors; else agents choose at ticks.")
     ] = True,
     nodes: Annotated[int, typer.Option(help="Machines that they are spread over, in turn.")] = 1,
+    faults: Annotated[
+        Path | None, typer.Option(help="As of compare: TOML of failures, slow-downs, clamps.")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
 ) -> None:
     """Start a fleet of emulated engines, and say how to run the other commands on it."""
     above_zero(dilation=dilation, duration=duration, nodes=nodes)
     from voltana_ctrl.backends.nvml.lease import end_on_sigterm
+    from voltana_ctrl.cli.faults import fault_schedule, faults_played
     from voltana_ctrl.engines.emulated.fleet import EmulatedFleet
 
+    schedule = fault_schedule(faults, fleet, profile)
     with (
         end_on_sigterm(),
         EmulatedFleet(
@@ -72,4 +77,5 @@ def emulate(
         ended = threading.Event()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, lambda *_: ended.set())
-        ended.wait(duration)
+        with faults_played(running, schedule, dilation):
+            ended.wait(duration)

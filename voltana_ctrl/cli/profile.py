@@ -86,7 +86,7 @@ def profile(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Name at the engine. [default: ask]")] = None,
     words: Annotated[bool, typer.Option("--words", help="Prompts as words.")] = False,
-    setter: Annotated[Path | None, typer.Option(help="Socket of the privileged setter.")] = None,
+    socket: Annotated[Path | None, typer.Option(help="Set through this setter's socket.")] = None,
     lock_dir: Annotated[
         Path | None, typer.Option(help="Of lock files, the same for all of a machine.")
     ] = None,
@@ -155,7 +155,7 @@ def profile(
             engine,
             sweep,
             out,
-            setter=setter,
+            setter=socket,
             lock_dir=lock_dir or LOCK_DIR,
             restore_lock_mhz=(lock[0], lock[1]) if lock else None,
             on_progress=lambda done, total, _what: on_progress(done, total),

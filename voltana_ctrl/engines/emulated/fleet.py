@@ -329,6 +329,31 @@ class EmulatedFleet:
         self._processes[instance] = self._spawn(self.settings[instance])
         self.wait(instance)
 
+    def slow(self, instance: int, slow_frac: float) -> None:
+        """Have an engine take so many times as long as its profile says.
+
+        Parameters
+        ----------
+        instance : int
+            Index of the engine in the fleet.
+        slow_frac : float
+            Factor of the time of every iteration from now on; 1 is as the profile says.
+
+        Raises
+        ------
+        BackendError
+            If the engine does not answer.
+        """
+        import httpx
+
+        try:
+            httpx.post(
+                f"{self.urls[instance]}/emulate", json={"slow_frac": slow_frac}, trust_env=False,
+                timeout=30.0,
+            ).raise_for_status()  # fmt: skip
+        except httpx.HTTPError as error:
+            raise BackendError(f"emulate: {self.spec.ids[instance]}: {error}") from error
+
     def close(self) -> None:
         """End all engines; may be called twice."""
         for process in self._processes:
