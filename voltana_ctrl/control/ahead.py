@@ -10,6 +10,7 @@ import numpy as np
 
 from voltana_ctrl.checks import positive
 from voltana_ctrl.control.cascade import CascadeController, CascadeMemory
+from voltana_ctrl.control.depth import planned_rest
 from voltana_ctrl.control.lookahead import Lookahead, takes_time
 from voltana_ctrl.estimate.forecast import OwnForecast
 from voltana_ctrl.types import Decision, FleetSpec, Observation, PowerBudget, Slo, Steps
@@ -23,9 +24,12 @@ class MpcController(CascadeController):
     Where some instance sleeps and needs longer than a target period to wake, a forecast and a
     model-predictive plan decide how many are awake
     (:class:`~voltana_ctrl.control.lookahead.Lookahead`); the target layer divides the load among
-    them. Where there are requests that may wait, the plan decides how fast they are let in: beside
-    a reserve for the others, before their deadlines, within budgets as far as they are announced,
-    and when energy costs least. Elsewhere no problem is solved, and this is
+    them. Where who is parked is back at once and a deeper sleep takes longer, both are used: the
+    plan decides who sleeps, and the target who of the others is parked.
+
+    Where there are requests that may wait, the plan decides how fast they are let in: beside a
+    reserve for the others, before their deadlines, within budgets as far as they are announced, and
+    when energy costs least. Where nothing of this is so no problem is solved, and this is
     :class:`~voltana_ctrl.control.CascadeController`.
 
     Parameters
@@ -76,9 +80,10 @@ class MpcController(CascadeController):
         super().__init__(fleet, slo, **settings)
         positive("MpcController.plan_period_s", plan_period_s)
         #: Whether waking takes time, so that who is awake has to be foreseen.
-        self.looks_ahead = takes_time(self.fleet, self.target_period_s)
+        sleepy, self._sleep = planned_rest(self.fleet, self.target_period_s)
+        self.looks_ahead = takes_time(sleepy, self.target_period_s)
         self._ahead = Lookahead(
-            self.fleet, slo, self._target, period_s=plan_period_s, beside=beside, own=forecast,
+            sleepy, slo, self._target, period_s=plan_period_s, beside=beside, own=forecast,
             price=price, co2=co2, wakes=self.looks_ahead,
         )  # fmt: skip
 

@@ -22,8 +22,10 @@ from voltana_ctrl.estimate.load import LoadFilter, LoadMemory
 from voltana_ctrl.estimate.pace import PaceFilter, PaceMemory
 from voltana_ctrl.estimate.regime import Regime, RegimeFilter, RegimeMemory
 from voltana_ctrl.types import (
+    DEPTHS,
     Belief,
     Decision,
+    Depth,
     FleetSpec,
     FleetState,
     Load,
@@ -183,6 +185,8 @@ class CascadeController(Controller):
         fleet, depth = at_rest(fleet, target_period_s)
         #: How deep each sleeps that is parked; None where all are parked and no more.
         self._depth = None if set(depth) == {"parked"} else depth
+        #: How deep a plan lets some sleep, where who is awake may be parked besides.
+        self._sleep: tuple[Depth, ...] | None = None
         super().__init__(fleet, period_s=period_s)
         not_negative(f"{type(self).__name__}.delay_s", delay_s)
         self.slo = slo
@@ -362,9 +366,10 @@ class CascadeController(Controller):
             )
         # Everybody is active at first: parking must pay.
         active = np.ones(len(state), bool) if memory.target is None else memory.target.active
-        usable, fixed = state.alive, memory.serving is not None
+        usable, fixed = state.alive, memory.serving is not None and self._sleep is None
         if memory.serving is not None:
-            active, usable = memory.serving, memory.serving
+            usable = memory.serving
+            active = usable if fixed else active & usable
 
         doubt_frac = self._tuning.doubt_sd_frac * self._load.doubt_frac(memory.load)
         forgone_j = np.zeros(2) if memory.target is None else memory.target.forgone_j
@@ -494,9 +499,13 @@ class CascadeController(Controller):
         active, price = np.ones(len(state), bool), np.zeros(len(state))
         if target is not None:
             route_frac, price = target.route_frac, target.price_j_req
-            # Those that wake are active, too, but have no share yet.
             standby = None if memory.ahead is None else memory.ahead.standby
-            active = target.active if standby is None else standby.on
+            active = target.active
+            if standby is not None:
+                # Those that wake are active, too, but have no share yet; of those awake all are
+                # but who may be parked.
+                serving = None if self._sleep is None else memory.serving
+                active = standby.on if serving is None else active | (standby.on & ~serving)
         now = Assessment(
             by=self._assessor,
             state=state,
@@ -529,10 +538,18 @@ class CascadeController(Controller):
             active=active,
             price_j_req=price,
             belief=memory.belief,
-            depth=self._depth,
+            depth=self._depths(memory),
             status=status,
         )
         return decision, held
+
+    def _depths(self, memory: CascadeMemory) -> tuple[Depth, ...] | None:
+        """How deep each sleeps once it is parked and empty; None where all are parked at most."""
+        standby = None if memory.ahead is None else memory.ahead.standby
+        if self._sleep is None or standby is None:
+            return self._depth
+        awake = self._depth or (DEPTHS[0],) * len(self.fleet)
+        return tuple(np.where(standby.on, awake, self._sleep).tolist())
 
     def _probed(self, now: Assessment, floor: F64) -> F64:
         """Floors; at times the highest clock of who is clamped, which tells whether it still is."""
