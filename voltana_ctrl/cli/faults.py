@@ -32,15 +32,15 @@ def fault_schedule(path: Path | None, fleet: str, profile: str) -> FaultSchedule
 
 @contextmanager
 def faults_played(
-    running: EmulatedFleet, schedule: FaultSchedule | None, dilation: float
+    running: EmulatedFleet, schedule: FaultSchedule | None, slow_frac: float
 ) -> Iterator[None]:
-    """Context in which faults come and go, at their times from now on, stretched as all else."""
+    """Context in which faults come and go, at `slow_frac` times their times from now on."""
     if schedule is None:
         yield
         return
     ended = threading.Event()
     player = threading.Thread(
-        target=_play, args=(running, schedule, dilation, ended), name="voltana-ctrl-faults"
+        target=_play, args=(running, schedule, slow_frac, ended), name="voltana-ctrl-faults"
     )
     player.start()
     try:
@@ -51,12 +51,12 @@ def faults_played(
 
 
 def _play(
-    running: EmulatedFleet, schedule: FaultSchedule, dilation: float, ended: threading.Event
+    running: EmulatedFleet, schedule: FaultSchedule, stretch_frac: float, ended: threading.Event
 ) -> None:
     begin_s, n = time.monotonic(), len(running.spec)
     before: tuple[Any, Any, Any] = (np.ones(n, bool), np.ones(n), running.spec.max_mhz)
     for edge_s in schedule.edges_s:
-        if ended.wait(max(0.0, begin_s + dilation * edge_s - time.monotonic())):
+        if ended.wait(max(0.0, begin_s + stretch_frac * edge_s - time.monotonic())):
             return
         alive, slow_frac, clamp_k = schedule.at(edge_s)
         clocks = [one.clocks_mhz[k] for one, k in zip(running.spec.instances, clamp_k, strict=True)]
@@ -70,8 +70,8 @@ def _play(
 
 
 def _bring_about(
-    running: EmulatedFleet, i: int, was_alive: bool, was_slow: float, was_mhz: float, alive: bool,
-    slow_frac: float, clamp_mhz: float,
+    running: EmulatedFleet, i: int, was_alive: bool, was_slow_frac: float, was_mhz: float,
+    alive: bool, slow_frac: float, clamp_mhz: float,
 ) -> None:  # fmt: skip
     """Make one engine what it is to be from now on, and say what changes."""
     name, highest_mhz = running.spec.ids[i], running.spec.max_mhz[i]
@@ -85,6 +85,6 @@ def _bring_about(
     elif alive and not was_alive:
         say(f"fault: {name}: started again")
         running.restart(i)
-    if alive and (slow_frac != was_slow or (slow_frac != 1.0 and not was_alive)):
+    if alive and (slow_frac != was_slow_frac or (slow_frac != 1.0 and not was_alive)):
         say(f"fault: {name}: its iterations take {slow_frac:g} times as long")
         running.slow(i, float(slow_frac))
