@@ -113,7 +113,7 @@ class Tuning:
     margin_frac: tuple[float, float] = (0.02, 0.035)
     late_frac: float = 1.5
     arrivals_ttft_frac: float = 25.0
-    repay_tok: float = 14.0
+    repay_tok: float = 10.0
     share_itl_frac: float = 60.0
     doubt_sd_frac: float = 3.0
     catch_up_s: float = 5.0

@@ -53,6 +53,8 @@ _NEARLY_NONE = 0.1
 _WATCHED = 8.0
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
+#: ITL targets that a request may be behind before a clock above the thrifty one serves it.
+_FAR_BEHIND = 4.0
 #: Mean gaps without arrivals that chance does not explain: but for one in a thousand, as gaps
 #: between clusters are exponential.
 _PAUSE = 7.0
@@ -333,7 +335,8 @@ def needed_clock(
 
     Decode: the iteration, and the part of earlier lateness that it is to make up for, take no
     longer than the ITL target less the share of the time that prompts take on a colocated
-    instance. The iteration is taken to run at its clock at once.
+    instance. Above the thrifty clock only lateness of more than four targets counts. The iteration
+    is taken to run at its clock at once.
 
     Prefill (:func:`_in_time`), where the delay until a clock runs counts: the oldest prompt is done
     within the TTFT target, and so is what waits behind it, served at this clock or the
@@ -347,6 +350,7 @@ def needed_clock(
     """
     _watch(params, memory, t_s, running_req, waiting_tok, batch_tok)
     behind_s = max(0.0, memory[BEHIND_S]) / params[REPAY_TOK]
+    far_s = max(0.0, memory[BEHIND_S] - _FAR_BEHIND * params[ITL_S]) / params[REPAY_TOK]
     recent_tok_s = 0.0
     if memory[RECENT_S] > 0.0:
         recent_tok_s = memory[RECENT_TOK] / memory[RECENT_S]
@@ -377,7 +381,9 @@ def needed_clock(
             # that rises is followed within seconds: what is late by then is short answers.
             prompts_frac = recent_tok_s * params[PREFILL_PACE_FRAC] * row["prefill_tok_s"]
             own_frac = 1.0 - params[PREFILLS] * prompts_frac
-            enough = step_s + behind_s <= params[ITL_S] * own_frac
+            # Above the thrifty clock the voltage rises, and catching up is dear.
+            late_s = behind_s if k < thrifty else far_s
+            enough = step_s + late_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
             enough = _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed)
         if enough:
