@@ -314,6 +314,19 @@ def test_who_falls_silent_and_who_is_back_is_logged_once(caplog):
     ]
 
 
+def test_an_engine_that_does_not_answer_is_no_node_that_has_fallen_silent():
+    clock = [100.0]
+    hub = HubBackend(fleet(), now_s=lambda: clock[0])
+    hub.apply(Decision.highest(fleet()))
+    gone = report(alive=np.array([False]), age_s=np.array([60.0]))
+    hub.take(replace(gone, problems={"decode-0": "connection refused"}))
+    assert hub.problems() == {
+        "decode-0": "connection refused", "prefill-0": "no node reports it"
+    }  # fmt: skip
+    clock[0] = 103.0
+    assert hub.problems()["decode-0"] == "node n0 has fallen silent"
+
+
 def test_a_node_says_when_its_controller_is_gone_and_when_it_obeys(caplog):
     line = Line(orders())
     controller = RemoteController(fleet(), line)

@@ -32,15 +32,15 @@ def fault_schedule(path: Path | None, fleet: str, profile: str) -> FaultSchedule
 
 @contextmanager
 def faults_played(
-    running: EmulatedFleet, schedule: FaultSchedule | None, slow_frac: float
+    running: EmulatedFleet, schedule: FaultSchedule | None, stretch_frac: float
 ) -> Iterator[None]:
-    """Context in which faults come and go, at `slow_frac` times their times from now on."""
+    """Context in which faults come and go, at `stretch_frac` times their times from now on."""
     if schedule is None:
         yield
         return
     ended = threading.Event()
     player = threading.Thread(
-        target=_play, args=(running, schedule, slow_frac, ended), name="voltana-ctrl-faults"
+        target=_play, args=(running, schedule, stretch_frac, ended), name="voltana-ctrl-faults"
     )
     player.start()
     try:

@@ -219,7 +219,7 @@ def open_node(
     )
 
     def notes() -> list[str]:
-        return _judged(reads.judged_edges_s(slo), slo)
+        return judged_lines(reads.judged_edges_s(slo), slo)
 
     if mode != "act":
         return OpenedNode(NodeBackend(reads), 0.025, notes)
@@ -261,7 +261,7 @@ def open_node(
         raise
 
 
-def _judged(edges_s: Mapping[str, Mapping[str, float]], slo: Slo) -> list[str]:
+def judged_lines(edges_s: Mapping[str, Mapping[str, float]], slo: Slo) -> list[str]:
     """What is to be known of TTFT and ITL that come from histograms, in words."""
     told = []
     for name, promised_s in (("ttft", slo.ttft_s), ("itl", slo.itl_s)):

@@ -187,10 +187,14 @@ class HubBackend:
             what its node says is wrong. Those with which nothing is wrong are left out.
         """
         t_s = self._now_s()
+        # A node that reports knows better what is wrong with an engine whose reading is old.
+        heard_s = {
+            name: one.heard_s for (kind, name), one in list(self._senders.items()) if kind == "node"
+        }
         return dict(self._told_problems) | {
             name: "no node reports it" if node is None else f"node {node} has fallen silent"
-            for name, node, read_s in zip(self._fleet.ids, self._nodes, self._read_s, strict=True)
-            if t_s - read_s > self._silent_s
+            for name, node in zip(self._fleet.ids, self._nodes, strict=True)
+            if node is None or t_s - heard_s.get(node, -np.inf) > self._silent_s
         }
 
     def take(self, report: Report) -> Orders:
