@@ -266,3 +266,12 @@ def test_power_that_nobody_could_read_is_no_series():
     text = page(replace(told, power_w=np.array([300.0, 0.0])))
     assert 'voltana_ctrl_power_watts{role="prefill",serving_instance="prefill-0"} 300.0' in text
     assert 'voltana_ctrl_power_watts{role="decode"' not in text
+
+
+def test_it_tells_whose_governor_chooses_the_clock():
+    exporter = Exporter(fleet(), in_engine={"prefill-0": True, "decode-0": False})
+    page = exporter.page().decode()
+    name = "voltana_ctrl_governor_in_engine"
+    assert f'{name}{{role="prefill",serving_instance="prefill-0"}} 1.0' in page
+    assert f'{name}{{role="decode",serving_instance="decode-0"}} 0.0' in page
+    assert f"{name}{{" not in Exporter(fleet()).page().decode()

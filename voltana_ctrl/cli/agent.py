@@ -222,7 +222,7 @@ def agent(
         run_agent(
             ending, backend, decides, settings, asked.slo, log=log, parquet=parquet,
             metrics=metrics, duration_s=duration, period_s=asked.period_s,
-            observers=[Once(notes)], state=kept,
+            observers=[Once(notes)], state=kept, own=own,
         )  # fmt: skip
 
 

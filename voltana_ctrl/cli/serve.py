@@ -194,7 +194,7 @@ def serve(
             metrics=metrics, duration_s=duration, period_s=asked.period_s,
             # Who only watches or advises leaves the routing to the load.
             router=routers if asked.mode == "act" else None, observers=[proxy.energy, board],
-            what="serve", watched_by=proxy, state=kept,
+            what="serve", watched_by=proxy, state=kept, own=own,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ classes of requests, statuses, and kinds of interventions of the guard.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,9 @@ class Exporter:
         instance whose power cannot be read for the moment either.
     decides : bool
         False where nobody decides anything: there are no series of decisions per instance.
+    in_engine : mapping of str to bool, optional
+        By the id of an instance whether the governor inside its engine chooses its clock, before
+        every iteration, or the node's agent does, at every tick; there is no series of the others.
 
     Raises
     ------
@@ -113,6 +116,7 @@ class Exporter:
         window_s: float = 60.0,
         unread: Collection[str] = (),
         decides: bool = True,
+        in_engine: Mapping[str, bool] | None = None,
     ) -> None:
         try:
             import prometheus_client
@@ -137,6 +141,14 @@ class Exporter:
         self._unread = np.array([name in unread for name in fleet.ids])
         self._notes: dict[str, Any] = {}
         self._make()
+        governed = self._gauge(
+            "governor_in_engine",
+            "1 where the governor inside the engine chooses the clock, 0 where the agent does.",
+            ("serving_instance", "role"),
+        )
+        for name, role in self._labels:
+            if in_engine is not None and name in in_engine:
+                governed.labels(name, role).set(float(in_engine[name]))
 
     def _make(self) -> None:
         # `instance` is Prometheus' own label, of what it scrapes.
