@@ -16,6 +16,7 @@ from voltana_ctrl.control.base import Controller
 from voltana_ctrl.control.budget import target_within
 from voltana_ctrl.control.depth import at_rest
 from voltana_ctrl.control.lookahead import LookaheadMemory
+from voltana_ctrl.control.losses import LossMemory, after
 from voltana_ctrl.control.target import Target, TargetOptimiser
 from voltana_ctrl.estimate.headroom import HeadroomFilter, HeadroomMemory
 from voltana_ctrl.estimate.load import LoadFilter, LoadMemory
@@ -40,13 +41,6 @@ __all__ = ["CascadeController", "CascadeMemory"]
 
 #: A step of a budget is obeyed so long before the last decision before it is replaced.
 _EFFECT_S = 0.1
-#: An instance that is lost sooner than so long after another loss is part of the same trouble [s]:
-#: as long as Kubernetes remembers that a container has failed.
-_TROUBLE_S = 600.0
-#: ITL margin for as long. A request that is begun anew makes up for what it had decoded if that is
-#: less than the share ``(ITL - T_top) / T`` of its answer, of iterations that took ``T``: at a
-#: margin of a third, and iterations half as long at the highest clock, 0.7 in place of 0.5.
-_AHEAD_FRAC = 1.0 / 3.0
 #: How long it is remembered that a budget held an instance below the clock that it needs [s].
 _HELD_MEMORY_S = 10.0
 
@@ -75,16 +69,8 @@ class CascadeMemory:
         Ceilings of the last decision.
     overload_frac : float
         ITL margin that still pays where the target is not feasible.
-    held_req : ndarray, shape (n,), optional
-        What ran on each instance that was alive at the last look.
-    alive : ndarray of bool, shape (n,), optional
-        Who was alive at the last look.
-    lost_s : float
-        When an instance was lost last with requests that ran on it.
-    hurries_s : float
-        Time until which all decode as fast as they can, for requests whose instance was lost.
-    awaits_s : float
-        Time until which another loss is expected: until then they do so, too, and in equal parts.
+    losses : LossMemory
+        Who was lost, and what that asks for.
     held_frac : ndarray, shape (2,)
         Share of the last 10 s in which a budget held some instance that prefills, and one that
         decodes, below the clock that it needs.
@@ -107,11 +93,7 @@ class CascadeMemory:
     serving: Bool | None = None
     ceiling_mhz: F64 | None = None
     overload_frac: float = 0.0
-    held_req: F64 | None = None
-    alive: Bool | None = None
-    lost_s: float = -np.inf
-    hurries_s: float = -np.inf
-    awaits_s: float = -np.inf
+    losses: LossMemory = field(default_factory=LossMemory)
     held_s: F64 = field(default_factory=lambda: np.full(2, -np.inf))
     held_frac: F64 = field(default_factory=lambda: np.zeros(2))
 
@@ -347,8 +329,10 @@ class CascadeController(Controller):
                 measured_delay_s=self._measured_delay_s(),
             ),
         )
-        was_alive = state.alive if memory.alive is None else memory.alive
-        memory = self._count_losses(state, memory)
+        was_alive = state.alive if memory.losses.alive is None else memory.losses.alive
+        decoded_tok = max(0.0, self._load.load(memory.load).lengths.output_tok - 1.0)
+        stays_s = self.slo.ttft_s + decoded_tok * self.slo.itl_s
+        memory = replace(memory, losses=after(memory.losses, state, stays_s))
         due = memory.target is None or state.t_s - memory.planned_s >= self.target_period_s - 1e-9
         due = due or bool(np.any(state.alive != was_alive))
         memory, changed = self._believe(memory, margins_too=due)
@@ -392,38 +376,12 @@ class CascadeController(Controller):
             )  # fmt: skip
 
         target = target_within(self._budget_w(state.t_s), load, plan(load), plan)
-        if state.t_s < memory.awaits_s:
+        if state.t_s < memory.losses.awaits_s:
             target = self._spread(target, load, belief, usable)
         overload_frac = 0.0
         if not target.feasible:
             overload_frac = self._target.overload_frac(load, target.route_frac, belief)
         return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload_frac)
-
-    def _count_losses(self, state: FleetState, memory: CascadeMemory) -> CascadeMemory:
-        """Memory with until when those are hurried whose instance was lost.
-
-        They have waited for their prompts to be computed once more. At an iteration time near the
-        promise they would never make up for that; at the highest clocks most of them do. Where
-        instances fail in turn, the next loss is expected as long after this one as this came after
-        the one before. Until twice that time has passed without one, all stay ahead, and no
-        instance has more to lose than another.
-        """
-        before, lost_s = memory.held_req, memory.lost_s
-        hurries_s, awaits_s = memory.hurries_s, memory.awaits_s
-        if before is not None and np.any((before > 0.0) & ~state.alive):
-            decoded_tok = max(0.0, self._load.load(memory.load).lengths.output_tok - 1.0)
-            hurries_s = state.t_s + self.slo.ttft_s + decoded_tok * self.slo.itl_s
-            since_s, lost_s = state.t_s - lost_s, state.t_s
-            if since_s < _TROUBLE_S:
-                awaits_s = state.t_s + min(2.0 * since_s, _TROUBLE_S)
-        return replace(
-            memory,
-            held_req=np.where(state.alive, state.running_req, 0.0),
-            alive=state.alive,
-            lost_s=lost_s,
-            hurries_s=max(hurries_s, awaits_s),
-            awaits_s=awaits_s,
-        )
 
     def _spread(self, target: Target, load: Load, belief: Belief, usable: Bool) -> Target:
         """Target with the decode load on everybody that can be used, in proportion to its speed."""
@@ -457,8 +415,7 @@ class CascadeController(Controller):
             margins = self._margin.margins_frac(
                 memory.margin, self.margin_frac, float(noise_frac[self._decode].mean())
             )
-            if memory.load.t_s - memory.lost_s < _TROUBLE_S:
-                margins[1] = max(margins[1], _AHEAD_FRAC)
+            margins[1] = max(margins[1], memory.losses.margin_frac(memory.load.t_s))
             if memory.target is not None and not memory.target.feasible:
                 margins[1] = max(margins[1], self.margin_frac[1] + memory.overload_frac)
             ttft, itl = (np.full(len(self.fleet), margin) for margin in margins)
@@ -599,6 +556,6 @@ class CascadeController(Controller):
             floor = np.maximum(floor, now.needed_mhz)
         if self.regime(memory) is not Regime.OPEN:
             floor = np.maximum(floor, now.thrifty_mhz)
-        if now.state.t_s < memory.hurries_s:
+        if now.state.t_s < memory.losses.hurries_s:
             floor[self._decode] = self._max_mhz[self._decode]
         return floor
