@@ -271,7 +271,7 @@ def test_power_that_nobody_could_read_is_no_series():
 def test_it_tells_whose_governor_chooses_the_clock():
     exporter = Exporter(fleet(), in_engine={"prefill-0": True, "decode-0": False})
     page = exporter.page().decode()
-    name = "voltana_ctrl_governor_in_engine"
+    name = "voltana_ctrl_engine_governor_active"
     assert f'{name}{{role="prefill",serving_instance="prefill-0"}} 1.0' in page
     assert f'{name}{{role="decode",serving_instance="decode-0"}} 0.0' in page
     assert f"{name}{{" not in Exporter(fleet()).page().decode()

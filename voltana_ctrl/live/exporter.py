@@ -142,7 +142,7 @@ class Exporter:
         self._notes: dict[str, Any] = {}
         self._make()
         governed = self._gauge(
-            "governor_in_engine",
+            "engine_governor_active",
             "1 where the governor inside the engine chooses the clock, 0 where the agent does.",
             ("serving_instance", "role"),
         )
