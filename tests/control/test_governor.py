@@ -169,20 +169,25 @@ def test_catching_up_goes_above_the_thrifty_clock_only_for_who_is_far_behind():
     mixed = FleetSpec.parse("1C", PROFILE).instances[0]
     thrifty_mhz = PROFILE.clocks_mhz[thrifty_row(PROFILE.table)]
 
-    def clock_after(stretched_s):
+    busy = (320, 1.3e5, 0.0, 0.0)
+
+    def clock_after(stretched_s, floor_mhz=210.0):
         governor = fresh(mixed, memory_s=1e-3)
         for t_s in np.arange(-6.0, 0.01, 0.05):  # arrivals are known by then
-            usual_mhz = governor.step(320, 1.3e5, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=t_s)
+            usual_mhz = governor.step(
+                320, 1.3e5, 0.0, 0.0, floor_mhz, 1410.0, batch_tok=0.0, t_s=t_s
+            )
         late_mhz = governor.step(
-            320, 1.3e5, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=stretched_s
+            320, 1.3e5, 0.0, 0.0, floor_mhz, 1410.0, batch_tok=0.0, t_s=stretched_s
         )
         return usual_mhz, late_mhz
 
     for stretched_s in (0.2, 0.25, 0.285):
         usual_mhz, late_mhz = clock_after(stretched_s)
         assert usual_mhz < late_mhz <= thrifty_mhz
-    # Behind by seconds, no clock is too dear.
+    # Behind by seconds, no clock is too dear; nor where the floor leaves little else.
     assert clock_after(0.9)[1] == 1410.0
+    assert clock_after(0.285, floor_mhz=1095.0)[1] > thrifty_mhz
 
 
 def test_until_arrivals_have_been_watched_prompts_have_the_thrifty_clock():

@@ -104,7 +104,7 @@ def test_least_floor_against_every_floor(name, governed):
     over = np.empty(15)
     decoded_tok = LENGTHS.output_tok - 1.0
     kernels.decode_curve(
-        least.station(LENGTHS), loads, decoded_tok, 380, 0.0597, 0.01, 0.0, power, floor, over
+        least.station(LENGTHS), loads, decoded_tok, 380, 0.0597, 0.01, -1, power, floor, over
     )
     theirs = [
         naive_control.least_floor(
@@ -137,6 +137,10 @@ def test_the_floor_of_a_colocated_instance_is_for_its_usual_batch():
     assert ((fell > 0.01) & (fell < 0.2)).all()
     # Half of the arrivals find more than the floor alone serves in time.
     least = least_power(mixed, True)
+    beyond = (
+        one.at(LENGTHS)(np.array([20.0])).floor_row for one in (least, least_power(mixed, False))
+    )
+    assert next(beyond) == next(beyond)  # above the thrifty clock nothing is left to the governor
     decoded_tok, limit_req, limit_s = least._limits(LENGTHS)
     for load, row in zip(loads, governed.floor_row, strict=True):
         over = [

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool
+from voltana_ctrl.control.governor import thrifty_row
 from voltana_ctrl.laws import paced
 from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo, Tuning
 from voltana_ctrl.types.fleet import KV_FULL_FRAC
@@ -20,11 +21,6 @@ __all__ = ["Curve", "LeastPower", "Target"]
 
 #: Prompt lengths, in standard deviations, at which the tail of the prefill wait is averaged.
 _NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
-
-#: Share of the arrivals to a colocated instance for whose batch its governor raises the clock. At
-#: a floor that keeps all in time the clock is hardly ever raised, and most are early; at a much
-#: lower one it swings with every prompt, which draws more than a clock that stays.
-_RAISED_FRAC = 0.5
 
 #: ITL margins tried where not all promises can be kept.
 _EXTRA_FRAC = np.linspace(0.0, 0.4, 17)
@@ -143,8 +139,10 @@ class LeastPower:
         self._prompt_w = self.rows["prefill_power_w"] + self.rows["prefill_beside_w"]
         self._sizes = np.arange(1, instance.max_batch + 1)
         self._governed = governed
+        # Up to which row floors leave something to the governor: where prompts set the pace, and
+        # the clocks above cost little.
         raised = governed and instance.role is Role.COLOCATED
-        self._raised_frac = _RAISED_FRAC if raised else 0.0
+        self._raised_k = thrifty_row(table) if raised else -1
         self._free_frac = (tuning or Tuning()).free_frac
         self._miss_frac = 1.0 - slo.attainment
         self._ttft_s = slo.ttft_s / (1.0 + margin_frac[0]) - delay_s
@@ -201,7 +199,7 @@ class LeastPower:
         def curve(loads_req_s: F64) -> Curve:
             power_w, row, over_frac = _empty(loads_req_s)
             self._kernels.decode_curve(
-                station, loads_req_s, *limits, self._miss_frac, self._raised_frac, power_w, row,
+                station, loads_req_s, *limits, self._miss_frac, self._raised_k, power_w, row,
                 over_frac,
             )  # fmt: skip
             return Curve(

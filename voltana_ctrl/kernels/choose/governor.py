@@ -53,8 +53,10 @@ _NEARLY_NONE = 0.1
 _WATCHED = 8.0
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
-#: ITL targets that a request may be behind before a clock above the thrifty one serves it.
-_FAR_BEHIND = 4.0
+#: ITL targets that a request may be behind before a clock above the thrifty one serves it, if the
+#: floor lies below the thrifty clock by this part of it. In proportion less where it is nearer:
+#: there is then little else to catch up with.
+_FAR_BEHIND, _ROOM_FRAC = 4.0, 0.25
 #: Mean gaps without arrivals that chance does not explain: but for one in a thousand, as gaps
 #: between clusters are exponential.
 _PAUSE = 7.0
@@ -335,8 +337,8 @@ def needed_clock(
 
     Decode: the iteration, and the part of earlier lateness that it is to make up for, take no
     longer than the ITL target less the share of the time that prompts take on a colocated
-    instance. Above the thrifty clock only lateness of more than four targets counts. The iteration
-    is taken to run at its clock at once.
+    instance. Above the thrifty clock only lateness of more than four targets counts, or less where
+    the floor is near it. The iteration is taken to run at its clock at once.
 
     Prefill (:func:`_in_time`), where the delay until a clock runs counts: the oldest prompt is done
     within the TTFT target, and so is what waits behind it, served at this clock or the
@@ -350,7 +352,6 @@ def needed_clock(
     """
     _watch(params, memory, t_s, running_req, waiting_tok, batch_tok)
     behind_s = max(0.0, memory[BEHIND_S]) / params[REPAY_TOK]
-    far_s = max(0.0, memory[BEHIND_S] - _FAR_BEHIND * params[ITL_S]) / params[REPAY_TOK]
     recent_tok_s = 0.0
     if memory[RECENT_S] > 0.0:
         recent_tok_s = memory[RECENT_TOK] / memory[RECENT_S]
@@ -364,6 +365,9 @@ def needed_clock(
     present = rows[asked if asked >= 0 else len(rows) - 1]
     thrifty = min(int(params[THRIFTY_K]), top)
     size_req = float(padded[int(running_req)])
+    room_frac = 1.0 - rows[k]["clock_mhz"] / rows[thrifty]["clock_mhz"]
+    near_s = _FAR_BEHIND * params[ITL_S] * min(1.0, max(0.0, room_frac / _ROOM_FRAC))
+    far_s = max(0.0, memory[BEHIND_S] - near_s) / params[REPAY_TOK]
     waiting = _what_waits(memory, waiting_tok, batch_tok, oldest_wait_s)
     doomed = _doomed(params, memory, rows[top], waiting)
     works = batch_tok > 0.0 or (params[PREFILLS] > 0.0 and running_req > 0.0)
