@@ -3,6 +3,9 @@
 import http.server
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -206,3 +209,30 @@ def test_where_nothing_is_found_that_is_said_at_once():
     use = measure([], duration_s=3600.0, library="no-such-library.so", sleep=never)
     assert use.is_empty
     assert "next: " in use.text()
+
+
+def test_cpus_that_an_engine_alone_is_bound_to_stand_in_the_file(tmp_path):
+    def engine(port, cpus):
+        process = Process(pid=port, command=("vllm",), environment={}, cpus=cpus)
+        return FoundEngine(url=f"http://127.0.0.1:{port}", kind="vllm", told={}, process=process)
+
+    engines = [engine(1, (0, 1, 2, 3, 8)), engine(2, (4, 5)), engine(3, (5, 6)), engine(4, ())]
+    draft = draft_fleet(engines, {}, {}, node="n0")
+    assert re.findall(r'cpus = "(.*?)"', draft.text) == ["0-3,8"]
+    (tmp_path / "fleet.toml").write_text(draft.text)
+    _, endpoints = load_endpoints(tmp_path / "fleet.toml")
+    assert [one.cpus for one in endpoints] == [(0, 1, 2, 3, 8), (), (), ()]
+
+
+def test_a_process_that_is_bound_to_some_cpus_is_told_from_one_that_is_not():
+    ours = sorted(os.sched_getaffinity(0))
+    program = f"import os; os.sched_setaffinity(0, [{ours[0]}]); print(flush=True); input()"
+    bound = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        bound.stdout.readline()
+        assert Process.of(bound.pid).cpus == ((ours[0],) if len(ours) > 1 else ())
+    finally:
+        bound.communicate(b"\n")
+    assert Process.of(os.getpid()).cpus == ()

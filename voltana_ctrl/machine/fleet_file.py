@@ -111,7 +111,9 @@ def draft_fleet(
         if not is_example:  # of one nothing is to be found
             doubts += [f"{name}: {one}" for one in said]
         at = engine.process.node if engine.process and engine.process.node else node
-        tables.append(_table(name, role, at, profile, engine, gpus, said))
+        tables.append(
+            _table(name, role, at, profile, engine, gpus, said, _own_cpus(engine, engines))
+        )
     head = [f"#:schema {schema}"] if schema else []
     head += ["# Written by voltana-ctrl init; look through it before anything acts on it."]
     return FleetDraft(text="\n".join([*head, "", *tables]), doubts=tuple(doubts))
@@ -134,6 +136,7 @@ def _table(
     engine: FoundEngine,
     gpus: Sequence[str],
     said: Sequence[str],
+    cpus: Sequence[int],
 ) -> str:
     parts = [f"kind = {_quoted(engine.kind)}", f"url = {_quoted(engine.url)}"]
     if gpus:
@@ -146,6 +149,8 @@ def _table(
         parts.append(f"fpm = {_quoted(engine.fpm)}")
     if engine.limits is not None:
         parts.append(f"limits = {_quoted(engine.limits)}")
+    if cpus:
+        parts.append(f"cpus = {_quoted(_ranges(cpus))}")
     pod = engine.process.pod_name if engine.process else None
     return "\n".join(
         [
@@ -159,6 +164,25 @@ def _table(
             "",
         ]
     )
+
+
+def _own_cpus(engine: FoundEngine, engines: Sequence[FoundEngine]) -> tuple[int, ...]:
+    """CPUs that this engine is bound to, and no other one."""
+    bound = [one.process.cpus for one in engines if one.process is not None]
+    ours = () if engine.process is None else engine.process.cpus
+    times = Counter(cpu for cpus in bound for cpu in cpus)
+    return ours if all(times[cpu] == 1 for cpu in ours) else ()
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as Linux writes lists of CPUs: 0-3,8."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def _quoted(text: str) -> str:

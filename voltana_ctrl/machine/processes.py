@@ -33,6 +33,8 @@ class Process:
         UID of its Kubernetes pod, as its control group names it.
     pod_name, node : str, optional
         Namespace and name of that pod, and its node, where Kubernetes tells.
+    cpus : tuple of int
+        CPUs that it is bound to, ascending; empty where it may run wherever we may.
 
     Examples
     --------
@@ -47,6 +49,7 @@ class Process:
     pod: str | None = None
     pod_name: str | None = None
     node: str | None = None
+    cpus: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, pid: int) -> Process:
@@ -70,6 +73,7 @@ class Process:
             command=tuple(_words(folder / "cmdline")),
             environment={name: value for name, _, value in pairs},
             pod=None if pod is None else pod[1].replace("_", "-"),
+            cpus=_bound_to(pid),
         )
 
     @property
@@ -173,6 +177,14 @@ def family(pid: int) -> set[int]:
             found.add(one)
             todo += parents.get(one, [])
     return found
+
+
+def _bound_to(pid: int) -> tuple[int, ...]:
+    try:
+        cpus, ours = os.sched_getaffinity(pid), os.sched_getaffinity(0)
+    except (OSError, AttributeError):  # it is gone, or this is no Linux
+        return ()
+    return () if cpus >= ours else tuple(sorted(cpus))
 
 
 def _listening() -> Iterator[tuple[int, str]]:
