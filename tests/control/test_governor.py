@@ -174,12 +174,8 @@ def test_catching_up_goes_above_the_thrifty_clock_only_for_who_is_far_behind():
     def clock_after(stretched_s, floor_mhz=210.0):
         governor = fresh(mixed, memory_s=1e-3)
         for t_s in np.arange(-6.0, 0.01, 0.05):  # arrivals are known by then
-            usual_mhz = governor.step(
-                320, 1.3e5, 0.0, 0.0, floor_mhz, 1410.0, batch_tok=0.0, t_s=t_s
-            )
-        late_mhz = governor.step(
-            320, 1.3e5, 0.0, 0.0, floor_mhz, 1410.0, batch_tok=0.0, t_s=stretched_s
-        )
+            usual_mhz = governor.step(*busy, floor_mhz, 1410.0, batch_tok=0.0, t_s=t_s)
+        late_mhz = governor.step(*busy, floor_mhz, 1410.0, batch_tok=0.0, t_s=stretched_s)
         return usual_mhz, late_mhz
 
     for stretched_s in (0.2, 0.25, 0.285):
