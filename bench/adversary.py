@@ -361,7 +361,7 @@ def judge(cell: str, rows: Iterable[dict]) -> Verdict:
 
 
 def by_cell(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """Rows of each cell that `mpc` has run."""
+    """Rows of each cell that `mpc` has run as given."""
     found: dict[str, list[dict]] = {}
     for row in rows:
         if row["cell"] in CELLS:
@@ -369,7 +369,10 @@ def by_cell(rows: Iterable[dict]) -> dict[str, list[dict]]:
     return {
         cell: found[cell]
         for cell in CELLS
-        if any(row["policy"] == "mpc" for row in found.get(cell, ()))
+        if any(
+            (row["policy"], row["layout"]) == ("mpc", CELLS[cell].fleet)
+            for row in found.get(cell, ())
+        )
     }
 
 
