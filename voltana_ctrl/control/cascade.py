@@ -376,24 +376,10 @@ class CascadeController(Controller):
             )  # fmt: skip
 
         target = target_within(self._budget_w(state.t_s), load, plan(load), plan)
-        if state.t_s < memory.losses.awaits_s:
-            target = self._spread(target, load, belief, usable)
         overload_frac = 0.0
         if not target.feasible:
             overload_frac = self._target.overload_frac(load, target.route_frac, belief)
         return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload_frac)
-
-    def _spread(self, target: Target, load: Load, belief: Belief, usable: Bool) -> Target:
-        """Target with the decode load on everybody that can be used, in proportion to its speed."""
-        decode = self._decode[usable[self._decode]]
-        if not decode.size:
-            return target
-        speed_req_s = self._target.speed_req_s(load.lengths, belief)[decode]
-        active, route_frac = target.active.copy(), target.route_frac.copy()
-        route_frac[self._decode] = 0.0
-        route_frac[decode] = speed_req_s / speed_req_s.sum()
-        active[decode] = True
-        return replace(target, active=active, route_frac=route_frac)
 
     def _look_ahead(
         self, observation: Observation, memory: CascadeMemory, *, due: bool

@@ -37,16 +37,14 @@ class LossMemory:
     lost_s : float
         When an instance was lost last with requests that ran on it.
     hurries_s : float
-        Time until which all decode as fast as they can, for requests whose instance was lost.
-    awaits_s : float
-        Time until which another loss is expected: until then they do so, too, and in equal parts.
+        Time until which all decode as fast as they can, for requests whose instance was lost, or
+        may be lost next.
     """
 
     alive: Bool | None = None
     held_req: F64 | None = None
     lost_s: float = -np.inf
     hurries_s: float = -np.inf
-    awaits_s: float = -np.inf
 
     def margin_frac(self, t_s: float) -> float:
         """ITL margin that leaves room to make up for another loss; 0 where none is near."""
@@ -59,8 +57,7 @@ def after(memory: LossMemory, state: FleetState, stays_s: float) -> LossMemory:
     Those whose instance was lost have waited for their prompts to be computed once more. At an
     iteration time near the promise they would never make up for that; at the highest clocks most of
     them do. Where instances fail in turn, the next loss is expected as long after this one as this
-    came after the one before. Until twice that time has passed without one, all stay ahead, and no
-    instance has more to lose than another.
+    came after the one before, and until twice that time has passed without one all stay ahead.
 
     Parameters
     ----------
@@ -79,22 +76,19 @@ def after(memory: LossMemory, state: FleetState, stays_s: float) -> LossMemory:
     >>> memory = after(LossMemory(), busy, 15.0)
     >>> for t_s, alive in ((10.0, [True, False]), (11.0, [True, True]), (40.0, [False, True])):
     ...     memory = after(memory, replace(busy, t_s=t_s, alive=np.array(alive)), 15.0)
-    ...     print(memory.lost_s, memory.hurries_s, memory.awaits_s)
-    10.0 25.0 -inf
-    10.0 25.0 -inf
-    40.0 100.0 100.0
+    ...     print(memory.lost_s, memory.hurries_s)
+    10.0 25.0
+    10.0 25.0
+    40.0 100.0
     """
-    lost_s, hurries_s, awaits_s = memory.lost_s, memory.hurries_s, memory.awaits_s
-    before = memory.held_req
+    lost_s, hurries_s, before = memory.lost_s, memory.hurries_s, memory.held_req
     if before is not None and np.any((before > 0.0) & ~state.alive):
         since_s, lost_s = state.t_s - lost_s, state.t_s
-        hurries_s = state.t_s + stays_s
-        if since_s < _TROUBLE_S:
-            awaits_s = state.t_s + min(2.0 * since_s, _TROUBLE_S)
+        ahead_s = min(2.0 * since_s, _TROUBLE_S) if since_s < _TROUBLE_S else 0.0
+        hurries_s = max(hurries_s, state.t_s + max(stays_s, ahead_s))
     return LossMemory(
         alive=state.alive,
         held_req=np.where(state.alive, state.running_req, 0.0),
         lost_s=lost_s,
-        hurries_s=max(hurries_s, awaits_s),
-        awaits_s=awaits_s,
+        hurries_s=hurries_s,
     )

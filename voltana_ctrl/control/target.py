@@ -269,16 +269,6 @@ class TargetOptimiser:
             )  # fmt: skip
         return supplies
 
-    def speed_req_s(self, lengths: Lengths, belief: Belief | None = None) -> F64:
-        """Requests per second that each serves in its last phase, shape (n,); see `LeastPower`.
-
-        Parameters
-        ----------
-        lengths, belief
-            See :meth:`supplies`.
-        """
-        return speeds_req_s(len(self.fleet), self._known(self._groups[-1], belief), lengths)
-
     def overload_frac(self, load: Load, route_frac: F64, belief: Belief | None = None) -> float:
         """ITL margin on top of the governors' own that pays where promises cannot be kept; 0 else.
 
