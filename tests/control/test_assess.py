@@ -157,6 +157,21 @@ def test_ceilings_keep_the_budget_and_waste_none(at, budget_w):
     assert assessor.power_at_w(worst_w, ceiling).sum() == pytest.approx(drawn_w(ceiling))
 
 
+def test_what_decode_leaves_is_shared_whatever_waits_at_prefill():
+    """Ceilings that follow queues are always on the move, and who rises waits for who falls."""
+    fleet = FleetSpec.parse("3P2D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    worst_w = np.array([one.table["prefill_power_w"] for one in fleet.instances])
+    wanted = np.array([1410.0, 210.0, 900.0, 600.0, 600.0])
+    ceiling, kept = Assessor(fleet, SLO).decode_first_mhz(worst_w, wanted, 1000.0)
+    assert kept
+    assert np.unique(ceiling[:3]).size == 1
+    assert 600.0 < ceiling[0] < 1410.0
+    # One step higher for all of them would be too much.
+    rows = np.searchsorted(fleet.instances[0].clocks_mhz, ceiling)
+    up = np.arange(5) < 3
+    assert worst_w[np.arange(5), rows + up].sum() > 1000.0
+
+
 @given(at=situations(), budget_w=st.floats(100.0, 3000.0))
 @example(
     at=("mixed", FleetState.idle(6), Load(arrival_req_s=0.0, lengths=LENGTHS),
@@ -180,7 +195,9 @@ def test_decode_comes_first_under_a_budget(at, budget_w):
     elif kept:
         # Nothing for prefill before decode has what it needs.
         assert np.array_equal(ceiling[~decodes], fleet.min_mhz[~decodes])
-    # As fair to all as can be gives decode no more where it needs all.
+    # As fair to all as can be gives decode no more where it needs all; what prefill wants does
+    # not count.
+    wanted = np.where(decodes, wanted, fleet.max_mhz)
     equal, _ = assessor.ceilings_mhz(worst_w, wanted, budget_w)
     if np.any(equal[decodes] < enough[decodes] - 1e-9):
         assert np.all(ceiling[~decodes] <= equal[~decodes] + 1e-9)

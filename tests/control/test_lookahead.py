@@ -14,6 +14,7 @@ from voltana_ctrl.experiment import Run
 from voltana_ctrl.policies import PolicySetup, find_policy
 from voltana_ctrl.sim.arrivals import Diurnal
 from voltana_ctrl.sim.faults import Failure
+from voltana_ctrl.types import Rest
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
@@ -74,6 +75,33 @@ def test_everybody_stays_until_the_load_is_known_then_some_rest():
     assert all(decision.active.all() for decision in decisions[:50])
     assert decisions[-1].active.tolist() == [True, False, True, False]
     assert memory.ahead.status == "OK"
+
+
+def test_notes_are_of_the_memory_that_is_asked_about():
+    controller = MpcController(sleepy(), SLO)
+    _, slow = driven(controller, 70, 10.0, running=20.0)
+    noted = controller.notes(slow)
+    _, fast = driven(controller, 70, 30.0, running=20.0)
+    assert controller.notes(fast)["forecast_10s_req_s"] > 2.0 * noted["forecast_10s_req_s"]
+    assert controller.notes(slow) == noted
+
+
+def test_who_was_stopped_wakes_as_parked_and_has_no_share_until_then():
+    how = {"idle_w": 80.0, "off": Rest(power_w=54.0, wake_s=10.0)}
+    plain = FleetSpec.parse("2P2D", PROFILE)
+    fleet = FleetSpec(tuple(dataclasses.replace(one, **how) for one in plain.instances))
+
+    def alive(second):
+        return np.array([True, True, second < 80, True])
+
+    decisions, _ = driven(MpcController(fleet, SLO), 100, 10.0, alive=alive)
+    before, after, last = decisions[79], decisions[80], decisions[-1]
+    assert before.depth == ("parked", "off", "parked", "off")
+    assert before.active.tolist() == [True, False, True, False]
+    assert after.depth[3] == "parked"
+    assert after.active[3]
+    assert after.route_frac[3] == 0.0
+    assert last.route_frac[3] == 1.0
 
 
 def test_what_wakes_is_active_but_has_no_share():

@@ -398,10 +398,14 @@ class Assessor:
         what it needs, then settles where the budget carries it within its latency target,
         whereas equal sharing would fill the batches of a decode side that is too slow for them.
 
+        Of what is left every prefill instance has the same part of its highest clock, whatever
+        waits there now: the next burst may go to any of them, and ceilings that follow queues
+        are always on the move, while who is to rise waits for who has to fall.
+
         Parameters
         ----------
         worst_w, wanted_mhz, budget_w
-            See :meth:`ceilings_mhz`; clocks wanted by prefill only say in which proportion.
+            See :meth:`ceilings_mhz`; clocks wanted by prefill do not count.
 
         Returns
         -------
@@ -419,6 +423,7 @@ class Assessor:
         (array([900., 510.]), True)
         """
         decodes = self._decodes > 0
+        wanted_mhz = np.where(decodes, wanted_mhz, self._max_mhz)
         lowest_mhz = np.where(decodes, wanted_mhz, self._min_mhz)
         first_mhz, first_w = self._raised(worst_w, lowest_mhz)
         if first_w.sum() > budget_w:

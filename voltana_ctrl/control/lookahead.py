@@ -195,6 +195,8 @@ class Lookahead:
         self._thread = ThreadPoolExecutor(1, "voltana-plan") if beside else None
         #: The plan under way, and when its situation was seen; a cache, not memory.
         self._pending: tuple[Future[Plan], float] | None = None
+        #: The forecasts that the last outlook was of, and it; a cache, not memory.
+        self._latest: tuple[F64, Outlook] | None = None
 
     def planner(self, steps_s: tuple[float, ...] = STEPS_S, *, defers: bool = False) -> Planner:
         """The optimisation problem for steps of these lengths; stated at first use and kept.
@@ -358,7 +360,7 @@ class Lookahead:
         if supplies is None:
             # Nobody keeps the promises alone: nobody may rest.
             return self._ordered(memory, state, np.array([len(group) for group in self._groups]))
-        outlook = self._forecaster.outlook(memory.forecast)
+        outlook = self._outlook(memory.forecast)
         residence_s = self.residence_s(load)
         decode_req_s = self._decode_req_s(state, residence_s)
         backlog_req = max(
@@ -406,7 +408,7 @@ class Lookahead:
         memory : LookaheadMemory
             Memory after the last tick.
         """
-        outlook = self._forecaster.outlook(memory.forecast)
+        outlook = self._outlook(memory.forecast)
         noted = {
             "forecast_10s_req_s": float(outlook.mean_at([10.0])[0]),
             "reserve_10s_req_s": float(outlook.reserve_at([10.0])[0]),
@@ -426,6 +428,12 @@ class Lookahead:
         return {name: value for name, value in noted.items() if np.isfinite(value)}
 
     # What a plan starts from
+
+    def _outlook(self, forecast: ForecastMemory) -> Outlook:
+        """Outlook of a forecast; it changes with its steps, and notes ask for it at every tick."""
+        if self._latest is None or self._latest[0] is not forecast.issued_req_s:
+            self._latest = forecast.issued_req_s, self._forecaster.outlook(forecast)
+        return self._latest[1]
 
     def _decode_req_s(self, state: FleetState, residence_s: float) -> float:
         """Arrivals that would keep the batches as they are, were iterations at their limit."""
