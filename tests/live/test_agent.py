@@ -38,8 +38,9 @@ from voltana_ctrl.live.node import (
     node_clocks,
     power_ceilings_mhz,
 )
-from voltana_ctrl.live.node_control import Advice
+from voltana_ctrl.live.node_control import Advice, WhoAnswers
 from voltana_ctrl.savings.switchback import BLOCK_NOTE
+from voltana_ctrl.types import TickRecord
 
 pytestmark = needs_compiler
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
@@ -301,6 +302,35 @@ def test_ceilings_of_a_node_hold_whatever_is_asked():
         assert np.all(shielded.freq_max_mhz <= ceiling)
         again = guard.shield(shielded, Observation(state=state), None)
         assert again.freq_mhz.tolist() == shielded.freq_mhz.tolist()
+
+
+def test_a_floor_of_its_own_is_no_change_of_the_decision():
+    guard = CappedGuard(fleet(), fleet().max_mhz, min_mhz=np.array([600.0, 210.0]))
+    asked = Decision.highest(fleet(), floor_mhz=np.array([450.0, 450.0]))
+    seen = Observation(state=FleetState.idle(2))
+    applied = guard.shield(asked, seen, None)
+    assert applied.freq_mhz.tolist() == [600.0, 450.0]
+    assert guard.changes(asked, applied) == ()
+    held = replace(applied, freq_mhz=np.array([600.0, 900.0]))
+    assert guard.changes(asked, held) == ("floor held by slew",)
+
+
+def test_who_answers_no_more_and_who_does_again_is_logged_once_each(caplog):
+    there, gone = (
+        TickRecord(
+            number=7,
+            observation=Observation(state=replace(FleetState.idle(2), alive=np.array(alive))),
+            proposed=Decision.highest(fleet()),
+            applied=Decision.highest(fleet()),
+        )
+        for alive in ([True, False], [False, False])
+    )
+    looks = WhoAnswers(fleet())
+    for tick in (replace(there, number=0), there, gone, gone, there, there):
+        looks.on_tick(tick)
+    assert [one.removeprefix("voltana-ctrl: ") for one in caplog.messages] == [
+        "prefill-0 does not answer; the others take its work", "prefill-0 answers"
+    ]  # fmt: skip
 
 
 def test_power_caps_of_others_are_seen_and_left(fake, tmp_path):

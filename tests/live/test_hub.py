@@ -450,6 +450,25 @@ def test_short_tokens_and_taken_ports_are_refused(served):
         ServerThread(hub_app(hub, TOKEN), port=int(url.rpartition(":")[2]), what="controller")
 
 
+def test_another_token_is_said_on_both_sides_from_the_first_report_on(served, caplog):
+    _, url = served
+    with caplog.at_level("WARNING"), linked(url, token="another-token-altogether") as link:
+        controller = RemoteController(fleet(), link)
+        memory = controller.init()
+
+        def told(words):
+            nonlocal memory
+            _, memory = controller.decide(Observation(state=FleetState.idle(2)), memory)
+            return [one for one in caplog.messages if words in one]
+
+        seconds_until(lambda: told("no controller (controller: status 401"))
+        for _ in range(20):
+            assert len(told("no controller")) == 1  # it is not news any more
+    assert len(told("a report from 127.0.0.1 was refused, it shows another token")) == 1
+    with pytest.raises(ConfigError, match="token: expected at least 16 characters, got 5"):
+        linked(url, token="short")
+
+
 def linked(url, token=TOKEN, **settings):
     return ControllerLink(url, token, fleet(), "n0", ["decode-0"], **settings)
 
@@ -498,7 +517,7 @@ def test_no_token_stands_in_a_log_an_error_or_a_text_of_an_object(caplog):
 def test_link_says_what_is_wrong(served):
     _, url = served
     for made, word in (
-        (linked(url, token="wrong"), "401"),
+        (linked(url, token="the-wrong-token-altogether"), "401"),
         (linked("http://127.0.0.1:1"), "Connect"),
     ):
         with made as link:
@@ -621,6 +640,8 @@ def test_a_controller_with_a_certificate_of_ones_own(tmp_path):
 
 class Line:
     """A link whose orders and clock a test sets."""
+
+    failure = None
 
     def __init__(self, told):
         self.told, self.held_s = told, 0.0

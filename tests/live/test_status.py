@@ -107,9 +107,11 @@ def asked(clock_mhz, ceiling_mhz=1410.0, status=Status.OK, **changes):
     decided = Decision.highest(
         fleet(), floor_mhz=np.full(2, clock_mhz), ceiling_mhz=np.full(2, ceiling_mhz)
     )
-    return replace(record(), applied=replace(decided, status=status), **changes)
+    applied = replace(decided, status=status)
+    return replace(record(), proposed=decided, applied=applied, **changes)
 
 
+LEAST = replace(asked(600.0), proposed=asked(450.0).applied)
 GONE = replace(record(), observation=record(alive=np.array([True, False])).observation)
 
 
@@ -119,6 +121,7 @@ GONE = replace(record(), observation=record(alive=np.array([True, False])).obser
         (asked(1410.0), {}, "the policy asks for the highest clock at its load"),
         (asked(600.0), {}, "its governor chooses between 600 and 1410 MHz, by its batch"),
         (asked(600.0), {"held_up": {"decode-0": HELD_UP}}, HELD_UP),
+        (LEAST, {"held_up": {"decode-0": HELD_UP}}, "between 600 and 1410 MHz; `--min-mhz` keeps"),
         (asked(600.0), {"mode": "advise"}, "mode advise: nothing is set"),
         (asked(600.0, in_force=False), {}, "the hardware was given back"),
         (asked(1410.0, status=Status.STALE), {}, "no decision could be made: .*readings are too"),
@@ -131,6 +134,27 @@ GONE = replace(record(), observation=record(alive=np.array([True, False])).obser
 )
 def test_why_an_instance_has_its_clock_is_told_in_words(tick, told, words):
     assert re.search(words, clock_reason(1, tick, fleet(), **told))
+
+
+def test_what_full_clock_would_draw_more_is_told_of_a_minute_and_not_of_a_moment():
+    """A batch that ends between reading and prediction says nothing of what is saved."""
+    clock = Clock()
+    board = StatusBoard(fleet(), SLO, now_s=clock)
+    seen = record()
+    state = seen.observation.state
+    shares = []
+    for k in range(400):
+        power_w = np.array([100.0, 100.0 if k % 2 else 300.0])
+        seen = replace(seen, observation=replace(
+            seen.observation, state=replace(state, power_w=power_w)))  # fmt: skip
+        board.on_tick(seen)
+        power = board.status()["power"]
+        shares.append((power["below_frac"], 1.0 - power["now_w"] / power["highest_clock_w"]))
+        clock.t_s += 0.5
+    told, moments = np.array(shares[200:]).T
+    assert np.ptp(moments) > 0.2
+    assert np.ptp(told) < 0.02
+    assert told.mean() == pytest.approx(moments.mean(), abs=0.01)
 
 
 def test_history_attainment_and_events_forget_the_old():

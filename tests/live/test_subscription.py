@@ -56,6 +56,20 @@ def test_without_a_word_it_routes_by_load_and_never_to_who_is_asleep():
     assert routers.route(Request(prompt_tok=300), state) == 1
 
 
+def test_a_router_that_is_refused_says_why_and_not_that_there_is_no_controller_yet():
+    spec, said = fleet(SHAPE), []
+    routers, traffic = SubscribedRouters(spec, "mpc"), Traffic(4)
+    with ServerThread(hub_app(HubBackend(spec), TOKEN), what="controller") as server:
+        link = ControllerLink(
+            f"http://127.0.0.1:{server.port}", TOKEN[::-1], spec, "r0", spec.ids, kind="router"
+        )
+        counts = InFlight(spec, traffic=traffic)
+        with link, Subscription(link, routers, counts, traffic, say=said.append):
+            seconds_until(lambda: said)
+            assert said[0].startswith("router: no controller (controller: status 401")
+    assert len(said) == 1
+
+
 def test_requests_reach_the_controller_and_its_decision_the_routing():
     spec, said = fleet(SHAPE), []
     hub = HubBackend(spec)

@@ -186,7 +186,8 @@ def router(
                 one.close()
             raise
     # Nothing that is given can be refused any more.
-    say(f"{policy} routes {len(spec)} instances on {url}")
+    whose = policy if controller is None else "the controller's policy"
+    say(f"{whose} routes {len(spec)} instances on {url}")
     if port is None:
         listening += _also_where_it_was(host)
     if traffic is None:

@@ -235,13 +235,13 @@ def open_node(
             if one.limits is not None and one.instance in chosen
         }
         free = {name: gpus for name, gpus in chosen.items() if name not in hands}
+        limited = {name: those for name, those in (cpus or {}).items() if name in free}
+        folders = policies_of(limited) if limited else {}  # refused before anything is set
         if free:
             gpu_sets = node_clocks(fleet, free, setter=socket, lock_dir=lock_dir or LOCK_DIR)
             sets = gpu_sets
             delay_s = _measured_delay_s(fleet, gpu_sets, ceiling_mhz)
-            limited = {name: those for name, those in (cpus or {}).items() if name in free}
             if limited:
-                folders = policies_of(limited)
                 sets = CpufreqBackend(gpu_sets, folders, lock_dir=lock_dir or LOCK_DIR)
                 for name, those in limited.items():
                     told = f"{len(those)} CPUs" if len(those) > 1 else "CPU"
@@ -357,11 +357,12 @@ def run_agent(
     from voltana_ctrl.backends.nvml.lease import end_on_sigterm
     from voltana_ctrl.live.agent import Agent
     from voltana_ctrl.live.exporter import Exporter
+    from voltana_ctrl.live.node_control import WhoAnswers
     from voltana_ctrl.live.ticklog import TickLog
 
     ending.callback(backend.close)
     ending.enter_context(end_on_sigterm())
-    watching = list(observers)
+    watching = [*observers, WhoAnswers(backend.spec)]
     if state is not None:
         ending.callback(state.close)
         watching.append(state)

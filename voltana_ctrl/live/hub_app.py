@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import hmac
+import logging
+import math
+import time
 from typing import Any
 
 from voltana_ctrl.errors import BackendError, ConfigError
 from voltana_ctrl.live.hub import HubBackend
-from voltana_ctrl.live.messages import MAX_BYTES, MessageRefused, decode_report, encode_orders
+from voltana_ctrl.live.messages import (
+    LEAST_TOKEN,
+    MAX_BYTES,
+    MessageRefused,
+    decode_report,
+    encode_orders,
+)
 from voltana_ctrl.live.status_page import StatusPage
 
 __all__ = ["hub_app"]
+
+_log = logging.getLogger("voltana_ctrl")
+_TELL_S = 60.0
 
 
 def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> Any:
@@ -56,11 +68,13 @@ def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> A
         raise ConfigError(
             "controller: starlette is not installed; pip install 'voltana-ctrl[server]'"
         ) from error
-    if len(token) < 16:
+    if len(token) < LEAST_TOKEN:
         raise ConfigError(
-            f"token: expected at least 16 characters, got {len(token)}; make one with"
+            f"token: expected at least {LEAST_TOKEN} characters, got {len(token)}; make one with"
             ' python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
+
+    strangers = _Strangers()
 
     def refused(status: int, message: str) -> Response:
         return JSONResponse({"error": message}, status_code=status)
@@ -68,6 +82,7 @@ def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> A
     async def report(request: Request) -> Response:
         shown = request.headers.get("authorization", "")
         if not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
+            strangers.tell("unknown" if request.client is None else request.client.host)
             return refused(401, "expected the bearer token of this controller")
         data = b""
         async for part in request.stream():
@@ -97,3 +112,19 @@ def hub_app(hub: HubBackend, token: str, *, page: StatusPage | None = None) -> A
         ],
         exception_handlers={HTTPException: not_found},
     )
+
+
+class _Strangers:
+    """Logs whose reports are refused for their token, once a minute at most."""
+
+    def __init__(self) -> None:
+        self._refused, self._told_s = 0, -math.inf
+
+    def tell(self, host: str) -> None:
+        self._refused += 1
+        if time.monotonic() - self._told_s >= _TELL_S:
+            self._told_s = time.monotonic()
+            _log.warning(
+                "voltana-ctrl: a report from %s was refused, it shows another token than this"
+                " controller's (refused so far: %d)", host, self._refused,
+            )  # fmt: skip

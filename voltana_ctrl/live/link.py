@@ -14,7 +14,13 @@ import numpy as np
 
 from voltana_ctrl.checks import positive
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.live.messages import MAX_BYTES, MessageRefused, decode_orders, encode_report
+from voltana_ctrl.live.messages import (
+    LEAST_TOKEN,
+    MAX_BYTES,
+    MessageRefused,
+    decode_orders,
+    encode_report,
+)
 from voltana_ctrl.live.orders import Orders, Report, SenderKind, new_start
 from voltana_ctrl.types import (
     FleetSpec,
@@ -68,8 +74,8 @@ class ControllerLink:
     Raises
     ------
     ConfigError
-        If httpx is not installed, the URL is none, an instance is not of the fleet, or the
-        certificates cannot be read.
+        If httpx is not installed, the URL is none, the token is too short, an instance is not of
+        the fleet, or the certificates cannot be read.
 
     Examples
     --------
@@ -111,6 +117,11 @@ class ControllerLink:
             raise ConfigError(
                 "controller: httpx is not installed; pip install 'voltana-ctrl[server]'"
             ) from error
+        if len(token) < LEAST_TOKEN:
+            raise ConfigError(
+                f"token: expected at least {LEAST_TOKEN} characters, got {len(token)}; it is that"
+                " of the controller"
+            )
         self._errors = (httpx.HTTPError, httpx.InvalidURL)
         try:
             self._client = httpx.Client(

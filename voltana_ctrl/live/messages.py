@@ -29,6 +29,7 @@ from voltana_ctrl.types import (
 )
 
 __all__ = [
+    "LEAST_TOKEN",
     "MAX_BYTES",
     "MessageRefused",
     "decode_orders",
@@ -40,6 +41,8 @@ __all__ = [
 
 _REPORT = "voltana-ctrl/report/1"
 _ORDERS = "voltana-ctrl/orders/1"
+#: A token has so many characters at least.
+LEAST_TOKEN = 16
 #: A longer message is refused before it is read.
 MAX_BYTES = 2**20
 _MOST_ROWS = 20_000

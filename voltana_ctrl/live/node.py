@@ -174,13 +174,20 @@ class CappedGuard(Guard):
         Decision
             The one that may be applied.
         """
-        highest = np.minimum(proposed.freq_max_mhz, self.ceiling_mhz)
-        floor = np.maximum(proposed.freq_mhz, self.min_mhz)
-        capped = replace(proposed, freq_mhz=np.minimum(floor, highest), freq_max_mhz=highest)
-        shielded = super().shield(capped, observation, last)
+        shielded = super().shield(self._within(proposed), observation, last)
         if not self.obeys:
             return shielded
         return replace(shielded, active=proposed.active, route_frac=proposed.route_frac)
+
+    def changes(self, proposed: Decision, applied: Decision) -> tuple[str, ...]:
+        """What :meth:`shield` changed beyond the ceilings and floors that are known."""
+        return super().changes(self._within(proposed), applied)
+
+    def _within(self, proposed: Decision) -> Decision:
+        """A decision within ceilings and floors."""
+        highest = np.minimum(proposed.freq_max_mhz, self.ceiling_mhz)
+        floor = np.maximum(proposed.freq_mhz, self.min_mhz)
+        return replace(proposed, freq_mhz=np.minimum(floor, highest), freq_max_mhz=highest)
 
 
 class NodeBackend:

@@ -1,7 +1,8 @@
-"""What a node does that sets nothing: a controller that watches, and what advice says."""
+"""What sets nothing: a controller that watches, what advice says, and who answers."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +21,9 @@ from voltana_ctrl.types import (
     TickRecord,
 )
 
-__all__ = ["Advice", "WatchController", "expected_power_w"]
+__all__ = ["Advice", "WatchController", "WhoAnswers", "expected_power_w"]
+
+_log = logging.getLogger(__name__)
 
 
 class WatchController(Controller):
@@ -187,6 +190,45 @@ class Advice:
             Watts.
         """
         return expected_power_w(self._fleet, self._tables, observation, freq_mhz)
+
+
+class WhoAnswers:
+    """Observer that logs whose engine answers no more, and whose does again, each once.
+
+    Parameters
+    ----------
+    fleet : FleetSpec
+        The fleet.
+
+    Examples
+    --------
+    >>> from voltana_ctrl import Decision, FleetSpec, FleetState, Observation, load_profile
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> wish = Decision.highest(fleet)
+    >>> seen = Observation(state=FleetState.idle(2))
+    >>> WhoAnswers(fleet).on_tick(
+    ...     TickRecord(number=0, observation=seen, proposed=wish, applied=wish))
+    """
+
+    def __init__(self, fleet: FleetSpec) -> None:
+        self._ids = fleet.ids
+        self._was = [False] * len(fleet)
+
+    def on_tick(self, record: TickRecord) -> None:
+        """Compare with the tick before; who has never answered is not missed.
+
+        Parameters
+        ----------
+        record : TickRecord
+            What the tick saw.
+        """
+        now = record.observation.state.alive.tolist()
+        for name, was, is_there in zip(self._ids, self._was, now, strict=True):
+            if was and not is_there:
+                _log.warning("voltana-ctrl: %s does not answer; the others take its work", name)
+            elif is_there and not was and record.number > 0:
+                _log.warning("voltana-ctrl: %s answers", name)
+        self._was = now
 
 
 def expected_power_w(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from voltana_ctrl.savings.switchback import POLICY_NOTE
 from voltana_ctrl.types import FleetSpec, Status, TickRecord
+from voltana_ctrl.types.ladder import row_up
 
 __all__ = ["clock_reason"]
 
@@ -44,8 +45,8 @@ def clock_reason(
     -------
     str
         The first of these that applies: that it does not answer, that nothing is set, that the
-        decision was replaced, the block of a switchback, what holds it up, a GPU that does not
-        reach what it is asked for, a ceiling, its load.
+        decision was replaced, the block of a switchback, `--min-mhz`, what holds it up, a GPU that
+        does not reach what it is asked for, a ceiling, its load.
 
     Examples
     --------
@@ -71,6 +72,13 @@ def clock_reason(
         return f"no decision could be made: the highest clock, soon; {decision.status.value}"
     if record.notes.get(POLICY_NOTE) == 0.0:
         return "this block of the switchback is at the highest clock"
+    clocks_mhz = fleet.instances[i].clocks_mhz
+    asked_mhz = float(clocks_mhz[row_up(clocks_mhz, float(record.proposed.freq_mhz[i]))])
+    if asked_mhz + _NEAR_MHZ < floor_mhz < ceiling_mhz - _NEAR_MHZ:
+        return (
+            f"its governor chooses between {floor_mhz:.0f} and {ceiling_mhz:.0f} MHz;"
+            " `--min-mhz` keeps it from lower ones"
+        )
     if held_up and name in held_up:
         return held_up[name]
     reached_mhz = record.notes.get(f"clamped_{name}_mhz")

@@ -66,6 +66,7 @@ class RemoteController(Controller):
     >>> from voltana_ctrl import FleetSpec, FleetState, Observation, load_profile
     >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
     >>> class Dead:
+    ...     failure = None
     ...     def tell(self, observation): pass
     ...     def orders(self): return None
     ...     def last(self): return None
@@ -91,6 +92,7 @@ class RemoteController(Controller):
                 " must notice within 2 s that its controller is gone"
             )
         self._link, self._on_policy, self._on_budget = link, on_policy, on_budget
+        self._said: str | None = None
 
     def init(self) -> RemoteMemory:
         """Memory before the first decision, when there are no orders yet."""
@@ -117,12 +119,16 @@ class RemoteController(Controller):
         self._link.tell(observation)
         in_force, last, t_s = self._link.orders(), self._link.last(), observation.state.t_s
         was_gone, memory = memory.gone, RemoteMemory(gone=in_force is None)
-        if memory.gone and not was_gone:
+        # At the start nobody is missed yet, unless the line says that something is wrong with it.
+        failure = self._link.failure if memory.gone else None
+        if memory.gone and (failure not in (None, self._said) or not was_gone):
+            self._said = failure
             _log.warning(
-                "voltana-ctrl: no controller: the highest clock under its last ceilings until it"
-                " is back"
-            )
+                "voltana-ctrl: no controller%s: the highest clock under its last ceilings until it"
+                " is back", "" if failure is None else f" ({failure})",
+            )  # fmt: skip
         elif was_gone and not memory.gone:
+            self._said = None
             _log.warning("voltana-ctrl: the controller's orders are in force")
         if last is None:
             return Decision.highest(self.fleet, t_s=t_s), memory

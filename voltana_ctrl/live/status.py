@@ -24,6 +24,8 @@ __all__ = ["SCHEMA", "LinkState", "StatusBoard"]
 SCHEMA = "voltana-ctrl/status/1"
 #: A point of the history is the mean of so long; so many are kept, an hour of them.
 _POINT_S, _POINTS = 5.0, 720
+# Points of the last minute.
+_RECENT_POINTS = 12
 _EVENTS = 60
 _MOST_JUDGED = 100_000
 
@@ -271,11 +273,16 @@ class StatusBoard(logging.Handler):
         return told
 
     def _power(self, record: TickRecord) -> dict[str, Any]:
-        now_w, highest_w = self._drawn_w(record.observation), self._highest_w
+        # Moments of one and of the other do not belong together: a batch ends between them.
+        with self._lock_board:
+            points = [point[1:] for point in list(self._history)[-_RECENT_POINTS:]]
+            if not points and self._sums[0]:
+                points.append(tuple(self._sums[1:] / self._sums[0]))
+        drawn_w, expected_w = np.mean(points, axis=0) if points else (0.0, 0.0)
         return {
-            "now_w": round(now_w, 1),
-            "highest_clock_w": round(highest_w, 1),
-            "below_frac": round(1.0 - now_w / highest_w, 4) if highest_w > 0.0 else None,
+            "now_w": round(self._drawn_w(record.observation), 1),
+            "highest_clock_w": round(self._highest_w, 1),
+            "below_frac": round(1.0 - drawn_w / expected_w, 4) if expected_w > 0.0 else None,
             "budget_w": None if self._budget is None else self._budget.at_w(self._t_s(record)),
         }
 

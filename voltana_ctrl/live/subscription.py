@@ -181,7 +181,8 @@ class Subscription:
         self._period_s, self._say = period_s, say
         self._state = FleetState.idle(len(routers.fleet))
         self._number: tuple[str, int] | None = None
-        self._was_alone: bool | None = None
+        self._was_alone = True
+        self._said: str | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="voltana-ctrl-route", daemon=True)
         self._thread.start()
@@ -209,14 +210,16 @@ class Subscription:
             if orders.state is not None:
                 self._state = orders.state
         alone = self._routers.alone
-        if alone != self._was_alone:
-            self._was_alone = alone
-            why = f" ({self._link.failure})" if self._link.failure else ""
-            self._say(
-                f"router: no controller{why}; requests go by load"
-                if alone
-                else "router: requests go where the controller says"
-            )
+        failure = self._link.failure if alone else None
+        # At the start nobody is missed yet, unless the line says that something is wrong with it.
+        if alone and (failure not in (None, self._said) or not self._was_alone):
+            self._said = failure
+            why = "" if failure is None else f" ({failure})"
+            self._say(f"router: no controller{why}; requests go by load")
+        elif self._was_alone and not alone:
+            self._said = None
+            self._say("router: requests go where the controller says")
+        self._was_alone = alone
 
     def close(self) -> None:
         """Stop reporting; may be called twice."""

@@ -167,7 +167,9 @@ def test_what_does_not_fit_is_refused_in_json(served, body):
 
 def test_faults_are_rehearsed_over_http(served):
     engine, url = served
-    assert post(url, "/emulate", {"slow_frac": 2.5, "hung": True}).status_code == 200
+    told = {"slow_frac": 2.5, "hung": True}
+    assert post(url, "/emulate", told).json() == told
+    for wrong in ({"slow_frac": 0}, {"hung": "no"}, {"sloow_frac": 2.0}):
+        assert post(url, "/emulate", wrong).status_code == 400
     assert (engine.slow_frac, engine.hung) == (2.5, True)
-    assert post(url, "/emulate", {"slow_frac": 0}).status_code == 400
     assert httpx.get(url + "/emulate", trust_env=False).json()["void"] is False

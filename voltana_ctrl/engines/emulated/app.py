@@ -182,11 +182,15 @@ class EngineApp:
     async def _change(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._body(scope, receive)
         slow = body.get("slow_frac", self._engine.slow_frac)
+        hung = body.get("hung", self._engine.hung)
+        if not set(body) <= {"slow_frac", "hung"}:
+            raise Refused(400, "invalid_request_error", "expected slow_frac, hung or both")
         if not (isinstance(slow, int | float) and 0.01 <= slow <= 1000.0):
             raise Refused(400, "invalid_request_error", "slow_frac: expected 0.01 to 1000")
-        self._engine.slow_frac = float(slow)
-        self._engine.hung = bool(body.get("hung", self._engine.hung))
-        await respond(send, 200, JSON, b"{}")
+        if not isinstance(hung, bool):
+            raise Refused(400, "invalid_request_error", "hung: expected true or false")
+        self._engine.slow_frac, self._engine.hung = float(slow), hung
+        await respond(send, 200, JSON, json.dumps({"slow_frac": slow, "hung": hung}).encode())
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._body(scope, receive)
