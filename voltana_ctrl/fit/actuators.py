@@ -83,8 +83,11 @@ def _point(row: Mapping[str, str], label: str) -> ActuatorPoint:
     missing = [name for name in _NEEDS if not row.get(name)]
     if missing:
         raise ConfigError(
-            f"{label}: {missing[0]}: missing where another actuator was set, or at the same load;"
-            " measure longer (a larger steady_s), with the GPUs given"
+            f"{label}: {', '.join(missing)}: missing where another actuator was set, or at the"
+            " same load; `voltana-ctrl profile` writes them where it measures long enough (a larger"
+            " steady_s) and is given the GPUs; in rows of your own: tokens of the prompt or the"
+            " context that was asked for, J of an iteration, standard errors of its seconds and"
+            " of the watts"
         )
     try:
         wall_s = float(row["wall_s"])
