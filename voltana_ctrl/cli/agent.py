@@ -60,7 +60,7 @@ def agent(
         str | None, typer.Option(help="URL of the fleet's; without, decides by itself.")
     ] = None,
     policy: Annotated[str, typer.Option(help="See `voltana-ctrl policies`.")] = "mpc",
-    slo: Annotated[str, typer.Option(help="TTFT and ITL in s.")] = "ttft=0.6,itl=0.06",
+    slo: Annotated[str, typer.Option(help="TTFT, ITL in s, attainment.")] = "ttft=0.6,itl=0.06",
     tick_ms: Annotated[float, typer.Option(help="Control period.")] = 100.0,
     canary: Annotated[
         str | None, typer.Option(help="ID,...: only these instances are ever set.")

@@ -29,7 +29,7 @@ def doctor(
     fleet: Annotated[
         Path | None, typer.Option(help="TOML of a fleet, whose engines are looked at, too.")
     ] = None,
-    slo: Annotated[str, typer.Option(help="TTFT and ITL in s.")] = "ttft=0.6,itl=0.06",
+    slo: Annotated[str, typer.Option(help="TTFT, ITL in s, attainment.")] = "ttft=0.6,itl=0.06",
 ) -> None:
     """Say what GPUs and clocks here can do; reads only, unless told to --actuate."""
     from voltana_ctrl.backends.nvml.doctor import examine

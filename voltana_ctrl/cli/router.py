@@ -52,7 +52,7 @@ def router(
     policy: Annotated[
         str, typer.Option(help="Whose routers choose; see `voltana-ctrl policies`.")
     ] = "cascade",
-    slo: Annotated[str, typer.Option(help="Targets in seconds.")] = "ttft=0.6,itl=0.06",
+    slo: Annotated[str, typer.Option(help="TTFT, ITL in s, attainment.")] = "ttft=0.6,itl=0.06",
     controller: Annotated[
         str | None, typer.Option(help="URL of the fleet's controller, which then decides.")
     ] = None,

@@ -271,7 +271,7 @@ def say_who_sets(own: Sequence[Endpoint], chosen: Collection[str], mode: str) ->
         say(f"{name}: its clock {is_set} set by {who}")
     if len(in_engine) < len(chosen):
         say(
-            "a governor in the engine chooses before every iteration: ticks alone took 14 % more"
+            "a governor in the engine chooses before every iteration: ticks alone took 17 % more"
             " energy per token on emulated engines (2P2D, 65 req/s); give engine.limits"
         )
 

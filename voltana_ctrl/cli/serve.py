@@ -47,7 +47,7 @@ def serve(
         str, typer.Option(help="observe: reads only; advise: says what it would do; act: does it.")
     ] = "observe",
     policy: Annotated[str, typer.Option(help="See `voltana-ctrl policies`.")] = "mpc",
-    slo: Annotated[str, typer.Option(help="TTFT and ITL in s.")] = "ttft=0.6,itl=0.06",
+    slo: Annotated[str, typer.Option(help="TTFT, ITL in s, attainment.")] = "ttft=0.6,itl=0.06",
     tick_ms: Annotated[float, typer.Option(help="Control period.")] = 100.0,
     host: Annotated[str, typer.Option(help="Address to listen on, for clients.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on, for clients.")] = 8790,
