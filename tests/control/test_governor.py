@@ -69,7 +69,7 @@ def test_slack_for_the_actuation_delay():
     sluggish, instant = fresh(PREFILL, delay_s=0.2), fresh(PREFILL, delay_s=0.0)
     for governor in (sluggish, instant):
         governor.step(0, 0, 0.0, 0.0, 210.0, 210.0, t_s=0.0)  # both at the lowest clock
-    queue = (0, 0, 1500.0, 0.2, 210.0, 1410.0)
+    queue = (0, 0, 1500.0, 0.02, 210.0, 1410.0)
     assert sluggish.step(*queue, t_s=0.1) > instant.step(*queue, t_s=0.1)
 
 
@@ -197,6 +197,19 @@ def test_until_arrivals_have_been_watched_prompts_have_the_thrifty_clock():
     # A ceiling comes first, and nothing is asked for where nothing waits.
     assert fresh(PREFILL).step(0, 0.0, 40.0, 0.01, 210.0, 300.0, t_s=0.0) == 300.0
     assert fresh(PREFILL).step(0, 0.0, 0.0, 0.0, 210.0, 1410.0, batch_tok=0.0, t_s=0.0) == 210.0
+
+
+def test_while_few_prompts_are_known_they_are_served_sooner():
+    """The same queue asks for less once arrivals have been watched for a minute."""
+
+    def clock_after(watched_s):
+        governor = fresh(PREFILL)
+        for t_s in np.arange(0.0, watched_s, 0.1):
+            governor.step(0, 0.0, 250.0, 0.01, 210.0, 1410.0, t_s=t_s)
+        return governor.step(0, 0.0, 1500.0, 0.2, 210.0, 1410.0, t_s=watched_s)
+
+    first_mhz, then_mhz, known_mhz = (clock_after(watched_s) for watched_s in (6.0, 20.0, 60.0))
+    assert first_mhz > then_mhz > known_mhz
 
 
 def test_prompts_that_come_more_often_are_seen_within_seconds():

@@ -51,6 +51,9 @@ from voltana_ctrl.kernels.law import ROW, decode_s, prefill_s
 _NEARLY_NONE = 0.1
 #: Times of the TTFT promise for which arrivals are watched before a clock rests on how they come.
 _WATCHED = 8.0
+#: Part of the TTFT target that is aimed at where nothing has been watched yet, and times of the
+#: promise after which all of it is: how unlike prompts are is known later than how many come.
+_FIRST_FRAC, _FAMILIAR = 0.5, 80.0
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
 #: ITL targets that a request may be behind before a clock above the thrifty one serves it, if the
@@ -171,9 +174,9 @@ def _watch(params, memory, t_s, running_req, waiting_tok, batch_tok):
     memory[AHEAD_TOK] -= batch_tok
 
 
-@njit(F8(types.Array(F8, 1, "C"), ROW, ROW, F8, F8, F8, F8, F8))
+@njit(F8(types.Array(F8, 1, "C"), ROW, ROW, F8, F8, F8, F8, F8, F8))
 def _next_late_frac(
-    params, row, next_row, done_s, left_tok, rate_tok_s, spread_tok2_s, typical_tok
+    params, row, next_row, ttft_s, done_s, left_tok, rate_tok_s, spread_tok2_s, typical_tok
 ):  # fmt: skip
     """Part of those that arrive in this iteration that the next one, at `next_row`, serves late."""
     pace_frac = params[PREFILL_PACE_FRAC]
@@ -197,7 +200,7 @@ def _next_late_frac(
     skew_frac = 1.0
     if arrived_tok > sd_tok:
         skew_frac = (sd_tok / arrived_tok) ** 4
-    return late_frac(params[TTFT_S] - done_s - next_s, sd_s, done_s, skew_frac)
+    return late_frac(ttft_s - done_s - next_s, sd_s, done_s, skew_frac)
 
 
 class Waiting(NamedTuple):
@@ -266,8 +269,8 @@ def _doomed(params, memory, top_row, waiting):
     return waiting.oldest_s + params[PREFILL_PACE_FRAC] * rest_s > params[TTFT_S]
 
 
-@njit(types.boolean(ROWS, F8_1, WAITING, I8, I8, I8, ROW, F8, types.boolean))
-def _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed):
+@njit(types.boolean(ROWS, F8_1, WAITING, F8, I8, I8, I8, ROW, F8, types.boolean))
+def _in_time(rows, params, waiting, ttft_s, k, thrifty, top, present, step_s, doomed):
     """Whether prefill at clock `k` is late no more often than the promise allows.
 
     Three kinds of requests are asked about: the oldest that waits and what waits behind it; what
@@ -289,7 +292,7 @@ def _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed):
     )
     if not doomed:
         # As if what waits had come evenly over the time that it takes to serve.
-        left_s = params[TTFT_S] - waiting.oldest_s
+        left_s = ttft_s - waiting.oldest_s
         if late_frac(left_s - head_s, noise_frac * head_s, head_s, 0.0) > miss_frac:
             return False
         if waiting.left_tok > 0.0:
@@ -300,7 +303,7 @@ def _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed):
             if late_frac(left_s - all_s, noise_frac * all_s, all_s, 0.0) > miss_frac:
                 return False
     late = _next_late_frac(
-        params, row, rows[top], done_s, waiting.left_tok, waiting.rate_tok_s,
+        params, row, rows[top], ttft_s, done_s, waiting.left_tok, waiting.rate_tok_s,
         waiting.spread_tok2_s, waiting.typical_tok,
     )  # fmt: skip
     if late > miss_frac:
@@ -309,7 +312,7 @@ def _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed):
         return True
     # Nearly free, so it is kept for all that arrives until the head is done.
     late = _next_late_frac(
-        params, row, rows[thrifty], head_s, waiting.after_tok, waiting.rate_tok_s,
+        params, row, rows[thrifty], ttft_s, head_s, waiting.after_tok, waiting.rate_tok_s,
         waiting.spread_tok2_s, waiting.typical_tok,
     )  # fmt: skip
     return late <= _NEARLY_NONE * miss_frac
@@ -347,6 +350,9 @@ def needed_clock(
     A clock below the thrifty one saves next to nothing, so it must pass a stricter test: of what
     arrives until the oldest prompt is done, a tenth of that part may be late at the thrifty clock.
 
+    Of the TTFT target half is aimed at first, and all of it once arrivals have been watched for
+    long: until then few prompts have told how unlike they are.
+
     A long prompt that no clock serves in time any more asks for the thrifty clock only. A clock
     that was raised stays for the dwell time.
     """
@@ -371,7 +377,11 @@ def needed_clock(
     waiting = _what_waits(memory, waiting_tok, batch_tok, oldest_wait_s)
     doomed = _doomed(params, memory, rows[top], waiting)
     works = batch_tok > 0.0 or (params[PREFILLS] > 0.0 and running_req > 0.0)
-    if doomed or (works and memory[WATCHED_S] < _WATCHED * params[TTFT_S]):
+    watched = memory[WATCHED_S] / params[TTFT_S]
+    ttft_s = params[TTFT_S]
+    if not doomed:
+        ttft_s *= min(1.0, _FIRST_FRAC + (1.0 - _FIRST_FRAC) * watched / _FAMILIAR)
+    if doomed or (works and watched < _WATCHED):
         # Of what arrives too little is known yet, and room for a burst is nearly free. So it is
         # between prompts, where both run: from a clock that goes to and fro no pace is learnt.
         k = max(k, thrifty)
@@ -389,7 +399,9 @@ def needed_clock(
             late_s = behind_s if k < thrifty else far_s
             enough = step_s + late_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
-            enough = _in_time(rows, params, waiting, k, thrifty, top, present, step_s, doomed)
+            enough = _in_time(
+                rows, params, waiting, ttft_s, k, thrifty, top, present, step_s, doomed
+            )
         if enough:
             break
         k += 1
