@@ -61,6 +61,7 @@ def test_a_variable_counts_more_than_the_file(tmp_path):
         ({"MODE": "act", "PROFILE": PROFILE, "SLO": "ttft=1,itl=1"}, "gpus is missing"),
         ({"SLO": "fast"}, "slo: expected ttft"),
         ({"ROLE": "both"}, "role: expected one of"),
+        ({"PARK_MEMORY": "yes"}, "park_memory: expected 0 or 1"),
         ({"CONFIG": "no-such-file"}, "no-such-file: cannot be read"),
     ],
 )
@@ -321,6 +322,62 @@ def test_the_governor_obeys_the_order_of_its_node(tmp_path):
         finally:
             engine.close()
         assert all_given_back(fake)
+
+
+@needs_compiler
+def test_memory_sleeps_while_the_instance_is_parked_and_has_no_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("voltana_ctrl.engines.clock_thread._RENEW_S", 0.3)
+    path = tmp_path / "orders" / "decode-0.json"
+    parked, awake = order(210.0, 1410.0, active=False), order(210.0, 1410.0)
+    with machine(tmp_path) as fake:
+        told = {"VOLTANA_CTRL_LIMITS": str(path), "VOLTANA_CTRL_PARK_MEMORY": "1"}
+        write_limits(path, awake, valid_s=30.0)
+        settings = InEngineSettings.read(environment(fake, tmp_path, **told))
+        engine = InEngine(settings, Role.DECODE)
+        try:
+
+            def low(asleep):
+                lowest_mhz = min(fake.gpus[0].mem_low_mhz, fake.gpus[0].mem_mhz)
+                return fake.gpus[0].mem_lock_hi_mhz == (lowest_mhz if asleep else 0.0)
+
+            time.sleep(0.8)
+            assert low(False)  # idle and awake is not parked
+            write_limits(path, parked, valid_s=30.0)
+            seconds_until(lambda: low(True))
+            engine.before(running_req=4, kv_used_tok=1000)  # somebody sent work all the same
+            assert seconds_until(lambda: low(False)) < 2.0
+            seconds_until(lambda: low(True))
+            write_limits(path, awake, valid_s=30.0)
+            seconds_until(lambda: low(False))
+            write_limits(path, parked, valid_s=2.0)
+            seconds_until(lambda: low(True))
+            seconds_until(lambda: low(False))  # the controller is gone
+            write_limits(path, parked, valid_s=30.0)
+            seconds_until(lambda: low(True))
+        finally:
+            engine.close()
+        assert all_given_back(fake)
+    with pytest.raises(ConfigError, match="the setter sets no memory clock"):
+        InEngineSettings(park_memory=True, setter=tmp_path)
+
+
+def test_who_cannot_be_parked_deeper_stays_awake(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("voltana_ctrl.engines.clock_thread._RENEW_S", 0.2)
+    path, said = tmp_path / "limits", []
+
+    def refuses(parked):
+        said.append(parked)
+        if parked or len(said) < 4:
+            raise ActuationDenied("no")
+
+    write_limits(path, order(300.0, 1410.0, active=False), valid_s=30.0)
+    clock = ClockThread(Card(), CLOCKS_MHZ, limits=path, park=refuses)
+    seconds_until(lambda: len(said) == 4)
+    time.sleep(0.5)
+    # What one GPU of several may hold is taken back until that succeeds, and not tried again.
+    assert said == [True, False, False, False]
+    assert sum("cannot be parked deeper" in one for one in caplog.messages) == 1
+    clock.close()
 
 
 DYING = """

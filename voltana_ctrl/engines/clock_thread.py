@@ -56,6 +56,9 @@ class ClockThread:
     on_handed : callable, optional
         Called in this thread with the order that holds and the name of its policy, whenever one
         of them changes.
+    park : callable, optional
+        Called in this thread with True once the instance is parked and has had nothing to do for a
+        while, and with False when it takes work again, or has some.
 
     Examples
     --------
@@ -80,8 +83,10 @@ class ClockThread:
         limits: Path | None = None,
         owners: Collection[int] = (),
         on_handed: Callable[[Order, str], None] = lambda *_: None,
+        park: Callable[[bool], None] | None = None,
     ) -> None:
         self._backend = backend
+        self._park, self._sleeps, self._stays_awake = park, False, park is None
         self._limits, self._owners, self._on_handed = limits, owners, on_handed
         self._handed: Handed | None = None
         self._told: tuple[Order, str] | None = None
@@ -123,6 +128,8 @@ class ClockThread:
             self._asked_s = time.monotonic()
             self._idle.clear()
             self._asked.set()
+        elif self._sleeps:
+            self._asked.set()
 
     def settle(self, limit_s: float = 5.0) -> bool:
         """Wait until the clock that was asked for last has been set, or refused.
@@ -150,6 +157,8 @@ class ClockThread:
             if self._limits is not None and now_s - looked_s >= _LOOK_S:
                 looked_s = now_s
                 self._look()
+            if self._sleeps and (self._at_work or self._stays_awake or not self._parked(now_s)):
+                self._sleep(False)
             if now_s - renewed_s >= _RENEW_S:
                 renewed_s = now_s
                 # Who is under orders keeps its clock idle, too: a budget counts idle power as well.
@@ -215,9 +224,27 @@ class ClockThread:
         Governors choose clocks of iterations alone: the last one would stand for as long as it
         sleeps. Who is parked and still has work has a floor that lets it finish.
         """
-        handed = self._handed
-        if handed is not None and not handed.now(t_s).active:
+        if self._parked(t_s):
             self.asked_mhz = min(self.asked_mhz, self.floor_mhz)
+            if not self._sleeps and not self._stays_awake:
+                self._sleep(True)
+
+    def _parked(self, t_s: float) -> bool:
+        """Whether an order in force says so."""
+        return self._handed is not None and not self._handed.now(t_s).active
+
+    def _sleep(self, sleeps: bool) -> None:
+        """Park, or take back what was done for it; who was refused once stays awake."""
+        if self._park is None:
+            return
+        self._sleeps = True  # of several GPUs one may have been set before another refuses
+        try:
+            self._park(sleeps)
+            self._sleeps = sleeps
+        except BackendError as error:
+            if not self._stays_awake:
+                _log.warning("voltana-ctrl: it cannot be parked deeper: %s", error)
+            self._stays_awake = True
 
     def _at_most(self, freq_mhz: float) -> float:
         return float(self._clocks_mhz[row_down(self._clocks_mhz, freq_mhz)])

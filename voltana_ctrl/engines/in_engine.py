@@ -19,6 +19,7 @@ VOLTANA_CTRL_POLICY      policy       Whose governor chooses clocks, ``mpc`` if 
 VOLTANA_CTRL_LIMITS      limits       File with the order of the node's agent
 VOLTANA_CTRL_LIMITS_UID  limits_uid   User id of that agent, where it is neither root nor the
                                       engine's own
+VOLTANA_CTRL_PARK_MEMORY park_memory  1: the lowest memory clock while parked and idle
 VOLTANA_CTRL_FPM         fpm          Address to publish forward-pass metrics at
 VOLTANA_CTRL_WORKER_ID   worker_id    Sent with them
 VOLTANA_CTRL_LOCK_DIR    lock_dir     Where lock files of GPUs live
@@ -35,6 +36,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,9 @@ class InEngineSettings:
         File in which the node's agent hands over its orders.
     limits_uid : int, optional
         User id that may write `limits`, besides root and the engine's own user.
+    park_memory : bool
+        Whether the memory clock is held at its lowest while an order parks the instance and it
+        has no work, where the driver lists several; not through the setter, which sets none.
     lock_dir, library : Path, optional
         Folder of the GPUs' lock files, and driver library; the system's where they are None.
     fpm : str
@@ -115,6 +120,7 @@ class InEngineSettings:
     policy: str = "mpc"
     limits: Path | None = None
     limits_uid: int | None = None
+    park_memory: bool = False
     lock_dir: Path | None = None
     library: Path | None = None
     fpm: str = ""
@@ -128,6 +134,10 @@ class InEngineSettings:
         if self.mode == "act" and missing:
             raise ConfigError(
                 f"mode act: {missing[0]} is missing; set {_PREFIX}{missing[0].upper()}"
+            )
+        if self.park_memory and self.setter is not None:
+            raise ConfigError(
+                "park_memory: the setter sets no memory clock; leave out one of the two"
             )
 
     @classmethod
@@ -177,6 +187,10 @@ def _parsed(name: str, value: Any) -> Any:
         if not (str(value).isascii() and str(value).isdigit() and len(str(value)) <= 10):
             raise ConfigError(f"limits_uid: expected the number of a user, got {value!r}")
         return int(value)
+    if name == "park_memory":
+        if value not in (True, False, "0", "1"):
+            raise ConfigError(f"park_memory: expected 0 or 1 (a file: a boolean), got {value!r}")
+        return value in (True, "1")
     if not isinstance(value, str):
         raise ConfigError(f"{name}: expected text, got {value!r}")
     if name == "slo":
@@ -289,6 +303,7 @@ class InEngine:
                 limits=settings.limits,
                 owners=() if settings.limits_uid is None else (settings.limits_uid,),
                 on_handed=self._take,
+                park=partial(backend.park_memory, 0) if settings.park_memory else None,
             )
         except BaseException:
             backend.close()

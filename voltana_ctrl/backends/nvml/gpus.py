@@ -313,6 +313,31 @@ class NvmlBackend:
         if self.actuates:
             self._run_orders(orders)
 
+    def park_memory(self, instance: int, parked: bool) -> None:
+        """Hold the memory clock of one instance at its lowest, or give it back.
+
+        Nothing is set where the driver lists one memory clock only.
+
+        Parameters
+        ----------
+        instance : int
+            Index in the fleet.
+        parked : bool
+            Whether it is to be held.
+
+        Raises
+        ------
+        ActuationDenied, BackendError
+            As :meth:`apply`.
+        """
+        self._check_open("park_memory")
+        clocks_mhz = self.limit_ranges.mem_clocks_mhz[instance]
+        mem_mhz = int(clocks_mhz[0]) if parked and len(clocks_mhz) > 1 else None
+        if self.actuates:
+            self._run_orders(
+                [_Order(one, None, mem_mhz, one.cap_w) for one in self._groups[instance]]
+            )
+
     def set_instance(self, instance: int, setting: ActuatorSetting) -> None:
         """Set everything of one instance; for measuring it.
 
