@@ -101,7 +101,8 @@ class ClockThread:
         self.sets = 0
         self.refused = 0
         self._done_mhz: float | None = None
-        self._at_work = False
+        # Counted by who asks; the thread remembers up to which it knows.
+        self._asks = self._known_asks = 0
         self._asked = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
@@ -122,7 +123,7 @@ class ClockThread:
         freq_mhz : float
             A supported clock in MHz.
         """
-        self._at_work = True
+        self._asks += 1
         if freq_mhz != self.asked_mhz or self._done_mhz is None:
             self.asked_mhz = freq_mhz
             self._asked_s = time.monotonic()
@@ -157,18 +158,20 @@ class ClockThread:
             if self._limits is not None and now_s - looked_s >= _LOOK_S:
                 looked_s = now_s
                 self._look()
-            if self._sleeps and (self._at_work or self._stays_awake or not self._parked(now_s)):
+            asks = self._asks
+            works = asks != self._known_asks
+            if self._sleeps and (works or self._stays_awake or not self._parked(now_s)):
                 self._sleep(False)
             if now_s - renewed_s >= _RENEW_S:
                 renewed_s = now_s
                 # Who is under orders keeps its clock idle, too: a budget counts idle power as well.
-                in_use = self._at_work or self._handed is not None
+                in_use = works or self._handed is not None
                 asked |= in_use
                 if not in_use:
                     self._done_mhz = None  # may be given back before the next iteration
-                if not self._at_work:
+                if not works:
                     self._rest(now_s)
-                self._at_work = False
+                self._known_asks = asks
             if asked:
                 self._asked.clear()
                 self._set(self.asked_mhz)
