@@ -355,7 +355,7 @@ def judge(cell: str, rows: Iterable[dict]) -> Verdict:
     if given.rival and given.rival not in same:
         alike = beside(holders, as_they=True)
         worse = beside(same, as_they=False)
-        if alike and worse and worse.word and not alike.word:
+        if alike and worse and (worse.broken, worse.dearer) > (alike.broken, alike.dearer):
             alike = worse
     return Verdict(given, alike)
 

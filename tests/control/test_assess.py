@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.oracles import naive_control
 from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
-from voltana_ctrl.control.assess import Assessor
+from voltana_ctrl.control.assess import Assessment, Assessor
 from voltana_ctrl.laws import length_moments, paced
 from voltana_ctrl.types import Belief, Load
 
@@ -125,6 +125,24 @@ def test_worst_power_against_the_twin(at, active):
         )
         assert ours[i, : len(theirs)] == pytest.approx(theirs)
         assert np.all(ours[i, len(theirs) :] == ours[i, len(theirs) - 1])
+
+
+@given(at=situations(), dead=st.integers(0, 5))
+def test_who_is_dead_and_empty_takes_nothing_of_a_budget(at, dead):
+    name, state, load, _ = at
+    n, dead = len(state), dead % len(state)
+    alive, none = np.arange(n) != dead, np.where(np.arange(n) == dead, 0.0, 1.0)
+    state = dataclasses.replace(
+        state, alive=alive, running_req=none * state.running_req, queue_req=none * state.queue_req
+    )
+    worst_w = [
+        Assessment(
+            by=ASSESSORS[name], state=state, load=load, route_frac=np.ones(n), active=active,
+            belief=Belief.of_profiles(FLEETS[name], margin_frac=(0.02, 0.035), delay_s=0.1),
+        ).worst_w
+        for active in (np.ones(n, bool), alive)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*worst_w)
 
 
 @given(at=situations(), budget_w=st.floats(100.0, 3000.0))

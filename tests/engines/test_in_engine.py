@@ -361,6 +361,24 @@ def test_memory_sleeps_while_the_instance_is_parked_and_has_no_work(tmp_path, mo
         InEngineSettings(park_memory=True, setter=tmp_path)
 
 
+def test_who_is_woken_while_its_driver_hangs_is_woken_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("voltana_ctrl.engines.clock_thread._RENEW_S", 0.2)
+    path, said = tmp_path / "limits", []
+
+    def hangs(parked):
+        said.append(parked)
+        return parked or len(said) == 6
+
+    write_limits(path, order(300.0, 1410.0, active=False), valid_s=30.0)
+    clock = ClockThread(Card(), CLOCKS_MHZ, limits=path, park=hangs)
+    seconds_until(lambda: said == [True])
+    write_limits(path, order(300.0, 1410.0), valid_s=30.0)
+    seconds_until(lambda: len(said) == 6)
+    time.sleep(0.5)
+    assert said == [True, *[False] * 5]
+    clock.close()
+
+
 def test_who_cannot_be_parked_deeper_stays_awake(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("voltana_ctrl.engines.clock_thread._RENEW_S", 0.2)
     path, said = tmp_path / "limits", []
@@ -369,6 +387,7 @@ def test_who_cannot_be_parked_deeper_stays_awake(tmp_path, monkeypatch, caplog):
         said.append(parked)
         if parked or len(said) < 4:
             raise ActuationDenied("no")
+        return True
 
     write_limits(path, order(300.0, 1410.0, active=False), valid_s=30.0)
     clock = ClockThread(Card(), CLOCKS_MHZ, limits=path, park=refuses)

@@ -50,10 +50,10 @@ def test_nothing_of_vllm_is_imported_before_it_is_asked_for():
 
 
 def test_the_classes_are_of_vllm_and_travel_by_name(ours):
-    from tests.helpers.fake_engines import AsyncScheduler, StatLoggerBase
+    from tests.helpers.fake_engines import Scheduler, StatLoggerBase
 
     assert issubclass(ours.StatLogger, StatLoggerBase)
-    assert issubclass(ours.GovernedScheduler, AsyncScheduler)
+    assert issubclass(ours.GovernedScheduler, Scheduler)
     for made in (ours.StatLogger, ours.GovernedScheduler):
         assert pickle.loads(pickle.dumps(made)) is made
     with pytest.raises(AttributeError):
@@ -64,7 +64,7 @@ def test_the_scheduler_is_the_one_that_vllm_would_choose(ours, monkeypatch):
     """The one that runs ahead only where vLLM schedules while the batch before computes."""
     from tests.helpers.fake_engines import AsyncScheduler, Scheduler
 
-    told = {None: AsyncScheduler, True: AsyncScheduler, False: Scheduler}
+    told = {None: Scheduler, True: AsyncScheduler, False: Scheduler}
     for ahead, base in told.items():
         config = vllm_config("kv_producer")
         if ahead is not None:  # older versions do not say

@@ -65,7 +65,7 @@ def module(name, **members):
         sys.modules.setdefault(".".join(parts[:k]), types.ModuleType(".".join(parts[:k])))
     vars(sys.modules[name]).update(members)
 module("vllm.v1.metrics.loggers", StatLoggerBase=object)
-module("vllm.v1.core.sched.async_scheduler", AsyncScheduler=object)
+module("vllm.v1.core.sched.scheduler", Scheduler=object)
 module("sglang.srt.plugins.hook_registry")
 from voltana_ctrl.engines import vllm, sglang
 from voltana_ctrl import IterationGovernor, Slo, load_profile

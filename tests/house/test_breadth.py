@@ -101,6 +101,9 @@ def test_another_layout_excuses_nothing_that_an_opponent_keeps_without_it(advers
     ]
     alike = adversary.judge(CELL, rows).alike
     assert (alike.broken, alike.rival, alike.layout) == (True, "pack", "2P2D")
+    # Broken without another layout is worse than dearer with it.
+    rows[1] = row("mpc", 590.0, layout="3P1D")
+    assert adversary.judge(CELL, rows).alike.broken
 
 
 def test_a_layout_is_paired_seed_by_seed_and_means_decide(adversary):

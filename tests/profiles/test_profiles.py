@@ -237,8 +237,13 @@ def test_missing_file_is_a_config_error(tmp_path) -> None:
         load_profile(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize(("names", "slow"), [(["", "@10"], 10.0), (["", ""], 1.0),
-                                             (["@0.5", "@0.5"], 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "slow"),
+    [
+        (["@10", "@10"], 10.0), (["@20", "@10"], 10.0), (["", "@10"], 1.0), (["", ""], 1.0),
+        (["@0.5", "@0.5"], 1.0),
+    ],
+)  # fmt: skip
 def test_how_slow_a_fleet_is_stands_in_the_names_of_its_profiles(names, slow):
     from voltana_ctrl import FleetSpec, InstanceSpec, Role
     from voltana_ctrl.profiles import dilation_of
@@ -248,3 +253,16 @@ def test_how_slow_a_fleet_is_stands_in_the_names_of_its_profiles(names, slow):
         InstanceSpec(id=f"c{i}", role=Role.COLOCATED, profile=one) for i, one in enumerate(profiles)
     ))  # fmt: skip
     assert dilation_of(fleet) == slow
+
+
+def test_a_name_in_a_file_makes_no_fleet_slow(tmp_path):
+    """How long orders hold goes by it."""
+    from importlib.resources import files
+
+    data = files("voltana_ctrl.profiles") / "data" / "a100-sxm-80gb" / "llama-3.1-8b.toml"
+    text, path = data.read_text("utf-8"), tmp_path / "own.toml"
+    name = 'name = "a100-sxm-80gb/llama-3.1-8b'
+    assert text.count(f'{name}"') == 1
+    path.write_text(text.replace(f'{name}"', f'{name}@8192"'))
+    with pytest.raises(ConfigError, match="expected one without a number behind an @"):
+        load_profile(path)

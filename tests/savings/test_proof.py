@@ -276,7 +276,7 @@ def test_no_requests_is_refused(log, tmp_path):
     refused("no requests", rewritten(log, tmp_path, silence))
 
 
-def quiet(blocks, asked=False):
+def quiet(blocks, asked=False, waits_req=0.0):
     """Nothing is generated in these blocks; nobody asked for anything, unless told otherwise."""
 
     def change(tick):
@@ -286,6 +286,8 @@ def quiet(blocks, asked=False):
                 finished[name] = []
             if not asked:
                 state["arrived_req"] = [0.0, 0.0]
+                state["queue_req"] = [0.0, 0.0]
+                state["running_req"] = [waits_req, 0.0]
 
     return change
 
@@ -305,6 +307,11 @@ def test_a_pair_with_an_idle_block_is_left_out_and_said(log, tmp_path, idle):
 def test_a_block_that_made_nothing_of_its_requests_is_not_idle(log, tmp_path):
     """Leaving it out would leave out what a policy that stalls did."""
     refused("no requests", rewritten(log, tmp_path, quiet([4, 5], asked=True)))
+
+
+def test_clients_that_wait_for_a_policy_that_stalls_are_not_idle(log, tmp_path):
+    """Who waits for an answer before the next question asks for nothing while it waits."""
+    refused("no requests", rewritten(log, tmp_path, quiet([4, 5], waits_req=3.0)))
 
 
 def test_idle_pairs_leave_too_few(log, tmp_path):

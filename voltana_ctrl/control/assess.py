@@ -83,7 +83,8 @@ class Assessment:
     @cached_property
     def worst_w(self) -> F64:
         """Most that each can draw at each clock; :meth:`Assessor.worst_power_w`."""
-        return self.by.worst_power_w(self.state, self.load, self.active)
+        # Who is dead gets no work before it is seen to live.
+        return self.by.worst_power_w(self.state, self.load, self.active & self.state.alive)
 
 
 class Assessor:

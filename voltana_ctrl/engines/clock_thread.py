@@ -58,7 +58,8 @@ class ClockThread:
         of them changes.
     park : callable, optional
         Called in this thread with True once the instance is parked and has had nothing to do for a
-        while, and with False when it takes work again, or has some.
+        while, and with False when it takes work again, or has some, until it returns that this is
+        so.
 
     Examples
     --------
@@ -83,7 +84,7 @@ class ClockThread:
         limits: Path | None = None,
         owners: Collection[int] = (),
         on_handed: Callable[[Order, str], None] = lambda *_: None,
-        park: Callable[[bool], None] | None = None,
+        park: Callable[[bool], bool] | None = None,
     ) -> None:
         self._backend = backend
         self._park, self._sleeps, self._stays_awake = park, False, park is None
@@ -242,8 +243,7 @@ class ClockThread:
             return
         self._sleeps = True  # of several GPUs one may have been set before another refuses
         try:
-            self._park(sleeps)
-            self._sleeps = sleeps
+            self._sleeps = not self._park(sleeps) or sleeps
         except BackendError as error:
             if not self._stays_awake:
                 _log.warning("voltana-ctrl: it cannot be parked deeper: %s", error)

@@ -29,8 +29,8 @@ from voltana_ctrl.units import s_from_ms
 __all__ = ["SchedulerHook", "StatHook", "role_of"]
 
 # As vLLM chooses them, by whether it schedules while the batch before computes.
-_SCHEDULER = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
-_SYNCHRONOUS = "vllm.v1.core.sched.scheduler.Scheduler"
+_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
+_AHEAD = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
 _STAT_LOGGER = "vllm.v1.metrics.loggers.StatLoggerBase"
 # Of a long queue the rest is taken to be like its head.
 _LOOKED_AT = 16
@@ -331,8 +331,8 @@ def _governed_scheduler() -> type:
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             config = kwargs.get("vllm_config") or next(iter(args), None)
             scheduling = getattr(config, "scheduler_config", None)
-            if getattr(scheduling, "async_scheduling", None) is False:
-                return _governed(_resolved(_SYNCHRONOUS))(*args, **kwargs)
+            if getattr(scheduling, "async_scheduling", None):
+                return _governed(_resolved(_AHEAD))(*args, **kwargs)
             return super().__new__(cls)
 
     return _public(GovernedScheduler)

@@ -92,7 +92,7 @@ class RemoteController(Controller):
                 " must notice within 2 s that its controller is gone"
             )
         self._link, self._on_policy, self._on_budget = link, on_policy, on_budget
-        self._said: str | None = None
+        self._said: set[str | None] = set()  # each failure once, until the controller is back
 
     def init(self) -> RemoteMemory:
         """Memory before the first decision, when there are no orders yet."""
@@ -121,14 +121,14 @@ class RemoteController(Controller):
         was_gone, memory = memory.gone, RemoteMemory(gone=in_force is None)
         # At the start nobody is missed yet, unless the line says that something is wrong with it.
         failure = self._link.failure if memory.gone else None
-        if memory.gone and (failure not in (None, self._said) or not was_gone):
-            self._said = failure
+        if memory.gone and (failure not in (None, *self._said) or not was_gone):
+            self._said.add(failure)
             _log.warning(
                 "voltana-ctrl: no controller%s: the highest clock under its last ceilings until it"
                 " is back", "" if failure is None else f" ({failure})",
             )  # fmt: skip
         elif was_gone and not memory.gone:
-            self._said = None
+            self._said.clear()
             _log.warning("voltana-ctrl: the controller's orders are in force")
         if last is None:
             return Decision.highest(self.fleet, t_s=t_s), memory

@@ -182,7 +182,7 @@ class Subscription:
         self._state = FleetState.idle(len(routers.fleet))
         self._number: tuple[str, int] | None = None
         self._was_alone = True
-        self._said: str | None = None
+        self._said: set[str | None] = set()  # each failure once, until the controller is back
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="voltana-ctrl-route", daemon=True)
         self._thread.start()
@@ -212,12 +212,12 @@ class Subscription:
         alone = self._routers.alone
         failure = self._link.failure if alone else None
         # At the start nobody is missed yet, unless the line says that something is wrong with it.
-        if alone and (failure not in (None, self._said) or not self._was_alone):
-            self._said = failure
+        if alone and (failure not in (None, *self._said) or not self._was_alone):
+            self._said.add(failure)
             why = "" if failure is None else f" ({failure})"
             self._say(f"router: no controller{why}; requests go by load")
         elif self._was_alone and not alone:
-            self._said = None
+            self._said.clear()
             self._say("router: requests go where the controller says")
         self._was_alone = alone
 

@@ -153,7 +153,8 @@ def dilation_of(fleet: FleetSpec) -> float:
     Returns
     -------
     float
-        The largest factor behind the ``@`` of its profiles' names; 1 where none has one.
+        The factor with which its profiles were :func:`dilated`, of several the least; 1 where
+        one of them was not. How long orders hold goes by it, so in doubt it is short.
 
     Examples
     --------
@@ -161,8 +162,14 @@ def dilation_of(fleet: FleetSpec) -> float:
     >>> dilation_of(FleetSpec.parse("2C", load_profile("a100-sxm-80gb/llama-3.1-8b@10")))
     10.0
     """
-    factors = [one.profile.name.rpartition("@") for one in fleet.instances]
-    return max([1.0, *(float(f) for _, at, f in factors if at and _FACTOR.fullmatch(f))])
+    factors = [_factor(one.profile.name) for one in fleet.instances]
+    return max(1.0, min(factors))
+
+
+def _factor(name: str) -> float:
+    """What stands behind the ``@`` of a profile in slow motion; 1 of any other."""
+    _, at, factor = name.rpartition("@")
+    return float(factor) if at and _FACTOR.fullmatch(factor) else 1.0
 
 
 def _read(where: str, read_bytes: Callable[[], bytes]) -> Profile:
@@ -174,6 +181,12 @@ def _read(where: str, read_bytes: Callable[[], bytes]) -> Profile:
         raise ConfigError(f"profile {where}: expected TOML: {error}") from error
     laws = parse_toml(text, f"profile {where}")
     try:
-        return profile_from_laws(laws)
+        profile = profile_from_laws(laws)
     except ConfigError as error:
         raise ConfigError(f"profile {where}: {error}") from error
+    if _factor(profile.name) != 1.0:
+        raise ConfigError(
+            f"profile {where}: name: expected one without a number behind an @, which is for slow"
+            f" motion, got {profile.name!r}"
+        )
+    return profile

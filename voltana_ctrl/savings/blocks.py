@@ -50,6 +50,8 @@ class Block:
     arrived_req : float
         Requests of the whole fleet that arrived between its washout and as long before its end:
         what clients did, whatever the clock.
+    in_flight_req : float
+        Most requests of the whole fleet that ran or waited at once in that span.
     finished_tok, iterated_tok : float
         Tokens generated, as told by requests that finished, and by iterations.
     judged_req, met_req : int
@@ -76,6 +78,7 @@ class Block:
     after_s: float = 0.0
     energy_j: float = 0.0
     arrived_req: float = 0.0
+    in_flight_req: float = 0.0
     finished_tok: float = 0.0
     iterated_tok: float = 0.0
     judged_req: int = 0
@@ -227,6 +230,8 @@ class BlockMeter:
             return
         if self._age_s < block.length_s - block.washout_s:
             block.arrived_req += float(state.arrived_req.sum())
+            in_flight_req = float((state.running_req + state.queue_req).sum())
+            block.in_flight_req = max(block.in_flight_req, in_flight_req)
         chosen = slice(None) if self._chosen is None else self._chosen
         if block.until_s == block.from_s:
             block.from_s = before.t_s

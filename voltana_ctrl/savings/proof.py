@@ -28,9 +28,10 @@ Geometric Mixing, arXiv:2209.00197).
 
 **Left out.** A pair in which a block was idle has no joules per token. Leaving out by tokens would
 be leaving out by outcome: a policy that stalls has none. So a pair is left out by what clients did,
-which no clock changes: where nobody asked for anything in one of its blocks, from the end of its
-washout to as long before its end. How many, the result says. A block in which requests arrived and
-no tokens came is no idle one; such a log is refused.
+where nobody asked for anything in one of its blocks, and nobody waited for an answer, from the end
+of its washout to as long before its end. (Clients that wait for answers before they ask again ask
+nothing of a policy that stalls.) How many, the result says. A block in which requests arrived, or
+were in flight, and no tokens came is no idle one; such a log is refused.
 
 **Refused.** A log that cannot carry a claim is refused by name: see :class:`EvidenceRefused`.
 """
@@ -218,11 +219,13 @@ def _pairs(blocks: Sequence[Block]) -> list[tuple[Block, Block]]:
 def _worked(
     pairs: Sequence[tuple[Block, Block]],
 ) -> tuple[Sequence[tuple[Block, Block]], int]:
-    """Pairs in both blocks of which requests arrived, and how many others there are.
+    """Pairs in both blocks of which requests arrived or were in flight, and how many others.
 
     Where no arrivals are told at all, nothing is known of who was idle.
     """
-    worked = [pair for pair in pairs if all(block.arrived_req > 0.0 for block in pair)]
+    worked = [
+        pair for pair in pairs if all(one.arrived_req + one.in_flight_req > 0.0 for one in pair)
+    ]
     told = any(block.arrived_req > 0.0 for pair in pairs for block in pair)
     return (worked, len(pairs) - len(worked)) if told else (pairs, 0)
 

@@ -448,3 +448,19 @@ def test_worker_raises_what_the_job_raised():
         worker.run(fail, limit_s=1.0)
     assert worker.run(lambda: 7, limit_s=1.0) == 7
     worker.stop()
+
+
+def test_memory_that_a_hanging_driver_has_not_set_is_not_taken_for_set(fake, backend, monkeypatch):
+    def hang(*_, **__):
+        raise TimeoutError
+
+    assert backend.park_memory(1, True)
+    assert fake.gpus[1].mem_lock_hi_mhz == 810.0
+    with monkeypatch.context() as hanging:
+        hanging.setattr(backend._worker, "run", hang)
+        assert not backend.park_memory(1, False)
+        backend.set_clock(1, 705.0)
+    assert fake.gpus[1].mem_lock_hi_mhz == 810.0
+    assert backend.park_memory(1, False)
+    assert fake.gpus[1].mem_lock_hi_mhz == 0.0
+    assert fake.gpus[0].mem_lock_hi_mhz == 0.0

@@ -313,7 +313,7 @@ class NvmlBackend:
         if self.actuates:
             self._run_orders(orders)
 
-    def park_memory(self, instance: int, parked: bool) -> None:
+    def park_memory(self, instance: int, parked: bool) -> bool:
         """Hold the memory clock of one instance at its lowest, or give it back.
 
         Nothing is set where the driver lists one memory clock only.
@@ -324,6 +324,12 @@ class NvmlBackend:
             Index in the fleet.
         parked : bool
             Whether it is to be held.
+
+        Returns
+        -------
+        bool
+            Whether that is so now. A driver that hangs, or a GPU that is lost, sets nothing: ask
+            again.
 
         Raises
         ------
@@ -337,6 +343,7 @@ class NvmlBackend:
             self._run_orders(
                 [_Order(one, None, mem_mhz, one.cap_w) for one in self._groups[instance]]
             )
+        return all(one.mem_mhz == mem_mhz for one in self._groups[instance])
 
     def set_instance(self, instance: int, setting: ActuatorSetting) -> None:
         """Set everything of one instance; for measuring it.
