@@ -1,6 +1,10 @@
 """CPU clocks on a temporary tree that looks like the kernel's."""
 
+import errno
+import logging
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +46,21 @@ def ceilings_mhz(tree):
 
 def limited(first_mhz, second_mhz):
     return decision(1005, 705, limits=Limits(cpu_mhz=[first_mhz, second_mhz]))
+
+
+@contextmanager
+def busy(monkeypatch, *names):
+    """A kernel that refuses to set these policies, as it does while their CPUs are offline."""
+    write_text = Path.write_text
+
+    def write(path, *args, **options):
+        if path.parent.name in names and path.name == "scaling_max_freq":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return write_text(path, *args, **options)
+
+    with monkeypatch.context() as offline:
+        offline.setattr(Path, "write_text", write)
+        yield
 
 
 def test_policies_are_found_in_order(tree):
@@ -93,13 +112,48 @@ def test_kernel_that_keeps_a_higher_clock_is_noticed(tree, monkeypatch):
         policy.set(1_000_000)
 
 
-def test_clock_that_cannot_be_written_is_denied(tree):
+def test_clock_that_cannot_be_written_is_denied(tree, monkeypatch):
+    with busy(monkeypatch, "policy0"), pytest.raises(ActuationDenied, match=r"busy; run as root"):
+        CpuPolicy(tree / "policy0").set(2_000_000)
+
+
+def test_a_cpu_that_refuses_is_told_once_and_keeps_nothing_else_from_being_set(
+    tree, monkeypatch, caplog
+):
     with open_backend(tree) as backend:
-        for name in ("policy0", "policy2"):
-            (tree / name / "scaling_max_freq").unlink()
-            (tree / name / "scaling_max_freq").mkdir()  # not even root writes a folder
-        with pytest.raises(ActuationDenied, match="run as root"):
-            backend.apply(limited(2000.0, 1200.0))
+        with busy(monkeypatch, "policy2"), caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                backend.apply(limited(2000.0, 1200.0))
+            assert ceilings_mhz(tree) == [2000.0, 3498.0, 3490.0]
+            backend.clock.sleep_until_s(1.0)
+            assert backend.read().state.freq_mhz.tolist() == [1005.0, 705.0]
+        (line,) = caplog.messages
+        assert "policy2" in line
+        assert "its clock is not limited any more" in line
+        backend.apply(limited(1900.0, 1200.0))  # it would take it now, and is left alone
+        assert ceilings_mhz(tree) == [1900.0, 3498.0, 3490.0]
+    assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
+
+
+@pytest.mark.parametrize("asked_mhz", [1300.0, float("inf")])
+def test_a_limit_that_could_not_be_lifted_is_lifted_as_soon_as_it_can_be(
+    tree, monkeypatch, asked_mhz
+):
+    with open_backend(tree) as backend:
+        backend.apply(limited(2000.0, 1200.0))
+        with busy(monkeypatch, "policy2"):
+            backend.apply(limited(2000.0, asked_mhz))
+            assert ceilings_mhz(tree) == [2000.0, 1200.0, 3490.0]
+        backend.apply(decision(1005, 705))
+        assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
+
+
+def test_a_limit_that_could_not_be_lifted_is_given_back_at_the_end(tree, monkeypatch):
+    with open_backend(tree) as backend:
+        backend.apply(limited(2000.0, 1200.0))
+        with busy(monkeypatch, "policy2"):
+            backend.apply(limited(2000.0, 1300.0))
+    assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
 
 
 def test_second_controller_is_refused(tree):
@@ -175,7 +229,17 @@ def test_a_machine_without_cpu_clocks_is_refused_in_one_line(tree, tmp_path):
         policies_of({"decode-0": (0, 1)}, tree)
     (tree / "policy2" / "scaling_max_freq").unlink()
     with pytest.raises(ConfigError, match=r"policy2: expected .*scaling_max_freq"):
-        policies_of({"decode-0": (0, 1)}, tree)
+        policies_of({"decode-0": (2, 3)}, tree)
+
+
+def test_policies_that_nobody_names_need_not_be_readable(tree):
+    """One core that is taken offline, or has no clock, is no reason to refuse all engines."""
+    (tree / "policy0" / "cpuinfo_min_freq").unlink()
+    (tree / "policy2" / "related_cpus").unlink()
+    assert policies_of({"decode-0": (10, 11)}, tree) == {"decode-0": (tree / "policy10",)}
+    # Where it may be the one that was meant, the refusal says so.
+    with pytest.raises(ConfigError, match=r"got 2; .*policy2/related_cpus cannot be read"):
+        policies_of({"decode-0": (2, 3)}, tree)
 
 
 def test_a_user_who_may_not_set_them_is_told(tree, monkeypatch):
@@ -192,11 +256,11 @@ class Rounds(CpuPolicy):
         return 1_500_000 if khz == 1_200_000 else khz
 
 
-def test_a_clock_that_the_kernel_rounds_up_is_not_left_behind(tree, monkeypatch):
+def test_a_clock_that_the_kernel_rounds_up_is_not_left_behind(tree, monkeypatch, caplog):
     monkeypatch.setattr("voltana_ctrl.backends.cpufreq.CpuPolicy", Rounds)
     with open_backend(tree) as backend:
-        with pytest.raises(ActuationDenied, match="the kernel keeps 1500 MHz"):
-            backend.apply(limited(2000.0, 1200.0))
+        backend.apply(limited(2000.0, 1200.0))
+        assert "the kernel keeps 1500 MHz" in caplog.text
         # Neither the CPU of the other nor the GPUs wait for it.
         assert ceilings_mhz(tree) == [2000.0, 3498.0, 3490.0]
         backend.clock.sleep_until_s(1.0)
@@ -204,19 +268,18 @@ def test_a_clock_that_the_kernel_rounds_up_is_not_left_behind(tree, monkeypatch)
     assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
 
 
-def test_a_clock_that_cannot_be_read_after_the_set_is_given_back_at_the_end(tree, monkeypatch):
+def test_a_clock_that_cannot_be_read_after_the_set_is_taken_back(tree, monkeypatch, caplog):
     with open_backend(tree) as backend:
         with monkeypatch.context() as broken:
             broken.setattr(CpuPolicy, "_khz", lambda self, name: int("torn"))
-            with pytest.raises(BackendError, match="can neither be read nor put back"):
-                backend.apply(limited(2000.0, 1200.0))
-        assert ceilings_mhz(tree)[:2] == [2000.0, 1200.0]
-    assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
+            backend.apply(limited(2000.0, 1200.0))
+        assert "can neither be read nor put back" in caplog.text
+        assert ceilings_mhz(tree) == [3500.0, 3498.0, 3490.0]
 
 
 def test_nothing_is_set_once_another_thread_gave_it_back(tree):
     with open_backend(tree) as backend:
         backend._closed = True  # as a kill switch does while a decision is on its way
-        assert backend._set_all([(backend._groups[0][0], 1_200_000)]) is None
+        backend._set_all([(backend._groups[0][0], 1_200_000)])
         assert ceilings_mhz(tree)[0] == 3500.0
         backend._closed = False

@@ -7,9 +7,11 @@ value found is restored exactly.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,8 @@ from voltana_ctrl.ports import Backend, backend_extras
 from voltana_ctrl.types import Decision, FleetSpec, LimitRanges, Observation
 
 __all__ = ["CPUFREQ_DIR", "CpuPolicy", "CpufreqBackend", "cpu_policies", "policies_of"]
+
+_log = logging.getLogger(__name__)
 
 #: Where the kernel shows its frequency policies.
 CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpufreq")
@@ -77,17 +81,6 @@ class CpuPolicy:
     def clock_mhz(self) -> float:
         """Ceiling in force, in MHz."""
         return self._khz("scaling_max_freq") / 1000.0
-
-    @property
-    def cpus(self) -> tuple[int, ...]:
-        """Numbers of the CPUs that share this clock, those that are offline among them."""
-        try:
-            told = (self.folder / "related_cpus").read_text(encoding="ascii").split()
-            return tuple(int(one) for one in told)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"CPU policy {self.folder}: expected related_cpus with numbers in it: {error}"
-            ) from error
 
     @property
     def writable(self) -> bool:
@@ -179,9 +172,18 @@ def cpu_policies(root: Path = CPUFREQ_DIR) -> tuple[CpuPolicy, ...]:
     >>> cpu_policies(Path("no-such-folder"))
     ()
     """
+    return tuple(CpuPolicy(path) for path in _folders(root))
+
+
+def _folders(root: Path) -> list[Path]:
     folders = [path for path in root.glob("policy*") if path.name.removeprefix("policy").isdigit()]
-    folders.sort(key=lambda path: int(path.name.removeprefix("policy")))
-    return tuple(CpuPolicy(path) for path in folders)
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("policy")))
+
+
+def _related_cpus(folder: Path) -> tuple[int, ...]:
+    """Numbers of the CPUs that share the clock of a policy, those that are offline among them."""
+    told = (folder / "related_cpus").read_text(encoding="ascii").split()
+    return tuple(int(one) for one in told)
 
 
 def policies_of(
@@ -204,8 +206,9 @@ def policies_of(
     Raises
     ------
     ConfigError
-        If the kernel shows no policies or none of such a CPU, a policy has a single clock or may
-        not be set by this user, or CPUs that nobody named, or another instance did, share it.
+        If the kernel shows no policies or none of such a CPU, a policy has a single clock, cannot
+        be read or may not be set by this user, or CPUs that nobody named, or another instance did,
+        share it. Policies of CPUs that nobody named are not looked at.
 
     Examples
     --------
@@ -217,23 +220,30 @@ def policies_of(
     root = CPUFREQ_DIR if root is None else root
     named = {cpu: name for name, numbers in cpus.items() for cpu in numbers}
     found: dict[str, tuple[Path, ...]] = {}
-    by_cpu = {cpu: policy for policy in cpu_policies(root) for cpu in policy.cpus}
+    cpus_of: dict[Path, tuple[int, ...]] = {}
+    unreadable = ""
+    for folder in _folders(root):
+        try:
+            cpus_of[folder] = _related_cpus(folder)
+        except (OSError, ValueError) as error:  # it may well be of CPUs that nobody named
+            unreadable = f"; {folder / 'related_cpus'} cannot be read: {error}"
+    by_cpu = {cpu: folder for folder, those in cpus_of.items() for cpu in those}
     for name, numbers in cpus.items():
         where = f"engine.cpus: {name}"
         if not by_cpu:
             raise ConfigError(
                 f"{where}: no CPU clock can be set here: the kernel shows no frequency policies in"
-                f" {root}, as in most virtual machines; leave engine.cpus out"
+                f" {root}, as in most virtual machines; leave engine.cpus out{unreadable}"
             )
         strange = sorted(set(numbers) - set(by_cpu))
         if strange:
             raise ConfigError(
                 f"{where}: expected CPUs of this machine that have a frequency policy"
-                f" (0 to {max(by_cpu)}), got {strange[0]}"
+                f" (0 to {max(by_cpu)}), got {strange[0]}{unreadable}"
             )
-        policies = {by_cpu[cpu].folder: by_cpu[cpu] for cpu in numbers}
-        for policy in policies.values():
-            others = sorted(cpu for cpu in policy.cpus if named.get(cpu) != name)
+        folders = dict.fromkeys(by_cpu[cpu] for cpu in numbers)
+        for policy in map(CpuPolicy, folders):
+            others = sorted(cpu for cpu in cpus_of[policy.folder] if named.get(cpu) != name)
             if others:
                 owner = named.get(others[0])
                 whose = "nobody names" if owner is None else f"{owner} names, too"
@@ -251,7 +261,7 @@ def policies_of(
                     f"{where}: {policy.path} may not be set by this user; run as root, or let the"
                     " user write it (the setter sets GPUs alone)"
                 )
-        found[name] = tuple(policies)
+        found[name] = tuple(folders)
     return found
 
 
@@ -260,6 +270,9 @@ class CpufreqBackend:
 
     Passes everything on to `inner`, and takes `Decision.limits.cpu_mhz` for itself. Infinity
     there gives an instance's CPUs back as they were found.
+
+    A policy that refuses once (its CPUs were taken offline, the kernel rounds up, another program
+    sets it) is given back and not limited again; a warning says so, and the rest goes on.
 
     Parameters
     ----------
@@ -331,6 +344,7 @@ class CpufreqBackend:
             raise ConfigError(
                 f"CpufreqBackend.policies: expected each policy once, got {twice[0]} twice"
             )
+        self._refused: set[CpuPolicy] = set()
         self._pid = os.getpid()
         self._closed = False
         self._setting = threading.Lock()
@@ -381,8 +395,7 @@ class CpufreqBackend:
         Raises
         ------
         ActuationDenied
-            If a clock is outside a policy's range (then nothing is set), or the kernel refuses;
-            the inner backend has then carried out the rest all the same.
+            If a clock is outside a policy's range (then nothing is set).
         BackendError
             If the backend is closed.
         """
@@ -394,23 +407,19 @@ class CpufreqBackend:
         orders = []
         for i, group in enumerate(self._groups):
             for policy in group:
-                if cpu_mhz is None or cpu_mhz[i] == np.inf:
-                    if policy.set_khz is not None:
-                        orders.append((policy, policy.found_khz))
-                else:
+                if cpu_mhz is not None and cpu_mhz[i] != np.inf and policy not in self._refused:
                     orders.append((policy, policy.supported(float(cpu_mhz[i]))))
-        failure = self._set_all(orders)
+                elif self._lease.touched(str(policy.folder)):  # also where a set failed half-way
+                    orders.append((policy, policy.found_khz))
+        self._set_all(orders)
         if limits is not None:
             left = replace(limits, cpu_mhz=None)
             used = left.mem_mhz is not None or left.power_cap_w is not None
             decision = replace(decision, limits=left if used else None)
         self._inner.apply(decision)
-        if failure is not None:
-            raise failure
 
-    def _set_all(self, orders: Sequence[tuple[CpuPolicy, int]]) -> BackendError | None:
-        """Set what differs; the first that fails does not keep the others from being set."""
-        failure: BackendError | None = None
+    def _set_all(self, orders: Sequence[tuple[CpuPolicy, int]]) -> None:
+        """Set what differs; one that fails does not keep the others from being set."""
         guarded = self._lease.guarded
         # A kill switch gives back in another thread: nothing is set behind its back.
         with self._setting:
@@ -418,13 +427,25 @@ class CpufreqBackend:
                 lowers = khz < (policy.found_khz if policy.set_khz is None else policy.set_khz)
                 if policy.set_khz == khz or (lowers and not guarded):
                     continue
-                found = FoundFile(path=str(policy.path), text=str(policy.found_khz))
                 try:
-                    with self._lease.touch(str(policy.folder), found):
-                        policy.set(khz)
+                    self._set(policy, khz)
                 except BackendError as error:
-                    failure = failure or error
-        return failure
+                    self._refuse(policy, error)
+
+    def _set(self, policy: CpuPolicy, khz: int) -> None:
+        found = FoundFile(path=str(policy.path), text=str(policy.found_khz))
+        with self._lease.touch(str(policy.folder), found):
+            policy.set(khz)
+
+    def _refuse(self, policy: CpuPolicy, error: BackendError) -> None:
+        """Limit it no more; what cannot be lifted now is tried with every decision to come."""
+        if policy in self._refused:
+            return
+        self._refused.add(policy)
+        _log.warning("voltana-ctrl: %s; its clock is not limited any more", error)
+        if self._lease.touched(str(policy.folder)):
+            with suppress(BackendError):
+                self._set(policy, policy.found_khz)
 
     def _forget_sets(self) -> None:
         for group in self._groups:

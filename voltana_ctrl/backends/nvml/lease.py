@@ -81,6 +81,16 @@ class Lease:
         """Hardware that a dead controller had left changed, and that was given back first."""
         return tuple(name for name, lock in self._locks.items() if lock.recovered)
 
+    def touched(self, name: str) -> bool:
+        """Whether something of it may differ from how it was found.
+
+        Parameters
+        ----------
+        name : str
+            Name of the hardware.
+        """
+        return name in self._records
+
     @contextmanager
     def touch(self, name: str, record: FoundGpu | FoundFile) -> Iterator[None]:
         """Context in which something is set for the first time: writes down how it was found.
