@@ -1,5 +1,6 @@
 """A file of faults does to emulated engines what it does to simulated ones, at its times."""
 
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -84,6 +85,25 @@ def test_faults_come_and_go_at_their_times_stretched(tmp_path, capsys):
     assert "fault: decode-0: cannot be brought about: gone" in said
 
 
+@pytest.mark.parametrize(
+    "failure", [subprocess.TimeoutExpired("engine", 10.0), OSError("no more processes")]
+)
+def test_an_engine_that_does_not_end_or_start_does_not_end_the_rest(tmp_path, capsys, failure):
+    class Stuck(Engines):
+        def kill(self, i):
+            super().kill(i)
+            raise failure
+
+        restart = kill
+
+    engines = Stuck(dilation=10.0)
+    with faults_played(engines, fault_schedule(written(tmp_path), "1P1D", PROFILE), 10.0):
+        seconds_until(lambda: (0.5, "slow", 1, 1.0) in engines.done, 30.0)
+    assert (0.3, "clamp_mhz", 0, 0.0) in engines.done
+    said = capsys.readouterr().err
+    assert said.count(f"fault: decode-0: cannot be brought about: {failure}") == 2
+
+
 def test_the_end_does_not_wait_for_faults_that_are_still_to_come(tmp_path):
     later = written(tmp_path, '[[failure]]\ninstance = "decode-0"\nfrom_s = 900.0\n')
     engines, begin_s = Engines(dilation=1.0), time.monotonic()
@@ -108,8 +128,14 @@ def test_an_emulated_engine_takes_as_long_as_it_is_told():
     from voltana_ctrl.engines.emulated.fleet import EmulatedFleet
 
     with EmulatedFleet("1C", dilation=2.0) as running:
+
+        def slow_frac():
+            told = httpx.get(f"{running.urls[0]}/emulate", trust_env=False).json()
+            return told["slow_frac"]
+
+        assert slow_frac() == 1.0
         running.slow(0, 3.0)
-        assert httpx.get(f"{running.urls[0]}/emulate", trust_env=False).status_code == 200
+        assert slow_frac() == 3.0
         running.kill(0)
         with pytest.raises(BackendError, match="emulate: colocated-0"):
             running.slow(0, 1.0)

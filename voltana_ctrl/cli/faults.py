@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -64,7 +65,8 @@ def _play(
         for i in range(n):
             try:
                 _bring_about(running, i, *(column[i] for column in (*before, *now)))
-            except BackendError as error:  # the others get theirs all the same
+            except (BackendError, OSError, subprocess.SubprocessError) as error:
+                # The others get theirs all the same, and so does it at its next change.
                 say(f"fault: {running.spec.ids[i]}: cannot be brought about: {error}")
         before = now
 

@@ -169,7 +169,9 @@ def test_faults_are_rehearsed_over_http(served):
     engine, url = served
     told = {"slow_frac": 2.5, "hung": True}
     assert post(url, "/emulate", told).json() == told
-    for wrong in ({"slow_frac": 0}, {"hung": "no"}, {"sloow_frac": 2.0}):
+    for wrong in ({"slow_frac": 0}, {"slow_frac": True}, {"hung": "no"}, {"sloow_frac": 2.0}):
         assert post(url, "/emulate", wrong).status_code == 400
     assert (engine.slow_frac, engine.hung) == (2.5, True)
-    assert httpx.get(url + "/emulate", trust_env=False).json()["void"] is False
+    told_now = httpx.get(url + "/emulate", trust_env=False).json()
+    assert told_now["void"] is False
+    assert (told_now["slow_frac"], told_now["hung"]) == (2.5, True)

@@ -52,7 +52,7 @@ class EngineApp:
     says so, and the rest once its KV cache would be here.
 
     ``POST /emulate`` with ``slow_frac`` or ``hung`` rehearses a slow or a hung engine, and
-    ``GET /emulate`` tells whether the emulation keeps its times.
+    ``GET /emulate`` tells which are in force, and whether the emulation keeps its times.
 
     The engine iterates only within the lifespan of the application, so that a server must run
     with it, as uvicorn does by default.
@@ -147,6 +147,7 @@ class EngineApp:
                 "iterations": late.iterations,
                 "late": late.late,
                 "void": late.void,
+                **self._in_force(),
             }
             await respond(send, 200, JSON, json.dumps(told).encode())
         elif method == "GET" and path == "/v1/models":
@@ -185,12 +186,16 @@ class EngineApp:
         hung = body.get("hung", self._engine.hung)
         if not set(body) <= {"slow_frac", "hung"}:
             raise Refused(400, "invalid_request_error", "expected slow_frac, hung or both")
-        if not (isinstance(slow, int | float) and 0.01 <= slow <= 1000.0):
+        number = isinstance(slow, int | float) and not isinstance(slow, bool)
+        if not (number and 0.01 <= slow <= 1000.0):
             raise Refused(400, "invalid_request_error", "slow_frac: expected 0.01 to 1000")
         if not isinstance(hung, bool):
             raise Refused(400, "invalid_request_error", "hung: expected true or false")
         self._engine.slow_frac, self._engine.hung = float(slow), hung
-        await respond(send, 200, JSON, json.dumps({"slow_frac": slow, "hung": hung}).encode())
+        await respond(send, 200, JSON, json.dumps(self._in_force()).encode())
+
+    def _in_force(self) -> dict[str, Any]:
+        return {"slow_frac": self._engine.slow_frac, "hung": self._engine.hung}
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._body(scope, receive)
