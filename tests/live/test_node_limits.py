@@ -199,8 +199,18 @@ def test_cpu_clocks_that_nobody_named_or_measured(fake, tmp_path, capsys):
     )
     engine = Endpoint(instance="decode-0", kind="vllm", url="http://127.0.0.1:1", cpus=(2, 3))
     assert own_cpus(spec, [engine]) == {"decode-0": (2, 3)}
-    with pytest.raises(ConfigError, match=r"decode-0: .*has no measured points of CPU clocks"):
-        own_cpus(fleet_of(*locks(), *capped()), [engine])
+    assert "left alone" not in capsys.readouterr().err
+    for nothing in ((), locks()):
+        with pytest.raises(ConfigError, match=r"decode-0: .*has no measured points of CPU clocks"):
+            own_cpus(fleet_of(*nothing), [engine])
+
+
+@pytest.mark.parametrize("others", [{"power_cap_w": CAP_W}, {"mem_mhz": 810.0}])
+def test_named_cpus_do_not_keep_measured_caps_and_memory_clocks_from_being_used(others, capsys):
+    engine = Endpoint(instance="decode-0", kind="vllm", url="http://127.0.0.1:1", cpus=(2, 3))
+    assert own_cpus(fleet_of(*locks(), *capped(**others)), [engine]) == {}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "decode-0: its CPU clock is left alone" in line
 
 
 def test_cpus_of_a_fleet_file(tmp_path):

@@ -211,17 +211,25 @@ def test_where_nothing_is_found_that_is_said_at_once():
     assert "next: " in use.text()
 
 
-def test_cpus_that_an_engine_alone_is_bound_to_stand_in_the_file(tmp_path):
+def test_cpus_that_an_engine_alone_is_bound_to_are_for_a_person_to_add(tmp_path):
     def engine(port, cpus):
         process = Process(pid=port, command=("vllm",), environment={}, cpus=cpus)
         return FoundEngine(url=f"http://127.0.0.1:{port}", kind="vllm", told={}, process=process)
 
     engines = [engine(1, (0, 1, 2, 3, 8)), engine(2, (4, 5)), engine(3, (5, 6)), engine(4, ())]
     draft = draft_fleet(engines, {}, {}, node="n0")
-    assert re.findall(r'cpus = "(.*?)"', draft.text) == ["0-3,8"]
-    (tmp_path / "fleet.toml").write_text(draft.text)
-    _, endpoints = load_endpoints(tmp_path / "fleet.toml")
-    assert [one.cpus for one in endpoints] == [(0, 1, 2, 3, 8), (), (), ()]
+    note = r'# .*see that nothing else runs on .*add to engine: (cpus = "0-3,8")\n'
+    (told,) = re.findall(note, draft.text)
+    assert draft.text.count("cpus = ") == 1
+
+    def cpus(text):
+        (tmp_path / "fleet.toml").write_text(text)
+        return [one.cpus for one in load_endpoints(tmp_path / "fleet.toml")[1]]
+
+    # As drafted nothing is claimed of any CPU; what the note says to add is read as it stands.
+    assert cpus(draft.text) == [(), (), (), ()]
+    added = draft.text.replace(" }\n", f", {told} }}\n", 1)
+    assert cpus(added) == [(0, 1, 2, 3, 8), (), (), ()]
 
 
 def test_a_process_that_is_bound_to_some_cpus_is_told_from_one_that_is_not():

@@ -153,13 +153,25 @@ def _cpus_measured(instance: InstanceSpec) -> bool:
 
 
 def own_cpus(fleet: FleetSpec, own: Sequence[Endpoint]) -> dict[str, tuple[int, ...]]:
-    """CPUs of the instances whose clock may be limited; refused where it was not measured."""
-    cpus = {one.instance: one.cpus for one in own if one.cpus}
-    for name in cpus:
-        one = fleet.instances[fleet.ids.index(name)]
-        if not _cpus_measured(one):
+    """CPUs of the instances whose clock may be limited; refused where nothing was measured.
+
+    Where other actuators were, these are what was asked for, and the CPUs are left alone.
+    """
+    cpus = {}
+    for endpoint in own:
+        one = fleet.instances[fleet.ids.index(endpoint.instance)]
+        if not endpoint.cpus:
+            continue
+        if _cpus_measured(one):
+            cpus[one.id] = endpoint.cpus
+        elif any(point.power_cap_w or point.mem_mhz for point in one.profile.actuators):
+            say(
+                f"actuators: {one.id}: its CPU clock is left alone: its profile"
+                f" {one.profile.name} has no measured points of CPU clocks"
+            )
+        else:
             raise ConfigError(
-                f"actuators: {name}: engine.cpus is given, and its profile {one.profile.name} has"
+                f"actuators: {one.id}: engine.cpus is given, and its profile {one.profile.name} has"
                 " no measured points of CPU clocks: measure them (a column set_cpu_mhz, and an"
                 " energy that includes the CPU's), fit a profile, or leave engine.cpus out"
             )

@@ -149,12 +149,17 @@ def _table(
         parts.append(f"fpm = {_quoted(engine.fpm)}")
     if engine.limits is not None:
         parts.append(f"limits = {_quoted(engine.limits)}")
-    if cpus:
-        parts.append(f"cpus = {_quoted(_ranges(cpus))}")
-    pod = engine.process.pod_name if engine.process else None
+    said = list(said)
+    if cpus:  # what else is bound to them cannot be told: a person says that nothing is
+        said.append(
+            "to let --actuators limit its CPU clock, see that nothing else runs on the CPUs that it"
+            f" is bound to, and add to engine: cpus = {_quoted(_ranges(cpus))}"
+        )
+    if engine.process and engine.process.pod_name:
+        said.append(f"pod {engine.process.pod_name}")
     return "\n".join(
         [
-            *(f"# {one}" for one in [*said, *([f"pod {pod}"] if pod else [])]),
+            *(f"# {one}" for one in said),
             "[[instance]]",
             f"id = {_quoted(name)}",
             f"role = {_quoted(role)}",
