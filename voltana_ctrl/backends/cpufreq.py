@@ -155,7 +155,7 @@ class CpuPolicy:
 
 
 def cpu_policies(root: Path = CPUFREQ_DIR) -> tuple[CpuPolicy, ...]:
-    """All frequency policies of this machine.
+    """Frequency policies of this machine whose clocks can be read.
 
     Parameters
     ----------
@@ -165,14 +165,19 @@ def cpu_policies(root: Path = CPUFREQ_DIR) -> tuple[CpuPolicy, ...]:
     Returns
     -------
     tuple of CpuPolicy
-        In the order of their numbers; empty where the kernel shows none.
+        In the order of their numbers; empty where the kernel shows none. Those whose CPUs are
+        offline, or that have no clocks, are left out.
 
     Examples
     --------
     >>> cpu_policies(Path("no-such-folder"))
     ()
     """
-    return tuple(CpuPolicy(path) for path in _folders(root))
+    found = []
+    for folder in _folders(root):
+        with suppress(ConfigError):
+            found.append(CpuPolicy(folder))
+    return tuple(found)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -156,3 +156,6 @@ def test_cpu_policies_are_told(fake, tmp_path):
     report = look(fake, tmp_path)
     assert [cpu.highest_mhz for cpu in report.cpus] == [3000.0]
     assert "CPU clocks: 1 policies, 3000..3000 MHz" in report.text()
+    # One whose CPUs are offline does not hide the others.
+    (tmp_path / "cpufreq" / "policy1").mkdir()
+    assert [cpu.name for cpu in look(fake, tmp_path).cpus] == ["policy0"]

@@ -21,7 +21,7 @@ from voltana_ctrl.backends.nvml.giveback import FoundGpu
 from voltana_ctrl.backends.nvml.lease import Lease
 from voltana_ctrl.backends.nvml.lockfile import LOCK_DIR, holder
 from voltana_ctrl.backends.nvml.setter_client import SETTER_SOCKET
-from voltana_ctrl.errors import BackendError, ConfigError, VoltanaError
+from voltana_ctrl.errors import BackendError, VoltanaError
 
 __all__ = ["CpuReport", "GpuReport", "MachineReport", "examine"]
 
@@ -313,19 +313,16 @@ def examine(
     """
     privileged = _privileged()
     served = str(setter) if _serves(setter) else None
-    try:
-        cpus = tuple(
-            CpuReport(
-                name=policy.name,
-                lowest_mhz=policy.lowest_khz / 1000.0,
-                highest_mhz=policy.highest_khz / 1000.0,
-                ceiling_mhz=policy.clock_mhz,
-                writable=policy.writable,
-            )
-            for policy in cpu_policies(cpufreq)
+    cpus = tuple(
+        CpuReport(
+            name=policy.name,
+            lowest_mhz=policy.lowest_khz / 1000.0,
+            highest_mhz=policy.highest_khz / 1000.0,
+            ceiling_mhz=policy.found_khz / 1000.0,
+            writable=policy.writable,
         )
-    except ConfigError:
-        cpus = ()  # a kernel that shows policies without clocks has none to set
+        for policy in cpu_policies(cpufreq)
+    )
     driver: str | None = None
     problem: str | None = None
     gpus: tuple[GpuReport, ...] = ()
