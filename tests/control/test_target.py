@@ -104,7 +104,7 @@ def test_least_floor_against_every_floor(name, governed):
     over = np.empty(15)
     decoded_tok = LENGTHS.output_tok - 1.0
     kernels.decode_curve(
-        least.station(LENGTHS), loads, decoded_tok, 380, 0.0597, 0.01, -1, power, floor, over
+        least.station(LENGTHS), loads, decoded_tok, 380, 0.0597, 0.01, power, floor, over
     )
     theirs = [
         naive_control.least_floor(
@@ -124,32 +124,6 @@ def test_least_floor_against_every_floor(name, governed):
             assert at[0] == pytest.approx(at[1], rel=1e-11)
     assert over == pytest.approx([each[2] for each in theirs], rel=1e-6, abs=1e-9)
     assert 0 < np.isinf(power).sum() < len(power)
-
-
-def test_the_floor_of_a_colocated_instance_is_for_its_usual_batch():
-    """Where a governor raises the clock for larger ones; where none does, it is for nearly all."""
-    mixed = FleetSpec.parse("1C", PROFILE).instances[0]
-    loads = np.array([4.0, 10.0, 16.0])
-    governed, alone = (
-        least_power(mixed, governor).at(LENGTHS)(loads) for governor in (True, False)
-    )
-    fell = 1.0 - PROFILE.clocks_mhz[governed.floor_row] / PROFILE.clocks_mhz[alone.floor_row]
-    assert ((fell > 0.01) & (fell < 0.2)).all()
-    # Half of the arrivals find more than the floor alone serves in time.
-    least = least_power(mixed, True)
-    beyond = (
-        one.at(LENGTHS)(np.array([20.0])).floor_row for one in (least, least_power(mixed, False))
-    )
-    assert next(beyond) == next(beyond)  # above the thrifty clock nothing is left to the governor
-    decoded_tok, limit_req, limit_s = least._limits(LENGTHS)
-    for load, row in zip(loads, governed.floor_row, strict=True):
-        over = [
-            kernels.station(least.station(LENGTHS), load, decoded_tok, limit_req, limit_s, int(k))[
-                1
-            ]
-            for k in (row - 1, row)
-        ]
-        assert over[1] <= 0.5 < over[0]
 
 
 @given(

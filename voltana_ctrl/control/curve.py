@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool
-from voltana_ctrl.control.governor import thrifty_row
 from voltana_ctrl.laws import paced
 from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo, Tuning
 from voltana_ctrl.types.fleet import KV_FULL_FRAC
@@ -139,10 +138,6 @@ class LeastPower:
         self._prompt_w = self.rows["prefill_power_w"] + self.rows["prefill_beside_w"]
         self._sizes = np.arange(1, instance.max_batch + 1)
         self._governed = governed
-        # Up to which row floors leave something to the governor: where prompts set the pace, and
-        # the clocks above cost little.
-        raised = governed and instance.role is Role.COLOCATED
-        self._raised_k = thrifty_row(table) if raised else -1
         self._free_frac = (tuning or Tuning()).free_frac
         self._miss_frac = 1.0 - slo.attainment
         self._ttft_s = slo.ttft_s / (1.0 + margin_frac[0]) - delay_s
@@ -199,8 +194,7 @@ class LeastPower:
         def curve(loads_req_s: F64) -> Curve:
             power_w, row, over_frac = _empty(loads_req_s)
             self._kernels.decode_curve(
-                station, loads_req_s, *limits, self._miss_frac, self._raised_k, power_w, row,
-                over_frac,
+                station, loads_req_s, *limits, self._miss_frac, power_w, row, over_frac,
             )  # fmt: skip
             return Curve(
                 arrival_req_s=loads_req_s, power_w=power_w, floor_row=row, miss_frac=over_frac

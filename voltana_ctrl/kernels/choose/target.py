@@ -19,8 +19,6 @@ OUT_F8_1, OUT_I8_1 = types.Array(F8, 1, "C"), types.Array(I8, 1, "C")
 
 #: Weights are scaled down when they pass this, so that no batch overflows.
 _LARGE = 1e250
-#: Share of the arrivals for whose batch a governor may raise the clock, where it alone keeps them.
-_RAISED_FRAC = 0.5
 
 
 @njit(types.void(ROWS, I8_1, F8, F8, OUT_I8_1, OUT_F8_1, OUT_F8_1))
@@ -134,7 +132,7 @@ def _least_floor(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, allo
     return low, found_w, found_over
 
 
-@njit(types.void(STATION, F8_1, F8, I8, F8, F8, I8, OUT_F8_1, OUT_I8_1, OUT_F8_1))
+@njit(types.void(STATION, F8_1, F8, I8, F8, F8, OUT_F8_1, OUT_I8_1, OUT_F8_1))
 def decode_curve(
     one,
     arrival_req_s,
@@ -142,7 +140,6 @@ def decode_curve(
     batch_limit_req,
     limit_s,
     miss_frac,
-    raised_k,
     least_w,
     floor_k,
     over_frac,
@@ -150,10 +147,7 @@ def decode_curve(
     """Least power over floors at which few enough arrivals are over the limits, per load.
 
     Writes power (inf where none is), the row of the floor and the share over the limits. Where
-    no floor will do it is the lowest that misses hardly more than the top. Where one up to row
-    `raised_k` will, the row written is the lowest that leaves no more than half of the arrivals
-    over the limits: a governor keeps those. At a much lower floor the clock would swing with every
-    prompt, which draws more than a clock that stays. None is lowered where `raised_k` is -1.
+    no floor will do it is the lowest that misses hardly more than the top.
     """
     top = len(one[0]) - 1
     guess = 0
@@ -186,11 +180,6 @@ def decode_curve(
                 break
             best_w, best_over, best_k = above_w, above_over, k
         least_w[g] = best_w if best_over <= miss_frac else math.inf
-        if best_over <= miss_frac and best_k <= raised_k:
-            usual_k, _, _ = _least_floor(
-                one, arrival_req_s[g], decoded_tok, batch_limit_req, limit_s, _RAISED_FRAC, best_k
-            )
-            best_k = min(best_k, usual_k)
         floor_k[g] = best_k
         over_frac[g] = best_over
 
