@@ -426,7 +426,11 @@ def _figures(pair: Pair) -> str:
 
 def complete(wanted: list, rows: list[dict], pool, writer, file, begin_s: float) -> None:
     """Run what is wanted and not among the rows, and add it to them and to the file."""
-    known = {(row["cell"], row["policy"], row["seed"], row["layout"]) for row in rows}
+    known = {
+        (row["cell"], row["policy"], row["seed"], row["layout"])
+        for row in rows
+        if row["cell"] in CELLS  # a file may hold cells that are no more
+    }
     known |= {(*one[:3], "") for one in known if one[1] != "mpc" or one[3] == CELLS[one[0]].fleet}
     missing = [one for one in wanted if (*one[:2], float(one[2]), one[3]) not in known]
     runs = {pool.submit(simulate, *what): what for what in missing}

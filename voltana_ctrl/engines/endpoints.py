@@ -16,7 +16,7 @@ __all__ = ["ENGINES", "Endpoint", "load_endpoints"]
 
 #: Engines that are known by name.
 ENGINES = ("vllm", "sglang", "trtllm", "dynamo")
-#: More than Linux can be built for.
+#: As many as Linux can be built for.
 _MOST_CPUS = 8192
 
 

@@ -63,7 +63,7 @@ def clock_reason(
     decision, name = record.applied, fleet.ids[i]
     floor_mhz, ceiling_mhz = float(decision.freq_mhz[i]), float(decision.freq_max_mhz[i])
     if not record.observation.state.alive[i]:
-        return "it does not answer; without orders it goes to its highest clock after a second"
+        return "it does not answer; without orders it goes to its highest clock by itself"
     if mode != "act":
         return f"mode {mode}: nothing is set"
     if not record.in_force:
