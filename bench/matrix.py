@@ -2,6 +2,7 @@
 
     python bench/matrix.py results.csv                 # resumes: runs in the file are not repeated
     python bench/matrix.py results.csv --table         # the tables of docs/breadth.md, runs nothing
+    python bench/matrix.py noisy.csv --jitter 0.05     # its twin: iteration times vary by 5 %
 
 All figures are simulated. The loads of a cell are fractions of its knee: the highest load at which
 static-max keeps both promises, measured on the same seeds and windows by bisection. A cell is
@@ -100,7 +101,7 @@ def believed(fleet, pace_frac):
     return FleetSpec(tuple(wrong))
 
 
-def simulate(cell, policy, rate_req_s, seed, duration_s):
+def simulate(cell, policy, rate_req_s, seed, duration_s, jitter_sd_frac=0.0):
     """Requests, mean power, and the attainment of TTFT and ITL."""
     fleet = make_fleet(cell)
     duration_s *= cell.longer
@@ -123,7 +124,7 @@ def simulate(cell, policy, rate_req_s, seed, duration_s):
         seed=seed,
         duration_s=duration_s,
         warmup_s=WARMUP_S,
-        settings=PlantSettings(actuation_s=cell.actuation_s),
+        settings=PlantSettings(actuation_s=cell.actuation_s, jitter_sd_frac=jitter_sd_frac),
         believed=None
         if cell.believed_pace_frac == 1.0
         else believed(fleet, cell.believed_pace_frac),
@@ -234,6 +235,7 @@ def main(arguments=None):
     parser.add_argument("--loads", default="0.5,0.75,0.25")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--duration", type=float, default=120.0)
+    parser.add_argument("--jitter", type=float, default=0.0, help="spread of iteration times")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     options = parser.parse_args(arguments)
     rows = read_rows(options.results)
@@ -262,7 +264,9 @@ def main(arguments=None):
                             knees[name] = measure_knee(cell, seeds, options.duration)
                         rate = load * knees[name]
                         try:
-                            figures = simulate(cell, policy, rate, seed, options.duration)
+                            figures = simulate(
+                                cell, policy, rate, seed, options.duration, options.jitter
+                            )
                         except ConfigError as error:
                             print(f"{name}: {policy} is left out: {error}", flush=True)
                             continue

@@ -329,7 +329,7 @@ class CascadeController(Controller):
                 measured_delay_s=self._measured_delay_s(),
             ),
         )
-        was_alive = state.alive if memory.losses.alive is None else memory.losses.alive
+        was_alive = memory.losses.alive if memory.losses.alive.size else state.alive
         decoded_tok = max(0.0, self._load.load(memory.load).lengths.output_tok - 1.0)
         stays_s = self.slo.ttft_s + decoded_tok * self.slo.itl_s
         memory = replace(memory, losses=after(memory.losses, state, stays_s))

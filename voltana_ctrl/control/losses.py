@@ -3,11 +3,14 @@
 A request that is begun anew on another instance keeps its ITL if what it had decoded was at most
 the share ``(ITL - T_top) / T`` of its answer: of iterations that took ``T``, repeated at the
 highest clock in ``T_top``.
+
+An engine whose page was silent for some seconds looks lost as well, but comes back with what it
+held. Then nothing was lost, and nothing is asked for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +25,13 @@ _TROUBLE_S = 600.0
 #: ITL margin for as long: with iterations half as long at the highest clock, the share above is 0.7
 #: in place of 0.5.
 _AHEAD_FRAC = 1.0 / 3.0
+#: Who comes back with at least so much of what ran on it was only silent: a restarted engine is
+#: empty, and an answer takes longer than a silence.
+_KEPT_FRAC = 0.5
+
+
+def _nobody() -> F64:
+    return np.zeros(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,18 +43,30 @@ class LossMemory:
     alive : ndarray of bool, shape (n,), optional
         Who was alive.
     held_req : ndarray, shape (n,), optional
-        What ran on each that was.
-    lost_s : float
-        When an instance was lost last with requests that ran on it.
-    hurries_s : float
-        Time until which all decode as fast as they can, for requests whose instance was lost, or
-        may be lost next.
+        What ran on each when it was last seen alive.
+    lost_at_s : ndarray, shape (n,), optional
+        When each was lost last with requests that ran on it; minus infinity where it never was.
+    hurries_until_s : ndarray, shape (n,), optional
+        Time until which that loss has all decode as fast as they can.
+    before_s : ndarray, shape (2, n), optional
+        The two as they were before the last loss, for who turns out to have been silent only.
     """
 
-    alive: Bool | None = None
-    held_req: F64 | None = None
-    lost_s: float = -np.inf
-    hurries_s: float = -np.inf
+    alive: Bool = field(default_factory=lambda: np.zeros(0, bool))
+    held_req: F64 = field(default_factory=_nobody)
+    lost_at_s: F64 = field(default_factory=_nobody)
+    hurries_until_s: F64 = field(default_factory=_nobody)
+    before_s: F64 = field(default_factory=_nobody)
+
+    @property
+    def lost_s(self) -> float:
+        """When an instance was lost last with requests that ran on it [s]."""
+        return float(self.lost_at_s.max(initial=-np.inf))
+
+    @property
+    def hurries_s(self) -> float:
+        """Until when all decode as fast as they can, for who was lost or may be next [s]."""
+        return float(self.hurries_until_s.max(initial=-np.inf))
 
     def margin_frac(self, t_s: float) -> float:
         """ITL margin that leaves room to make up for another loss; 0 where none is near."""
@@ -58,6 +80,7 @@ def after(memory: LossMemory, state: FleetState, stays_s: float) -> LossMemory:
     iteration time near the promise they would never make up for that; at the highest clocks most of
     them do. Where instances fail in turn, the next loss is expected as long after this one as this
     came after the one before, and until twice that time has passed without one all stay ahead.
+    The loss of an instance that comes back with what it held is forgotten.
 
     Parameters
     ----------
@@ -78,17 +101,36 @@ def after(memory: LossMemory, state: FleetState, stays_s: float) -> LossMemory:
     ...     memory = after(memory, replace(busy, t_s=t_s, alive=np.array(alive)), 15.0)
     ...     print(memory.lost_s, memory.hurries_s)
     10.0 25.0
-    10.0 25.0
-    40.0 100.0
+    -inf -inf
+    40.0 55.0
     """
-    lost_s, hurries_s, before = memory.lost_s, memory.hurries_s, memory.held_req
-    if before is not None and np.any((before > 0.0) & ~state.alive):
-        since_s, lost_s = state.t_s - lost_s, state.t_s
+    if not memory.alive.size:
+        never = np.full(state.alive.size, -np.inf)
+        return LossMemory(
+            alive=state.alive,
+            held_req=np.where(state.alive, state.running_req, 0.0),
+            lost_at_s=never,
+            hurries_until_s=never,
+            before_s=np.stack((never, never)),
+        )
+    lost_at_s, hurries_until_s, before_s = memory.lost_at_s, memory.hurries_until_s, memory.before_s
+    busy = memory.held_req > 0.0
+    silent = busy & ~memory.alive & state.alive
+    silent &= state.running_req >= _KEPT_FRAC * memory.held_req
+    if np.any(silent):
+        lost_at_s = np.where(silent, before_s[0], lost_at_s)
+        hurries_until_s = np.where(silent, before_s[1], hurries_until_s)
+    gone = busy & memory.alive & ~state.alive
+    if np.any(gone):
+        before_s = np.where(gone, np.stack((lost_at_s, hurries_until_s)), before_s)
+        since_s = state.t_s - lost_at_s.max()
         ahead_s = min(2.0 * since_s, _TROUBLE_S) if since_s < _TROUBLE_S else 0.0
-        hurries_s = max(hurries_s, state.t_s + max(stays_s, ahead_s))
+        lost_at_s = np.where(gone, state.t_s, lost_at_s)
+        hurries_until_s = np.where(gone, state.t_s + max(stays_s, ahead_s), hurries_until_s)
     return LossMemory(
         alive=state.alive,
-        held_req=np.where(state.alive, state.running_req, 0.0),
-        lost_s=lost_s,
-        hurries_s=hurries_s,
+        held_req=np.where(state.alive, state.running_req, memory.held_req),
+        lost_at_s=lost_at_s,
+        hurries_until_s=hurries_until_s,
+        before_s=before_s,
     )
