@@ -3,6 +3,7 @@
     python bench/matrix.py results.csv                 # resumes: runs in the file are not repeated
     python bench/matrix.py results.csv --table         # the tables of docs/breadth.md, runs nothing
     python bench/matrix.py noisy.csv --jitter 0.05     # its twin: iteration times vary by 5 %
+    python bench/matrix.py results.csv --table --twin noisy.csv
 
 All figures are simulated. The loads of a cell are fractions of its knee: the highest load at which
 static-max keeps both promises, measured on the same seeds and windows by bisection. A cell is
@@ -193,38 +194,52 @@ def lost_to(by_policy):
     ]
 
 
-def table(rows):
-    """The table of the docs, as Markdown."""
-    lines = [
-        "| cell | load | req/s | static-max | voltanallm | cheapest baseline that keeps 99 % | mpc"
-        " | mpc / cheapest | lost to |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-
-    def text(policy, by_policy, *, named=False):
-        if policy not in by_policy:
-            return "-"
-        _, power_w, ttft, itl = by_policy[policy]
-        told = f"{power_w:.0f}; {100 * ttft:.1f} / {100 * itl:.1f}"
-        return f"{policy}: {told}" if named else told
-
+def table(rows, noisy=()):
+    """The table of the docs, as Markdown; with the twin's three columns where it is given."""
+    twins = means(noisy)
+    heads = [
+        "cell", "load", "req/s", "static-max", "voltanallm", "cheapest baseline that keeps 99 %",
+        "mpc", "mpc / cheapest", "lost to",
+    ]  # fmt: skip
+    if twins:
+        heads += ["mpc, 5 % jitter", "mpc / cheapest", "lost to"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (cell, load), by_policy in means(rows).items():
         rate = next(iter(by_policy.values()))[0]
-        keeps = [
-            policy
-            for policy, (_, _, *attainment) in by_policy.items()
-            if policy in BASELINES and min(attainment) >= CELLS[cell].slo.attainment
-        ]
-        best = min(keeps, key=lambda policy: by_policy[policy][1], default="")
-        ratio = "-"
-        if best and "mpc" in by_policy:
-            ratio = f"{by_policy['mpc'][1] / by_policy[best][1]:.3f}"
-        lines.append(
-            f"| {cell} | {100 * load:.0f} % | {rate:.3g} | {text('static-max', by_policy)}"
-            f" | {text('voltanallm', by_policy)} | {text(best, by_policy, named=True)}"
-            f" | {text('mpc', by_policy)} | {ratio} | {', '.join(lost_to(by_policy)) or 'none'} |"
-        )
+        told = [cell, f"{100 * load:.0f} %", f"{rate:.3g}"]
+        told += [_figures(by_policy, policy) for policy in ("static-max", "voltanallm")]
+        best = _cheapest(cell, by_policy)
+        told.append(f"{best}: {_figures(by_policy, best)}" if best else "-")
+        told += _against(cell, by_policy)
+        if twins:
+            told += _against(cell, twins.get((cell, load), {}))
+        lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
+
+
+def _cheapest(cell, by_policy):
+    """The cheapest baseline that keeps the promise; empty where none does."""
+    keeps = [
+        policy
+        for policy, (_, _, *attainment) in by_policy.items()
+        if policy in BASELINES and min(attainment) >= CELLS[cell].slo.attainment
+    ]
+    return min(keeps, key=lambda policy: by_policy[policy][1], default="")
+
+
+def _against(cell, by_policy):
+    """What `mpc` draws and keeps, beside the cheapest that holds, and to whom it loses."""
+    best, ratio = _cheapest(cell, by_policy), "-"
+    if best and "mpc" in by_policy:
+        ratio = f"{by_policy['mpc'][1] / by_policy[best][1]:.3f}"
+    return [_figures(by_policy, "mpc"), ratio, ", ".join(lost_to(by_policy)) or "none"]
+
+
+def _figures(by_policy, policy):
+    if policy not in by_policy:
+        return "-"
+    _, power_w, ttft, itl = by_policy[policy]
+    return f"{power_w:.0f}; {100 * ttft:.1f} / {100 * itl:.1f}"
 
 
 def main(arguments=None):
@@ -236,11 +251,12 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--duration", type=float, default=120.0)
     parser.add_argument("--jitter", type=float, default=0.0, help="spread of iteration times")
+    parser.add_argument("--twin", type=Path, help="file of runs with jitter, beside the others")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     options = parser.parse_args(arguments)
     rows = read_rows(options.results)
     if options.table:
-        print(table(rows))
+        print(table(rows, read_rows(options.twin) if options.twin else ()))
         return int(any(lost_to(by_policy) for by_policy in means(rows).values()))
     known = {(row["cell"], row["load_frac"], row["policy"], row["seed"]) for row in rows}
     knees = {row["cell"]: row["rate_req_s"] / row["load_frac"] for row in rows}

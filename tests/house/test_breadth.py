@@ -42,6 +42,23 @@ def test_what_is_in_the_file_is_not_run_again(matrix, tmp_path, capsys):
     assert "| reference | 50 % |" in capsys.readouterr().out
 
 
+def test_a_twin_with_noise_meets_the_same_loads_and_stands_beside_the_others(
+    matrix, tmp_path, capsys
+):
+    plain, noisy = tmp_path / "plain.csv", tmp_path / "noisy.csv"
+    few = ["--cells=reference", "--loads=0.5", "--duration=10", "--policies=dualscale,mpc"]
+    assert matrix.main([str(plain), *few]) == 0
+    assert matrix.main([str(noisy), *few, "--jitter=0.2"]) == 0
+    (_, ours), (_, twin) = (matrix.read_rows(path) for path in (plain, noisy))
+    assert (twin["rate_req_s"], twin["requests"]) == (ours["rate_req_s"], ours["requests"])
+    assert twin["power_w"] != ours["power_w"]
+    capsys.readouterr()
+    matrix.main([str(plain), "--table", f"--twin={noisy}"])
+    line = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert line[6].startswith(f"{ours['power_w']:.0f};")
+    assert line[9].startswith(f"{twin['power_w']:.0f};")
+
+
 def test_a_cell_is_lost_to_what_is_cheaper_and_better(matrix):
     ours = [10.0, 1000.0, 0.995, 0.99]
     others = {
