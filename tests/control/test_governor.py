@@ -200,16 +200,21 @@ def test_until_arrivals_have_been_watched_prompts_have_the_thrifty_clock():
 
 
 def test_while_few_prompts_are_known_they_are_served_sooner():
-    """The same queue asks for less once arrivals have been watched for a minute."""
+    """The same queue asks for less once arrivals have been watched for a minute; where more
+    requests may be late, for a few seconds.
+    """
 
-    def clock_after(watched_s):
-        governor = fresh(PREFILL)
+    def clock_after(watched_s, attainment=0.99):
+        slo = dataclasses.replace(SLO, attainment=attainment)
+        governor = IterationGovernor(PREFILL, slo)
         for t_s in np.arange(0.0, watched_s, 0.1):
             governor.step(0, 0.0, 250.0, 0.01, 210.0, 1410.0, t_s=t_s)
         return governor.step(0, 0.0, 1500.0, 0.2, 210.0, 1410.0, t_s=watched_s)
 
     first_mhz, then_mhz, known_mhz = (clock_after(watched_s) for watched_s in (6.0, 20.0, 60.0))
     assert first_mhz > then_mhz > known_mhz
+    assert clock_after(20.0, 0.9) == clock_after(60.0, 0.9) < then_mhz
+    assert clock_after(20.0, 0.999) >= then_mhz
 
 
 def test_prompts_that_come_more_often_are_seen_within_seconds():

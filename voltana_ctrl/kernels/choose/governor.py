@@ -54,6 +54,9 @@ _WATCHED = 8.0
 #: Part of the TTFT target that is aimed at where nothing has been watched yet, and times of the
 #: promise after which all of it is: how unlike prompts are is known later than how many come.
 _FIRST_FRAC, _FAMILIAR = 0.5, 80.0
+#: That time is enough where one request in a hundred may be late, and for stricter promises. Where
+#: more may be, a quantile so much less rare is known from fewer.
+_RARE_FRAC = 0.01
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
 #: ITL targets that a request may be behind before a clock above the thrifty one serves it, if the
@@ -351,7 +354,7 @@ def needed_clock(
     arrives until the oldest prompt is done, a tenth of that part may be late at the thrifty clock.
 
     Of the TTFT target half is aimed at first, and all of it once arrivals have been watched for
-    long: until then few prompts have told how unlike they are.
+    long: until then few prompts have told how unlike they are. Where more may be late it is sooner.
 
     A long prompt that no clock serves in time any more asks for the thrifty clock only. A clock
     that was raised stays for the dwell time.
@@ -380,7 +383,9 @@ def needed_clock(
     watched = memory[WATCHED_S] / params[TTFT_S]
     ttft_s = params[TTFT_S]
     if not doomed:
-        ttft_s *= min(1.0, _FIRST_FRAC + (1.0 - _FIRST_FRAC) * watched / _FAMILIAR)
+        common = max(1.0, params[MISS_FRAC] / _RARE_FRAC)
+        familiar = _WATCHED + (_FAMILIAR - _WATCHED) / common
+        ttft_s *= min(1.0, _FIRST_FRAC + (1.0 - _FIRST_FRAC) * watched / familiar)
     if doomed or (works and watched < _WATCHED):
         # Of what arrives too little is known yet, and room for a burst is nearly free. So it is
         # between prompts, where both run: from a clock that goes to and fro no pace is learnt.
