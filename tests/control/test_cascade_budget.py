@@ -122,3 +122,37 @@ def test_what_a_budget_makes_late_does_not_wind_up_a_margin():
     ceiling, floor = decision.freq_max_mhz[:2], decision.freq_mhz[:2]
     assert np.all(ceiling < FLEET.max_mhz[:2])
     assert np.array_equal(floor, ceiling)
+
+
+def ceilings_with(queue_tok, oldest_wait_s, budget):
+    """Ceilings of four seconds under a budget, with so much waiting at each prefill instance."""
+    parts = find_policy("cascade").build(
+        FLEET, SLO, PolicySetup(power_budget=PowerBudget.parse(budget))
+    )
+    controller = parts.controller
+    memory, idle = controller.init(), FleetState.idle(4)
+    for tick in range(40):
+        state = replace(
+            idle, t_s=0.1 * tick, arrived_req=[2.5, 2.5, 0.0, 0.0],
+            arrived_tok=[600.0, 600.0, 0.0, 0.0], queue_req=[8.0, 8.0, 0.0, 0.0],
+            queue_tok=[queue_tok, queue_tok, 0.0, 0.0],
+            oldest_wait_s=[oldest_wait_s, oldest_wait_s, 0.0, 0.0],
+            running_req=[0.0, 0.0, 300.0, 300.0], kv_used_tok=[0.0, 0.0, 1.3e5, 1.3e5],
+        )  # fmt: skip
+        decision, memory = controller.decide(Observation(state=state), memory)
+    return decision.freq_max_mhz, memory
+
+
+def test_in_a_burst_decode_lends_prefill_some_of_a_tight_budget():
+    """By an eighth, not without need, and not where the load is simply too high."""
+    calm_mhz, _ = ceilings_with(500.0, 0.1, "0:850")
+    burst_mhz, memory = ceilings_with(4000.0, 0.3, "0:850")
+    assert np.all(burst_mhz[:2] > calm_mhz[:2])
+    assert np.all(burst_mhz[2:] < calm_mhz[2:])
+    assert np.all(burst_mhz[2:] > 0.85 * calm_mhz[2:])
+    # It is its own choice, and what it makes late counts for its margin.
+    assert memory.held_frac[1] < 0.05
+    flooded_mhz, _ = ceilings_with(4000.0, 1.5, "0:850")
+    assert np.all(flooded_mhz[2:] == calm_mhz[2:])
+    free_mhz, memory = ceilings_with(4000.0, 0.3, "0:5000")
+    assert np.all(free_mhz == FLEET.max_mhz)

@@ -186,7 +186,7 @@ def thrifty_mhz(one, n, kv_tok, prompt_tok, itl_s, sunk_w):
 def worst_power_w(one, n, kv_tok, prompt_tok, active):
     worst, out = one.idle_w, []
     works = active or n > 0.0
-    n, kv_tok = min(1.1 * n + 8.0, one.max_batch), 1.1 * kv_tok
+    n, kv_tok = min(1.03 * n + 8.0, one.max_batch), 1.03 * kv_tok
     kv_tok = max(kv_tok, n * prompt_tok)
     for row in one.table:
         if works and one.role.prefills:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, Bool
-from voltana_ctrl.laws import decode_s
+from voltana_ctrl.laws import decode_s, prefill_s
 from voltana_ctrl.types import Belief, FleetSpec, FleetState, Load, Slo
 from voltana_ctrl.types.ladder import row_down
 from voltana_ctrl.types.packed import instance_types
@@ -278,11 +278,50 @@ class Assessor:
         crowded = (self._decodes > 0) & state.alive & (running > 0) & (step_s > itl_s)
         return float(np.sum(running[crowded] * (1.0 - itl_s / step_s[crowded])))
 
+    def queued_s(self, state: FleetState, clock_mhz: F64, belief: Belief) -> F64:
+        """Time that all prompts that wait take at these clocks, in one iteration, shape (n,).
+
+        They are taken to be equally long.
+
+        Parameters
+        ----------
+        state : FleetState
+            Queues.
+        clock_mhz : ndarray, shape (n,)
+            Clock of each instance; the next supported one below it counts.
+        belief : Belief
+            Pace of each instance.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Seconds; 0 where nothing waits, or nothing is prefilled.
+
+        Examples
+        --------
+        >>> from dataclasses import replace
+        >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
+        >>> from voltana_ctrl.types import Belief
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> assessor = Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.0), delay_s=0.025)
+        >>> state = replace(FleetState.idle(2), queue_req=[9, 0], queue_tok=[2000, 0])
+        >>> assessor.queued_s(state, fleet.max_mhz, belief).round(3)
+        array([0.143, 0.   ])
+        """
+        known = np.arange(self._tables.shape[1]) < self._n_clocks[:, None]
+        below = (self._tables["clock_mhz"][self._kind] <= clock_mhz[:, None]) & known
+        at = self._tables[self._kind, np.maximum(below.sum(axis=1) - 1, 0)]
+        tok, prompts_req = state.queue_tok, np.maximum(state.queue_req, 1.0)
+        batch_s = prefill_s(at, tok, tok * tok / prompts_req, prompts_req)
+        waits = (self._prefills > 0) & (tok > 0.0)
+        return np.where(waits, belief.prefill_pace_frac * batch_s, 0.0)
+
     def worst_power_w(self, state: FleetState, load: Load, active: Bool) -> F64:
         """Most that each instance is expected to draw until the next decision, at each clock.
 
         An instance that has work, or may get some, is taken for busy. One that prefills draws what
-        a prompt takes. One that decodes draws what a batch does of 1.1 times the requests that
+        a prompt takes. One that decodes draws what a batch does of 1.03 times the requests that
         run and wait there and eight more, as far as its largest batch allows. One that does both
         draws the larger of the two, with prompts beside decoding. Any other is idle.
 

@@ -115,8 +115,8 @@ def worst_power(
     for i in range(len(kind)):
         here_req = running_req[i] + queue_req[i]
         works = active[i] or here_req > 0.0
-        n = min(1.1 * here_req + 8.0, float(max_batch[i]))
-        kv_tok = max(1.1 * kv_used_tok[i], n * prompt_tok)
+        n = min(1.03 * here_req + 8.0, float(max_batch[i]))
+        kv_tok = max(1.03 * kv_used_tok[i], n * prompt_tok)
         worst_w = idle_w[i]
         for k in range(power_w.shape[1]):
             if k < n_clocks[i]:
