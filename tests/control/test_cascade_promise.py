@@ -98,6 +98,24 @@ def test_the_first_requests_of_a_steady_load_find_the_promise_kept():
 
 
 @pytest.mark.slow
+def test_what_fills_slowly_costs_no_more_than_governors_alone():
+    """Nobody knows how long answers are of which none has finished, and their batch is small."""
+    rng = np.random.default_rng(3)
+    n = rng.poisson(5.0 * 301.0)
+    workload = Workload(
+        name="long answers", arrival_s=np.sort(rng.uniform(0.0, 301.0, n)),
+        prompt_tok=rng.integers(100, 301, n), output_tok=rng.integers(500, 3001, n),
+        duration_s=301.0,
+    )  # fmt: skip
+    ours, alone = (
+        run(policy, workload=workload, rate=None, duration_s=240.0)
+        for policy in ("mpc", "governors")
+    )
+    assert worst(ours) >= 0.99
+    assert ours["mean_power_w"] <= 1.005 * alone["mean_power_w"]
+
+
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="consolidation keeps no room for the loss of an instance")
 def test_what_fails_in_turn_costs_no_more_than_it_must():
     """While one is away the other can serve all; nobody can help what died with it."""

@@ -17,7 +17,7 @@ from voltana_ctrl.control.spare import spare_count
 from voltana_ctrl.control.target import TargetOptimiser
 from voltana_ctrl.kernels.choose import target as kernels
 from voltana_ctrl.laws import length_moments
-from voltana_ctrl.types import Load, Tuning
+from voltana_ctrl.types import FleetState, Load, Tuning
 
 PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b")
 #: Attention makes its long prompts take longer per token.
@@ -315,22 +315,52 @@ def test_active_set_is_kept_unless_a_change_pays():
     assert moved.active.sum() < 4
 
 
+def held(each_req, context_tok=400.0):
+    """A fleet on which so many requests run on every instance."""
+    running_req = np.full(len(FLEET), each_req)
+    return dataclasses.replace(
+        FleetState.idle(len(FLEET)), running_req=running_req, kv_used_tok=context_tok * running_req
+    )
+
+
+def test_a_floor_is_for_the_batch_that_can_be_there_by_the_next_target():
+    """While batches fill the governor is enough; once they are full the floor is the old one."""
+    # With iterations of 0.2 s the largest batch is the limit, and takes a minute to fill.
+    optimiser = TargetOptimiser(FLEET, Slo(ttft_s=2.0, itl_s=0.2))
+    load = Load(arrival_req_s=70.0, lengths=LENGTHS)
+    at_rest = optimiser.plan(load).floor_mhz[2:]
+    assert at_rest.min() > 700.0
+    for filling in (held(0.0), held(100.0), held(500.0)):
+        assert optimiser.plan(load, state=filling).floor_mhz[2:].max() < 300.0
+    full = held(1000.0, LENGTHS.context_tok)
+    np.testing.assert_array_equal(optimiser.plan(load, state=full).floor_mhz[2:], at_rest)
+
+
+def test_answers_of_unknown_length_raise_no_clock_before_their_batch_is_there():
+    """No clock serves answers so long for good, and a batch that small needs none now."""
+    longer = dataclasses.replace(LENGTHS, output_tok=4000.0, context_tok=2200.0)
+    load, halves = Load(arrival_req_s=10.0, lengths=longer), np.array([0.5, 0.5, 0.5, 0.5])
+    assert not OPTIMISER.plan(load).feasible
+    assert OPTIMISER.overload_frac(load, halves) > 0.0
+    assert OPTIMISER.overload_frac(load, halves, state=held(100.0)) == 0.0
+    assert OPTIMISER.overload_frac(load, halves, state=held(400.0, 2200.0)) > 0.0
+
+
 def test_an_empty_fleet_changes_at_once_and_a_full_one_when_it_has_paid():
     """The tail of a change lasts as long as requests stay: those present over what arrives."""
     load = Load(arrival_req_s=10.0, lengths=LENGTHS)
     active = np.ones(len(FLEET), bool)
 
     def shrinks(present_req):
-        present = np.full(len(FLEET), present_req)
         target = OPTIMISER.plan(
-            load, active=active, forgone_j=(100.0, 100.0), lasted_s=1.0, present_req=present
+            load, active=active, forgone_j=(100.0, 100.0), lasted_s=1.0, state=held(present_req)
         )
         return not target.active.all()
 
     assert shrinks(0.0)
     assert not shrinks(1e4)  # at most as long as was promised
     np.testing.assert_array_equal(
-        OPTIMISER.plan(load, active=active, present_req=np.full(len(FLEET), 1e4)).active,
+        OPTIMISER.plan(load, active=active, state=held(1e4)).active,
         OPTIMISER.plan(load, active=active).active,
     )
 
@@ -342,15 +372,15 @@ def test_who_came_last_leaves_when_that_has_paid_for_draining():
     assert grown.active.all()
     assert grown.forgone_j[1] < -100.0
     low = Load(arrival_req_s=5.0, lengths=LENGTHS)
-    present = np.full(len(FLEET), 10.0)
+    present = held(10.0)
     target, active, seconds = grown, grown.active, 0
     while target.active[2:].all() and seconds < 1000:
         target = OPTIMISER.plan(
-            low, active=active, forgone_j=target.forgone_j, lasted_s=1.0, present_req=present
+            low, active=active, forgone_j=target.forgone_j, lasted_s=1.0, state=present
         )
         active, seconds = target.active, seconds + 1
     at_once = OPTIMISER.plan(
-        low, active=np.ones(4, bool), forgone_j=(0.0, 0.0), lasted_s=60.0, present_req=present
+        low, active=np.ones(4, bool), forgone_j=(0.0, 0.0), lasted_s=60.0, state=present
     )
     assert not at_once.active[2:].all()
     assert 10 < seconds < 500

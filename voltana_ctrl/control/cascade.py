@@ -194,8 +194,9 @@ class CascadeController(Controller):
         self.margin_frac = margin_frac = margin_frac or tuning.margin_frac
         self._power_budget_w = power_budget_w
         self._target = target or TargetOptimiser(
-            fleet, slo, margin_frac=margin_frac, delay_s=delay_s, governed=governed, tuning=tuning
-        )
+            fleet, slo, margin_frac=margin_frac, delay_s=delay_s, governed=governed, tuning=tuning,
+            period_s=target_period_s,
+        )  # fmt: skip
         self._load = load or LoadFilter(fleet, tuning=tuning)
         self._pace = PaceFilter(fleet, delay_s=delay_s)
         self._regime = RegimeFilter(fleet, tuning=tuning)
@@ -382,13 +383,13 @@ class CascadeController(Controller):
                 forgone_j=forgone_j,
                 lasted_s=state.t_s - memory.planned_s,
                 doubt_frac=min(1.0, doubt_frac),
-                present_req=state.running_req + state.queue_req,
+                state=state,
             )  # fmt: skip
 
         target = target_within(self._budget_w(state.t_s), load, plan(load), plan)
         overload_frac = 0.0
         if not target.feasible:
-            overload_frac = self._target.overload_frac(load, target.route_frac, belief)
+            overload_frac = self._target.overload_frac(load, target.route_frac, belief, state)
         return replace(memory, target=target, planned_s=state.t_s, overload_frac=overload_frac)
 
     def _look_ahead(

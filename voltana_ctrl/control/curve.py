@@ -147,13 +147,15 @@ class LeastPower:
         self._attainment, self._itl_s = slo.attainment, slo.itl_s
         self._itl_margin_frac = margin_frac[1]
 
-    def at(self, lengths: Lengths) -> Callable[[F64], Curve]:
+    def at(self, lengths: Lengths, most_req: float = math.inf) -> Callable[[F64], Curve]:
         """Curve at these lengths, as a function of the load.
 
         Parameters
         ----------
         lengths : Lengths
             Prompt and output lengths of the requests.
+        most_req : float
+            Largest decode batch that can be there, see :meth:`station`.
 
         Returns
         -------
@@ -162,7 +164,19 @@ class LeastPower:
         """
         if self.instance.role is Role.PREFILL:
             return self._prefill(lengths)
-        return self._decode(lengths)
+        return self._decode(lengths, most_req)
+
+    def floor_row(self, arrival_req_s: float, lengths: Lengths, most_req: float) -> int:
+        """Row of the floor of least power at this load, of batches up to `most_req`.
+
+        Parameters
+        ----------
+        arrival_req_s : float
+            Load of this instance, > 0.
+        lengths, most_req
+            See :meth:`at`.
+        """
+        return int(self.at(lengths, most_req)(np.array([arrival_req_s])).floor_row[0])
 
     def _prefill(self, lengths: Lengths) -> Callable[[F64], Curve]:
         """M/G/1 with exponential tail of the wait; base time shared by those that queue.
@@ -187,8 +201,8 @@ class LeastPower:
 
         return curve
 
-    def _decode(self, lengths: Lengths) -> Callable[[F64], Curve]:
-        station = self.station(lengths)
+    def _decode(self, lengths: Lengths, most_req: float) -> Callable[[F64], Curve]:
+        station = self.station(lengths, most_req=most_req)
         limits = self._limits(lengths)
 
         def curve(loads_req_s: F64) -> Curve:
@@ -213,7 +227,9 @@ class LeastPower:
         limit_req = int(np.count_nonzero(kv_tok <= KV_FULL_FRAC * self.instance.kv_capacity_tok))
         return decoded_tok, limit_req, self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
 
-    def overload_frac(self, arrival_req_s: float, lengths: Lengths) -> float:
+    def overload_frac(
+        self, arrival_req_s: float, lengths: Lengths, most_req: float = math.inf
+    ) -> float:
         """ITL margin, on top of the governor's own, that pays where promises cannot be kept.
 
         The least that serves in time as many of the requests, but for what the promise allows,
@@ -227,6 +243,8 @@ class LeastPower:
             Load of this instance.
         lengths : Lengths
             Prompt and output lengths of the requests.
+        most_req : float
+            Largest batch that can be there, see :meth:`station`.
 
         Returns
         -------
@@ -248,7 +266,7 @@ class LeastPower:
         for k, extra_frac in enumerate(_EXTRA_FRAC):
             aim_s = self._itl_s / (1.0 + self._itl_margin_frac + extra_frac)
             power_w[k], missed_frac, _ = self._kernels.station(
-                self.station(lengths, aim_s=aim_s), arrival_req_s,
+                self.station(lengths, aim_s=aim_s, most_req=most_req), arrival_req_s,
                 *self._limits(lengths), 0,
             )  # fmt: skip
             served_frac[k] = 1.0 - missed_frac
@@ -276,7 +294,9 @@ class LeastPower:
         growth_s = per_req_s + row["decode_kv_s"] * lengths.context_tok
         return float(1.0 / (growth_s * max(1.0, lengths.output_tok - 1.0)))
 
-    def station(self, lengths: Lengths, *, aim_s: float | None = None) -> tuple[Any, ...]:
+    def station(
+        self, lengths: Lengths, *, aim_s: float | None = None, most_req: float = math.inf
+    ) -> tuple[Any, ...]:
         """The decode station at these lengths, as the arguments that its kernels take.
 
         Parameters
@@ -285,14 +305,18 @@ class LeastPower:
             Prompt and output lengths of the requests.
         aim_s : float, optional
             Iteration time that the governor aims at; the promise less its margin by default.
+        most_req : float
+            Batches above it are left out: of what is left each keeps its odds against the others,
+            as detailed balance has it.
         """
         if aim_s is None:
             # Without a governor nobody aims at anything.
             aim_s = self._itl_s / (1.0 + self._itl_margin_frac) if self._governed else math.inf
-        rows, n = self.rows, len(self._padded)
+        rows, n = self.rows, int(min(len(self._padded), max(most_req, 1.0) + 1.0))
+        padded = self._padded[:n]
         needed_row, step_s, power_w = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
         self._kernels.governed_batches(
-            rows, self._padded, lengths.context_tok, aim_s,
+            rows, padded, lengths.context_tok, aim_s,
             needed_row, step_s, power_w,
         )  # fmt: skip
         prompt_s = np.zeros(len(rows))
@@ -301,7 +325,7 @@ class LeastPower:
             prompt_s = rows["prefill_tok_s"] * lengths.prompt_tok + rows["prefill_tok2_s"] * square
             prompt_s = prompt_s + rows["prefill_req_s"]
         return (
-            rows, self._padded, lengths.context_tok, needed_row, step_s, power_w, prompt_s,
+            rows, padded, lengths.context_tok, needed_row, step_s, power_w, prompt_s,
             self._prompt_w,
         )  # fmt: skip
 

@@ -60,6 +60,33 @@ class Node:
         return sorted(found, reverse=True)
 
 
+def joined(left: Node, right: Node, points: int, most_req_s: float) -> Node:
+    """Both together: the cheapest split of each load, on a grid up to `most_req_s`."""
+    # Loads Numba, which `import voltana_ctrl` must not.
+    from voltana_ctrl.kernels.choose.target import min_plus
+
+    step = max(min(left.reach + right.reach, most_req_s) / points, 1e-300)
+    cost_w = np.empty(points + 1)
+    left_at = np.empty(points + 1, dtype=np.int64)
+    right_at = np.empty(points + 1, dtype=np.int64)
+    min_plus(left.cost_w, left.step, right.cost_w, right.step, step, cost_w, left_at, right_at)
+    return Node(
+        step=step, cost_w=cost_w, left=left, right=right, left_at=left_at, right_at=right_at
+    )
+
+
+def many(leaf: Node, size: int, points: int, most_req_s: float) -> Node:
+    """`size` equal instances, by halves."""
+    known = {1: leaf}
+
+    def of(size: int) -> Node:
+        if size not in known:
+            known[size] = joined(of(size - size // 2), of(size // 2), points, most_req_s)
+        return known[size]
+
+    return of(size)
+
+
 def equal_groups(fleet: FleetSpec, members: I64) -> list[I64]:
     """Members by equal instance (profile, clocks, limits, role)."""
     groups: dict[tuple[Any, ...], list[int]] = {}

@@ -16,13 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from voltana_ctrl.checks import F64, I64, Bool, count, not_negative
+from voltana_ctrl.checks import F64, I64, Bool, count, not_negative, positive
 from voltana_ctrl.control.curve import Curve, LeastPower, Target
-from voltana_ctrl.control.groups import Node, equal_groups, everybody_on
+from voltana_ctrl.control.groups import Node, equal_groups, everybody_on, joined, many
+from voltana_ctrl.control.near import near
 from voltana_ctrl.control.spare import spare_count, speeds_req_s, with_spare
 from voltana_ctrl.control.supply import FACETS, Supply, drain_of, leaving_j, supply_of
 from voltana_ctrl.errors import ConfigError
-from voltana_ctrl.types import Belief, FleetSpec, InstanceSpec, Lengths, Load, Role, Slo, Tuning
+from voltana_ctrl.types import (
+    Belief,
+    FleetSpec,
+    FleetState,
+    InstanceSpec,
+    Lengths,
+    Load,
+    Role,
+    Slo,
+    Tuning,
+)
 
 __all__ = ["Curve", "Target", "TargetOptimiser"]
 
@@ -58,6 +69,8 @@ class TargetOptimiser:
         Instances that each phase may lose and still keep the promises on those that stay active:
         a whole number, or below 1 a share of the active ones, rounded up. Where the fleet has not
         so many, all are active.
+    period_s : float
+        Time between two targets.
 
     Raises
     ------
@@ -87,13 +100,12 @@ class TargetOptimiser:
         grid: int = 128,
         tuning: Tuning | None = None,
         spare: float = 0.0,
+        period_s: float = 1.0,
     ) -> None:
-        # Loads Numba, which `import voltana_ctrl` must not.
-        from voltana_ctrl.kernels.choose import target as kernels
-
         count("TargetOptimiser.grid", grid, minimum=8)
         not_negative("TargetOptimiser.delay_s", delay_s)
         spare_count(spare)
+        positive("TargetOptimiser.period_s", period_s)
         self.tuning = tuning or Tuning()
         margin_frac = margin_frac or self.tuning.margin_frac
         if not min(margin_frac) > -1.0:
@@ -107,7 +119,7 @@ class TargetOptimiser:
         self.governed = governed
         self.grid = grid
         self.spare = spare
-        self._kernels = kernels
+        self.period_s = period_s
         self._parked_w = np.array([one.parked_w for one in fleet.instances], dtype=np.float64)
         self._wake_j = np.array([one.wake_j for one in fleet.instances], dtype=np.float64)
         self._min_mhz = fleet.min_mhz
@@ -125,7 +137,7 @@ class TargetOptimiser:
         forgone_j: Sequence[float] | F64 = (0.0, 0.0),
         lasted_s: float = 30.0,
         doubt_frac: float = 0.0,
-        present_req: F64 | None = None,
+        state: FleetState | None = None,
         fixed: bool = False,
     ) -> Target:
         """Least-power target at this load.
@@ -156,9 +168,9 @@ class TargetOptimiser:
             Seconds since the last target.
         doubt_frac : float
             How uncertain the load is: a set that drops an instance must serve so much more.
-        present_req : ndarray, shape (n,), optional
-            Requests that wait or run at each instance, which tell how long one stays (Little's
-            law); by default as long as is promised.
+        state : FleetState, optional
+            State of the fleet now. What waits or runs tells how long one stays (Little's law;
+            without, as long as is promised), and how large the batches can be that a floor is for.
         fixed : bool
             Whether all that are usable stay active: who is on is decided elsewhere.
 
@@ -168,7 +180,7 @@ class TargetOptimiser:
         """
         n = len(self.fleet)
         usable = np.ones(n, bool) if usable is None else np.asarray(usable, bool)
-        rest = (lasted_s, doubt_frac, present_req, fixed)
+        rest = (lasted_s, doubt_frac, state, fixed)
         parts = [
             self._plan_phase(
                 load, self._known(groups, belief), active, usable, forgone_j[phase], *rest
@@ -269,14 +281,20 @@ class TargetOptimiser:
             )  # fmt: skip
         return supplies
 
-    def overload_frac(self, load: Load, route_frac: F64, belief: Belief | None = None) -> float:
+    def overload_frac(
+        self,
+        load: Load,
+        route_frac: F64,
+        belief: Belief | None = None,
+        state: FleetState | None = None,
+    ) -> float:
         """ITL margin on top of the governors' own that pays where promises cannot be kept; 0 else.
 
         The largest of any decode instance, see :meth:`LeastPower.overload_frac`.
 
         Parameters
         ----------
-        load, belief
+        load, belief, state
             See :meth:`plan`.
         route_frac : ndarray, shape (n,)
             Share of the arrivals.
@@ -291,8 +309,14 @@ class TargetOptimiser:
         >>> optimiser.overload_frac(load, np.ones(2))
         0.0
         """
+        loads_req_s = load.arrival_req_s * route_frac
+        by_then = near(self.fleet, self.slo, load, loads_req_s, state, self.period_s)
         return max(
-            least.overload_frac(load.arrival_req_s * float(route_frac[group].max()), load.lengths)
+            least.overload_frac(
+                float(loads_req_s[group].max()),
+                by_then.lengths,
+                float(by_then.most_req[group].max()),
+            )
             for group, least in self._known(self._groups[-1], belief)
         )
 
@@ -345,7 +369,7 @@ class TargetOptimiser:
         forgone_j: float,
         lasted_s: float,
         doubt_frac: float,
-        present_req: F64 | None,
+        state: FleetState | None,
         fixed: bool,
     ) -> Target:
         left = [(group[usable[group]], least) for group, least in known]
@@ -367,6 +391,9 @@ class TargetOptimiser:
             if wanted.sum() > (free > 0.0).sum():
                 free_w, free = self._keeping(load, groups, curves, wanted)
         chosen, now_forgone_j = free, 0.0
+        present_req = None
+        if state is not None:
+            present_req = float((state.running_req + state.queue_req)[members].sum())
         if fixed and np.isfinite(free_w):
             chosen = everybody_on(free, groups, load.arrival_req_s)
         elif active is not None and any(np.any(active[group]) for group in groups):
@@ -385,8 +412,7 @@ class TargetOptimiser:
             if saved_w > 0.0:
                 now_forgone_j = forgone_j + saved_w * lasted_s
             now_forgone_j = now_forgone_j or min(0.0, forgone_j)  # what is owed stays so
-            present = None if present_req is None else float(present_req[members].sum())
-            change_j = self._change_j(changed, stay_w - free_w, role, load, present)
+            change_j = self._change_j(changed, stay_w - free_w, role, load, present_req)
             if np.isfinite(stay_w) and now_forgone_j <= change_j:
                 chosen = everybody_on(kept, stay, load.arrival_req_s)
             else:
@@ -397,7 +423,7 @@ class TargetOptimiser:
                     for group, curve in zip(groups, curves, strict=True)
                     if (come := np.count_nonzero(~active[group] & (free[group] > 0.0)))
                 )
-        return self._target(load, members, left, curve_of, chosen, now_forgone_j)
+        return self._target(load, members, left, curve_of, chosen, now_forgone_j, state)
 
     def _keeping(
         self,
@@ -484,10 +510,10 @@ class TargetOptimiser:
             parked_w = self._parked_w[group[0]]
             leaf_w = np.concatenate([[parked_w if park else power_w[0]], power_w])
             leaf = Node(step=grid_req_s[0], cost_w=leaf_w)
-            tables.append(self._power_of(leaf, group.size, load.arrival_req_s, {}))
+            tables.append(many(leaf, group.size, self.grid, load.arrival_req_s))
         root = tables[0]
         for other in tables[1:]:
-            root = self._join(root, other, load.arrival_req_s)
+            root = joined(root, other, self.grid, load.arrival_req_s)
         at = min(math.ceil(load.arrival_req_s / root.step - 1e-9), len(root.cost_w) - 1)
         reaches = at * root.step >= load.arrival_req_s * (1.0 - 1e-9)
         if not (reaches and np.isfinite(root.cost_w[at])):
@@ -501,30 +527,6 @@ class TargetOptimiser:
         total = loads_req_s.sum()
         return cost_w, loads_req_s * (load.arrival_req_s / max(total, 1e-300))
 
-    def _power_of(self, leaf: Node, size: int, limit: float, known: dict[int, Node]) -> Node:
-        """`size` equal instances, by halves."""
-        if size == 1:
-            return leaf
-        if size not in known:
-            left = self._power_of(leaf, size - size // 2, limit, known)
-            right = self._power_of(leaf, size // 2, limit, known)
-            known[size] = self._join(left, right, limit)
-        return known[size]
-
-    def _join(self, left: Node, right: Node, limit: float) -> Node:
-        reach = min(left.reach + right.reach, limit)
-        points = self.grid
-        step = max(reach / points, 1e-300)
-        cost_w = np.empty(points + 1)
-        left_at = np.empty(points + 1, dtype=np.int64)
-        right_at = np.empty(points + 1, dtype=np.int64)
-        self._kernels.min_plus(
-            left.cost_w, left.step, right.cost_w, right.step, step, cost_w, left_at, right_at
-        )
-        return Node(
-            step=step, cost_w=cost_w, left=left, right=right, left_at=left_at, right_at=right_at
-        )
-
     def _target(
         self,
         load: Load,
@@ -533,6 +535,7 @@ class TargetOptimiser:
         curve_of: Sequence[_CurveOf],
         loads_req_s: F64,
         forgone_j: float,
+        state: FleetState | None,
     ) -> Target:
         """Floors, powers and prices at these loads; everybody in proportion if there are none."""
         n = len(self.fleet)
@@ -553,9 +556,12 @@ class TargetOptimiser:
         power_w = np.zeros(n)
         price_j_req = np.zeros(n)
         floor_mhz[members] = self._min_mhz[members]
-        for group, curve in zip(groups, curve_of, strict=True):
+        by_then = near(self.fleet, self.slo, load, loads_req_s, state, self.period_s)
+        for (group, least), curve in zip(known, curve_of, strict=True):
             instance = self.fleet.instances[int(group[0])]
-            distinct, which = np.unique(loads_req_s[group], return_inverse=True)
+            distinct, one, which = np.unique(
+                loads_req_s[group], return_index=True, return_inverse=True
+            )
             # Wide enough to see past the rungs of the ladder.
             step = max(0.02 * float(distinct.max()), 1e-6)
             loads = np.where(distinct > 0.0, distinct, step)
@@ -569,9 +575,11 @@ class TargetOptimiser:
             slope = np.where(np.isfinite(slope), slope, worst)
             on = distinct > 0.0
             power = np.where(on, np.where(np.isfinite(here), here, 0.0), instance.parked_w)
-            clocks = np.where(
-                on, instance.clocks_mhz[at.floor_row[: distinct.size]], instance.clocks_mhz[0]
-            )
+            rows = at.floor_row[: distinct.size]
+            if state is not None and instance.role is Role.DECODE:
+                ends = zip(loads, by_then.most_req[group[one]], strict=True)
+                rows = np.array([least.floor_row(x, by_then.lengths, most) for x, most in ends])
+            clocks = np.where(on, instance.clocks_mhz[rows], instance.clocks_mhz[0])
             floor_mhz[group] = clocks[which]
             power_w[group] = power[which]
             price_j_req[group] = slope[which]

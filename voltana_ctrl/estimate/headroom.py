@@ -35,7 +35,7 @@ _LONG_TOK = 64
 #: Finished requests that the lengths remember, and long ones believed before any finished:
 #: those that finish first are the short ones.
 _MEMORY_REQ = 2000.0
-_PRIOR_REQ = 200.0
+_PRIOR_REQ = 50.0
 
 _LENGTHS = np.arange(1.0, _LONG_TOK + 1.0)
 #: Largest margin that the hand-off may ask for, and how exactly it is found.

@@ -93,7 +93,8 @@ def station(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k):
             energy /= _LARGE
         elif weight < 1e-12 * total and n > batch / total:
             return energy / total, over / total, batch / total
-    over += weight
+    if batch_limit_req < len(padded):
+        over += weight
     return energy / total, over / total, batch / total
 
 
