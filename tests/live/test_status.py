@@ -127,6 +127,7 @@ GONE = replace(record(), observation=record(alive=np.array([True, False])).obser
         (asked(1410.0, status=Status.STALE), {}, "no decision could be made: .*readings are too"),
         (asked(900.0, 900.0), {"budgeted": True}, "held to 900 MHz at most by the power budget"),
         (asked(900.0, 900.0), {}, "held to 900 MHz at most by a power limit, or by the policy"),
+        (asked(600.0, 900.0), {}, "its governor chooses between 600 and 900 MHz"),
         (asked(600.0, notes={"clamped_decode-0_mhz": 1200.0}), {}, "its GPU reaches 1200 MHz at"),
         (asked(1410.0, notes={"switchback_policy": 0.0}), {}, "this block of the switchback"),
         (GONE, {}, "it does not answer"),

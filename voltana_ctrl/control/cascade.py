@@ -49,6 +49,9 @@ _HELD_MEMORY_S = 10.0
 #: tokens that were late fell most with an eighth, and with a trigger at 0.35 to 0.42 s of 0.6 s;
 #: sooner and longer only moved the clocks of more instances more often.
 _LENT_FRAC, _LENT_S, _BURST_FRAC = 0.13, 0.2, 0.6
+#: How far the ceiling of prefill comes down from its highest clock to the thrifty one, at most.
+#: All the way down, a bursty trace keeps the promise barely or not.
+_LOWERED_FRAC = 0.85
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -495,6 +498,7 @@ class CascadeController(Controller):
             floor = np.where(hurries, ceiling, floor)
             if budget_w < self._idle_w:
                 status = Status.INFEASIBLE
+        ceiling = np.minimum(ceiling, self._prefill_ceilings(now, memory, floor))
         decision = Decision(
             t_s=state.t_s,
             freq_mhz=np.minimum(floor, ceiling),
@@ -507,6 +511,23 @@ class CascadeController(Controller):
             status=status,
         )
         return decision, held
+
+    def _prefill_ceilings(self, now: Assessment, memory: CascadeMemory, floor: F64) -> F64:
+        """Ceilings of who only prefills where fewer first tokens are late than the promise allows.
+
+        Above the thrifty clock the voltage rises, and a token takes up to a third more energy: what
+        may be late is best late there. Each miss raises the integrator of TTFT, and the ceiling
+        with it. Where somebody has waited for as long as was promised, nothing is held back; nor
+        where there is a power budget, since what it makes late uses up what may be.
+        """
+        spare_frac = self._margin.spare_frac(memory.margin)
+        late = bool(np.any(now.state.oldest_wait_s > self.slo.ttft_s))
+        none = self.fleet.colocated or self._power_budget_w is not None
+        if none or spare_frac <= 0.0 or late:
+            return self._max_mhz
+        above_mhz = np.maximum(self._max_mhz - now.thrifty_mhz, 0.0)
+        ceiling = np.maximum(self._max_mhz - _LOWERED_FRAC * spare_frac * above_mhz, floor)
+        return np.where(self._prefills, ceiling, self._max_mhz)
 
     def _depths(self, memory: CascadeMemory) -> tuple[Depth, ...] | None:
         """How deep each sleeps once it is parked and empty; None where all are parked at most."""

@@ -37,6 +37,10 @@ _LONG_TOK = 64
 _MEMORY_REQ = 2000.0
 _PRIOR_REQ = 50.0
 
+#: Where the integrator of TTFT lies so far below zero, all is spent that may be late; and how far
+#: it sinks: what was in time for long counts against a burst of misses.
+_SPENT_FRAC, _SUNK_FRAC = 0.02, 0.06
+
 _LENGTHS = np.arange(1.0, _LONG_TOK + 1.0)
 #: Largest margin that the hand-off may ask for, and how exactly it is found.
 _MOST_FRAC, _EXACT_FRAC = 4.0, 1e-5
@@ -94,13 +98,16 @@ class HeadroomFilter:
         self._hands_off = not fleet.colocated
         self._miss_frac = 1.0 - slo.attainment
         # The governors hold the promise in the mean, so nothing is added until it is missed.
-        # How far the margin of ITL may fall. That of TTFT, which never falls below its least, keeps
-        # the smaller: what it has sunk it must climb again.
+        # How far the margin of ITL may fall. That of TTFT never falls below its least; its
+        # integrator does, where ceilings follow it, and else keeps the smaller: what it has sunk it
+        # must climb again.
         self._spare_frac = tuning.hand_off_spare_frac
+        self._sunk_frac = _SUNK_FRAC if self._hands_off else self._spare_frac
         if not self._hands_off:
             self._spare_frac = max(tuning.beside_spare_frac, self._spare_frac)
         self._tracker = MarginTracker(
-            slo=slo, eta_frac=tuning.miss_step_frac, min_frac=-self._spare_frac,
+            slo=slo, eta_frac=tuning.miss_step_frac,
+            min_frac=-max(self._sunk_frac, self._spare_frac),
             max_frac=tuning.max_margin_frac, start_frac=0.0,
             set_point_frac=1.0 - tuning.miss_frac * self._miss_frac,
         )  # fmt: skip
@@ -153,7 +160,7 @@ class HeadroomFilter:
             # `voltana_ctrl.estimate.margin`); beyond it would only remember an overload.
             tuning = self._tuning
             most = tuning.max_margin_frac + tuning.miss_step_frac * (running_req + 1.0)
-            least = [-tuning.hand_off_spare_frac, -self._spare_frac]
+            least = [-self._sunk_frac, -self._spare_frac]
             tracked = MarginState(
                 raw_frac=np.where(
                     learns, np.clip(tracked.raw_frac, least, most), memory.tracked.raw_frac
@@ -162,6 +169,30 @@ class HeadroomFilter:
                 missed_req=tracked.missed_req,
             )
         return HeadroomMemory(tracked=tracked, short_req=keep * memory.short_req + came)
+
+    def spare_frac(self, memory: HeadroomMemory) -> float:
+        """How much of what may be late is not: 0 where the integrator of TTFT is not below zero.
+
+        It is 1 where the integrator lies 0.02 or more below.
+
+        Parameters
+        ----------
+        memory : HeadroomMemory
+            What :meth:`update` returned.
+
+        Examples
+        --------
+        >>> from dataclasses import replace
+        >>> from voltana_ctrl import FleetSpec, Slo, load_profile
+        >>> from voltana_ctrl.estimate import MarginState
+        >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+        >>> filter = HeadroomFilter(fleet, Slo(ttft_s=0.6, itl_s=0.06))
+        >>> memory = filter.init()
+        >>> low = replace(memory, tracked=MarginState(raw_frac=[-0.01, 0.0]))
+        >>> filter.spare_frac(memory), filter.spare_frac(low)
+        (0.0, 0.5)
+        """
+        return min(1.0, max(0.0, -float(memory.tracked.raw_frac[0]) / _SPENT_FRAC))
 
     def hand_off_frac(self, memory: HeadroomMemory, noise_frac: float = 0.0) -> float:
         """ITL margin that the hand-off and the noise of iteration times ask for by themselves.

@@ -84,10 +84,11 @@ def clock_reason(
     reached_mhz = record.notes.get(f"clamped_{name}_mhz")
     if reached_mhz is not None:
         return f"its GPU reaches {reached_mhz:.0f} MHz at most: heat, a power cap or its driver"
-    if ceiling_mhz < fleet.max_mhz[i] - _NEAR_MHZ:
+    chooses = floor_mhz < ceiling_mhz - _NEAR_MHZ
+    if ceiling_mhz < fleet.max_mhz[i] - _NEAR_MHZ and (budgeted or not chooses):
         whose = "the power budget" if budgeted else "a power limit, or by the policy"
         return f"it is held to {ceiling_mhz:.0f} MHz at most by {whose}"
-    if floor_mhz < ceiling_mhz - _NEAR_MHZ:
+    if chooses:
         return (
             f"its governor chooses between {floor_mhz:.0f} and {ceiling_mhz:.0f} MHz, by its batch"
             " and queue"
