@@ -184,6 +184,9 @@ def test_catching_up_goes_above_the_thrifty_clock_only_for_who_is_far_behind():
     # Behind by seconds, no clock is too dear; nor where the floor leaves little else.
     assert clock_after(0.9)[1] == 1410.0
     assert clock_after(0.285, floor_mhz=1095.0)[1] > thrifty_mhz
+    # Nor where the batch itself does, whatever the floor.
+    busy = (420, 1.722e5, 0.0, 0.0)
+    assert 0.9 * thrifty_mhz < clock_after(0.0)[0] < thrifty_mhz < clock_after(0.285)[1]
 
 
 def test_until_arrivals_have_been_watched_prompts_have_the_thrifty_clock():

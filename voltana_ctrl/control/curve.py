@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from voltana_ctrl.checks import F64, I64, Bool
+from voltana_ctrl.control.governor import thrifty_row
 from voltana_ctrl.laws import paced
 from voltana_ctrl.types import InstanceSpec, Lengths, Role, Slo, Tuning
 from voltana_ctrl.types.fleet import KV_FULL_FRAC
@@ -20,6 +21,9 @@ __all__ = ["Curve", "LeastPower", "Target"]
 
 #: Prompt lengths, in standard deviations, at which the tail of the prefill wait is averaged.
 _NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 24) for i in range(24)])
+
+#: Slacks at which the share of late answers is tabled.
+_SLACKS = 501
 
 #: ITL margins tried where not all promises can be kept.
 _EXTRA_FRAC = np.linspace(0.0, 0.4, 17)
@@ -138,7 +142,9 @@ class LeastPower:
         self._prompt_w = self.rows["prefill_power_w"] + self.rows["prefill_beside_w"]
         self._sizes = np.arange(1, instance.max_batch + 1)
         self._governed = governed
-        self._free_frac = (tuning or Tuning()).free_frac
+        tuning = tuning or Tuning()
+        self._free_frac, self._repay_tok = tuning.free_frac, tuning.repay_tok
+        self._thrifty_k = thrifty_row(table)
         self._miss_frac = 1.0 - slo.attainment
         self._ttft_s = slo.ttft_s / (1.0 + margin_frac[0]) - delay_s
         # Slower than what arrives is to postpone work, which only a clock that answers well
@@ -225,7 +231,11 @@ class LeastPower:
             NormalDist().inv_cdf(self._attainment) * lengths.context_sd_tok * np.sqrt(self._sizes)
         )
         limit_req = int(np.count_nonzero(kv_tok <= KV_FULL_FRAC * self.instance.kv_capacity_tok))
-        return decoded_tok, limit_req, self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
+        limit_s = self._itl_s / (1.0 + 1.0 / max(1.0, decoded_tok))
+        if self._governed and self.instance.role is Role.COLOCATED:
+            # Nobody waits at a hand-off, and what the governor aims at has been seen to be enough.
+            limit_s = max(limit_s, self._itl_s / (1.0 + self._itl_margin_frac))
+        return decoded_tok, limit_req, limit_s
 
     def overload_frac(
         self, arrival_req_s: float, lengths: Lengths, most_req: float = math.inf
@@ -319,15 +329,53 @@ class LeastPower:
             rows, padded, lengths.context_tok, aim_s,
             needed_row, step_s, power_w,
         )  # fmt: skip
-        prompt_s = np.zeros(len(rows))
-        if self.instance.role is Role.COLOCATED:
-            square = lengths.prompt_tok**2 + lengths.prompt_sd_tok**2
-            prompt_s = rows["prefill_tok_s"] * lengths.prompt_tok + rows["prefill_tok2_s"] * square
-            prompt_s = prompt_s + rows["prefill_req_s"]
         return (
-            rows, padded, lengths.context_tok, needed_row, step_s, power_w, prompt_s,
-            self._prompt_w,
+            rows, padded, lengths.context_tok, needed_row, step_s, power_w,
+            self._beside(lengths, aim_s),
         )  # fmt: skip
+
+    def _beside(self, lengths: Lengths, aim_s: float) -> Any:
+        """Prompts that run beside what decodes; none where they run elsewhere."""
+        from voltana_ctrl.kernels.choose import beside  # loads Numba
+
+        prompt_s, prompt_s2, prompt_w, late_frac = np.empty((4, 0))
+        if self.instance.role is Role.COLOCATED:
+            rows = self.rows
+            square = lengths.prompt_tok**2 + lengths.prompt_sd_tok**2
+            tok_s = rows["prefill_tok_s"] + rows["prefill_tok2_s"] * square / lengths.prompt_tok
+            each_s = rows["prefill_req_s"]
+            prompt_s = tok_s * lengths.prompt_tok + each_s
+            prompt_s2 = tok_s**2 * square + 2.0 * tok_s * each_s * lengths.prompt_tok + each_s**2
+            prompt_w = self._prompt_w
+            if self._governed:
+                slack = np.linspace(beside.LEAST_SLACK, beside.MOST_SLACK, _SLACKS)
+                root_tok = np.sqrt(_typical_answers_tok(lengths))
+                late_frac = _normal_above(slack[:, None] * root_tok).mean(axis=1)
+        return beside.Beside(
+            prompt_s=prompt_s, prompt_s2=prompt_s2, prompt_w=prompt_w, late_frac=late_frac,
+            aim_s=aim_s, itl_s=self._itl_s, repay_tok=self._repay_tok, thrifty_k=self._thrifty_k,
+        )  # fmt: skip
+
+
+def _normal_above(z: F64) -> F64:
+    """Share of a standard normal above z."""
+    from scipy.special import ndtr
+
+    above: F64 = ndtr(-z)
+    return above
+
+
+def _typical_answers_tok(lengths: Lengths) -> F64:
+    """Tokens decoded of answers, each as likely: lognormal.
+
+    A request that decodes ``d`` tokens holds its prompt and half of them on average over its stay,
+    so that ``E[d^2] / E[d]`` is twice what the context has above the prompt.
+    """
+    mean_tok = max(1.0, lengths.output_tok - 1.0)
+    met_tok = 2.0 * (lengths.context_tok - lengths.prompt_tok)
+    spread = math.sqrt(math.log(max(1.0, met_tok / mean_tok)))
+    typical: F64 = np.maximum(1.0, mean_tok * np.exp(spread * _NODES - spread**2 / 2.0))
+    return typical
 
 
 def _empty(loads_req_s: F64) -> tuple[F64, I64, F64]:

@@ -60,12 +60,22 @@ _RARE_FRAC = 0.01
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
 #: ITL targets that a request may be behind before a clock above the thrifty one serves it, if the
-#: floor lies below the thrifty clock by this part of it. In proportion less where it is nearer:
-#: there is then little else to catch up with.
+#: clock that keeps pace lies below the thrifty one by this part of it. In proportion less where it
+#: is nearer: there is then little else to catch up with.
 _FAR_BEHIND, _ROOM_FRAC = 4.0, 0.25
 #: Mean gaps without arrivals that chance does not explain: but for one in a thousand, as gaps
 #: between clusters are exponential.
 _PAUSE = 7.0
+
+
+@njit(F8(F8, F8, F8))
+def patience_s(itl_s, clock_mhz, thrifty_mhz):
+    """How far behind a request may be before a clock above the thrifty one serves it.
+
+    `clock_mhz` is what keeps pace without catching up.
+    """
+    room_frac = 1.0 - clock_mhz / thrifty_mhz
+    return _FAR_BEHIND * itl_s * min(1.0, max(0.0, room_frac / _ROOM_FRAC))
 
 
 @njit(F8(ROW, F8, F8, F8))
@@ -344,7 +354,7 @@ def needed_clock(
     Decode: the iteration, and the part of earlier lateness that it is to make up for, take no
     longer than the ITL target less the share of the time that prompts take on a colocated
     instance. Above the thrifty clock only lateness of more than four targets counts, or less where
-    the floor is near it. The iteration is taken to run at its clock at once.
+    what keeps pace is near it. The iteration is taken to run at its clock at once.
 
     Prefill (:func:`_in_time`), where the delay until a clock runs counts: the oldest prompt is done
     within the TTFT target, and so is what waits behind it, served at this clock or the
@@ -374,9 +384,7 @@ def needed_clock(
     present = rows[asked if asked >= 0 else len(rows) - 1]
     thrifty = min(int(params[THRIFTY_K]), top)
     size_req = float(padded[int(running_req)])
-    room_frac = 1.0 - rows[k]["clock_mhz"] / rows[thrifty]["clock_mhz"]
-    near_s = _FAR_BEHIND * params[ITL_S] * min(1.0, max(0.0, room_frac / _ROOM_FRAC))
-    far_s = max(0.0, memory[BEHIND_S] - near_s) / params[REPAY_TOK]
+    far_s = -1.0
     waiting = _what_waits(memory, waiting_tok, batch_tok, oldest_wait_s)
     doomed = _doomed(params, memory, rows[top], waiting)
     works = batch_tok > 0.0 or (params[PREFILLS] > 0.0 and running_req > 0.0)
@@ -400,9 +408,13 @@ def needed_clock(
             # that rises is followed within seconds: what is late by then is short answers.
             prompts_frac = recent_tok_s * params[PREFILL_PACE_FRAC] * row["prefill_tok_s"]
             own_frac = 1.0 - params[PREFILLS] * prompts_frac
+            enough = step_s <= params[ITL_S] * own_frac
+            if enough and far_s < 0.0:
+                near_s = patience_s(params[ITL_S], row["clock_mhz"], rows[thrifty]["clock_mhz"])
+                far_s = max(0.0, memory[BEHIND_S] - near_s) / params[REPAY_TOK]
             # Above the thrifty clock the voltage rises, and catching up is dear.
             late_s = behind_s if k < thrifty else far_s
-            enough = step_s + late_s <= params[ITL_S] * own_frac
+            enough = enough and step_s + late_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
             enough = _in_time(
                 rows, params, waiting, ttft_s, k, thrifty, top, present, step_s, doomed

@@ -4,6 +4,7 @@ import math
 
 from numba import types
 
+from voltana_ctrl.kernels.choose.beside import BESIDE, beside
 from voltana_ctrl.kernels.compiled import njit
 from voltana_ctrl.kernels.law import ROW, batch_j, decode_s, prefill_s
 
@@ -13,8 +14,8 @@ F8_1 = types.Array(F8, 1, "C", readonly=True)
 I8_1 = types.Array(I8, 1, "C", readonly=True)
 ROWS = types.Array(ROW, 1, "C", readonly=True)
 #: A decode station: coefficients, executed sizes, KV tokens per request; of
-#: :func:`governed_batches` rows, times and powers; time and power of prompts per row.
-STATION = types.Tuple((ROWS, I8_1, F8, I8_1, F8_1, F8_1, F8_1, F8_1))
+#: :func:`governed_batches` rows, times and powers; what a colocated instance has besides.
+STATION = types.Tuple((ROWS, I8_1, F8, I8_1, F8_1, F8_1, BESIDE))
 OUT_F8_1, OUT_I8_1 = types.Array(F8, 1, "C"), types.Array(I8, 1, "C")
 
 #: Weights are scaled down when they pass this, so that no batch overflows.
@@ -45,42 +46,54 @@ def governed_batches(rows, padded, context_tok, target_s, needed_k, step_s, powe
 
 @njit(types.UniTuple(F8, 3)(STATION, F8, F8, I8, F8, I8))
 def station(one, arrival_req_s, decoded_tok, batch_limit_req, limit_s, floor_k):
-    """Stationary power [W], share of arrivals over the limits, and batch of one station.
+    """Stationary power [W], share of arrivals that miss, and batch of one station.
 
     Detailed balance ``p(n) / p(n-1) = lam (L-1) T(n) / n`` with the governor inside: ``T(n)``
     is the time at the higher of the floor and the clock that a batch of n needs
-    (:func:`governed_batches`). A colocated instance spends the share ``u = lam * prompt_s`` of
-    its time on prompts.
+    (:func:`governed_batches`), on a colocated instance what it is beside prompts
+    (:func:`~voltana_ctrl.kernels.choose.beside.beside`). A miss is who joins a batch over the
+    limits, or whose answer prompts make late by chance.
     """
-    rows, padded, context_tok, needed_k, governed_s, governed_w, prompt_s, prompt_w = one
+    rows, padded, context_tok, needed_k, governed_s, governed_w, prompts = one
     rate_tok_s = arrival_req_s * decoded_tok
     weight = 1.0
     total = 1.0
     over = 0.0
     batch = 0.0
-    used = arrival_req_s * prompt_s[floor_k]
+    row = rows[floor_k]
+    mixed = len(prompts.prompt_s) > 0
+    used = 0.0
+    energy = row["idle_w"]
+    if mixed:
+        used = arrival_req_s * prompts.prompt_s[floor_k]
+        energy = (1.0 - used) * row["idle_w"] + used * prompts.prompt_w[floor_k]
     if used >= 1.0:
         return math.inf, 1.0, math.inf
-    row = rows[floor_k]
-    energy = (1.0 - used) * row["idle_w"] + used * prompt_w[floor_k]
+    time_s, drawn_w, late = 0.0, 0.0, 0.0
+    block_req, base_k, usual_k = 0, floor_k, floor_k
     for n in range(1, len(padded)):
-        k = needed_k[n]
-        if k > floor_k:
+        if mixed:
+            if n > block_req:
+                # A few batches are like the one in their middle.
+                middle = min(len(padded) - 1, n + n // 32)
+                block_req = n + n // 16
+                if padded[middle] < padded[n - 1]:
+                    base_k = floor_k
+                base_k, usual_k, time_s, drawn_w, late = beside(
+                    rows, float(padded[middle]), middle * context_tok, float(middle), prompts,
+                    arrival_req_s, base_k, usual_k,
+                )  # fmt: skip
+                if time_s <= 0.0:
+                    return math.inf, 1.0, math.inf
+        elif needed_k[n] > floor_k:
             time_s = governed_s[n]
             drawn_w = governed_w[n]
         else:
-            k = floor_k
             kv_tok = n * context_tok
             time_s = decode_s(row, float(padded[n]), kv_tok)
             drawn_w = row["decode_power_w"] + batch_j(row, float(n), kv_tok) / time_s
-        used = arrival_req_s * prompt_s[k]
-        if used > 0.0:
-            if used >= 1.0:
-                return math.inf, 1.0, math.inf
-            time_s /= 1.0 - used
-            drawn_w = (1.0 - used) * drawn_w + used * prompt_w[k]
-        if n > batch_limit_req or time_s > limit_s:
-            over += weight  # the arrival that finds n - 1
+        # The arrival that finds n - 1.
+        over += weight if n > batch_limit_req or time_s > limit_s else late * weight
         weight *= rate_tok_s * time_s / n
         total += weight
         batch += weight * n
@@ -151,6 +164,7 @@ def decode_curve(
     no floor will do it is the lowest that misses hardly more than the top.
     """
     top = len(one[0]) - 1
+    mixed = len(one[6].prompt_s) > 0
     guess = 0
     for g in range(len(arrival_req_s)):
         low, best_w, best_over = _least_floor(
@@ -170,9 +184,10 @@ def decode_curve(
                 low,
             )
         best_k = low
-        # Power rises with the floor almost everywhere; where it does not, climb.
+        # Power rises with the floor almost everywhere; where it does not, climb. Beside prompts the
+        # law of power is not exact enough for that: shares would follow its dips.
         for k in range(low + 1, top + 1):
-            if best_over > miss_frac:
+            if mixed or best_over > miss_frac:
                 break
             above_w, above_over, _ = station(
                 one, arrival_req_s[g], decoded_tok, batch_limit_req, limit_s, k
