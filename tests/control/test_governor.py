@@ -64,13 +64,28 @@ def test_a_ceiling_that_falls_is_obeyed_within_the_dwell():
     assert governor.step(500, 2.2e5, 0, 0.0, 210.0, 600.0, t_s=0.1) == 600.0
 
 
+def after_a_minute(delay_s, waiting_tok, oldest_wait_s):
+    """Clock of a prefill instance at its lowest one for this queue, after a minute of arrivals."""
+    governor = fresh(PREFILL, delay_s=delay_s)
+    rng = np.random.default_rng(0)
+    for t_s in np.arange(0.0, 60.0, 0.05):
+        came_tok = 240.0 * rng.poisson(1.0)
+        governor.step(0, 0.0, came_tok, 0.01, 210.0, 1410.0, t_s=t_s)
+    governor.step(0, 0.0, 240.0, 0.0, 210.0, 210.0, t_s=60.0)
+    return governor.step(0, 0.0, waiting_tok, oldest_wait_s, 210.0, 1410.0, t_s=60.05)
+
+
 def test_slack_for_the_actuation_delay():
     """The same queue, known to be answered later, asks for a higher clock."""
-    sluggish, instant = fresh(PREFILL, delay_s=0.2), fresh(PREFILL, delay_s=0.0)
-    for governor in (sluggish, instant):
-        governor.step(0, 0, 0.0, 0.0, 210.0, 210.0, t_s=0.0)  # both at the lowest clock
-    queue = (0, 0, 1500.0, 0.02, 210.0, 1410.0)
-    assert sluggish.step(*queue, t_s=0.1) > instant.step(*queue, t_s=0.1)
+    clocks_mhz = [after_a_minute(delay_s, 1000.0, 0.02) for delay_s in (0.0, 0.1, 0.2, 0.4)]
+    assert clocks_mhz == sorted(set(clocks_mhz))
+
+
+def test_no_clock_is_asked_for_that_comes_after_the_work_it_is_for():
+    """Half a second of waiting is no reason for the ceiling where that comes 0.2 s later."""
+    for waiting_tok in (500.0, 1000.0):
+        late_mhz, at_once_mhz = (after_a_minute(s, waiting_tok, 0.45) for s in (0.2, 0.0))
+        assert late_mhz <= at_once_mhz + 15.0 < 1000.0
 
 
 def test_expected_arrivals_ask_for_a_higher_clock():

@@ -237,9 +237,20 @@ class LeastPower:
             limit_s = max(limit_s, self._itl_s / (1.0 + self._itl_margin_frac))
         return decoded_tok, limit_req, limit_s
 
-    def overload_frac(
-        self, arrival_req_s: float, lengths: Lengths, most_req: float = math.inf
-    ) -> float:
+    def keeps(self, arrival_req_s: float, lengths: Lengths, most_req: float) -> bool:
+        """Whether a decode instance keeps the promise without a floor, of batches up to `most_req`.
+
+        Parameters
+        ----------
+        arrival_req_s : float
+            Load of this instance.
+        lengths, most_req
+            See :meth:`at`.
+        """
+        of = self.station(lengths, most_req=most_req), arrival_req_s, *self._limits(lengths), 0
+        return bool(self._kernels.station(*of)[1] <= self._miss_frac)
+
+    def overload_frac(self, arrival_req_s: float, lengths: Lengths) -> float:
         """ITL margin, on top of the governor's own, that pays where promises cannot be kept.
 
         The least that serves in time as many of the requests, but for what the promise allows,
@@ -253,8 +264,6 @@ class LeastPower:
             Load of this instance.
         lengths : Lengths
             Prompt and output lengths of the requests.
-        most_req : float
-            Largest batch that can be there, see :meth:`station`.
 
         Returns
         -------
@@ -276,7 +285,7 @@ class LeastPower:
         for k, extra_frac in enumerate(_EXTRA_FRAC):
             aim_s = self._itl_s / (1.0 + self._itl_margin_frac + extra_frac)
             power_w[k], missed_frac, _ = self._kernels.station(
-                self.station(lengths, aim_s=aim_s, most_req=most_req), arrival_req_s,
+                self.station(lengths, aim_s=aim_s), arrival_req_s,
                 *self._limits(lengths), 0,
             )  # fmt: skip
             served_frac[k] = 1.0 - missed_frac

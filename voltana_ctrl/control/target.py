@@ -290,7 +290,8 @@ class TargetOptimiser:
     ) -> float:
         """ITL margin on top of the governors' own that pays where promises cannot be kept; 0 else.
 
-        The largest of any decode instance, see :meth:`LeastPower.overload_frac`.
+        The largest of any decode instance, see :meth:`LeastPower.overload_frac`; 0 while its batch
+        is too small for it, and will be until there is time to catch up.
 
         Parameters
         ----------
@@ -309,16 +310,14 @@ class TargetOptimiser:
         >>> optimiser.overload_frac(load, np.ones(2))
         0.0
         """
-        loads_req_s = load.arrival_req_s * route_frac
-        by_then = near(self.fleet, self.slo, load, loads_req_s, state, self.period_s)
-        return max(
-            least.overload_frac(
-                float(loads_req_s[group].max()),
-                by_then.lengths,
-                float(by_then.most_req[group].max()),
-            )
-            for group, least in self._known(self._groups[-1], belief)
-        )
+        rates_req_s = load.arrival_req_s * route_frac
+        by_then = near(self.fleet, self.slo, load, rates_req_s, state, self.tuning.catch_up_s)
+        found_frac = 0.0
+        for group, least in self._known(self._groups[-1], belief):
+            rate_req_s, most_req = (float(x[group].max()) for x in (rates_req_s, by_then.most_req))
+            if math.isinf(most_req) or not least.keeps(rate_req_s, by_then.lengths, most_req):
+                found_frac = max(found_frac, least.overload_frac(rate_req_s, load.lengths))
+        return found_frac
 
     def _known(self, groups: Sequence[I64], belief: Belief | None) -> list[tuple[I64, LeastPower]]:
         """Groups of instances that are equal, and are believed to be, with their least power."""

@@ -54,9 +54,10 @@ _WATCHED = 8.0
 #: Part of the TTFT target that is aimed at where nothing has been watched yet, and times of the
 #: promise after which all of it is: how unlike prompts are is known later than how many come.
 _FIRST_FRAC, _FAMILIAR = 0.5, 80.0
-#: That time is enough where one request in a hundred may be late, and for stricter promises. Where
-#: more may be, a quantile so much less rare is known from fewer.
-_RARE_FRAC = 0.01
+#: That time is enough where so many requests may be predicted late, which is one in a hundred with
+#: `late_frac` of the tuning, and for stricter promises. Where more may be, a quantile so much less
+#: rare is known from fewer.
+_RARE_FRAC = 0.015
 #: Iterations that what arrives at once must fill to be taken for one prompt with no doubt.
 _SURELY_ONE = 4.0
 #: ITL targets that a request may be behind before a clock above the thrifty one serves it, if the
@@ -282,8 +283,8 @@ def _doomed(params, memory, top_row, waiting):
     return waiting.oldest_s + params[PREFILL_PACE_FRAC] * rest_s > params[TTFT_S]
 
 
-@njit(types.boolean(ROWS, F8_1, WAITING, F8, I8, I8, I8, ROW, F8, types.boolean))
-def _in_time(rows, params, waiting, ttft_s, k, thrifty, top, present, step_s, doomed):
+@njit(types.boolean(ROWS, F8_1, WAITING, F8, I8, I8, I8, F8, types.boolean))
+def _in_time(rows, params, waiting, ttft_s, k, thrifty, top, step_s, doomed):
     """Whether prefill at clock `k` is late no more often than the promise allows.
 
     Three kinds of requests are asked about: the oldest that waits and what waits behind it; what
@@ -293,16 +294,11 @@ def _in_time(rows, params, waiting, ttft_s, k, thrifty, top, present, step_s, do
     row = rows[k]
     pace_frac, noise_frac = params[PREFILL_PACE_FRAC], params[NOISE_FRAC]
     miss_frac = params[MISS_FRAC]
-    done_s = step_s + until_done_s(
-        pace_frac * prefill_s(present, waiting.batch_tok, waiting.batch_tok2),
-        pace_frac * prefill_s(row, waiting.batch_tok, waiting.batch_tok2),
-        params[DELAY_S],
-    )
-    head_s = step_s + until_done_s(
-        pace_frac * prefill_s(present, waiting.head_tok, waiting.head_tok2),
-        pace_frac * prefill_s(row, waiting.head_tok, waiting.head_tok2),
-        params[DELAY_S],
-    )
+    # Taken to run at this clock at once. Where the delay is longer than the iteration no clock
+    # changes it, and to ask for the highest would be late for this work and too much for the next.
+    # That the answer is late counts where what arrives meanwhile is to be served.
+    done_s = step_s + pace_frac * prefill_s(row, waiting.batch_tok, waiting.batch_tok2)
+    head_s = step_s + pace_frac * prefill_s(row, waiting.head_tok, waiting.head_tok2)
     if not doomed:
         # As if what waits had come evenly over the time that it takes to serve.
         left_s = ttft_s - waiting.oldest_s
@@ -354,17 +350,19 @@ def needed_clock(
     Decode: the iteration, and the part of earlier lateness that it is to make up for, take no
     longer than the ITL target less the share of the time that prompts take on a colocated
     instance. Above the thrifty clock only lateness of more than four targets counts, or less where
-    what keeps pace is near it. The iteration is taken to run at its clock at once.
+    what keeps pace is near it.
 
-    Prefill (:func:`_in_time`), where the delay until a clock runs counts: the oldest prompt is done
-    within the TTFT target, and so is what waits behind it, served at this clock or the
-    thrifty one, whichever is higher. So are prompts that arrive while this iteration runs, served
-    in the next one at the ceiling, but for the part that the promise allows (:func:`late_frac`).
+    Prefill (:func:`_in_time`): the oldest prompt is done within the TTFT target, and so is what
+    waits behind it, served at this clock or the thrifty one, whichever is higher. So are prompts
+    that arrive while this iteration runs, served in the next one at the ceiling, once the delay
+    until a clock runs is over, but for the part that the promise allows (:func:`late_frac`).
     A clock below the thrifty one saves next to nothing, so it must pass a stricter test: of what
     arrives until the oldest prompt is done, a tenth of that part may be late at the thrifty clock.
 
     Of the TTFT target half is aimed at first, and all of it once arrivals have been watched for
     long: until then few prompts have told how unlike they are. Where more may be late it is sooner.
+
+    Of both, this iteration is taken to run at its clock at once.
 
     A long prompt that no clock serves in time any more asks for the thrifty clock only. A clock
     that was raised stays for the dwell time.
@@ -381,7 +379,6 @@ def needed_clock(
     while k < top and rows[k]["clock_mhz"] < floor_mhz:
         k += 1
     asked = int(memory[ASKED_K]) - 1
-    present = rows[asked if asked >= 0 else len(rows) - 1]
     thrifty = min(int(params[THRIFTY_K]), top)
     size_req = float(padded[int(running_req)])
     far_s = -1.0
@@ -416,9 +413,7 @@ def needed_clock(
             late_s = behind_s if k < thrifty else far_s
             enough = enough and step_s + late_s <= params[ITL_S] * own_frac
         if enough and batch_tok > 0.0:
-            enough = _in_time(
-                rows, params, waiting, ttft_s, k, thrifty, top, present, step_s, doomed
-            )
+            enough = _in_time(rows, params, waiting, ttft_s, k, thrifty, top, step_s, doomed)
         if enough:
             break
         k += 1
