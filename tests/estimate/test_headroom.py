@@ -26,9 +26,9 @@ def finished(output_tok, ttft_s=0.1, itl_s=0.05):
     )  # fmt: skip
 
 
-def after(batches, fleet=FLEET, **known):
+def after(batches, fleet=FLEET, spends=False, **known):
     known = {"running_req": 100.0, "feasible": True} | known
-    headroom = HeadroomFilter(fleet, SLO)
+    headroom = HeadroomFilter(fleet, SLO, spends=spends)
     memory = headroom.init()
     for batch in batches:
         memory = headroom.update(memory, batch, **known)
@@ -111,6 +111,19 @@ def test_every_late_prompt_counts_and_is_forgotten_when_others_are_in_time():
     assert tenth > 5.0 * (first - OWN[0])
     calm = headroom.update(memory, fine, running_req=0.0, feasible=True)
     assert OWN[0] <= headroom.margins_frac(calm, OWN)[0] < tenth
+
+
+def test_what_was_in_time_for_long_counts_longer_where_clocks_spend_it():
+    """What the integrator sinks it must climb again before it asks for a margin."""
+    good = [finished([300.0] * 500)] * 20
+    for spends, left in ((False, False), (True, True)):
+        headroom, memory = after(good, spends=spends)
+        assert headroom.spare_frac(memory) == 1.0
+        memory = headroom.update(
+            memory, finished([300.0] * 15, ttft_s=0.9), running_req=100.0, feasible=True
+        )
+        assert (headroom.spare_frac(memory) > 0.0) is left
+        assert headroom.margins_frac(memory, OWN)[0] >= OWN[0]
 
 
 def test_misses_that_no_margin_could_avoid_are_not_held_against_the_future():

@@ -83,6 +83,8 @@ class HeadroomFilter:
         Promised TTFT and ITL, and the share of requests that must meet each.
     tuning : Tuning, optional
         Step, set point and range of the margins; the defaults if left out.
+    spends : bool
+        Whether clocks follow :meth:`spare_frac`, so that the integrator of TTFT is to sink deeper.
 
     Examples
     --------
@@ -93,16 +95,18 @@ class HeadroomFilter:
     array([0.02 , 0.035])
     """
 
-    def __init__(self, fleet: FleetSpec, slo: Slo, tuning: Tuning | None = None) -> None:
+    def __init__(
+        self, fleet: FleetSpec, slo: Slo, tuning: Tuning | None = None, *, spends: bool = False
+    ) -> None:
         self._tuning = tuning = tuning or Tuning()
         self._hands_off = not fleet.colocated
         self._miss_frac = 1.0 - slo.attainment
         # The governors hold the promise in the mean, so nothing is added until it is missed.
         # How far the margin of ITL may fall. That of TTFT never falls below its least; its
-        # integrator does, where ceilings follow it, and else keeps the smaller: what it has sunk it
+        # integrator does, where clocks follow it, and else keeps the smaller: what it has sunk it
         # must climb again.
         self._spare_frac = tuning.hand_off_spare_frac
-        self._sunk_frac = _SUNK_FRAC if self._hands_off else self._spare_frac
+        self._sunk_frac = _SUNK_FRAC if spends else self._spare_frac
         if not self._hands_off:
             self._spare_frac = max(tuning.beside_spare_frac, self._spare_frac)
         self._tracker = MarginTracker(
