@@ -36,7 +36,7 @@ BASELINES = (
 )  # fmt: skip
 COLUMNS = (
     "cell", "load_frac", "rate_req_s", "policy", "seed", "duration_s", "requests", "power_w",
-    "ttft_attainment", "itl_attainment",
+    "ttft_attainment", "itl_attainment", "jitter_sd_frac",
 )  # fmt: skip
 WARMUP_S = 30.0
 
@@ -258,6 +258,8 @@ def main(arguments=None):
     if options.table:
         print(table(rows, read_rows(options.twin) if options.twin else ()))
         return int(any(lost_to(by_policy) for by_policy in means(rows).values()))
+    if any(row["jitter_sd_frac"] != options.jitter for row in rows):
+        parser.error(f"--jitter: {options.results} has runs of another; give them a file each")
     known = {(row["cell"], row["load_frac"], row["policy"], row["seed"]) for row in rows}
     knees = {row["cell"]: row["rate_req_s"] / row["load_frac"] for row in rows}
     begin_s = time.perf_counter()
@@ -291,7 +293,7 @@ def main(arguments=None):
                                 zip(
                                     COLUMNS,
                                     (name, load, rate, policy, seed, options.duration * cell.longer,
-                                     *figures),
+                                     *figures, options.jitter),
                                     strict=True,
                                 )
                             )

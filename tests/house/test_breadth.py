@@ -52,6 +52,8 @@ def test_a_twin_with_noise_meets_the_same_loads_and_stands_beside_the_others(
     (_, ours), (_, twin) = (matrix.read_rows(path) for path in (plain, noisy))
     assert (twin["rate_req_s"], twin["requests"]) == (ours["rate_req_s"], ours["requests"])
     assert twin["power_w"] != ours["power_w"]
+    with pytest.raises(SystemExit):
+        matrix.main([str(plain), *few, "--jitter=0.2"])
     capsys.readouterr()
     matrix.main([str(plain), "--table", f"--twin={noisy}"])
     line = capsys.readouterr().out.splitlines()[-1].split(" | ")

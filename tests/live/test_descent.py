@@ -66,6 +66,27 @@ class Run:
         return np.array(clocks)
 
 
+class Lowered(Low):
+    """Allows no more than 900 MHz."""
+
+    def _decide(self, observation, memory):
+        decision, memory = super()._decide(observation, memory)
+        return replace(decision, freq_max_mhz=np.full(len(self.fleet), 900.0)), memory
+
+
+@pytest.mark.parametrize("budgeted", [False, True])
+def test_ceilings_of_a_policy_come_down_with_the_clock_and_those_of_a_budget_hold(budgeted):
+    descent = Descent(Lowered(fleet(), 705), SLO, budgeted=budgeted)
+    memory, most_mhz = descent.init(), []
+    for k in range(120):
+        seen = Observation(state=FleetState.idle(2, t_s=DT_S * k))
+        decision, memory = descent.decide(seen, memory)
+        assert np.all(decision.freq_mhz <= decision.freq_max_mhz)
+        most_mhz.append(decision.freq_max_mhz.max())
+    assert most_mhz[0] == (900.0 if budgeted else 1410.0)
+    assert most_mhz[-1] == 900.0
+
+
 def test_it_comes_down_one_step_at_a_time():
     clocks = Run().tick(15.0)
     assert clocks[0].tolist() == [1410.0, 1410.0]

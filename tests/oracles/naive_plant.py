@@ -540,11 +540,13 @@ class NaivePlant:
                 self.fail(i)
             elif not one.alive and not any(isinstance(fault, Failure) for fault in mine):
                 ends.append(i)
+            before = one.slow, np.sum(one.spec.clocks_mhz <= one.clamp_mhz)
             one.slow = float(np.prod([f.slow_frac for f in mine if isinstance(f, Slowdown)]))
             one.clamp_mhz = min(
                 [f.clamp_mhz for f in mine if isinstance(f, ClockClamp)], default=float("inf")
             )
-            self.repace(one)
+            if (one.slow, np.sum(one.spec.clocks_mhz <= one.clamp_mhz)) != before:
+                self.repace(one)
         for i in ends:
             self.instances[i].alive = True
             self.to_route += self.held

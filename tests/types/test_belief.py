@@ -8,7 +8,7 @@ import pytest
 from voltana_ctrl import Decision, FleetSpec, FleetState, Request, Slo, load_profile
 from voltana_ctrl.control import IterationGovernor
 from voltana_ctrl.errors import ConfigError, ShapeError
-from voltana_ctrl.kernels.choose.governor import WATCHED_S
+from voltana_ctrl.kernels.choose.governor import ARRIVED_TOK, SPAN_S, WATCHED_S
 from voltana_ctrl.ports import believe_of
 from voltana_ctrl.routing import PricedRouter
 from voltana_ctrl.sim.plant import Plant
@@ -64,17 +64,20 @@ def test_a_governor_asks_for_the_clock_that_its_margins_and_pace_need() -> None:
 def test_a_prefill_governor_reckons_with_pace_and_delay() -> None:
     governor = IterationGovernor(FLEET.instances[0], SLO)
 
-    def clock_mhz(**changes: float) -> float:
+    def clock_mhz(rate_tok_s: float = 0.0, **changes: float) -> float:
         told = {name: [value, 1.0, 1.0, 1.0] for name, value in changes.items()}
         governor.believe(replace(BELIEF, **told), 0)
         governor.memory[:] = 0.0
         governor.memory[0] = 1.0  # the lowest clock runs
         governor.memory[WATCHED_S] = 100.0  # nothing came for long
+        governor.memory[SPAN_S], governor.memory[ARRIVED_TOK] = 10.0, 10.0 * rate_tok_s
         return governor.step(0, 0, 2000, 0.1, 210.0, 1410.0, t_s=0.0)
 
     usual = clock_mhz()
     assert usual < clock_mhz(prefill_pace_frac=1.3) <= 1410.0
-    assert usual < clock_mhz(delay_s=0.2)
+    # The delay counts for what arrives meanwhile, not for what this clock is asked for.
+    assert usual == clock_mhz(delay_s=0.2)
+    assert clock_mhz(4000.0) < clock_mhz(4000.0, delay_s=0.2)
     assert usual < clock_mhz(ttft_margin_frac=0.3)
 
 

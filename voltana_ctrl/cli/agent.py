@@ -216,7 +216,7 @@ def agent(
                 forecast=asked.forecast,
             )  # fmt: skip
             if mode == "act":
-                decides = Descent(decides, asked.slo)
+                decides = Descent(decides, asked.slo, budgeted=asked.budget is not None)
         if actuators and decides is not None:
             decides = with_actuators(decides, backend)
         run_agent(

@@ -140,7 +140,7 @@ def run_controller(
             spare=asked.spare, forecast=asked.forecast,
         )  # fmt: skip
         if asked.mode == "act":
-            decides = descent = Descent(decides, asked.slo)
+            decides = descent = Descent(decides, asked.slo, budgeted=asked.budget is not None)
             held_up = descent.reasons
     if asked.mode != "act":
         hub.release()

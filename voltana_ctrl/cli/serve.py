@@ -177,7 +177,7 @@ def serve(
                 learnt=learnt, spare=asked.spare, forecast=asked.forecast,
             )  # fmt: skip
             if asked.mode == "act":
-                decides = descent = Descent(decides, asked.slo)
+                decides = descent = Descent(decides, asked.slo, budgeted=asked.budget is not None)
                 held_up = descent.reasons
             if actuators:
                 decides = with_actuators(decides, backend)

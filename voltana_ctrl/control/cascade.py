@@ -49,8 +49,8 @@ _HELD_MEMORY_S = 10.0
 #: tokens that were late fell most with an eighth, and with a trigger at 0.35 to 0.42 s of 0.6 s;
 #: sooner and longer only moved the clocks of more instances more often.
 _LENT_FRAC, _LENT_S, _BURST_FRAC = 0.13, 0.2, 0.6
-#: How far the ceiling of prefill comes down from its highest clock to the thrifty one, at most.
-#: At 0.85 a bursty trace takes 1.5 % less still, but steady load near capacity just misses it.
+#: How far the ceiling of prefill comes down from its highest clock to the thrifty one, at most. At
+#: 0.85 a bursty trace takes 1.5 % less still, but steady load near capacity misses the promise.
 _LOWERED_FRAC = 0.6
 
 
@@ -203,7 +203,6 @@ class CascadeController(Controller):
         self._load = load or LoadFilter(fleet, tuning=tuning)
         self._pace = PaceFilter(fleet, delay_s=delay_s)
         self._regime = RegimeFilter(fleet, tuning=tuning)
-        # What a budget makes late uses up what may be late.
         self._spends = not fleet.colocated and power_budget_w is None
         self._margin = HeadroomFilter(fleet, slo, tuning, spends=self._spends)
         self._idle_w = sum(one.idle_w for one in fleet.instances)
@@ -501,7 +500,7 @@ class CascadeController(Controller):
             if budget_w < self._idle_w:
                 status = Status.INFEASIBLE
         ceiling = np.minimum(ceiling, self._prefill_ceilings(now, memory, floor))
-        decision = Decision(
+        return Decision(
             t_s=state.t_s,
             freq_mhz=np.minimum(floor, ceiling),
             freq_max_mhz=ceiling,
@@ -511,23 +510,23 @@ class CascadeController(Controller):
             belief=memory.belief,
             depth=self._depths(memory),
             status=status,
-        )
-        return decision, held
+        ), held
 
     def _prefill_ceilings(self, now: Assessment, memory: CascadeMemory, floor: F64) -> F64:
         """Ceilings of who only prefills where fewer first tokens are late than the promise allows.
 
         Above the thrifty clock the voltage rises, and a token takes up to a third more energy: what
-        may be late is best late there. Each miss raises the integrator of TTFT, and the ceiling
-        with it. Where somebody has waited for as long as was promised, nothing is held back; nor
-        where there is a power budget.
+        may be late is best late there. Each miss raises the integrator of TTFT, and once what was
+        in time before is used up, the ceiling with it. Where somebody has waited for as long as was
+        promised, nothing is held back; nor where promises cannot be kept, or there is a budget.
         """
-        spare_frac = self._margin.spare_frac(memory.margin)
-        late = bool(np.any(now.state.oldest_wait_s > self.slo.ttft_s))
-        if not self._spends or spare_frac <= 0.0 or late:
+        late = np.any(now.state.alive & (now.state.oldest_wait_s > self.slo.ttft_s))
+        beyond = memory.target is not None and not memory.target.feasible
+        if not self._spends or late or beyond:
             return self._max_mhz
+        down_frac = _LOWERED_FRAC * self._margin.spare_frac(memory.margin)
         above_mhz = np.maximum(self._max_mhz - now.thrifty_mhz, 0.0)
-        ceiling = np.maximum(self._max_mhz - _LOWERED_FRAC * spare_frac * above_mhz, floor)
+        ceiling = np.maximum(self._max_mhz - down_frac * above_mhz, floor)
         return np.where(self._prefills, ceiling, self._max_mhz)
 
     def _depths(self, memory: CascadeMemory) -> tuple[Depth, ...] | None:
@@ -553,7 +552,7 @@ class CascadeController(Controller):
         if ceiling is None or self.fleet.colocated or not np.isfinite(self._budget_w(state.t_s)):
             return memory.lent_s
         waits_s = self._assessor.queued_s(state, ceiling, memory.belief)
-        bursts = waits_s > _BURST_FRAC * self.slo.ttft_s
+        bursts = state.alive & (waits_s > _BURST_FRAC * self.slo.ttft_s)
         # Where all are late by far the load is more than the budget carries, and it is no burst.
         bursts &= state.oldest_wait_s < 2.0 * self.slo.ttft_s
         return state.t_s + _LENT_S if bursts.any() else memory.lent_s

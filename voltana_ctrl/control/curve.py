@@ -351,7 +351,8 @@ class LeastPower:
         if self.instance.role is Role.COLOCATED:
             rows = self.rows
             square = lengths.prompt_tok**2 + lengths.prompt_sd_tok**2
-            tok_s = rows["prefill_tok_s"] + rows["prefill_tok2_s"] * square / lengths.prompt_tok
+            each_tok2 = square / max(lengths.prompt_tok, 1.0)
+            tok_s = rows["prefill_tok_s"] + rows["prefill_tok2_s"] * each_tok2
             each_s = rows["prefill_req_s"]
             prompt_s = tok_s * lengths.prompt_tok + each_s
             prompt_s2 = tok_s**2 * square + 2.0 * tok_s * each_s * lengths.prompt_tok + each_s**2

@@ -25,8 +25,8 @@ _TROUBLE_S = 600.0
 #: ITL margin for as long: with iterations half as long at the highest clock, the share above is 0.7
 #: in place of 0.5.
 _AHEAD_FRAC = 1.0 / 3.0
-#: Who comes back with at least so much of what ran on it was only silent: a restarted engine is
-#: empty, and an answer takes longer than a silence.
+#: Who comes back with at least so much of what ran on it before that could end was only silent: a
+#: restarted engine is empty.
 _KEPT_FRAC = 0.5
 
 
@@ -117,6 +117,8 @@ def after(memory: LossMemory, state: FleetState, stays_s: float) -> LossMemory:
     busy = memory.held_req > 0.0
     silent = busy & ~memory.alive & state.alive
     silent &= state.running_req >= _KEPT_FRAC * memory.held_req
+    # After longer than a request stays, what runs there is new.
+    silent &= state.t_s - lost_at_s < stays_s
     if np.any(silent):
         lost_at_s = np.where(silent, before_s[0], lost_at_s)
         hurries_until_s = np.where(silent, before_s[1], hurries_until_s)

@@ -96,10 +96,12 @@ def near(
     present_req = float((state.running_req + state.queue_req)[decode].sum())
     share = rates_req_s / max(float(rates_req_s.sum()), 1e-9)
     come_req = ahead_s * rates_req_s
-    most_req[decode] = share * present_req + come_req + _CHANCE_SD * np.sqrt(come_req)
+    # Until it does, who has more keeps it.
+    here_req = np.maximum(share * present_req, (state.running_req + state.queue_req)[decode])
+    most_req[decode] = here_req + come_req + _CHANCE_SD * np.sqrt(come_req)
     running_req = float(state.running_req[decode].sum())
     lengths = load.lengths
-    if running_req > 0.0:
+    if running_req > 0.0 and state.kv_used_tok[decode].any():
         seen_tok = float(state.kv_used_tok[decode].sum()) / running_req + ahead_s / slo.itl_s
         if seen_tok < lengths.context_tok:
             lengths = replace(lengths, context_tok=seen_tok, context_sd_tok=0.0)

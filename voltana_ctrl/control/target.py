@@ -575,7 +575,7 @@ class TargetOptimiser:
             on = distinct > 0.0
             power = np.where(on, np.where(np.isfinite(here), here, 0.0), instance.parked_w)
             rows = at.floor_row[: distinct.size]
-            if state is not None and instance.role is Role.DECODE:
+            if self.governed and state is not None and instance.role is Role.DECODE:
                 ends = zip(loads, by_then.most_req[group[one]], strict=True)
                 rows = np.array([least.floor_row(x, by_then.lengths, most) for x, most in ends])
             clocks = np.where(on, instance.clocks_mhz[rows], instance.clocks_mhz[0])

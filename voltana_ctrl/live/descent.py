@@ -115,6 +115,8 @@ class Descent(Controller):
     band_frac : float
         Factor less 1 by which iterations may take longer or shorter than the profile says, on
         average, before it is not believed: 0.2 is from 1/1.2 to 1.2 times its time.
+    budgeted : bool
+        Whether there is a power budget. Its ceilings hold; others come down with the clock.
 
     Raises
     ------
@@ -139,10 +141,13 @@ class Descent(Controller):
     [210. 210.]
     """
 
-    def __init__(self, inner: Controller, slo: Slo, *, band_frac: float = 0.2) -> None:
+    def __init__(
+        self, inner: Controller, slo: Slo, *, band_frac: float = 0.2, budgeted: bool = False
+    ) -> None:
         super().__init__(inner.fleet, period_s=inner.period_s)
         positive("Descent.band_frac", band_frac)
         self.inner, self.slo, self.band_frac = inner, slo, band_frac
+        self.budgeted = budgeted
         self._inner_notes = controller_extras(inner).notes
         self._step_mhz = (self.fleet.max_mhz - self.fleet.min_mhz) / _STEPS
         self._decodes = np.array([one.role.decodes for one in self.fleet.instances])
@@ -253,9 +258,13 @@ class Descent(Controller):
                 " clock comes down step by step", self.fleet.ids[i],
             )  # fmt: skip
         memory = self._moved(observation, replace(memory, inner=inner))
-        lid_mhz = np.minimum(memory.lid_mhz, decision.freq_max_mhz)
+        most_mhz = decision.freq_max_mhz
+        if not self.budgeted:
+            most_mhz = np.maximum(most_mhz, memory.lid_mhz)
+        lid_mhz = np.minimum(memory.lid_mhz, most_mhz)
         self._latest = memory, decision.freq_mhz
-        return replace(decision, freq_mhz=np.maximum(decision.freq_mhz, lid_mhz)), memory
+        clocks_mhz = np.maximum(decision.freq_mhz, lid_mhz)
+        return replace(decision, freq_mhz=clocks_mhz, freq_max_mhz=most_mhz), memory
 
     def _judged(self, done: RequestBatch, t_s: float, memory: DescentMemory) -> DescentMemory:
         """Count who missed, where; and since when that is more than chance allows."""

@@ -83,7 +83,9 @@ def beside(rows, size_req, kv_tok, batch_req, prompts, arrival_req_s, from_k, us
     governor makes up for ``x / r``, with ``r`` the tokens to catch up within times ``1 - u``. At
     the thrifty row, where the slack is ``h``, it stops until ``x`` is larger by its patience ``z``,
     and beyond makes up for ``(x - z) / r``. Each of these four parts has a normal or an exponential
-    integral; time and power are means over them.
+    integral; time and power are means over them. From the thrifty row on nobody waits, and the
+    second and third are empty. The first is longer by 0.58 deviations of a step: a walk in steps is
+    reflected by so much less than one that diffuses.
 
     A row that is raised is taken to leave prompts as much time as the one that keeps pace,
     although they take less there. That makes iterations up to a tenth too short, and power about
@@ -118,8 +120,6 @@ def beside(rows, size_req, kv_tok, batch_req, prompts, arrival_req_s, from_k, us
         half_s = 0.5 * math.sqrt(math.pi) * width_s
         until_s = repay * slack_s + _STEP * math.sqrt(variance_s2)
         catching, caught_s, held, most_s = 0.0, 0.0, 0.0, slack_s
-        if k >= prompts.thrifty_k:
-            until_s += patience
         fall = 2.0 * slack_s / variance_s2
         steady, left = _fallen(until_s, fall), math.exp(-fall * until_s)
         if k < prompts.thrifty_k:
