@@ -20,9 +20,11 @@ PROFILE = load_profile("a100-sxm-80gb/llama-3.1-8b-2026-11")
 SLO = Slo(ttft_s=0.6, itl_s=0.06)
 
 
-def _ceilings(*, late=(), waited_s=0.0, budget=None, fleet="2P2D", flood=False):
+def _ceilings(*, late=(), waited_s=0.0, budget=None, fleet="2P2D", flood=False, turns=False):
     """Highest clocks of prefill after 2,400 requests of which these batches of 40 were late."""
     fleet = FleetSpec.parse(fleet, PROFILE)
+    if turns:
+        fleet = fleet.flexible()
     setup = PolicySetup(power_budget=budget and PowerBudget.parse(budget))
     controller = find_policy("cascade").build(fleet, SLO, setup).controller
     memory, idle, last = controller.init(), FleetState.idle(len(fleet)), len(fleet) - 1
@@ -56,3 +58,4 @@ def test_what_may_be_late_is_spent_at_the_dearest_clocks_of_prefill():
     assert np.all(_ceilings(flood=True)[0] == 1410.0)
     assert np.all(_ceilings(budget="0:5000")[0] == 1410.0)
     assert np.all(_ceilings(fleet="4C")[0] == 1410.0)
+    assert np.all(_ceilings(turns=True)[0] == 1410.0)

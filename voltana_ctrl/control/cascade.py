@@ -45,9 +45,7 @@ _EFFECT_S = 0.1
 _HELD_MEMORY_S = 10.0
 #: Under a budget decode lends prefill this part of the clock that it needs, for so long after what
 #: waits at a prefill instance took this part of the TTFT promise at its ceiling. A burst is over in
-#: seconds, and answers that are longer than it have that much to spare. Of 5 to 20 % the first
-#: tokens that were late fell most with an eighth, and with a trigger at 0.35 to 0.42 s of 0.6 s;
-#: sooner and longer only moved the clocks of more instances more often.
+#: seconds, and longer answers have that much to spare. Late first tokens fell most with these.
 _LENT_FRAC, _LENT_S, _BURST_FRAC = 0.13, 0.2, 0.6
 #: How far the ceiling of prefill comes down from its highest clock to the thrifty one, at most. At
 #: 0.85 a bursty trace takes 1.5 % less still, but steady load near capacity misses the promise.
@@ -203,7 +201,8 @@ class CascadeController(Controller):
         self._load = load or LoadFilter(fleet, tuning=tuning)
         self._pace = PaceFilter(fleet, delay_s=delay_s)
         self._regime = RegimeFilter(fleet, tuning=tuning)
-        self._spends = not fleet.colocated and power_budget_w is None
+        turns = any(one.roles for one in fleet.instances)
+        self._spends = not (fleet.colocated or turns or power_budget_w is not None)
         self._margin = HeadroomFilter(fleet, slo, tuning, spends=self._spends)
         self._idle_w = sum(one.idle_w for one in fleet.instances)
         self._assessor = Assessor(fleet, slo)
@@ -516,13 +515,14 @@ class CascadeController(Controller):
         """Ceilings of who only prefills where fewer first tokens are late than the promise allows.
 
         Above the thrifty clock the voltage rises, and a token takes up to a third more energy: what
-        may be late is best late there. Each miss raises the integrator of TTFT, and once what was
-        in time before is used up, the ceiling with it. Where somebody has waited for as long as was
-        promised, nothing is held back; nor where promises cannot be kept, or there is a budget.
+        may be late is best late there. Misses raise the integrator of TTFT, and once what was in
+        time before is used up, the ceiling. Nothing is held back where somebody waited as long as
+        was promised or is clamped, promises cannot be kept, roles change, or there is a budget.
         """
-        late = np.any(now.state.alive & (now.state.oldest_wait_s > self.slo.ttft_s))
+        held = now.state.alive & (now.state.oldest_wait_s > self.slo.ttft_s)
+        held |= self._prefills & (now.belief.able_mhz < self._max_mhz)
         beyond = memory.target is not None and not memory.target.feasible
-        if not self._spends or late or beyond:
+        if not self._spends or held.any() or beyond:
             return self._max_mhz
         down_frac = _LOWERED_FRAC * self._margin.spare_frac(memory.margin)
         above_mhz = np.maximum(self._max_mhz - now.thrifty_mhz, 0.0)

@@ -35,7 +35,7 @@ _LONG_TOK = 64
 #: Finished requests that the lengths remember, and long ones believed before any finished:
 #: those that finish first are the short ones.
 _MEMORY_REQ = 2000.0
-_PRIOR_REQ = 50.0
+_PRIOR_REQ = 150.0
 
 #: Where the integrator of TTFT lies so far below zero, all is spent that may be late; and how far
 #: it sinks: what was in time for long counts against a burst of misses.
