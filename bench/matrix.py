@@ -258,7 +258,7 @@ def main(arguments=None):
     if options.table:
         print(table(rows, read_rows(options.twin) if options.twin else ()))
         return int(any(lost_to(by_policy) for by_policy in means(rows).values()))
-    if any(row["jitter_sd_frac"] != options.jitter for row in rows):
+    if any(row.get("jitter_sd_frac") != options.jitter for row in rows):
         parser.error(f"--jitter: {options.results} has runs of another; give them a file each")
     known = {(row["cell"], row["load_frac"], row["policy"], row["seed"]) for row in rows}
     knees = {row["cell"]: row["rate_req_s"] / row["load_frac"] for row in rows}

@@ -345,6 +345,8 @@ class LeastPower:
 
     def _beside(self, lengths: Lengths, aim_s: float) -> Any:
         """Prompts that run beside what decodes; none where they run elsewhere."""
+        from scipy.special import ndtr
+
         from voltana_ctrl.kernels.choose import beside  # loads Numba
 
         prompt_s, prompt_s2, prompt_w, late_frac = np.empty((4, 0))
@@ -360,19 +362,11 @@ class LeastPower:
             if self._governed:
                 slack = np.linspace(beside.LEAST_SLACK, beside.MOST_SLACK, _SLACKS)
                 root_tok = np.sqrt(_typical_answers_tok(lengths))
-                late_frac = _normal_above(slack[:, None] * root_tok).mean(axis=1)
+                late_frac = ndtr(-slack[:, None] * root_tok).mean(axis=1)
         return beside.Beside(
             prompt_s=prompt_s, prompt_s2=prompt_s2, prompt_w=prompt_w, late_frac=late_frac,
             aim_s=aim_s, itl_s=self._itl_s, repay_tok=self._repay_tok, thrifty_k=self._thrifty_k,
         )  # fmt: skip
-
-
-def _normal_above(z: F64) -> F64:
-    """Share of a standard normal above z."""
-    from scipy.special import ndtr
-
-    above: F64 = ndtr(-z)
-    return above
 
 
 def _typical_answers_tok(lengths: Lengths) -> F64:
