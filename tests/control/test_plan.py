@@ -6,7 +6,7 @@ import itertools
 import cvxpy as cp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -259,6 +259,11 @@ def test_a_larger_fleet_at_a_larger_load_costs_so_many_times_the_relaxation(rate
 # What a plan may never do
 
 
+@example(
+    rate=64.0, awake=(1, 2), backlog=20.0,
+    # The simplex method of HiGHS gives this one up without a word.
+    budget=[252.0, 472.0, 446.0, 100.0, 148.0, 844.0, 842.0, 477.0, 507.0, 557.0, 504.0, 779.0],
+)  # fmt: skip
 @given(
     rate=st.floats(0.0, 100.0),
     awake=st.tuples(st.integers(0, 2), st.integers(0, 2)),

@@ -461,10 +461,18 @@ class Planner:
 
 def _solved(problem: cp.Problem, limits: dict[str, Any] | None = None) -> PlanStatus:
     """Solve with HiGHS as SciPy brings it; whether the variables hold a solution."""
-    options: dict[str, Any] = {} if limits is None else {"mip_rel_gap": _GAP_FRAC, **limits}
-    try:
-        problem.solve(solver=cp.SCIPY, enforce_dpp=True, scipy_options=options)
-    except cp.SolverError:
+    # Of some programmes without a solution the simplex method does not find out that there is none,
+    # where interior points do. It does not know whole numbers.
+    tries: tuple[dict[str, Any], ...] = ({}, {"method": "highs-ipm"})
+    if limits is not None:
+        tries = ({"mip_rel_gap": _GAP_FRAC, **limits},)
+    for options in tries:
+        try:
+            problem.solve(solver=cp.SCIPY, enforce_dpp=True, scipy_options=options)
+            break
+        except cp.SolverError:
+            continue
+    else:
         return PlanStatus.FAILED
     # Nothing is unbounded here: no cost falls without end.
     if problem.status in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE, "infeasible_or_unbounded"):
