@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from voltana_ctrl.checks import F64, Bool
+from voltana_ctrl.control.assess import Assessment
 from voltana_ctrl.control.target import Target
 from voltana_ctrl.laws import batch_j, decode_s
 from voltana_ctrl.types import FleetSpec, InstanceSpec, Load
@@ -14,6 +15,7 @@ from voltana_ctrl.types.ladder import row_down
 
 __all__ = [
     "UniformCeiling",
+    "ceilings_within",
     "highest_power_w",
     "target_within",
 ]
@@ -108,6 +110,80 @@ class UniformCeiling:
         level = int(fits[-1]) if fits.size else 0
         clocks: F64 = self._clocks_mhz[level].copy()
         return clocks
+
+
+def ceilings_within(
+    budget_w: float,
+    now: Assessment,
+    wanted_mhz: F64,
+    before_mhz: F64 | None,
+    *,
+    prefills: Bool,
+    max_mhz: F64,
+    governed: bool,
+) -> F64:
+    """Ceilings under a budget; nobody rises before those that must fall have fallen.
+
+    A governor is asked when an iteration begins, so what prefills keeps its clock until its
+    iteration ends, whatever the ceiling says: the others have what that leaves.
+
+    Parameters
+    ----------
+    budget_w : float
+        What the fleet may draw.
+    now : Assessment
+        The fleet at this tick.
+    wanted_mhz : ndarray, shape (n,)
+        Clocks that decode needs.
+    before_mhz : ndarray, shape (n,), optional
+        Ceilings of the last tick; None at the first.
+    prefills : ndarray of bool, shape (n,)
+        Who prefills.
+    max_mhz : ndarray, shape (n,)
+        Highest clocks.
+    governed : bool
+        Whether governors choose the clocks of iterations.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        Supported clocks in MHz; see :meth:`~voltana_ctrl.control.assess.Assessor.decode_first_mhz`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from voltana_ctrl import FleetSpec, FleetState, Slo, load_profile
+    >>> from voltana_ctrl.control.assess import Assessment, Assessor
+    >>> from voltana_ctrl.laws import length_moments
+    >>> from voltana_ctrl.types import Belief, Load
+    >>> fleet = FleetSpec.parse("1P1D", load_profile("a100-sxm-80gb/llama-3.1-8b"))
+    >>> load = Load(arrival_req_s=10.0, lengths=length_moments([240, 240], [200, 200]))
+    >>> belief = Belief.of_profiles(fleet, margin_frac=(0.02, 0.035), delay_s=0.1)
+    >>> now = Assessment(
+    ...     by=Assessor(fleet, Slo(ttft_s=0.6, itl_s=0.06)), state=FleetState.idle(2), load=load,
+    ...     route_frac=np.ones(2), active=np.ones(2, bool), belief=belief)
+    >>> ceilings_within(
+    ...     500.0, now, now.needed_mhz, None, prefills=np.array([True, False]),
+    ...     max_mhz=fleet.max_mhz, governed=True)
+    array([1245.,  210.])
+    """
+    assessor, state = now.by, now.state
+    ceiling, _ = assessor.decode_first_mhz(now.worst_w, wanted_mhz, budget_w)
+    before = max_mhz if before_mhz is None else before_mhz
+    # What may still run: the clock that is seen, and one asked for a moment ago. Of those that
+    # do not prefill it is gone with their next iteration.
+    stays = (before <= ceiling) | (prefills & (state.queue_req > 0.0) & governed)
+    running = np.maximum(state.freq_mhz, np.where(stays, before, 0.0))
+    held = np.maximum(ceiling, running)
+    held_w = assessor.power_at_w(now.worst_w, held)
+    if held_w.sum() <= budget_w:
+        return ceiling
+    stuck = prefills & (state.queue_req > 0.0) & (running > ceiling)
+    if governed and stuck.any():
+        kept_w = np.where(stuck[:, None], held_w[:, None], now.worst_w)
+        rest, _ = assessor.decode_first_mhz(kept_w, wanted_mhz, budget_w)
+        ceiling = np.where(stuck, ceiling, np.minimum(rest, ceiling))
+    return np.minimum(ceiling, before)
 
 
 def target_within(

@@ -1,15 +1,16 @@
 """Margins on top of the governors' own: for short answers, and for what requests missed.
 
 A request of ``d`` decoded tokens waits, at the hand-off from prefill, for the iteration under
-way to end: a part ``u`` of one, evenly spread. Its mean inter-token latency is then
-``T (1 + u / d)``, so iterations of ``T = ITL / (1 + x)`` make a share
+way to end: a part ``u`` of one, evenly spread. The iteration that it joins takes a part ``j``
+longer, since the clock still is that of a smaller batch. Its mean inter-token latency is then
+``T (1 + (u + j) / d)``, so iterations of ``T = ITL / (1 + x)`` make a share
 
-    ``mean over requests of max(0, 1 - x d)``
+    ``mean over requests of clip(1 + j - x d, 0, 1)``
 
 miss, whatever else goes well. Where iteration times vary by a standard deviation ``s`` about what
 is expected, the mean of ``d`` of them varies by ``s / sqrt(d)``, and the share is
 
-    ``mean over requests of E[clip(1 - x d + sqrt(d) s Z, 0, 1)]``,   ``Z`` standard normal,
+    ``mean over requests of E[clip(1 + j - x d + sqrt(d) s Z, 0, 1)]``,   ``Z`` standard normal,
 
 which is a difference of two unit normal losses ``L(z) = E[max(0, Z - z)]``. Long answers hide the
 wait and the noise, short ones do not: the margin ``x`` at which that share is what the promise
@@ -20,7 +21,7 @@ is wrong to prompts between the tokens of a colocated instance, is integrated by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,8 +40,11 @@ _PRIOR_REQ = 150.0
 
 #: Where the integrator of TTFT lies so far below zero, all is spent that may be late; and how far
 #: it sinks: what was in time for long counts against a burst of misses.
-_SPENT_FRAC, _SUNK_FRAC = 0.02, 0.06
+_SPENT_FRAC, _SUNK_FRAC = 0.02, 0.04
 
+#: Part of an iteration that the one in which a request joins takes longer: it begins at the clock
+#: that was asked for a smaller batch. Seen with answers of 1 to 9 tokens at 40 to 60 req/s.
+_JOINED = 0.06
 _LENGTHS = np.arange(1.0, _LONG_TOK + 1.0)
 #: Largest margin that the hand-off may ask for, and how exactly it is found.
 _MOST_FRAC, _EXACT_FRAC = 4.0, 1e-5
@@ -83,8 +87,6 @@ class HeadroomFilter:
         Promised TTFT and ITL, and the share of requests that must meet each.
     tuning : Tuning, optional
         Step, set point and range of the margins; the defaults if left out.
-    spends : bool
-        Whether clocks follow :meth:`spare_frac`, so that the integrator of TTFT is to sink deeper.
 
     Examples
     --------
@@ -95,23 +97,19 @@ class HeadroomFilter:
     array([0.02 , 0.035])
     """
 
-    def __init__(
-        self, fleet: FleetSpec, slo: Slo, tuning: Tuning | None = None, *, spends: bool = False
-    ) -> None:
+    def __init__(self, fleet: FleetSpec, slo: Slo, tuning: Tuning | None = None) -> None:
         self._tuning = tuning = tuning or Tuning()
         self._hands_off = not fleet.colocated
         self._miss_frac = 1.0 - slo.attainment
         # The governors hold the promise in the mean, so nothing is added until it is missed.
-        # How far the margin of ITL may fall. That of TTFT never falls below its least; its
-        # integrator does, where clocks follow it, and else keeps the smaller: what it has sunk it
-        # must climb again.
-        self._spare_frac = tuning.hand_off_spare_frac
-        self._sunk_frac = _SUNK_FRAC if spends else self._spare_frac
-        if not self._hands_off:
-            self._spare_frac = max(tuning.beside_spare_frac, self._spare_frac)
+        # How far the integrators may fall. The margin of TTFT never falls below its least, and what
+        # its integrator has sunk it must climb again.
+        spare_frac = tuning.hand_off_spare_frac
+        beside_frac = 0.0 if self._hands_off else tuning.beside_spare_frac
+        self._least_frac = np.array([-spare_frac, -max(spare_frac, beside_frac)])
         self._tracker = MarginTracker(
             slo=slo, eta_frac=tuning.miss_step_frac,
-            min_frac=-max(self._sunk_frac, self._spare_frac),
+            min_frac=min(-_SUNK_FRAC, float(self._least_frac.min())),
             max_frac=tuning.max_margin_frac, start_frac=0.0,
             set_point_frac=1.0 - tuning.miss_frac * self._miss_frac,
         )  # fmt: skip
@@ -136,6 +134,7 @@ class HeadroomFilter:
         *,
         running_req: float,
         feasible: bool | Bool,
+        spends: bool = False,
     ) -> HeadroomMemory:
         """Memory after these requests.
 
@@ -149,29 +148,27 @@ class HeadroomFilter:
             Requests whose outcomes are on their way.
         feasible : bool or ndarray of bool, shape (2,)
             Whether the promises can be kept, or each of TTFT and ITL. If not, misses say nothing
-            about a margin.
+            about a margin: an integrator above zero stays, and one below does not rise above it.
+        spends : bool
+            Whether clocks follow :meth:`spare_frac`: the integrator of TTFT then sinks deeper.
         """
         if len(finished) == 0:
             return memory
         decoded = np.minimum(finished.output_tok - 1.0, _LONG_TOK).astype(np.int64)
         came = np.bincount(decoded, minlength=_LONG_TOK + 1)[1:]
         keep = float(np.exp(-len(finished) / _MEMORY_REQ))
-        tracked = memory.tracked
-        learns = np.broadcast_to(feasible, 2)
-        if learns.any():
-            tracked = self._tracker.update(tracked, finished)
-            # As high as it can get where the largest margin is enough (see the proof in
-            # `voltana_ctrl.estimate.margin`); beyond it would only remember an overload.
-            tuning = self._tuning
-            most = tuning.max_margin_frac + tuning.miss_step_frac * (running_req + 1.0)
-            least = [-self._sunk_frac, -self._spare_frac]
-            tracked = MarginState(
-                raw_frac=np.where(
-                    learns, np.clip(tracked.raw_frac, least, most), memory.tracked.raw_frac
-                ),
-                finished_req=tracked.finished_req,
-                missed_req=tracked.missed_req,
-            )
+        # As high as it can get where the largest margin is enough (see the proof in
+        # `voltana_ctrl.estimate.margin`); beyond it would only remember an overload. Where the
+        # promises cannot be kept misses say nothing about a margin, but below zero there is none:
+        # they use up what may be late.
+        tuning, before = self._tuning, memory.tracked.raw_frac
+        tracked = self._tracker.update(memory.tracked, finished)
+        highest_frac = tuning.max_margin_frac + tuning.miss_step_frac * (running_req + 1.0)
+        most = np.where(feasible, highest_frac, 0.0)
+        least = np.minimum(self._least_frac, [-_SUNK_FRAC if spends else 0.0, 0.0])
+        raw_frac = np.clip(tracked.raw_frac, least, most)
+        known = np.asarray(feasible) | (before < 0.0)
+        tracked = replace(tracked, raw_frac=np.where(known, raw_frac, before))
         return HeadroomMemory(tracked=tracked, short_req=keep * memory.short_req + came)
 
     def spare_frac(self, memory: HeadroomMemory) -> float:
@@ -222,7 +219,7 @@ class HeadroomFilter:
         def missing_frac(margin_frac: float) -> float:
             spare = margin_frac * decoded
             if self._hands_off:
-                return float(_clipped_mean(1.0 - spare, sd) @ part)
+                return float(_clipped_mean(1.0 + _JOINED - spare, sd) @ part)
             # Nobody waits: a request misses where the mean of its iterations is too long.
             return float(_normal_below(-spare / sd) @ part)
 
