@@ -50,8 +50,8 @@ _LENT_FRAC, _LENT_S, _BURST_FRAC = 0.13, 0.2, 0.6
 #: How far the ceiling of prefill comes down from its highest clock to the thrifty one, at most. At
 #: 0.85 a bursty trace takes 1.5 % less still, but steady load near capacity misses the promise.
 _LOWERED_FRAC = 0.6
-#: Least TTFT margin where roles change: queues stand while an instance turns. It takes 0.1 % more
-#: power than 0.02, and 0.2 points more of the first tokens are in time.
+#: Least TTFT margin where roles change: queues stand while an instance turns. It takes 0.2 % more
+#: power than 0.02, and 0.3 points more of the first tokens are in time.
 _TURNS_FRAC = 0.05
 
 
