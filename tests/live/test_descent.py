@@ -87,6 +87,16 @@ def test_ceilings_of_a_policy_come_down_with_the_clock_and_those_of_a_budget_hol
     assert most_mhz[-1] == 900.0
 
 
+def test_a_fixed_clock_is_never_exceeded():
+    fixed = StaticController(fleet(), 705)
+    descent = Descent(fixed, SLO)
+    memory = descent.init()
+    for k in range(5):
+        seen = Observation(state=FleetState.idle(2, t_s=DT_S * k))
+        decision, memory = descent.decide(seen, memory)
+        assert np.all(decision.freq_max_mhz == 705.0)
+
+
 def test_it_comes_down_one_step_at_a_time():
     clocks = Run().tick(15.0)
     assert clocks[0].tolist() == [1410.0, 1410.0]

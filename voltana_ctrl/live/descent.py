@@ -116,7 +116,8 @@ class Descent(Controller):
         Factor less 1 by which iterations may take longer or shorter than the profile says, on
         average, before it is not believed: 0.2 is from 1/1.2 to 1.2 times its time.
     budgeted : bool
-        Whether there is a power budget. Its ceilings hold; others come down with the clock.
+        Whether there is a power budget. Its ceilings hold, and so does a fixed clock; those below
+        which a governor chooses come down with the clock.
 
     Raises
     ------
@@ -260,7 +261,9 @@ class Descent(Controller):
         memory = self._moved(observation, replace(memory, inner=inner))
         most_mhz = decision.freq_max_mhz
         if not self.budgeted:
-            most_mhz = np.maximum(most_mhz, memory.lid_mhz)
+            # A clock that is fixed is a person's choice, and holds from the start.
+            chooses = decision.freq_mhz < most_mhz
+            most_mhz = np.where(chooses, np.maximum(most_mhz, memory.lid_mhz), most_mhz)
         lid_mhz = np.minimum(memory.lid_mhz, most_mhz)
         self._latest = memory, decision.freq_mhz
         clocks_mhz = np.maximum(decision.freq_mhz, lid_mhz)
