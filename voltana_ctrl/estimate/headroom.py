@@ -44,7 +44,7 @@ _SPENT_FRAC, _SUNK_FRAC = 0.02, 0.04
 
 #: Part of an iteration that the one in which a request joins takes longer: it begins at the clock
 #: that was asked for a smaller batch. Seen with answers of 1 to 9 tokens at 40 to 60 req/s.
-_JOINED = 0.06
+_JOINED_FRAC = 0.06
 _LENGTHS = np.arange(1.0, _LONG_TOK + 1.0)
 #: Largest margin that the hand-off may ask for, and how exactly it is found.
 _MOST_FRAC, _EXACT_FRAC = 4.0, 1e-5
@@ -219,7 +219,7 @@ class HeadroomFilter:
         def missing_frac(margin_frac: float) -> float:
             spare = margin_frac * decoded
             if self._hands_off:
-                return float(_clipped_mean(1.0 + _JOINED - spare, sd) @ part)
+                return float(_clipped_mean(1.0 + _JOINED_FRAC - spare, sd) @ part)
             # Nobody waits: a request misses where the mean of its iterations is too long.
             return float(_normal_below(-spare / sd) @ part)
 

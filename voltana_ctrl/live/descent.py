@@ -2,7 +2,9 @@
 
 A policy that is right about its engines may lower a clock at once. Whether it is right is not known
 before it has acted, so every instance begins at its highest clock, and what it may run at comes
-down one step per settled observation. It returns to the highest, with the reason in the log,
+down one step per settled observation. Ceilings of a power budget, and clocks that a policy fixes
+(floor and ceiling alike), hold from the start. It returns to the highest, with the reason in the
+log,
 
 - where requests have missed their promise for a while more often than chance allows, and go on
   doing so (a burst that is over is no reason), and
@@ -261,7 +263,7 @@ class Descent(Controller):
         memory = self._moved(observation, replace(memory, inner=inner))
         most_mhz = decision.freq_max_mhz
         if not self.budgeted:
-            # A clock that is fixed is a person's choice, and holds from the start.
+            # Where no governor chooses, the policy's clock is fixed, and holds from the start.
             chooses = decision.freq_mhz < most_mhz
             most_mhz = np.where(chooses, np.maximum(most_mhz, memory.lid_mhz), most_mhz)
         lid_mhz = np.minimum(memory.lid_mhz, most_mhz)
