@@ -1,6 +1,7 @@
 """Metrics pages of each engine, as documented, and their background reader."""
 
 import math
+import threading
 import time
 
 import numpy as np
@@ -268,6 +269,41 @@ def test_an_engine_that_stops_grows_old_and_says_why():
         assert second.age_s[DECODE] >= first.age_s[DECODE] + 0.2
         assert second.running_req[DECODE] == 12
         assert "Connect" in made.problems["decode-0"]
+        made.close()
+
+
+class Watched:
+    """A lock; whenever it is let go, what a reader may now see is looked at."""
+
+    def __init__(self, look):
+        self._lock, self._look = threading.Lock(), look
+        self.seen = []
+
+    def __enter__(self):
+        self._lock.acquire()
+
+    def __exit__(self, *error):
+        self.seen.append(self._look())
+        self._lock.release()
+
+
+def test_nobody_sees_a_page_together_with_the_problem_before_it():
+    with Pages(metrics=DCGM_PAGE) as node, Pages(metrics=VLLM) as pages:
+        pages.status = node.status = 503
+        url = f"{node.url}/metrics"
+        made = scraper(pages.url, gpus=("GPU-a",), dcgm_urls=[url], limit_s=5.0)
+        engine, gpu = made._engines[DECODE], made._gpus["GPU-a"]
+        wait_for(lambda: "503" in engine.problem and "503" in made._dcgm_problems[url])
+        made._lock = Watched(
+            lambda: (
+                (engine.page_s is not None, engine.problem == ""),
+                (not gpu.problem(made._now_s()), made._dcgm_problems[url] == ""),
+            )
+        )
+        pages.status = node.status = 200
+        wait_for(lambda: not made.problems)
+        assert all(came == fine for seen in made._lock.seen for came, fine in seen)
+        assert made._lock.seen[-1] == ((True, True), (True, True))
         made.close()
 
 

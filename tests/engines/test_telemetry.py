@@ -33,7 +33,7 @@ def engines(url, other=None, **more):
 
 def open_engines(endpoints, **settings):
     return EngineBackend(
-        fleet(), endpoints, **{"scrape_period_s": 0.02, "scrape_limit_s": 0.3, **settings}
+        fleet(), endpoints, **{"scrape_period_s": 0.02, "scrape_limit_s": 5.0, **settings}
     )
 
 
@@ -70,7 +70,9 @@ def test_it_keeps_the_laws_on_gpus_and_gives_them_back(tmp_path):
 
 def test_a_dead_engine_delays_nobody_and_is_not_alive():
     with Pages(metrics=VLLM) as pages, Pages(metrics=VLLM) as hangs:
-        backend = open_engines(engines(pages.url, hangs.url), gpus=ModelledGpus(fleet()))
+        backend = open_engines(
+            engines(pages.url, hangs.url), gpus=ModelledGpus(fleet()), scrape_limit_s=0.3
+        )
         heard(backend)
         hangs.hang_s = 5.0
         backend._alive_s = 1.0

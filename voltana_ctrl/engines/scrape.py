@@ -204,6 +204,8 @@ class Scraper:
                 engine.take(told, t_s)
                 engine.latency.take(histograms, told)
                 engine.take_energy(energy_j, t_s)
+                # At once with the page: nobody may see an engine that lives and never answered.
+                engine.problem = ""
         except (BackendError, TimeoutError, OSError, ValueError) as error:
             problem = f"{engine.url}: {str(error) or type(error).__name__}"
         except (self._httpx.HTTPError, self._httpx.InvalidURL) as error:
@@ -212,8 +214,9 @@ class Scraper:
             problem = f"{engine.url}: {type(error).__name__}: {error}"
             raise
         finally:
-            with self._lock:
-                engine.problem = problem
+            if problem:
+                with self._lock:
+                    engine.problem = problem
 
     async def _energy_j(self, client: Any, engine: _Engine, t_s: float) -> float | None:
         """Energy since the start of TensorRT-LLM, where it was asked to measure it."""
@@ -236,6 +239,7 @@ class Scraper:
             with self._lock:
                 for uuid in self._gpus.keys() & gpus.keys():
                     self._gpus[uuid].take(t_s, gpus[uuid])
+                self._dcgm_problems[url] = ""
         except (BackendError, TimeoutError, OSError, ValueError) as error:
             problem = str(error) or type(error).__name__
         except (self._httpx.HTTPError, self._httpx.InvalidURL) as error:
@@ -244,8 +248,9 @@ class Scraper:
             problem = f"{type(error).__name__}: {error}"
             raise
         finally:
-            with self._lock:
-                self._dcgm_problems[url] = problem
+            if problem:
+                with self._lock:
+                    self._dcgm_problems[url] = problem
 
     async def _get(self, client: Any, url: str) -> tuple[int, str]:
         async with asyncio.timeout(self._limit_s), client.stream("GET", url) as answer:
