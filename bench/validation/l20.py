@@ -39,7 +39,7 @@ TOKEN_FRAC = 0.46
 TILE_TOK = 64
 LADDER_MHZ = np.arange(900.0, 2521.0, 15.0)
 PROMISES = {"sharegpt": Slo(ttft_s=5.0, itl_s=0.15), "alpaca": Slo(ttft_s=1.0, itl_s=0.1)}
-DRAWS, WINDOW_S = 40, 120.0
+DRAWS, WINDOW_S = 20, 120.0
 #: What predictions are asked to be within: watts, TPOT, and TTFT.
 WITHIN = (0.07, 0.15, 0.15)
 #: 90 % of a normal distribution lie within so many standard deviations.

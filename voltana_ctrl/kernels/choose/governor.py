@@ -53,7 +53,7 @@ _NEARLY_NONE = 0.1
 _WATCHED = 8.0
 #: Part of the TTFT target that is aimed at where nothing has been watched yet, and times of the
 #: promise after which all of it is: how unlike prompts are is known later than how many come.
-_FIRST_FRAC, _FAMILIAR = 0.5, 80.0
+_FIRST_FRAC, _FAMILIAR = 0.4, 80.0
 #: That time is enough where so many requests may be predicted late, which is one in a hundred with
 #: `late_frac` of the tuning, and for stricter promises. Where more may be, a quantile so much less
 #: rare is known from fewer.
@@ -359,8 +359,9 @@ def needed_clock(
     A clock below the thrifty one saves next to nothing, so it must pass a stricter test: of what
     arrives until the oldest prompt is done, a tenth of that part may be late at the thrifty clock.
 
-    Of the TTFT target half is aimed at first, and all of it once arrivals have been watched for
-    long: until then few prompts have told how unlike they are. Where more may be late it is sooner.
+    Of the TTFT target two fifths are aimed at first, and all of it once arrivals have been watched
+    for long: until then few prompts have told how unlike they are. Where more may be late it is
+    sooner.
 
     Of both, this iteration is taken to run at its clock at once.
 
