@@ -193,7 +193,7 @@ def test_any_page_is_read_or_refused(kind, text):
 
 def scraper(url, kind="vllm", gpus=(), **settings):
     endpoint = Endpoint(instance="decode-0", kind=kind, url=url, gpus=gpus)
-    return Scraper(FLEET, [endpoint], **{"period_s": 0.02, "limit_s": 0.5, **settings})
+    return Scraper(FLEET, [endpoint], **{"period_s": 0.02, "limit_s": 5.0, **settings})
 
 
 def wait_for(condition, limit_s=10.0):
@@ -291,7 +291,7 @@ def test_nobody_sees_a_page_together_with_the_problem_before_it():
     with Pages(metrics=DCGM_PAGE) as node, Pages(metrics=VLLM) as pages:
         pages.status = node.status = 503
         url = f"{node.url}/metrics"
-        made = scraper(pages.url, gpus=("GPU-a",), dcgm_urls=[url], limit_s=5.0)
+        made = scraper(pages.url, gpus=("GPU-a",), dcgm_urls=[url])
         engine, gpu = made._engines[DECODE], made._gpus["GPU-a"]
         wait_for(lambda: "503" in engine.problem and "503" in made._dcgm_problems[url])
         made._lock = Watched(
@@ -332,7 +332,7 @@ def test_a_batch_that_does_not_move_is_a_hang_behind_a_server_that_answers():
 def test_wrong_answers_are_no_reading(page, status, words):
     with Pages(metrics=page) as pages:
         pages.status = status
-        made = scraper(pages.url, limit_s=5.0)
+        made = scraper(pages.url)
         wait_for(lambda: words in made.problems.get("decode-0", ""))
         assert made.read(time.monotonic()).age_s[DECODE] == np.inf
         made.close()

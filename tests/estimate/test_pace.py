@@ -172,7 +172,8 @@ def watched(*, fleet="2P2D", rate=45.0, until_s=20.0, governed=True, log=4096, f
 
 
 def test_a_plant_is_what_its_profile_says_and_is_believed_to_be():
-    for fleet, rate in (("2P2D", 45.0), ("3C", 35.0)):
+    """Also while its clock goes to and fro, lower in between than at any reading."""
+    for fleet, rate in (("2P2D", 45.0), ("2P2D", 55.0), ("2P2D", 60.0), ("3C", 35.0)):
         paces, seen = watched(fleet=fleet, rate=rate)
         for memory in seen[5:]:
             assert paces.pace_frac(memory) == pytest.approx(1.0, abs=0.05)

@@ -225,6 +225,22 @@ def delays(known, lag_miss, believed, delay_s):
                 delay_s[i] = believed_s if off_s == 0.0 else LAGS_S[lag]
 
 
+@njit(types.UniTuple(I8, 2)(F8_1, I8_1, I8, F8, F8, F8, I8, I8))
+def between(asks_s, asks_k, n, delay_s, begin_s, end_s, slowest, fastest):
+    """Lowest and highest clock that may have run from begin to end, those given included.
+
+    From one reading to the next a clock may have been lower than at both: those that were asked
+    for count too, if they can have run. A delay may be half or twice what is believed of it.
+    """
+    for j in range(n - 1, max(0, n - N_ASKS) - 1, -1):
+        at_s, ask = asks_s[j % N_ASKS], asks_k[j % N_ASKS]
+        if at_s + 0.5 * delay_s < end_s:
+            slowest, fastest = min(slowest, ask), max(fastest, ask)
+        if at_s + 2.0 * delay_s <= begin_s:
+            break
+    return slowest, fastest
+
+
 @njit(
     types.void(
         TABLES, IN_I8_2, IN_I8_1, IN_I8_1, F8, IN_I8_1, *(IN_F8_1,) * 8,
@@ -256,14 +272,18 @@ def watch(
         if known[i, LAST_MHZ] > 0.0:
             before = row_nearest(rows, n_clocks[i], known[i, LAST_MHZ])
         known[i, LAST_MHZ] = freq_mhz[j]
+        slowest, fastest = between(
+            asks_s[i], asks_k[i], int(known[i, ASKS]), delay_s[i], t_s[j] - wall_s[j], t_s[j],
+            min(at, before), max(at, before),
+        )  # fmt: skip
         size = padded[kind[i], min(int(batch_req[j]), padded.shape[1] - 1)]
         tok2 = prefill_tok2[j]
         if tok2 <= 0.0:
             tok2 = prefill_tok[j] * min(prefill_tok[j], typical_tok)
-        # Under a clock that changed meanwhile it took something between the times at both: only
-        # what lies outside of them says something.
+        # Under a clock that changed meanwhile it took something between the times at the slowest
+        # and the fastest: only what lies outside of them says something.
         for turn in range(2):
-            k = min(at, before) if turn == 0 else max(at, before)
+            k = slowest if turn == 0 else fastest
             decode, prefill = 0.0, 0.0
             if batch_req[j] > 0.0:
                 decode = beside_s(rows[k], float(size), kv_tok[j], prefill_tok[j])
@@ -283,6 +303,6 @@ def watch(
             doubt = said * 2.0 * math.sqrt(known[i, NOISE_FRAC2])
             slower_than_slow = turn == 0 and took_frac > said + doubt
             faster_than_fast = turn == 1 and took_frac < said - doubt
-            if at == before or slower_than_slow or faster_than_fast:
+            if slowest == fastest or slower_than_slow or faster_than_fast:
                 learn_pace(known[i], prefill_frac, took_frac)
                 break
