@@ -162,8 +162,8 @@ def test_slow_disk_does_not_stop_the_loop(tmp_path, monkeypatch):
     begin_s = time.monotonic()
     for number in range(100):
         log.on_tick(record(number))
-    assert time.monotonic() - begin_s < 5.0  # twenty seconds, if ticks waited for it
-    assert log.dropped >= 50
+    assert time.monotonic() - begin_s < 0.2
+    assert log.dropped >= 90
     assert "too slow" in log.failure
     log.close()
     log.close()

@@ -36,12 +36,11 @@ def test_measured_calls_are_the_delay_of_the_controller(fake, tmp_path):
         gpu.set_s = 0.02
     backend = open_backend(fake, tmp_path)
     dead = measure_dead_time(backend, repeats=2)
-    # What the machine adds on top depends on its load; the fake's clock is there at once.
-    assert np.all((dead.call_s >= 0.02) & (dead.call_s < 0.2))
-    assert np.all(dead.settle_s < 0.2)
+    assert np.all((dead.call_s >= 0.02) & (dead.call_s < 0.04))
+    assert np.all(dead.settle_s < 0.02)  # the fake's clock is there at once
     # The sets of one machine follow one another: the last instance waits for both.
     delay_s = dead.delay_s()
-    assert 0.04 <= delay_s < 0.6
+    assert 0.04 <= delay_s < 0.1
     assert [gpu.lock_hi_mhz for gpu in fake.gpus] == [1410, 1410]
     assert all(gpu.unsupported_sets == 0 for gpu in fake.gpus)
     controller = MpcController(fleet(), SLO, governed=False, delay_s=delay_s)

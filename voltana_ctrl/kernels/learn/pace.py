@@ -227,7 +227,7 @@ def delays(known, lag_miss, believed, delay_s):
 
 @njit(types.UniTuple(I8, 2)(F8_1, I8_1, I8, F8, F8, F8, I8, I8))
 def between(asks_s, asks_k, n, delay_s, begin_s, end_s, slowest, fastest):
-    """Lowest and highest clock that may have run from begin to end, those given included.
+    """Rows of the lowest and highest clock that may have run from begin to end, those given too.
 
     From one reading to the next a clock may have been lower than at both: those that were asked
     for count too, if they can have run. A delay may be half or twice what is believed of it.
